@@ -1,0 +1,95 @@
+"""The shape of a model: one frozen dataclass, three presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["DEFAULT_PRESET", "PRESETS", "ModelConfig"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of an MM-Rec model (letters as in architecture.md).
+
+    Attributes:
+        vocab_size: V, rows of the embedding, a multiple of 64; a tokenizer may use fewer ids.
+        d_model: D, width of the residual stream.
+        n_heads: H, divides D; the head size d = D / H is even.
+        n_layers: L, blocks per expert.
+        d_ff: F, hidden width of the feed-forward part.
+        experts: names of the experts, which are also the names of the domains.
+        gate_every: every how many blocks one is a memory block (recurrent gate and attention).
+        window: W, tokens of short-term memory; twice the pooling block P.
+        slots: S, slots of long-term memory per head.
+        rotary_base: base of the rotary encoding inside the window.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_heads: int
+    n_layers: int
+    d_ff: int
+    experts: tuple[str, ...] = ("text", "code")
+    gate_every: int = 3
+    window: int = 128
+    slots: int = 64
+    rotary_base: float = 1000.0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "gate_every", "window", "slots"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.vocab_size % 64:
+            raise ValueError(f"vocab_size must be a multiple of 64, got {self.vocab_size}")
+        if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
+            raise ValueError(f"d_model {self.d_model} does not split into {self.n_heads} heads of even size")
+        if self.window % 2:
+            raise ValueError(f"window must be even, got {self.window}")
+        if not self.experts or len(set(self.experts)) != len(self.experts):
+            raise ValueError(f"experts must be distinct names, at least one, got {self.experts}")
+
+    @property
+    def head_dim(self) -> int:
+        """d, the size of one head."""
+        return self.d_model // self.n_heads
+
+    def is_memory_block(self, index: int) -> bool:
+        """Whether block ``index`` (from 0) carries W_g and attends: blocks 3, 6, 9, ... by default."""
+        return (index + 1) % self.gate_every == 0
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> ModelConfig:
+        """A named preset, with ``changes`` applied.
+
+        >>> ModelConfig.preset("100m").d_model
+        512
+        >>> ModelConfig.preset("tiny", vocab_size=320).vocab_size
+        320
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        return dataclasses.replace(PRESETS[name], **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to a checkpoint's ``config.json``."""
+        return {**dataclasses.asdict(self), "experts": list(self.experts)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """The inverse of :meth:`to_dict`; unknown keys are an error."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown model settings: {', '.join(unknown)}")
+        return cls(**{**values, "experts": tuple(values["experts"])} if "experts" in values else values)
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(vocab_size=512, d_model=64, n_heads=4, n_layers=3, d_ff=128),
+    "small": ModelConfig(vocab_size=8192, d_model=256, n_heads=4, n_layers=6, d_ff=1024),
+    "100m": ModelConfig(vocab_size=32000, d_model=512, n_heads=8, n_layers=11, d_ff=2048),
+}
+
+DEFAULT_PRESET = "100m"

@@ -1,0 +1,1 @@
+"""From sources on the hub or on disk to batches of tokens."""

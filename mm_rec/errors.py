@@ -1,0 +1,12 @@
+"""Errors that a user can mend. Everything else is a bug and keeps its traceback."""
+
+from __future__ import annotations
+
+__all__ = ["UserError"]
+
+
+class UserError(Exception):
+    """Something the user can mend; the message is one line that says what happened and what helps.
+
+    Command-line programs print ``error: <message>`` and exit with code 2.
+    """

@@ -1,0 +1,357 @@
+"""Plain PyTorch definitions of every op of MM-Rec.
+
+This file is the mathematics: slow, short, and differentiable by autograd alone. The native kernels
+(CPU and CUDA) are compared with it, outputs and every gradient, and never the other way round.
+
+Letters: B batch, T time, D width, H heads, d = D / H, W window, P pooling block, S long-term slots,
+E = ceil(T / P) writes to the long-term memory that T tokens can cause at most, V vocabulary, N = B * T rows.
+
+Every op computes in float32, or in float64 if an input is float64 (for ``gradcheck``); lower precision
+inputs are widened first.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GAMMA_MIN = 1e-6
+GAMMA_MAX = 0.9999
+NORM_EPS = 1e-6
+
+__all__ = [
+    "GAMMA_MAX",
+    "GAMMA_MIN",
+    "NORM_EPS",
+    "add_rms_norm",
+    "linear_cross_entropy",
+    "mdi",
+    "memory_read",
+    "memory_update",
+    "readout",
+    "recurrence",
+    "relu_squared",
+    "rms_norm",
+    "rotate",
+    "scan",
+]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Widen to the type that the definitions compute in: float32, or float64 if given float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def mdi(
+    decay_logits: Tensor,
+    decay_bias: Tensor,
+    candidate: Tensor,
+    gate_logits: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Memory decay and integration: the coefficients of the core recurrence.
+
+    gamma = clamp(sigmoid(decay_logits + decay_bias), 1e-6, 0.9999)
+    x = sqrt(1 - gamma^2) * candidate * sigmoid(gate_logits + gate_bias)
+
+    The scale keeps the state near unit variance for a white candidate. Without ``gate_logits`` the last
+    factor is left out: the nonlinear :func:`recurrence` applies its own gate.
+
+    Args:
+        decay_logits: (B, T, D).
+        decay_bias: (D,).
+        candidate: (B, T, D), z of architecture.md section 1.
+        gate_logits: (B, T, D) or None.
+        gate_bias: (D,), given exactly when ``gate_logits`` is.
+
+    Returns:
+        gamma (B, T, D) and x (B, T, D), both float32 (float64 for float64 inputs).
+    """
+    gamma = torch.sigmoid(_wide(decay_logits) + _wide(decay_bias)).clamp(GAMMA_MIN, GAMMA_MAX)
+    x = torch.sqrt(1 - gamma * gamma) * _wide(candidate)
+    if gate_logits is not None:
+        if gate_bias is None:
+            raise ValueError("gate_logits needs gate_bias")
+        x = x * torch.sigmoid(_wide(gate_logits) + _wide(gate_bias))
+    return gamma, x
+
+
+def scan(a: Tensor, x: Tensor, s0: Tensor | None = None, reset: Tensor | None = None) -> Tensor:
+    """Linear recurrence s_t = a_t * s_{t-1} + x_t, elementwise.
+
+    The pairs (a, x) compose associatively without logarithms, (a, x) then (a', x') is (a a', a' x + x'),
+    so a kernel may cut time into pieces. Cumulative products are the case x = 0, s0 = 1.
+
+    Args:
+        a, x: (B, T, D).
+        s0: (B, D), the state before the first step; zeros if None.
+        reset: (B, T) bool; where true, a counts as 0. None means nowhere.
+
+    Returns:
+        s: (B, T, D), float32 (float64 for float64 inputs).
+    """
+    a, x = _wide(a), _wide(x)
+    if reset is not None:
+        a = a.masked_fill(reset.unsqueeze(-1), 0.0)
+    state = torch.zeros_like(x[:, 0]) if s0 is None else _wide(s0)
+    states = []
+    for t in range(x.shape[1]):
+        state = a[:, t] * state + x[:, t]
+        states.append(state)
+    return torch.stack(states, dim=1)
+
+
+def recurrence(
+    z: Tensor,
+    u: Tensor,
+    gamma: Tensor,
+    w_g: Tensor,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The core recurrence, nonlinear in its state.
+
+    i_t = sigmoid(u_t + W_g h_{t-1});  h_t = i_t * z_t + gamma_t * h_{t-1}
+
+    W_g is block-diagonal: head k maps its own slice of h through w_g[k], (W_g h)_i = sum_j w_g[k, i, j] h_j.
+
+    Args:
+        z: (B, T, D), the candidate, already scaled by :func:`mdi`.
+        u: (B, T, D), U_g n + b_g.
+        gamma: (B, T, D), decay.
+        w_g: (H, d, d) with H * d = D.
+        h0: (B, D), the state before the first step; zeros if None.
+        reset: (B, T) bool; where true, h_{t-1} counts as 0, in the gate and in the decay.
+
+    Returns:
+        h: (B, T, D) and h_last: (B, D), a copy of h[:, -1]; float32 (float64 for float64 inputs).
+    """
+    z, u, gamma, w_g = _wide(z), _wide(u), _wide(gamma), _wide(w_g)
+    batch, time, width = z.shape
+    heads, head_dim, _ = w_g.shape
+    h = torch.zeros_like(z[:, 0]) if h0 is None else _wide(h0)
+    states = []
+    for t in range(time):
+        if reset is not None:
+            h = h.masked_fill(reset[:, t, None], 0.0)
+        fed_back = torch.einsum("bkj,kij->bki", h.reshape(batch, heads, head_dim), w_g)
+        gate = torch.sigmoid(u[:, t] + fed_back.reshape(batch, width))
+        h = gate * z[:, t] + gamma[:, t] * h
+        states.append(h)
+    return torch.stack(states, dim=1), h.clone()
+
+
+def rms_norm(x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """Root-mean-square norm over the last axis, without a gain: x / sqrt(mean(x^2) + 1e-6).
+
+    Args:
+        x: (..., n).
+        out_dtype: type of the result; that of ``x`` if None.
+    """
+    wide = _wide(x)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
+    return normed.to(out_dtype or x.dtype)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Residual step and the norm that follows it: x' = x + delta, n = rms_norm(x').
+
+    Args:
+        x: (..., D), the residual stream, float32.
+        delta: (..., D), a block's contribution in the activation type.
+
+    Returns:
+        x' in the type of ``x`` and n in the type of ``delta``.
+    """
+    total = x + delta.to(x.dtype)
+    return total, rms_norm(total, delta.dtype)
+
+
+def readout(h: Tensor, r: Tensor, heads: int) -> Tensor:
+    """Gated readout of the recurrent state: RMSNorm per head of h, times silu(r).
+
+    Args:
+        h: (B, T, D), float32.
+        r: (B, T, D), in the activation type.
+        heads: H, divides D.
+
+    Returns:
+        (B, T, D) in the type of ``r``.
+    """
+    batch, time, width = h.shape
+    normed = rms_norm(_wide(h).reshape(batch, time, heads, width // heads)).reshape(batch, time, width)
+    return (normed * F.silu(_wide(r))).to(r.dtype)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """relu(x)^2, the feed-forward nonlinearity (Primer, arXiv 2109.08668). Any shape, same type out."""
+    return F.relu(_wide(x)).square().to(x.dtype)
+
+
+def rotate(x: Tensor, index: Tensor, base: float) -> Tensor:
+    """Rotary position encoding (RoFormer, arXiv 2104.09864) of the two halves of the last axis.
+
+    Args:
+        x: (B, T, H, d), d even.
+        index: (T,) integer positions; only differences of positions matter to q . k.
+        base: the slowest wavelength is about 2 pi base.
+    """
+    half = x.shape[-1] // 2
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    angle = index.to(torch.float64)[:, None] * frequency
+    cos, sin = (f(angle).to(x.dtype)[None, :, None, :] for f in (torch.cos, torch.sin))
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def _write_index(position: Tensor, window: int, block: int) -> tuple[Tensor, Tensor]:
+    """Which tokens cause a write to the long-term memory, and how many writes each token has seen.
+
+    Returns:
+        writes: (B, T) bool, and version: (B, T) int64, the number of writes at or before each token.
+    """
+    writes = (position % block == 0) & (position >= window)
+    return writes, writes.long().cumsum(dim=1)
+
+
+def memory_update(
+    k: Tensor,
+    v: Tensor,
+    address: Tensor,
+    rate: Tensor,
+    position: Tensor,
+    key0: Tensor,
+    value0: Tensor,
+    mass0: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All writes to the long-term memory that a chunk of tokens causes.
+
+    A token whose position in its document is a multiple of P, and at least W = 2P, writes the P tokens in
+    the older half of the ring before it is read itself: those W to W - P + 1 places behind it. Token t goes
+    to the slots of its own choice with weights w_t = rate * softmax_s(k_t . address_s), and slot s becomes
+
+        a = prod_t (1 - w_t[s]);  M[s] <- a M[s] + sum_t w_t[s] (k_t, v_t);  mass[s] <- a mass[s] + sum_t w_t[s]
+
+    The coefficients don't depend on M, so all writes are one :func:`scan`. The first write of a document
+    (position W) starts from an empty memory.
+
+    Args:
+        k, v: (B, W + T, H, d), un-rotated: the ring of the last W tokens, oldest first, then the chunk.
+        address: (H, S, d), learned.
+        rate: (H,) in (0, 1), learned.
+        position: (B, T) int64, position of each token of the chunk in its document.
+        key0, value0: (B, H, S, d), mass0: (B, H, S): the memory before the chunk.
+
+    Returns:
+        key, value: (B, E + 1, H, S, d) and mass: (B, E + 1, H, S), float32: version 0 is the memory given,
+        version e the one after the e-th write of that row. Versions past a row's last write repeat it.
+        W is k.shape[1] - position.shape[1] and P is W / 2.
+    """
+    batch, time = position.shape
+    window = k.shape[1] - time
+    block = window // 2
+    k, v, address, rate = _wide(k), _wide(v), _wide(address), _wide(rate)
+    key, value, mass = _wide(key0), _wide(value0), _wide(mass0)
+    writes, version = _write_index(position, window, block)
+    keys, values, masses = [key], [value], [mass]
+    offset = torch.arange(block, device=k.device)
+    row = torch.arange(batch, device=k.device)[:, None]
+    for event in range(1, -(-time // block) + 1):
+        hit = writes & (version == event)
+        happens = hit.any(dim=1)
+        at = hit.long().argmax(dim=1)  # W tokens before token `at` is context index `at`
+        source = at[:, None] + offset
+        k_old, v_old = k[row, source], v[row, source]  # (B, P, H, d)
+        weight = rate[:, None] * torch.einsum("bphd,hsd->bphs", k_old, address).softmax(dim=-1)
+        weight = weight * happens[:, None, None, None]
+        decay = (1 - weight).prod(dim=1)
+        first = happens & (position.gather(1, at[:, None])[:, 0] == window)
+        decay = decay.masked_fill(first[:, None, None], 0.0)
+        key = decay[..., None] * key + torch.einsum("bphs,bphd->bhsd", weight, k_old)
+        value = decay[..., None] * value + torch.einsum("bphs,bphd->bhsd", weight, v_old)
+        mass = decay * mass + weight.sum(dim=1)
+        keys.append(key)
+        values.append(value)
+        masses.append(mass)
+    return torch.stack(keys, 1), torch.stack(values, 1), torch.stack(masses, 1)
+
+
+def memory_read(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mass: Tensor,
+    position: Tensor,
+    rotary_base: float = 1000.0,
+) -> Tensor:
+    """One softmax over the window of recent tokens and the slots of the long-term memory.
+
+    A token sees the last W tokens of its own document, itself included, under rotary encoding, and the
+    slots as they are after the writes up to its position: key rms_norm(M_k), value M_v / mass, logit
+    q . key / sqrt(d) + log mass. Slots of mass 0 are masked, and so are all slots before position W.
+
+    Args:
+        q: (B, T, H, d), un-rotated.
+        k, v: (B, W + T, H, d), un-rotated: ring, oldest first, then the chunk.
+        key, value, mass: the versions that :func:`memory_update` returns.
+        position: (B, T) int64.
+        rotary_base: see :func:`rotate`.
+
+    Returns:
+        (B, T, H, d) in the type of ``q``.
+    """
+    batch, time, _, head_dim = q.shape
+    window = k.shape[1] - time
+    out_dtype = q.dtype
+    q, k, v = _wide(q), _wide(k), _wide(v)
+    key, value, mass = _wide(key), _wide(value), _wide(mass)
+    scale = 1 / math.sqrt(head_dim)
+
+    context = torch.arange(window + time, device=q.device)
+    here = context[window:]
+    recent = torch.einsum("bthd,bchd->bhtc", rotate(q, here, rotary_base), rotate(k, context, rotary_base)) * scale
+    visible = (context <= here[:, None]) & (context > here[:, None] - window)  # (T, W + T)
+    visible = visible & (context >= (here - position)[..., None])  # (B, T, W + T)
+    recent = recent.masked_fill(~visible[:, None], -math.inf)
+
+    _, version = _write_index(position, window, window // 2)
+    row = torch.arange(batch, device=q.device)[:, None]
+    filled = mass > 0
+    safe_mass = torch.where(filled, mass, 1.0)
+    slot_logits = torch.einsum("bthd,bthsd->bhts", q, rms_norm(key)[row, version]) * scale
+    slot_logits = slot_logits + safe_mass.log()[row, version].transpose(1, 2)
+    usable = filled[row, version] & (position >= window)[..., None, None]  # (B, T, H, S)
+    slot_logits = slot_logits.masked_fill(~usable.transpose(1, 2), -math.inf)
+
+    weight = torch.cat([recent, slot_logits], dim=-1).softmax(dim=-1)
+    out = torch.einsum("bhtc,bchd->bthd", weight[..., : window + time], v)
+    slot_value = (value / safe_mass[..., None])[row, version]
+    out = out + torch.einsum("bhts,bthsd->bthd", weight[..., window + time :], slot_value)
+    return out.to(out_dtype)
+
+
+def linear_cross_entropy(
+    y: Tensor, embedding: Tensor, targets: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss of the tied output head: logits y embedding^T, then weighted negative log-likelihood.
+
+    Args:
+        y: (N, D).
+        embedding: (V, D).
+        targets: (N,) int64 in [0, V).
+        weight: (N,) float32; None means 1 / N each. A weight of 0 leaves the row out.
+
+    Returns:
+        loss: scalar float32, sum of weight * nll, and nll: (N,) float32 in nats, without gradient and 0
+        where the weight is 0.
+    """
+    logits = _wide(y) @ _wide(embedding).t()
+    nll = F.cross_entropy(logits, targets, reduction="none")
+    if weight is None:
+        return nll.mean(), nll.detach()
+    return (_wide(weight) * nll).sum(), torch.where(weight != 0, nll.detach(), 0.0)
