@@ -1,0 +1,133 @@
+"""One MM-Rec block: gated recurrence, multi-memory attention in every third, feed-forward."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm_rec import ops
+from mm_rec.config import ModelConfig
+from mm_rec.state import BlockState, MemoryState
+
+__all__ = ["MMRecBlock"]
+
+DECAY_RANGE = (0.6, 0.999)
+INITIAL_RATE = 0.12  # a slot then forgets over some ten writes; the rate is learned
+
+
+def _backend(use_native: bool | None) -> AbstractContextManager[None]:
+    """The ops' back end inside a block: the one in force, unless the block forces its own."""
+    if use_native is None:
+        return nullcontext()
+    return ops.use_backend("native" if use_native else "reference")
+
+
+class MMRecBlock(nn.Module):
+    """One block, from the residual stream and its norm to the next residual stream and its norm.
+
+    A block begins with the norm of its input and so ends the one before it: the residual addition and the
+    norm after it are one pass over memory, so both tensors travel together.
+
+    Args:
+        config: sizes.
+        index: place in the stack, from 0; decides whether this is a memory block.
+        use_native: force the native kernels (True) or the reference (False); None takes what is there.
+    """
+
+    def __init__(self, config: ModelConfig, index: int, use_native: bool | None = None) -> None:
+        super().__init__()
+        width, hidden, heads, d = config.d_model, config.d_ff, config.n_heads, config.head_dim
+        self.config = config
+        self.use_native = use_native
+        self.is_memory_block = config.is_memory_block(index)
+        # One wide product for candidate z, readout gate r, integration gate u and the decay's hidden layer.
+        self.splits = [width, width, width, max(width // 4, 1)]
+        self.in_proj = nn.Parameter(torch.empty(sum(self.splits), width))
+        self.decay_proj = nn.Parameter(torch.empty(width, self.splits[3]))
+        self.decay_bias = nn.Parameter(torch.empty(width))
+        self.gate_bias = nn.Parameter(torch.empty(width))
+        self.out_proj = nn.Parameter(torch.empty(width, width))
+        if self.is_memory_block:
+            self.w_g = nn.Parameter(torch.empty(heads, d, d))
+            self.qkv_proj = nn.Parameter(torch.empty(3 * width, width))
+            self.attention_out = nn.Parameter(torch.empty(width, width))
+            self.address = nn.Parameter(torch.empty(heads, config.slots, d))
+            self.rate_logit = nn.Parameter(torch.empty(heads))
+        self.ffn_up = nn.Parameter(torch.empty(hidden, width))
+        self.ffn_down = nn.Parameter(torch.empty(width, hidden))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Initialise as architecture.md section 1 says."""
+        config = self.config
+        residual_std = 0.02 / math.sqrt(2 * config.n_layers)
+        for weight in (self.in_proj, self.decay_proj, self.ffn_up):
+            weight.normal_(0, weight.shape[1] ** -0.5, generator=generator)
+        for weight in (self.out_proj, self.ffn_down):
+            weight.normal_(0, residual_std, generator=generator)
+        # Every head gets the whole range of time scales.
+        decay = torch.linspace(*DECAY_RANGE, config.d_model).view(config.head_dim, config.n_heads).t().reshape(-1)
+        self.decay_bias.copy_(torch.logit(decay))
+        self.gate_bias.zero_()
+        if self.is_memory_block:
+            self.w_g.normal_(0, 0.5 * config.head_dim**-0.5, generator=generator)
+            self.qkv_proj.normal_(0, config.d_model**-0.5, generator=generator)
+            self.attention_out.normal_(0, residual_std, generator=generator)
+            self.address.normal_(0, 4 * config.head_dim**-0.5, generator=generator)
+            self.rate_logit.fill_(math.log(INITIAL_RATE / (1 - INITIAL_RATE)))
+
+    def forward(
+        self, x: Tensor, n: Tensor, position: Tensor, reset: Tensor | None, state: BlockState
+    ) -> tuple[Tensor, Tensor, BlockState]:
+        """Run the block over T tokens.
+
+        Args:
+            x: (B, T, D) float32, the residual stream.
+            n: (B, T, D) in the activation type, rms_norm(x).
+            position: (B, T) int64, place of each token in its document.
+            reset: (B, T) bool, True at a document's first token; None for nowhere.
+            state: what the block remembers of the tokens before.
+
+        Returns:
+            x and n after the block, and the state after the last token.
+        """
+        with _backend(self.use_native):
+            delta, h = self._recurrence(n, reset, state.h)
+            x, n = ops.add_rms_norm(x, delta)
+            memory = None
+            if state.memory is not None:
+                delta, memory = self._attention(n, position, state.memory)
+                x, n = ops.add_rms_norm(x, delta)
+            delta = F.linear(ops.relu_squared(F.linear(n, self.ffn_up)), self.ffn_down)
+            x, n = ops.add_rms_norm(x, delta)
+        return x, n, BlockState(h, memory)
+
+    def _recurrence(self, n: Tensor, reset: Tensor | None, h0: Tensor) -> tuple[Tensor, Tensor]:
+        """Core recurrence and its gated readout; returns the contribution to x and the last h."""
+        z, r, u, hidden = torch.split(F.linear(n, self.in_proj), self.splits, dim=-1)
+        decay_logits = F.linear(F.gelu(hidden), self.decay_proj)
+        if self.is_memory_block:
+            gamma, z = ops.mdi(decay_logits, self.decay_bias, z)
+            h, h_last = ops.recurrence(z, u + self.gate_bias, gamma, self.w_g, h0, reset)
+        else:
+            gamma, z = ops.mdi(decay_logits, self.decay_bias, z, u, self.gate_bias)
+            h = ops.scan(gamma, z, h0, reset)
+            h_last = h[:, -1]
+        return F.linear(ops.readout(h, r, self.config.n_heads), self.out_proj), h_last
+
+    def _attention(self, n: Tensor, position: Tensor, memory: MemoryState) -> tuple[Tensor, MemoryState]:
+        """Multi-memory attention; returns the contribution to x and the memories after the last token."""
+        config = self.config
+        batch, time, width = n.shape
+        q, k, v = F.linear(n, self.qkv_proj).view(batch, time, 3, config.n_heads, config.head_dim).unbind(2)
+        k = torch.cat([memory.k, ops.rms_norm(k)], dim=1)
+        v = torch.cat([memory.v, v], dim=1)
+        rate = torch.sigmoid(self.rate_logit)
+        key, value, mass = ops.memory_update(k, v, self.address, rate, position, memory.key, memory.value, memory.mass)
+        out = ops.memory_read(ops.rms_norm(q), k, v, key, value, mass, position, config.rotary_base)
+        kept = MemoryState(k[:, -config.window :], v[:, -config.window :], key[:, -1], value[:, -1], mass[:, -1])
+        return F.linear(out.reshape(batch, time, width), self.attention_out), kept
