@@ -150,7 +150,8 @@ class MMRecModel(nn.Module):
             raise ValueError(f"the state holds {', '.join(state.experts)}, not {', '.join(missing)}")
 
         position = document_positions(state.position, reset, time)
-        x = ops.rms_norm(self.embedding(tokens), torch.float32)
+        residual_type = torch.promote_types(self.dtype, torch.float32)
+        x = ops.rms_norm(self.embedding(tokens), residual_type)
         outputs, after = [], {}
         for name in names:
             y, after[name] = self.experts[name](

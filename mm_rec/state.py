@@ -62,14 +62,15 @@ def initial_state(
 ) -> ModelState:
     """The empty state before a document's first token; ``dtype`` is that of the activations."""
     heads, d, width = config.n_heads, config.head_dim, config.d_model
+    kept = torch.promote_types(dtype, torch.float32)  # what lasts stays wide: bf16 turns a decay of 0.999 into 1
 
     def block(index: int) -> BlockState:
-        h = torch.zeros(batch_size, width, device=device)
+        h = torch.zeros(batch_size, width, dtype=kept, device=device)
         if not config.is_memory_block(index):
             return BlockState(h, None)
         ring = torch.zeros(batch_size, config.window, heads, d, dtype=dtype, device=device)
-        slots = torch.zeros(batch_size, heads, config.slots, d, device=device)
-        mass = torch.zeros(batch_size, heads, config.slots, device=device)
+        slots = torch.zeros(batch_size, heads, config.slots, d, dtype=kept, device=device)
+        mass = torch.zeros(batch_size, heads, config.slots, dtype=kept, device=device)
         return BlockState(h, MemoryState(ring, ring.clone(), slots, slots.clone(), mass))
 
     position = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -83,8 +84,8 @@ def map_state(state: ModelState, function: Callable[[Tensor], Tensor]) -> ModelS
         memory = None if one.memory is None else MemoryState(*(function(tensor) for tensor in one.memory))
         return BlockState(function(one.h), memory)
 
-    experts = {name: [block(one) for one in blocks] for name, blocks in state.experts.items()}
-    return ModelState(function(state.position), experts)
+    position = function(state.position)  # first, as in flatten_state
+    return ModelState(position, {name: [block(one) for one in blocks] for name, blocks in state.experts.items()})
 
 
 def detach_state(state: ModelState) -> ModelState:
