@@ -78,13 +78,13 @@ def initial_state(
 
 
 def map_state(state: ModelState, function: Callable[[Tensor], Tensor]) -> ModelState:
-    """``state`` with ``function`` applied to every tensor."""
+    """``state`` with ``function`` applied to every tensor, in the order of :func:`flatten_state`."""
 
     def block(one: BlockState) -> BlockState:
-        memory = None if one.memory is None else MemoryState(*(function(tensor) for tensor in one.memory))
-        return BlockState(function(one.h), memory)
+        h = function(one.h)
+        return BlockState(h, None if one.memory is None else MemoryState(*(function(tensor) for tensor in one.memory)))
 
-    position = function(state.position)  # first, as in flatten_state
+    position = function(state.position)
     return ModelState(position, {name: [block(one) for one in blocks] for name, blocks in state.experts.items()})
 
 
