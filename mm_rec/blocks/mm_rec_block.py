@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +16,6 @@ __all__ = ["MMRecBlock"]
 
 DECAY_RANGE = (0.6, 0.999)
 INITIAL_RATE = 0.12  # a slot then forgets over some ten writes; the rate is learned
-
-
-def _backend(use_native: bool | None) -> AbstractContextManager[None]:
-    """The ops' back end inside a block: the one in force, unless the block forces its own."""
-    if use_native is None:
-        return nullcontext()
-    return ops.use_backend("native" if use_native else "reference")
 
 
 class MMRecBlock(nn.Module):
@@ -42,7 +34,7 @@ class MMRecBlock(nn.Module):
         super().__init__()
         width, hidden, heads, d = config.d_model, config.d_ff, config.n_heads, config.head_dim
         self.config = config
-        self.use_native = use_native
+        self.backend = None if use_native is None else "native" if use_native else "reference"
         self.is_memory_block = config.is_memory_block(index)
         # One wide product for candidate z, readout gate r, integration gate u and the decay's hidden layer.
         self.splits = [width, width, width, max(width // 4, 1)]
@@ -95,7 +87,7 @@ class MMRecBlock(nn.Module):
         Returns:
             x and n after the block, and the state after the last token.
         """
-        with _backend(self.use_native):
+        with ops.use_backend(self.backend):
             delta, h = self._recurrence(n, reset, state.h)
             x, n = ops.add_rms_norm(x, delta)
             memory = None

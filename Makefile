@@ -1,0 +1,39 @@
+# The commands of the house. `make` alone lists them.
+.DEFAULT_GOAL := help
+.PHONY: help setup native demo test check bench clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1	/' | expand -t 10
+
+setup: $(STAMP)  ## virtual environment in .venv with everything pinned, native kernels built
+
+$(STAMP): pyproject.toml constraints.txt setup.py scripts/setup.sh $(wildcard mm_rec/cpp/*.py mm_rec/cpp/src/* mm_rec/cpp/cuda/*)
+	PYTHON=$(PYTHON) sh scripts/setup.sh $(VENV)
+	@touch $@
+
+native: setup  ## rebuild the native kernels by hand
+	cd mm_rec/cpp && ../../$(BIN)/python setup.py build_ext --inplace
+
+demo: setup  ## data, tokenizer, stage 1 of the 100M model, samples and the loss picture
+	$(BIN)/python -m mm_rec.scripts.auto_train
+
+test: setup  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: setup  ## lint, format, types, doctests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q --doctest-modules mm_rec -p no:cacheprovider
+
+bench: setup  ## speed of this machine: training step, kernels, limits
+	$(BIN)/mm-rec bench
+
+clean:  ## remove what setup and the build made (no data, no runs)
+	rm -rf $(VENV) build *.egg-info mm_rec/cpp/build
+	find mm_rec -name '*.so' -delete
