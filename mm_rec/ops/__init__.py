@@ -1,19 +1,25 @@
-"""Every op of MM-Rec, and the only door to them."""
+"""Every op of MM-Rec, and the only door to them.
 
-from mm_rec.ops.reference import (
-    add_rms_norm,
-    linear_cross_entropy,
-    mdi,
-    memory_read,
-    memory_update,
-    readout,
-    recurrence,
-    relu_squared,
-    rms_norm,
-    scan,
-)
+An op is defined by :mod:`mm_rec.ops.reference`, checked and dispatched in the module that carries its name, and
+computed by the native kernels of :mod:`mm_rec.ops.cpu` and :mod:`mm_rec.ops.cuda` where they are built. float64
+inputs, a missing library, ``use_backend("reference")`` and ``MM_REC_BACKEND=reference`` take the reference.
+"""
+
+from mm_rec.ops.backend import DeviceStatus, NativeUnavailableError, Status, status, use_backend
+from mm_rec.ops.loss import linear_cross_entropy
+from mm_rec.ops.mdi import mdi
+from mm_rec.ops.memory import memory_read, memory_update
+from mm_rec.ops.norm import add_rms_norm, readout, relu_squared, rms_norm
+from mm_rec.ops.optimizer import adamw_, sum_of_squares
+from mm_rec.ops.recurrence import recurrence
+from mm_rec.ops.reference import rotate
+from mm_rec.ops.scan import scan
 
 __all__ = [
+    "DeviceStatus",
+    "NativeUnavailableError",
+    "Status",
+    "adamw_",
     "add_rms_norm",
     "linear_cross_entropy",
     "mdi",
@@ -23,5 +29,9 @@ __all__ = [
     "recurrence",
     "relu_squared",
     "rms_norm",
+    "rotate",
     "scan",
+    "status",
+    "sum_of_squares",
+    "use_backend",
 ]

@@ -1,0 +1,208 @@
+"""Which implementation an op runs: the native library of its device, or the reference.
+
+A native back end is one module per device type, :mod:`mm_rec.ops.cpu` and :mod:`mm_rec.ops.cuda`, with
+one function ``load() -> Native`` that raises :class:`NativeUnavailableError` with the reason if it cannot run.
+It is called at most once per process, at the first op on that device, never at import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = [
+    "BACKENDS",
+    "DeviceStatus",
+    "Native",
+    "NativeUnavailableError",
+    "Status",
+    "kernel",
+    "runs_native",
+    "status",
+    "use_backend",
+]
+
+BACKENDS = ("native", "reference")
+_MODULES = {"cpu": "mm_rec.ops.cpu", "cuda": "mm_rec.ops.cuda"}
+_NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+
+class NativeUnavailableError(RuntimeError):
+    """The native library of a device cannot be used; the message is the reason and the remedy."""
+
+
+@dataclass(frozen=True)
+class Native:
+    """A loaded native back end.
+
+    Attributes:
+        library: path of the shared library.
+        level: what the kernels are compiled for, for example ``avx512`` or ``sm_90``.
+        kernels: a function for each op name it serves, with the arguments of the op's schema.
+    """
+
+    library: str
+    level: str
+    kernels: Mapping[str, Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class DeviceStatus:
+    """What runs on one device type, and why."""
+
+    device: str
+    backend: str
+    reason: str
+    library: str | None = None
+    level: str | None = None
+    threads: int | None = None
+    reference_ops: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        line = f"{self.device}: {self.backend} ({self.reason})"
+        if self.backend == "native":
+            threads = "" if self.threads is None else f", {self.threads} threads"
+            line += f"; level {self.level}{threads}, {self.library}"
+            if self.reference_ops:
+                line += f"; in the reference: {', '.join(self.reference_ops)}"
+        return line
+
+
+@dataclass(frozen=True)
+class Status:
+    """What :func:`status` returns: one entry per device type of this machine."""
+
+    devices: tuple[DeviceStatus, ...]
+
+    def __getitem__(self, device: str) -> DeviceStatus:
+        for entry in self.devices:
+            if entry.device == device:
+                return entry
+        raise KeyError(device)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.devices))
+
+
+class _Forced(threading.local):  # not a ContextVar: torch.compile cannot trace those
+    name: str | None = None
+
+
+_forced = _Forced()
+_loaded: dict[str, Native | str] = {}  # per device type: the back end, or why there is none
+_warned: set[str] = set()
+_load_lock = threading.Lock()
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force ``"native"`` or ``"reference"`` inside a ``with`` block, for this thread only.
+
+    None leaves the choice as it is. Wins over the environment variable ``MM_REC_BACKEND``. A function compiled
+    by ``torch.compile`` keeps the choice that it was traced with.
+    """
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
+    before = _forced.name
+    _forced.name = before if name is None else name
+    try:
+        yield
+    finally:
+        _forced.name = before
+
+
+def _from_environment() -> str | None:
+    name = os.environ.get("MM_REC_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"MM_REC_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def _load(device_type: str) -> Native | str:
+    with _load_lock:
+        if device_type not in _loaded:
+            if device_type not in _MODULES:
+                _loaded[device_type] = f"no native kernels are written for {device_type} devices"
+            else:
+                try:
+                    _loaded[device_type] = importlib.import_module(_MODULES[device_type]).load()
+                except NativeUnavailableError as error:
+                    _loaded[device_type] = str(error)
+        return _loaded[device_type]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _native_serves(op: str, device_type: str, forced: str | None) -> bool:
+    """Whether the native library of ``device_type`` has ``op``; warns once if there is none.
+
+    Raises:
+        NativeUnavailableError: it has not, and ``native`` is forced.
+    """
+    loaded = _load(device_type)
+    if isinstance(loaded, Native):
+        if op in loaded.kernels or forced is None:
+            return op in loaded.kernels
+        loaded = f"{loaded.library} has no kernel for {op}"
+    if forced == "native":
+        raise NativeUnavailableError(f"the native back end is forced but cannot run: {loaded}")
+    if device_type not in _warned:
+        _warned.add(device_type)
+        warnings.warn(f"mm_rec runs its slow reference ops on {device_type}: {loaded}", RuntimeWarning, stacklevel=4)
+    return False
+
+
+def runs_native(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether ``op`` on these floating-point inputs runs natively; only float32 and bfloat16 ever do."""
+    if x.dtype not in _NATIVE_DTYPES or any(y is not None and y.dtype not in _NATIVE_DTYPES for y in others):
+        return False
+    forced = _forced.name or _from_environment()
+    return forced != "reference" and _native_serves(op, x.device.type, forced)
+
+
+def kernel(op: str, device_type: str) -> Callable[..., Any]:
+    """The native function of ``op`` on a device type.
+
+    Raises:
+        NativeUnavailableError: there is none.
+    """
+    loaded = _load(device_type)
+    if isinstance(loaded, str):
+        raise NativeUnavailableError(loaded)
+    if op not in loaded.kernels:
+        raise NativeUnavailableError(f"{loaded.library} has no kernel for {op}")
+    return loaded.kernels[op]
+
+
+def _device_status(device_type: str, ops: frozenset[str]) -> DeviceStatus:
+    forced = _forced.name or _from_environment()
+    if forced == "reference":
+        return DeviceStatus(device_type, "reference", "forced")
+    loaded = _load(device_type)
+    if isinstance(loaded, str):
+        return DeviceStatus(device_type, "reference", loaded)
+    return DeviceStatus(
+        device_type,
+        "native",
+        "forced" if forced else "the library is there",
+        library=loaded.library,
+        level=loaded.level,
+        threads=torch.get_num_threads() if device_type == "cpu" else None,
+        reference_ops=tuple(sorted(ops - loaded.kernels.keys())),
+    )
+
+
+def status() -> Status:
+    """Which back end runs on each device type of this machine, and why. Loads the libraries, warns of nothing."""
+    from mm_rec.ops.registry import NATIVE_OPS
+
+    ops = frozenset(NATIVE_OPS)
+    device_types = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return Status(tuple(_device_status(device_type, ops) for device_type in device_types))

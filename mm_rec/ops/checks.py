@@ -1,0 +1,52 @@
+"""Checks of arguments, shared by the public ops: each failure names the argument."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_float", "check_shape", "check_type", "one_type"]
+
+_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+
+
+def check_float(name: str, x: Tensor, ndim: int) -> None:
+    """``x`` must be a floating-point tensor with ``ndim`` axes, none of them empty (0 axes: any number)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be floating-point, got {x.dtype}")
+    if ndim and x.dim() != ndim:
+        raise ValueError(f"{name} must have {ndim} axes, got shape {tuple(x.shape)}")
+    if not x.numel():
+        raise ValueError(f"{name} is empty, shape {tuple(x.shape)}")
+
+
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """``x`` must be a floating-point tensor of ``shape`` on the device of ``like``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be floating-point, got {x.dtype}")
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}, the other arguments on {like.device}")
+
+
+def check_type(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
+    """``x`` must be a tensor of ``shape`` and exactly ``dtype`` on the device of ``like``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {x.dtype}")
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}, the other arguments on {like.device}")
+
+
+def one_type(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same tensors if they share a type, widened to float32 if not: kernels take one activation type."""
+    types = {x.dtype for x in tensors if x is not None}
+    return tensors if len(types) == 1 else tuple(None if x is None else x.float() for x in tensors)

@@ -1,0 +1,108 @@
+"""The tied output head and its loss; definition in :func:`mm_rec.ops.reference.linear_cross_entropy`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm_rec.ops import reference
+from mm_rec.ops.backend import runs_native
+from mm_rec.ops.checks import check_float, check_shape, check_type, one_type
+from mm_rec.ops.registry import below_autograd, define, differentiable
+
+__all__ = ["linear_cross_entropy"]
+
+
+def _fake(
+    y: Tensor, embedding: Tensor, targets: Tensor, weight: Tensor, needs_dy: bool, needs_dembedding: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss = y.new_empty((), dtype=torch.float32)
+    dy = y.new_empty(y.shape if needs_dy else (0,))
+    dembedding = embedding.new_empty(embedding.shape if needs_dembedding else (0,))
+    return loss, loss.new_empty(targets.shape), dy, dembedding
+
+
+_op = define(
+    "linear_cross_entropy(Tensor y, Tensor embedding, Tensor targets, Tensor weight, bool needs_dy, "
+    "bool needs_dembedding) -> (Tensor, Tensor, Tensor, Tensor)",
+    # loss, nll and the gradients of the loss: the weights are known, so one pass over the logits gives
+    # everything; a gradient that is not needed is empty
+    _fake,
+)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        embedding: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        needs_dy: bool,
+        needs_dembedding: bool,
+    ) -> tuple[Tensor, ...]:
+        with below_autograd():
+            loss, nll, dy, dembedding = _op(y, embedding, targets, weight, needs_dy, needs_dembedding)
+        ctx.mark_non_differentiable(nll, dy, dembedding)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dy if needs_dy else None, dembedding if needs_dembedding else None)
+        return loss, nll, dy, dembedding
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        dy, dembedding = ctx.saved_tensors
+        if dloss is None:
+            return (None,) * 6
+        # The usual dloss is 1. Asking a GPU for its value would stall the queue for longer than the product takes.
+        if torch.compiler.is_compiling() or dloss.is_cuda or dloss.item() != 1.0:
+            dy = None if dy is None else (dy * dloss).to(dy.dtype)
+            dembedding = None if dembedding is None else (dembedding * dloss).to(dembedding.dtype)
+        return dy, dembedding, None, None, None, None
+
+
+differentiable(_op, _LinearCrossEntropy)
+
+
+def linear_cross_entropy(
+    y: Tensor, embedding: Tensor, targets: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss of the tied output head: logits y embedding^T, then weighted negative log-likelihood.
+
+    Neither the N x V logits of all rows nor their gradient ever exist: rows run in chunks.
+
+    Args:
+        y: (N, D).
+        embedding: (V, D).
+        targets: (N,) int64 in [0, V).
+        weight: (N,) float32, constant; None means 1 / N each. A weight of 0 leaves the row out.
+
+    Returns:
+        loss: scalar float32, sum of weight * nll, and nll: (N,) float32 in nats, without gradient and 0
+        where the weight is 0.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or shape; the message names it.
+        IndexError: a target is outside the vocabulary (checked on the CPU).
+    """
+    check_float("y", y, 2)
+    check_float("embedding", embedding, 2)
+    rows, width = y.shape
+    check_shape("embedding", embedding, (embedding.shape[0], width), y)
+    check_type("targets", targets, (rows,), torch.int64, y)
+    if weight is not None:
+        check_shape("weight", weight, (rows,), y)
+        if weight.requires_grad:
+            raise ValueError("weight must not require a gradient")
+    if not runs_native("linear_cross_entropy", y, embedding, weight):
+        return reference.linear_cross_entropy(y, embedding, targets, weight)
+    if weight is None:
+        weight = torch.full((rows,), 1 / rows, dtype=torch.float32, device=y.device)
+    learning = torch.is_grad_enabled()
+    y_, embedding_ = one_type(y, embedding)
+    loss, nll, _, _ = _op(
+        y_, embedding_, targets, weight.float(), learning and y.requires_grad, learning and embedding.requires_grad
+    )
+    return loss, nll

@@ -1,0 +1,119 @@
+"""Decay, scaling and gate in one pass; definition in :func:`mm_rec.ops.reference.mdi`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm_rec.ops import reference
+from mm_rec.ops.backend import runs_native
+from mm_rec.ops.checks import check_float, check_shape, one_type
+from mm_rec.ops.registry import below_autograd, define, differentiable
+
+__all__ = ["mdi"]
+
+
+def _fake_forward(
+    decay_logits: Tensor,
+    decay_bias: Tensor,
+    candidate: Tensor,
+    gate_logits: Tensor | None,
+    gate_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    gamma = candidate.new_empty(candidate.shape, dtype=torch.float32)
+    return gamma, torch.empty_like(gamma)
+
+
+def _fake_backward(
+    dgamma: Tensor | None,
+    dx: Tensor | None,
+    decay_logits: Tensor,
+    decay_bias: Tensor,
+    candidate: Tensor,
+    gate_logits: Tensor | None,
+    gate_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    activation = candidate.new_empty(candidate.shape)
+    bias = decay_bias.new_empty(decay_bias.shape)
+    gate = (candidate.new_empty(0), bias.new_empty(0)) if gate_logits is None else (activation.clone(), bias.clone())
+    return activation.clone(), bias, activation, *gate
+
+
+_forward = define(
+    "mdi(Tensor decay_logits, Tensor decay_bias, Tensor candidate, Tensor? gate_logits, Tensor? gate_bias)"
+    " -> (Tensor, Tensor)",
+    _fake_forward,
+)
+_backward = define(
+    "mdi_backward(Tensor? dgamma, Tensor? dx, Tensor decay_logits, Tensor decay_bias, Tensor candidate, "
+    "Tensor? gate_logits, Tensor? gate_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # in the order of the inputs; the last two empty without a gate
+    _fake_backward,
+)
+
+
+class _Mdi(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        with below_autograd():
+            gamma, x = _forward(*inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+        return gamma, x
+
+    @staticmethod
+    def backward(ctx: Any, dgamma: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dgamma is None and dx is None:
+            return (None,) * 5
+        gradients: tuple[Tensor, ...] = _backward(dgamma, dx, *ctx.saved_tensors)
+        return (*gradients[:3], None, None) if ctx.saved_tensors[3] is None else gradients
+
+
+differentiable(_forward, _Mdi)
+
+
+def mdi(
+    decay_logits: Tensor,
+    decay_bias: Tensor,
+    candidate: Tensor,
+    gate_logits: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Memory decay and integration: the coefficients of the core recurrence.
+
+    gamma = clamp(sigmoid(decay_logits + decay_bias), 1e-6, 0.9999)
+    x = sqrt(1 - gamma^2) * candidate * sigmoid(gate_logits + gate_bias)
+
+    Without ``gate_logits`` the last factor is left out: :func:`mm_rec.ops.recurrence` applies its own gate.
+    Where the clamp holds, decay_logits get no gradient.
+
+    Args:
+        decay_logits: (B, T, D).
+        decay_bias: (D,).
+        candidate: (B, T, D), z of the core formula.
+        gate_logits: (B, T, D) or None.
+        gate_bias: (D,), given exactly when ``gate_logits`` is.
+
+    Returns:
+        gamma (B, T, D) and x (B, T, D), both float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or shape; the message names it.
+    """
+    check_float("decay_logits", decay_logits, 3)
+    shape = decay_logits.shape
+    check_shape("decay_bias", decay_bias, shape[2:], decay_logits)
+    check_shape("candidate", candidate, shape, decay_logits)
+    if (gate_logits is None) != (gate_bias is None):
+        raise ValueError("gate_logits and gate_bias are given together or not at all")
+    if gate_logits is not None and gate_bias is not None:
+        check_shape("gate_logits", gate_logits, shape, decay_logits)
+        check_shape("gate_bias", gate_bias, shape[2:], decay_logits)
+    if not runs_native("mdi", decay_logits, decay_bias, candidate, gate_logits, gate_bias):
+        return reference.mdi(decay_logits, decay_bias, candidate, gate_logits, gate_bias)
+    decay_logits_, candidate_, gate_logits_ = one_type(decay_logits, candidate, gate_logits)
+    bias = None if gate_bias is None else gate_bias.float()
+    result: tuple[Tensor, Tensor] = _forward(decay_logits_, decay_bias.float(), candidate_, gate_logits_, bias)
+    return result
