@@ -1,0 +1,246 @@
+"""Loss per minute against a Transformer: the `small` preset and a GPT-2 of about the same size.
+
+Both get the same data, tokenizer, batch and number of CPU minutes, and each the best of several learning rates;
+runs alternate. What counts is bits per byte on held-out documents.
+
+    python -m benchmarks.quality --corpora DIR
+
+DIR holds ``books`` and ``code`` as ``NAME.train.jsonl`` and ``NAME.valid.jsonl`` (any format that mm_rec.data
+reads), one document a line. Needs `transformers`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import platform
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm_rec.config import ModelConfig
+from mm_rec.data.batches import Batch, Batches
+from mm_rec.data.files import read_texts
+from mm_rec.data.pack import Document, TokenStore, write_store
+from mm_rec.device import apply_precision, select_precision
+from mm_rec.evaluate import evaluate, select_documents
+from mm_rec.model import MMRecModel
+from mm_rec.optim import AdamW
+from mm_rec.stages import learning_rate
+from mm_rec.tokenizer import Tokenizer, train_tokenizer
+
+RESULT = Path(__file__).parent / "results" / "quality.json"
+DOMAINS = {"text": "books", "code": "code"}
+VOCABULARY = 8192
+TOKENIZER_BYTES = 6_000_000  # of each domain
+CONTEXT = 512
+WEIGHT_DECAY, BETAS, CLIP = 0.1, (0.9, 0.95), 1.0
+
+
+class Data(NamedTuple):
+    tokenizer: Tokenizer
+    train: dict[str, TokenStore]
+    valid: dict[str, TokenStore]
+
+
+def prepare(corpora: Path, folder: Path) -> Data:
+    """Train the tokenizer on the training documents and pack both splits."""
+
+    def texts(domain: str, split: str) -> Iterator[str]:
+        (path,) = corpora.glob(f"{DOMAINS[domain]}.{split}.jsonl*")
+        yield from read_texts(path)
+
+    def tokenizer_sample() -> Iterator[str]:
+        for domain in DOMAINS:
+            left = TOKENIZER_BYTES
+            for text in texts(domain, "train"):
+                yield text[:left]
+                left -= min(len(text), left)
+                if not left:
+                    break
+
+    tokenizer = train_tokenizer(tokenizer_sample(), VOCABULARY)
+
+    def store(domain: str, split: str) -> TokenStore:
+        documents = (
+            Document([tokenizer.bos_id, *tokenizer.encode(text)], len(text.encode())) for text in texts(domain, split)
+        )
+        return write_store(folder / f"{domain}.{split}", documents, vocab_size=tokenizer.vocab_size)
+
+    train, valid = ({domain: store(domain, split) for domain in DOMAINS} for split in ("train", "valid"))
+    return Data(tokenizer, train, valid)
+
+
+class Contestant(ABC):
+    """A model with its optimizer."""
+
+    model: nn.Module
+
+    @abstractmethod
+    def learn(self, batch: Batch, rate: float) -> Tensor:
+        """One optimizer step; returns the loss."""
+
+    @abstractmethod
+    def bits_per_byte(self, domain: str, store: TokenStore) -> float:
+        """Over whole documents."""
+
+
+class MMRec(Contestant):
+    """The `small` preset as the product trains it in stage 1."""
+
+    def __init__(self, vocabulary: int, precision: str) -> None:
+        self.model: MMRecModel = MMRecModel(ModelConfig.preset("small", vocab_size=vocabulary))
+        apply_precision(self.model, precision)
+        self.optimizer = AdamW(self.model.named_parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY)
+
+    def learn(self, batch: Batch, rate: float) -> Tensor:
+        output, _ = self.model(
+            batch.tokens, None, batch.domain, batch.reset, targets=batch.targets, weight=batch.weight
+        )
+        output.loss.backward()
+        self.optimizer.step(rate, CLIP)
+        return output.loss.detach()
+
+    def bits_per_byte(self, domain: str, store: TokenStore) -> float:
+        documents = select_documents(store, np.empty(0))
+        return evaluate(self.model, documents, domain).bits_per_byte
+
+
+class GPT2(Contestant):
+    """GPT-2 of transformers: six layers of 384, the shape that this size is usually given."""
+
+    def __init__(self, vocabulary: int, precision: str) -> None:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        torch.manual_seed(0)
+        shape = {"n_embd": 384, "n_layer": 6, "n_head": 6, "n_positions": CONTEXT}
+        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        self.model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, use_cache=False, **shape, **dropout))
+        self.autocast = precision == "bf16"
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            logits: Tensor = self.model(tokens).logits
+        return logits.float()
+
+    def learn(self, batch: Batch, rate: float) -> Tensor:
+        logits = self.logits(batch.tokens)
+        nll = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+        loss = (nll * batch.weight.flatten()).sum()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    @torch.inference_mode()
+    def bits_per_byte(self, domain: str, store: TokenStore) -> float:
+        """Each token is predicted from at least the half context before it (all there is near the start)."""
+        nats, stride = 0.0, CONTEXT // 2
+        for index in range(store.n_documents):
+            ids = torch.from_numpy(store.document(index).astype(np.int64))
+            done = 0  # targets already scored
+            while done < len(ids) - 1:
+                start = max(0, done - stride)
+                window = ids[start : start + CONTEXT + 1]
+                nll = F.cross_entropy(self.logits(window[None, :-1])[0], window[1:], reduction="none")
+                nats += float(nll[done - start :].double().sum())
+                done = start + len(window) - 1
+        return nats / math.log(2) / float(store.n_bytes.sum())
+
+
+CONTESTANTS = {"small": MMRec, "gpt2": GPT2}
+
+
+def train_and_score(
+    name: str, rate: float, data: Data, batch_size: int, cpu_seconds: float, precision: str
+) -> dict[str, Any]:
+    """Train one model for ``cpu_seconds`` of processor time, then score it."""
+    contestant = CONTESTANTS[name](data.tokenizer.padded_vocab_size, precision)
+    batches = Batches(data.train, batch_size=batch_size, seq_len=CONTEXT, seed=0, layout="windows")
+    steps, used, losses = 0, 0.0, []
+    wall = time.perf_counter()
+    start = time.process_time()
+    while used < cpu_seconds:
+        share = int(used / cpu_seconds * 10_000) + 1  # the schedule follows the clock, not a number of steps
+        losses.append(contestant.learn(batches.micro_batch(steps), learning_rate(share, 10_000, rate)))
+        steps += 1
+        used = time.process_time() - start
+        if steps % 100 == 0:
+            recent = torch.stack(losses[-50:]).mean()
+            print(f"  {name} {rate:g} step {steps:5d} loss {recent:.3f} {used:6.0f} CPU s", flush=True)
+    wall = time.perf_counter() - wall
+    scores = {DOMAINS[d]: round(contestant.bits_per_byte(d, store), 4) for d, store in data.valid.items()}
+    return {
+        "model": name,
+        "parameters": sum(p.numel() for p in contestant.model.parameters()),
+        "learning_rate": rate,
+        "steps": steps,
+        "tokens": steps * batch_size * CONTEXT,
+        "cpu_seconds": round(used, 1),
+        "wall_seconds": round(wall, 1),
+        "final_loss": round(float(torch.stack(losses[-50:]).mean()), 4),
+        "bits_per_byte": scores,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run all contestants at all rates, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpora", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of all threads together, per run")
+    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--rates_small", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--rates_gpt2", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args(argv)
+    precision = select_precision(options.precision, torch.device("cpu"))
+    cpu_seconds = options.minutes * 60 * torch.get_num_threads()
+    runs = {"small": options.rates_small, "gpt2": options.rates_gpt2}
+    turns = itertools.zip_longest(*([(name, rate) for rate in rates] for name, rates in runs.items()))
+    order = [run for turn in turns for run in turn if run is not None]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        data = prepare(options.corpora, Path(folder))
+        for name, rate in order:
+            rows.append(train_and_score(name, rate, data, options.batch_size, cpu_seconds, precision))
+            print(json.dumps(rows[-1]), flush=True)
+    settings = {
+        "minutes": options.minutes,
+        "threads": torch.get_num_threads(),
+        "batch": [options.batch_size, CONTEXT],
+        "precision": precision,
+        "vocabulary": data.tokenizer.vocab_size,
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+    }
+    options.output.write_text(json.dumps({"settings": settings, "runs": rows}, indent=2) + "\n")
+    print(f"\n{'model':6} {'parameters':>11} {'rate':>7} {'tokens':>9} {'books':>7} {'code':>7}")
+    for row in sorted(rows, key=lambda row: sum(row["bits_per_byte"].values())):
+        bits = row["bits_per_byte"]
+        print(
+            f"{row['model']:6} {row['parameters']:11,} {row['learning_rate']:7g} {row['tokens']:9,}"
+            f" {bits['books']:7.4f} {bits['code']:7.4f}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
