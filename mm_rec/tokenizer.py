@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -40,6 +41,16 @@ _WORDS = "|".join(
         r"\s+",
     )
 )
+
+
+def _byte_signs() -> dict[str, int]:
+    """How GPT-2 and all byte-level vocabularies since write bytes: printable Latin-1 as it is, the rest from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_SIGN = _byte_signs()
 
 
 class Tokenizer:
@@ -86,6 +97,15 @@ class Tokenizer:
         """The text of ``ids``. Control tokens leave no trace; bytes that are not UTF-8 become U+FFFD."""
         text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
         return text
+
+    @cached_property
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """The UTF-8 bytes that each id stands for, which may end inside a character; none for control tokens."""
+        control = set(self.control_ids.values())
+        names = {i: name for name, i in self._backend.get_vocab().items()}
+        return tuple(
+            b"" if i in control else bytes(_BYTE_OF_SIGN[sign] for sign in names[i]) for i in range(self.vocab_size)
+        )
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` into ``folder``.
