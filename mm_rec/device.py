@@ -1,0 +1,121 @@
+"""Where and how a model runs: device, precision, threads, and the memory that is left."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from mm_rec.errors import UserError
+
+__all__ = [
+    "PRECISIONS",
+    "apply_precision",
+    "available_memory",
+    "has_fast_bf16",
+    "select_device",
+    "select_precision",
+    "set_threads",
+]
+
+PRECISIONS = ("bf16", "fp32")
+KEEP_FLOAT32 = ("w_g", "address")
+"""Matrices that act on float32 states and stay float32 whatever the precision."""
+
+
+def select_device(requested: str = "auto") -> torch.device:
+    """The device to run on: ``auto`` takes CUDA if it is there, else the CPU.
+
+    Raises:
+        UserError: if the device asked for is not there.
+    """
+    if requested == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if requested == "cpu":
+        return torch.device("cpu")
+    if requested.split(":")[0] != "cuda":
+        raise UserError(f"unknown device {requested!r}; use --device cpu, cuda or auto")
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA device is usable here; use --device cpu, or install a CUDA build of PyTorch")
+    device = torch.device(requested)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise UserError(f"there is no {requested}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+    return device
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32: AVX512-BF16 or AMX, and any CUDA device."""
+    if device.type == "cuda":
+        return True
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def select_precision(requested: str, device: torch.device) -> str:
+    """``bf16`` or ``fp32``; ``auto`` takes bf16 where the processor is faster with it."""
+    if requested == "auto":
+        return "bf16" if has_fast_bf16(device) else "fp32"
+    if requested not in PRECISIONS:
+        raise UserError(f"unknown precision {requested!r}; use --precision auto, bf16 or fp32")
+    return requested
+
+
+def set_threads(requested: int | None) -> int:
+    """Use ``requested`` threads; None keeps PyTorch's choice: all cores, or what OMP_NUM_THREADS says."""
+    if requested is not None:
+        torch.set_num_threads(requested)
+    return torch.get_num_threads()
+
+
+def apply_precision(model: nn.Module, precision: str) -> None:
+    """Convert the matrices of ``model`` to bfloat16, or leave all in float32.
+
+    Biases, the recurrent gate and the addresses of the long-term slots stay float32: they are small and
+    act on float32 states. The optimizer keeps float32 masters of what is converted here.
+    """
+    if precision == "fp32":
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 and name.rpartition(".")[2] not in KEEP_FLOAT32:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that this process can still take on ``device``.
+
+    On the CPU that is the least of what the machine has free (MemAvailable), what the control group leaves
+    and what the address-space limit (``ulimit -v``) leaves.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limits = [psutil.virtual_memory().available]
+    if sys.platform != "win32":
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if soft != resource.RLIM_INFINITY:
+            limits.append(soft - psutil.Process().memory_info().vms)
+    limits.extend(_control_group_room())
+    return max(0, min(limits))
+
+
+def _control_group_room() -> list[int]:
+    """What the control groups of this process leave, if they limit memory (version 2 of the interface)."""
+    room: list[int] = []
+    root = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        group = root / next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(root) or not (folder / "memory.max").exists():
+                continue
+            limit = (folder / "memory.max").read_text().strip()
+            if limit != "max":
+                counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / "memory.current").read_text()) - int(counts["inactive_file"])
+                room.append(int(limit) - used)
+    return room

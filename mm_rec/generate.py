@@ -1,0 +1,193 @@
+"""Text from a model: sampling, and a stream of pieces that never splits a character."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mm_rec.errors import UserError
+from mm_rec.model import MMRecModel
+from mm_rec.state import ModelState
+from mm_rec.tokenizer import Tokenizer
+
+__all__ = ["Sampling", "TextStream", "generate", "next_token", "read_prompt"]
+
+PROMPT_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The filters apply in the order in which they stand here.
+
+    Attributes:
+        max_new_tokens: to draw at most.
+        repetition_penalty: logits of tokens that occurred are divided by it if positive, else multiplied
+            (CTRL, arXiv 1909.05858); 1 changes nothing.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the likeliest tokens that together have this probability (arXiv 1904.09751).
+        min_p: keep tokens at least this share as likely as the likeliest (arXiv 2407.01082).
+        stop: text ends before the first of these strings.
+        seed: the same seed gives the same text.
+    """
+
+    max_new_tokens: int = 200
+    repetition_penalty: float = 1.0
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_new_tokens must be at least 0": self.max_new_tokens >= 0,
+            "repetition_penalty must be above 0": 0 < self.repetition_penalty < float("inf"),
+            "temperature must be at least 0": 0 <= self.temperature < float("inf"),
+            "top_k must be at least 0": self.top_k >= 0,
+            "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
+            "min_p must be at least 0 and at most 1": 0 <= self.min_p <= 1,
+            "stop strings must not be empty": all(self.stop),
+        }
+        for message, holds in checks.items():
+            if not holds:
+                raise UserError(message)
+
+
+def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator, seen: Sequence[int] = ()) -> int:
+    """Draw one token.
+
+    Args:
+        logits: (V,) any floating type, any device; -inf for what must not come.
+        sampling: how to draw.
+        generator: of the CPU; a draw with a temperature above 0 takes one number from it.
+        seen: tokens to penalise.
+    """
+    scores = logits.detach().to("cpu", torch.float32).clone()
+    if sampling.repetition_penalty != 1 and seen:
+        index = torch.tensor(sorted(set(seen)))
+        old = scores[index]
+        scores[index] = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return int(scores.argmax())
+    ordered, order = (scores / sampling.temperature).sort(descending=True, stable=True)
+    if sampling.top_k:
+        ordered = ordered[: sampling.top_k]
+    probability = ordered.softmax(0)
+    # A token stays if those before it don't reach top_p yet, so the likeliest always does.
+    keep = probability.cumsum(0) - probability < sampling.top_p
+    keep &= probability >= sampling.min_p * probability[0]
+    cumulative = (probability * keep).double().cumsum(0)
+    draw = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
+    return int(order[int(torch.searchsorted(cumulative, draw, right=True).clamp(max=int(keep.nonzero()[-1])))])
+
+
+class TextStream:
+    """Turns tokens into text as they come, and ends it at stop strings.
+
+    Bytes of an unfinished character wait for the rest of it, and text that may yet become a stop string
+    waits until it cannot. Bytes that are not UTF-8 become U+FFFD.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._bytes = tokenizer.token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """The text that ``token`` makes certain, perhaps none; sets ``stopped`` at a stop string."""
+        return self._release(self._decoder.decode(self._bytes[token]))
+
+    def finish(self) -> str:
+        """What was still held back."""
+        text = self._release(self._decoder.decode(b"", final=True))
+        if not self.stopped:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _release(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            text, self._held = self._held[: min(found)], ""
+            return text
+        wait = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        cut = len(self._held) - wait
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    return next((size for size in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+@torch.inference_mode()
+def read_prompt(
+    model: MMRecModel, tokens: Sequence[int], domain: str | None, state: ModelState | None = None
+) -> tuple[Tensor, ModelState]:
+    """Read tokens in chunks, in constant memory.
+
+    Returns:
+        The logits (V,) after the last token and the state of the one row.
+    """
+    if not tokens:
+        raise ValueError("a prompt has at least one token")
+    ids = torch.tensor([list(tokens)], device=model.embedding.weight.device)
+    for chunk in torch.split(ids, PROMPT_CHUNK, dim=1):
+        # All but the last token of a chunk need no logits, which are the larger part of the work.
+        if chunk.shape[1] > 1:
+            no_loss = torch.zeros_like(chunk[:, :-1], dtype=torch.float32)
+            _, state = model(chunk[:, :-1], state, domain, targets=chunk[:, 1:], weight=no_loss)
+        logits, state = model(chunk[:, -1:], state, domain)
+    assert state is not None
+    return logits[0, -1], state
+
+
+@torch.inference_mode()
+def generate(
+    model: MMRecModel, tokenizer: Tokenizer, prompt: str, sampling: Sampling, domain: str | None
+) -> Iterator[str]:
+    """Continue ``prompt``; yields pieces of text, never a part of a character.
+
+    Generation ends at EOS, at a stop string or after ``max_new_tokens``. Control tokens other than EOS are
+    never drawn.
+
+    Args:
+        model: on any device.
+        tokenizer: the one that the model was trained with.
+        prompt: text to continue, a new document from its start; may be empty.
+        sampling: how to draw.
+        domain: the expert to use; None fuses all.
+    """
+    generator = torch.Generator().manual_seed(sampling.seed)
+    seen = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    barred = [i for i in tokenizer.control_ids.values() if i != tokenizer.eos_id]
+    stream = TextStream(tokenizer, sampling.stop)
+    logits, state = read_prompt(model, seen, domain)
+    for _ in range(sampling.max_new_tokens):
+        logits = logits.float()
+        logits[barred] = -torch.inf
+        logits[tokenizer.vocab_size :] = -torch.inf
+        token = next_token(logits, sampling, generator, seen)
+        if token == tokenizer.eos_id:
+            break
+        seen.append(token)
+        if piece := stream.push(token):
+            yield piece
+        if stream.stopped:
+            return
+        rows, state = model.step(torch.tensor([token], device=logits.device), state, domain)
+        logits = rows[0]
+    if piece := stream.finish():
+        yield piece

@@ -1,0 +1,79 @@
+"""SIGTERM and Ctrl-C: finish what must not be torn, then leave with the conventional exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+__all__ = ["Interrupted", "SignalGuard"]
+
+DEADLINE_SECONDS = 9.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(BaseException):
+    """A signal asked the program to end; like KeyboardInterrupt, not an ``Exception``."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum
+
+
+class SignalGuard:
+    """Turns the first SIGTERM or SIGINT into :class:`Interrupted`, at once or when the work says so.
+
+    Inside :meth:`deferred` a signal only sets :attr:`requested`; leaving the context, or a call of
+    :meth:`check` anywhere, raises. The second signal, or nine seconds, end the process on the spot: all
+    files are written atomically, so that what was saved before stays valid. Outside the main thread
+    Python takes no signals and the guard does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        self._deferred = False
+        self._previous: dict[int, Any] = {}
+        self._deadline: threading.Timer | None = None
+
+    def __enter__(self) -> SignalGuard:
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def check(self) -> None:
+        """Raise :class:`Interrupted` if a signal came."""
+        if self.requested is not None:
+            raise Interrupted(self.requested)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """A stretch of work that is not torn; it ends in :class:`Interrupted` if a signal came meanwhile."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        self.check()
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            os._exit(128 + signum)
+        self.requested = signum
+        self._deadline = threading.Timer(DEADLINE_SECONDS, os._exit, (128 + signum,))
+        self._deadline.daemon = True
+        self._deadline.start()
+        if not self._deferred:
+            raise Interrupted(signum)

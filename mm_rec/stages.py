@@ -1,0 +1,137 @@
+"""The training stages: one table. A stage is data; the trainer runs them all."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["PRETRAINING", "STAGES", "Sizes", "Stage", "learning_rate", "peak_rate"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Default sizes of a stage on one kind of device.
+
+    Attributes:
+        batch_size: B, rows of a micro-batch.
+        seq_len: T, tokens of a row; in lane layouts the chunk after which the carried state is cut off.
+        steps: optimizer steps.
+        checkpoint_interval: steps between two checkpoints.
+    """
+
+    batch_size: int
+    seq_len: int
+    steps: int
+    checkpoint_interval: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training.
+
+    Attributes:
+        name: of the stage and of its run folder.
+        summary: one line for people.
+        layout: "windows" cuts the packed stream into independent rows; "lanes" reads documents in order
+            with the state carried from one micro-batch to the next.
+        mixed: rows of all domains in one micro-batch, all experts run and are fused.
+        rate_factor: of the peak learning rate.
+        document_limit: tokens after which a longer document is cut and starts afresh; None for no cut.
+        fusion_first: share of the steps, at the start, in which the fusion alone learns.
+        follows: the stage whose final weights this one starts from.
+        cpu, gpu: default sizes.
+    """
+
+    name: str
+    summary: str
+    layout: Literal["windows", "lanes"]
+    mixed: bool
+    rate_factor: float
+    document_limit: int | None
+    fusion_first: float
+    follows: str | None
+    cpu: Sizes
+    gpu: Sizes
+
+    def sizes(self, device_type: str) -> Sizes:
+        """The defaults for a ``torch.device`` type."""
+        return self.cpu if device_type == "cpu" else self.gpu
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            name="stage1",
+            summary="local consistency: short windows, each domain to its own expert",
+            layout="windows",
+            mixed=False,
+            rate_factor=1.0,
+            document_limit=None,
+            fusion_first=0.0,
+            follows=None,
+            cpu=Sizes(batch_size=2, seq_len=512, steps=1000, checkpoint_interval=50),
+            gpu=Sizes(batch_size=8, seq_len=512, steps=10_000, checkpoint_interval=200),
+        ),
+        Stage(
+            name="stage2",
+            summary="global specialisation: long documents, state carried, each domain to its own expert",
+            layout="lanes",
+            mixed=False,
+            rate_factor=1 / 3,
+            document_limit=8192,
+            fusion_first=0.0,
+            follows="stage1",
+            cpu=Sizes(batch_size=2, seq_len=512, steps=250, checkpoint_interval=50),
+            gpu=Sizes(batch_size=4, seq_len=8192, steps=5000, checkpoint_interval=100),
+        ),
+        Stage(
+            name="stage3",
+            summary="fusion: both domains mixed, all experts run; first the fusion alone learns",
+            layout="lanes",
+            mixed=True,
+            rate_factor=1 / 6,
+            document_limit=4096,
+            fusion_first=0.2,
+            follows="stage2",
+            cpu=Sizes(batch_size=2, seq_len=512, steps=500, checkpoint_interval=50),
+            gpu=Sizes(batch_size=8, seq_len=4096, steps=5000, checkpoint_interval=100),
+        ),
+    )
+}
+
+PRETRAINING = ("stage1", "stage2", "stage3")
+"""What ``--stage all`` runs, in order."""
+
+LOW_TOKENS, LOW_RATE = 1024, 1e-3
+HIGH_TOKENS, HIGH_RATE = 65_536, 2e-3
+FINAL_SHARE = 0.1
+
+
+def peak_rate(tokens_per_step: int) -> float:
+    """Peak learning rate of AdamW for stage1: 1e-3 at 1k tokens a step, rising to 2e-3 at 65k.
+
+    Both ends are measured (architecture.md section 5); between them the rate is linear in the logarithm of
+    the tokens, outside them constant.
+
+    >>> peak_rate(1024), peak_rate(8192), peak_rate(1_000_000)
+    (0.001, 0.0015, 0.002)
+    """
+    share = math.log(tokens_per_step / LOW_TOKENS) / math.log(HIGH_TOKENS / LOW_TOKENS)
+    return LOW_RATE + (HIGH_RATE - LOW_RATE) * min(max(share, 0.0), 1.0)
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Rate of optimizer step ``step`` (from 1) of ``steps``: short linear warm-up, then cosine to a tenth.
+
+    The warm-up takes a twentieth of the steps, at most 200.
+
+    >>> learning_rate(50, 1000, 1.0), round(learning_rate(1000, 1000, 1.0), 6)
+    (1.0, 0.1)
+    """
+    warmup = max(1, min(200, steps // 20))
+    if step <= warmup:
+        return peak * step / warmup
+    share = min((step - warmup) / max(steps - warmup, 1), 1.0)
+    return peak * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * share)))
