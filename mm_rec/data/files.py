@@ -1,0 +1,199 @@
+"""Reading data files: ``.txt``, ``.jsonl`` (plain, gzip, zstd or xz) and ``.parquet``.
+
+A JSONL row is a JSON string, or an object whose text is in the field ``text``, ``content`` or ``code``. Whatever is
+wrong with a row or a file is an error that names file and line; with ``--skip_bad`` it is counted instead, up to a cap.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mm_rec.errors import UserError
+
+__all__ = ["MAX_ROW_BYTES", "SUFFIXES", "TEXT_FIELDS", "BadRows", "Row", "find_files", "read_rows", "read_texts"]
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet")
+TEXT_FIELDS = ("text", "content", "code")
+
+MAX_ROW_BYTES = 64_000_000
+"""A longer line is no document but a file without line breaks; it is not read into memory."""
+
+_TEXT_PIECE = 4_000_000  # characters: a .txt file is one document, unless it is longer than this
+
+
+@dataclass
+class BadRows:
+    """What to do with a row that cannot be used: raise UserError, or count it if there were fewer than ``cap``."""
+
+    cap: int = 0
+    found: list[str] = field(default_factory=list)
+
+    def report(self, path: Path, line: int, problem: str) -> None:
+        """Take note of a bad row; raises UserError if that is one too many."""
+        self.found.append(f"{path}:{line}: {problem}")
+        if self.cap == 0:
+            raise UserError(f"{self.found[-1]}; mend or delete it, or leave out bad rows with --skip_bad")
+        if len(self.found) > self.cap:
+            raise UserError(f"{self.found[-1]}; that is more than {self.cap} bad rows (--skip_bad), so nothing is used")
+
+
+class Row(NamedTuple):
+    """A value of a data file and where it stands."""
+
+    path: Path
+    line: int
+    value: Any
+
+
+def find_files(path: Path) -> list[Path]:
+    """The data files at ``path``: itself, or those in the folder and its subfolders, in the order of their names.
+
+    Raises UserError if there is nothing at ``path`` or if it is a file of another kind.
+    """
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.is_file() and _suffix(file)]
+        return sorted(file for file in files if not any(p.startswith(".") for p in file.relative_to(path).parts))
+    if not path.exists():
+        raise UserError(f"there is no file or folder {path}")
+    if not _suffix(path):
+        raise UserError(f"{path} is none of the kinds of files that can be read: {', '.join(SUFFIXES)}")
+    return [path]
+
+
+def read_texts(path: Path, bad: BadRows) -> Iterator[str]:
+    """The documents of one data file, as strings that have a UTF-8 form and no NUL."""
+    if _suffix(path) == ".txt":
+        yield from _read_plain(path, bad)
+        return
+    for row in read_rows(path, bad, TEXT_FIELDS):
+        text = row.value
+        if isinstance(text, dict):
+            text = next((text[name] for name in TEXT_FIELDS if isinstance(text.get(name), str)), None)
+            problem = f"the object has no string in a field {', '.join(TEXT_FIELDS)}"
+        else:
+            problem = f"a string or an object is needed, not {_kind(text)}"
+        if not isinstance(text, str):
+            bad.report(path, row.line, problem)
+        elif "\0" in text:
+            bad.report(path, row.line, "the text has a NUL character")
+        elif not _has_utf8_form(text):
+            bad.report(path, row.line, "the text has a lone surrogate, half of a character")
+        else:
+            yield text
+
+
+def read_rows(path: Path, bad: BadRows, fields: Sequence[str] = ()) -> Iterator[Row]:
+    """The values of a JSONL or Parquet file: any JSON value a line, or a dict a row.
+
+    Of a Parquet file only the first of ``fields`` that it has is read, or all columns if it has none of them.
+    """
+    if _suffix(path) == ".parquet":
+        yield from _read_parquet(path, bad, fields)
+        return
+    for line, content in _read_lines(path, bad):
+        if content.isspace():
+            continue
+        try:
+            yield Row(path, line, json.loads(content))
+        except RecursionError:
+            bad.report(path, line, "the JSON value is nested too deeply")
+        except ValueError as error:
+            bad.report(path, line, f"not valid JSON: {error}")
+
+
+def _suffix(path: Path) -> str | None:
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+
+
+def _read_lines(path: Path, bad: BadRows) -> Iterator[tuple[int, str]]:
+    """The lines of a file, numbered from 1, with line ends as in Unix and without the mark that may start UTF-8."""
+    line = 0
+    try:
+        with _open(path) as file:
+            while content := file.readline(MAX_ROW_BYTES):
+                line += 1
+                if len(content) == MAX_ROW_BYTES and not content.endswith(b"\n"):
+                    while content and not content.endswith(b"\n"):
+                        content = file.readline(MAX_ROW_BYTES)
+                    bad.report(path, line, f"the line is longer than {MAX_ROW_BYTES // 1_000_000} MB")
+                    continue
+                if line == 1:
+                    content = content.removeprefix(codecs.BOM_UTF8)
+                if content.endswith(b"\r\n"):
+                    content = content[:-2] + b"\n"
+                try:
+                    text = content.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    bad.report(path, line, f"not UTF-8: {error.reason} at byte {error.start} of the line")
+                    continue
+                yield line, text
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        bad.report(path, line + 1, f"the file breaks off or is damaged ({error}), so fetch it again")
+
+
+def _open(path: Path) -> IO[bytes]:
+    match _suffix(path):
+        case ".jsonl.gz":
+            return cast(IO[bytes], gzip.open(path))
+        case ".jsonl.xz":
+            return lzma.open(path)
+        case ".jsonl.zst":
+            # zstandard's own reader takes a file that breaks off for a whole one.
+            return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
+        case _:
+            return path.open("rb")
+
+
+def _read_plain(path: Path, bad: BadRows) -> Iterator[str]:
+    """A text file as one document; a very long one as several, cut at a line."""
+    lines: list[str] = []
+    size = 0
+    for line, text in _read_lines(path, bad):
+        if "\0" in text:
+            bad.report(path, line, "the line has a NUL character")
+            continue
+        lines.append(text)
+        size += len(text)
+        if size >= _TEXT_PIECE:
+            yield "".join(lines)
+            lines, size = [], 0
+    if lines:
+        yield "".join(lines)
+
+
+def _read_parquet(path: Path, bad: BadRows, fields: Sequence[str]) -> Iterator[Row]:
+    line = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = [name for name in fields if name in file.schema_arrow.names][:1] or None
+            for batch in file.iter_batches(batch_size=1000, columns=columns):
+                for value in batch.to_pylist():
+                    line += 1
+                    yield Row(path, line, value)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        bad.report(path, line + 1, f"the file breaks off or is damaged ({' '.join(str(error).split())})")
+
+
+def _has_utf8_form(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    return names.get(type(value), type(value).__name__)
