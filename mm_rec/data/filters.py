@@ -1,0 +1,125 @@
+"""Quality filters and near-duplicate removal.
+
+The rules for code are those of StarCoder (Li et al. 2023, arXiv:2305.06161, section 3.1), those for text follow Gopher
+(Rae et al. 2021, arXiv:2112.11446, section A.1.1). Near-duplicates are found by MinHash and locality-sensitive hashing
+(Broder 1997; Lee et al. 2022, arXiv:2107.06499).
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["NearDuplicates", "quality_problem"]
+
+_SAMPLE = 20_000  # characters that a document is judged by
+_MIN_TEXT, _MIN_CODE = 40, 40  # characters
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ue000-\uf8ff\ufffd]")
+_LETTER_OR_DIGIT = re.compile(r"[^\W_]+")
+_LETTER = re.compile(r"[^\W\d_]+")
+_GENERATED = re.compile(
+    r"auto[- ]?generated|automatically generated|@generated|generated .{0,80}do not (edit|modify)", re.I
+)
+
+
+def quality_problem(text: str, domain: str) -> str | None:
+    """Why a document should not be trained on, in a few words, or None if it is fine.
+
+    ``domain`` is ``code`` for programs; everything else is held to the rules for prose.
+
+    >>> quality_problem("= = Plot = =", "text")
+    'too short'
+    """
+    if len(text.strip()) < (_MIN_CODE if domain == "code" else _MIN_TEXT):
+        return "too short"
+    sample = text[:_SAMPLE]
+    if len(_CONTROL.findall(sample)) > 0.01 * len(sample):
+        return "not printable"
+    return _code_problem(sample) if domain == "code" else _text_problem(sample)
+
+
+def _text_problem(sample: str) -> str | None:
+    if _matched(_LETTER, sample) < 0.5 * len(sample):
+        return "few letters"
+    lines = [line for line in sample.split("\n") if line.strip()]
+    if len(lines) >= 6 and len(set(lines)) < 0.7 * len(lines):
+        return "repeated lines"
+    if _compressed_share(sample) < 0.15:
+        return "repetitive"
+    return None
+
+
+def _code_problem(sample: str) -> str | None:
+    if _GENERATED.search(sample[:1000]):
+        return "generated"
+    lines = sample.split("\n")
+    if max(map(len, lines)) > 1000 or len(sample) > 100 * len(lines):
+        return "long lines"
+    if _matched(_LETTER_OR_DIGIT, sample) < 0.25 * len(sample):
+        return "few letters or digits"
+    if _compressed_share(sample) < 0.08:
+        return "repetitive"
+    return None
+
+
+def _matched(pattern: re.Pattern[str], sample: str) -> int:
+    return sum(map(len, pattern.findall(sample)))
+
+
+def _compressed_share(sample: str) -> float:
+    """Size after compression relative to that before; short samples don't repeat enough to tell."""
+    content = sample.encode("utf-8", "replace")
+    return len(zlib.compress(content, 1)) / len(content) if len(content) >= 1000 else 1.0
+
+
+class NearDuplicates:
+    """Finds documents that share about four fifths of their five-word sequences with an earlier one.
+
+    A document's signature is the minimum, over its word sequences, of each of 128 hash functions; the share of equal
+    entries of two signatures estimates the Jaccard similarity of their sets of sequences. Documents are compared if
+    they agree in one of 16 bands of 8 entries, which finds a similarity of 0.8 in 95 of 100 cases. Memory: about
+    2.5 kB a document.
+    """
+
+    _WORDS = 5
+    _BANDS, _ROWS = 16, 8
+    _SIMILAR = 0.75  # estimated; the estimate is 0.04 off on average
+    _CHUNK = 1024  # sequences at a time, so that the products stay in the cache
+
+    def __init__(self) -> None:
+        bits = np.random.PCG64(5).random_raw(2 * self._BANDS * self._ROWS)
+        self._factors: NDArray[np.uint64] = bits[::2] | np.uint64(1)
+        self._terms: NDArray[np.uint64] = bits[1::2]
+        self._mix = np.random.PCG64(6).random_raw(self._WORDS) | np.uint64(1)
+        self._signatures: list[NDArray[np.uint32]] = []
+        self._bands: list[dict[bytes, int]] = [{} for _ in range(self._BANDS)]
+
+    def add(self, text: str) -> bool:
+        """Remember ``text``, unless it is a near-duplicate of one remembered: then return True."""
+        signature = self._signature(text)
+        keys = [band.tobytes() for band in signature.reshape(self._BANDS, self._ROWS)]
+        earlier = {band[key] for band, key in zip(self._bands, keys, strict=True) if key in band}
+        if any(np.mean(signature == self._signatures[i]) >= self._SIMILAR for i in earlier):
+            return True
+        for band, key in zip(self._bands, keys, strict=True):
+            band.setdefault(key, len(self._signatures))
+        self._signatures.append(signature)
+        return False
+
+    def _signature(self, text: str) -> NDArray[np.uint32]:
+        words = np.fromiter(map(zlib.crc32, text.lower().encode("utf-8", "replace").split()), dtype=np.uint64)
+        words = np.pad(words, (0, max(0, self._WORDS - len(words))))
+        count = len(words) - self._WORDS + 1
+        sequences = np.zeros(count, dtype=np.uint64)
+        for i in range(self._WORDS):
+            sequences = (sequences ^ words[i : i + count]) * self._mix[i]
+            sequences ^= sequences >> np.uint64(29)
+        minima = np.full(len(self._factors), np.iinfo(np.uint64).max, dtype=np.uint64)
+        for start in range(0, count, self._CHUNK):
+            hashes = self._factors[:, None] * sequences[start : start + self._CHUNK] + self._terms[:, None]
+            np.minimum(minima, hashes.min(axis=1), out=minima)
+        return (minima >> np.uint64(32)).astype(np.uint32)
