@@ -108,7 +108,7 @@ class AdamW:
 
         Args:
             lr: learning rate of this step.
-            max_norm: the gradient is scaled down to this global norm if it is larger; ``math.inf`` never clips.
+            max_norm: the gradient is scaled down to this global norm if it is larger; 0 never clips.
 
         Returns:
             The global norm before clipping, float32 of shape (), on the parameters' device. Where it is not
@@ -117,7 +117,7 @@ class AdamW:
         self.accumulate()
         active = [slot for slot in self._slots if slot.total is not None]
         norm = _global_norm([slot.total for slot in active if slot.total is not None], self._slots[0].master.device)
-        divisor = (norm / max_norm).clamp(min=1.0)
+        divisor = (norm / max_norm).clamp(min=1.0) if max_norm else torch.ones_like(norm)
         skip = 1.0 - norm.isfinite().float()
         for slots, decay in (
             ([slot for slot in active if slot.decayed], self.weight_decay),

@@ -1,0 +1,289 @@
+"""Checkpoints: folders in the layout of Hugging Face, with what training needs beside it.
+
+    config.json  generation_config.json  model.safetensors         the model, weights in float32
+    tokenizer.json  tokenizer_config.json  chat_template.jinja     the tokenizer
+    optimizer.safetensors  carried.safetensors  trainer.json       the training: moments, carried state, the rest
+    manifest.json                                                  size and SHA-256 of every file above
+
+A checkpoint is written whole or not at all, never changed afterwards, and read only if every byte is what was
+written. There is no pickle in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mm_rec import storage
+from mm_rec.config import ModelConfig
+from mm_rec.errors import UserError
+from mm_rec.tokenizer import Tokenizer
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "checkpoint_name",
+    "checkpoint_step",
+    "list_checkpoints",
+    "load",
+    "load_newest",
+    "newest_valid",
+    "prune",
+    "resolve",
+    "save",
+    "set_aside",
+]
+
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+TRAINING_FILES = ("optimizer.safetensors", "carried.safetensors", "trainer.json")
+SMALL_FILES_BYTES = 16_000_000
+"""Room for all files but the tensors; a tokenizer of 32,000 tokens takes 2.5 MB."""
+
+Event = Callable[[str], None]
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be used; the message names the file that is missing or damaged."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What :func:`load` read.
+
+    Attributes:
+        path: the folder.
+        config: shape of the model.
+        weights: by parameter name, float32.
+        optimizer: as from ``AdamW.state_tensors``; empty if only the weights were asked for, as are the next two.
+        carried: state carried from one step to the next, as from ``flatten_state``.
+        trainer: step, random state, schedule and whatever else the trainer keeps.
+        tokenizer_dir: for ``Tokenizer.load``.
+    """
+
+    path: Path
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    carried: dict[str, Tensor]
+    trainer: dict[str, Any]
+    tokenizer_dir: Path
+
+
+def save(
+    path: Path,
+    *,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    carried: Mapping[str, Tensor],
+    trainer: Mapping[str, Any],
+    tokenizer: Tokenizer,
+) -> None:
+    """Write the checkpoint ``path``, which must not exist yet.
+
+    Args:
+        path: the folder to make.
+        config: shape of the model.
+        weights: master weights by parameter name.
+        optimizer, carried: named tensors; may be empty.
+        trainer: values that JSON can hold.
+        tokenizer: that of the model.
+
+    Raises:
+        StorageError: if the disk is full, broken or not writable. Nothing is left over, and no earlier
+            checkpoint is touched.
+    """
+    tensors = {"model": weights, "optimizer": optimizer, "carried": carried}
+    n_bytes = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+    with storage.atomic_folder(path, n_bytes + SMALL_FILES_BYTES) as folder:
+        _write_json(folder / "config.json", _model_config(config, tokenizer))
+        _write_json(folder / "generation_config.json", _special_ids(tokenizer))
+        _write_json(folder / "trainer.json", dict(trainer))
+        tokenizer.save(folder)
+        for name, group in tensors.items():
+            _write_tensors(folder / f"{name}.safetensors", group)
+
+
+def load(path: Path, *, weights_only: bool = False) -> Checkpoint:
+    """Read a checkpoint after comparing every file with the manifest.
+
+    Args:
+        path: the checkpoint's folder.
+        weights_only: leave out what only training needs.
+
+    Raises:
+        CheckpointError: naming the file that is missing or damaged.
+    """
+    path = Path(path)
+    _verify(path, weights_only)
+    with _reading(path / "config.json"):
+        values = json.loads((path / "config.json").read_bytes())
+        known = {field.name for field in dataclasses.fields(ModelConfig)}
+        config = ModelConfig.from_dict({name: value for name, value in values.items() if name in known})
+    trainer: dict[str, Any] = {}
+    if not weights_only:
+        with _reading(path / "trainer.json"):
+            trainer = dict(json.loads((path / "trainer.json").read_bytes()))
+    return Checkpoint(
+        path=path,
+        config=config,
+        weights=_read_tensors(path / "model.safetensors"),
+        optimizer={} if weights_only else _read_tensors(path / "optimizer.safetensors"),
+        carried={} if weights_only else _read_tensors(path / "carried.safetensors"),
+        trainer=trainer,
+        tokenizer_dir=path,
+    )
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint of a step: ``step_000050``."""
+    return f"step_{step:06d}"
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step of a checkpoint by its folder name; -1 if that is not one of :func:`checkpoint_name`."""
+    match = re.fullmatch(r"step_(\d{6,18})", path.name)
+    return int(match[1]) if match else -1
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, oldest step first, valid or not."""
+    found = [path for path in Path(folder).glob("step_*") if checkpoint_step(path) >= 0 and path.is_dir()]
+    return sorted(found, key=checkpoint_step)
+
+
+def load_newest(folder: Path, on_event: Event | None = None) -> Checkpoint | None:
+    """Load the valid checkpoint of the highest step in ``folder``; each one passed over is told to ``on_event``."""
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return load(path)
+        except CheckpointError as error:
+            if on_event is not None:
+                on_event(f"passed over a checkpoint: {error}")
+    return None
+
+
+def newest_valid(folder: Path, on_event: Event | None = None) -> Path | None:
+    """Where the checkpoint of :func:`load_newest` is."""
+    newest = load_newest(folder, on_event)
+    return newest.path if newest else None
+
+
+def resolve(path: Path, on_event: Event | None = None) -> Path:
+    """The checkpoint that a user means by ``path``: itself a checkpoint, or a run folder with checkpoints.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    path = Path(path)
+    if (path / "checkpoints").is_dir():
+        newest = newest_valid(path / "checkpoints", on_event)
+        if newest is None:
+            raise CheckpointError(f"{path} has no valid checkpoint yet")
+        return newest
+    if not (path / storage.MANIFEST).is_file():
+        raise CheckpointError(f"{path} is neither a run folder nor a checkpoint: it has no {storage.MANIFEST}")
+    return path
+
+
+def prune(folder: Path, keep_last: int, keep_every: int | None = None, in_use: Path | None = None) -> list[Path]:
+    """Remove old checkpoints of ``folder``; returns them.
+
+    Args:
+        folder: of checkpoints.
+        keep_last: how many of the highest steps to keep, at least 1.
+        keep_every: keep every step that is a multiple of it; None keeps none of the old ones.
+        in_use: one never to remove.
+    """
+    if keep_last < 1:
+        raise ValueError(f"keep_last must be at least 1, got {keep_last}")
+    removed = []
+    for path in list_checkpoints(folder)[:-keep_last]:
+        if path != in_use and not (keep_every and checkpoint_step(path) % keep_every == 0):
+            storage.remove_folder(path)
+            removed.append(path)
+    return removed
+
+
+def set_aside(path: Path) -> Path:
+    """Free the name of a damaged checkpoint without deleting it; returns its new path."""
+    number, target = 1, path.with_name(f"{path.name}.damaged")
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}.damaged-{number}")
+    with storage.reporting_errors(target):
+        path.rename(target)
+    return target
+
+
+def _verify(path: Path, weights_only: bool) -> None:
+    try:
+        names = storage.verify_folder(path, skip=TRAINING_FILES if weights_only else ())
+    except storage.DamageError as error:
+        raise CheckpointError(str(error)) from error
+    needed = MODEL_FILES if weights_only else MODEL_FILES + TRAINING_FILES
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise CheckpointError(f"{path / missing[0]} is not in the manifest")
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def _model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "model_type": "mm_rec",
+        "architectures": ["MMRecForCausalLM"],
+        "torch_dtype": "float32",
+        **_special_ids(tokenizer),
+        **config.to_dict(),
+    }
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file without copying what already lies on the CPU in one piece."""
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(flat, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # The library gives the system's error as text only.
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), str(error), str(path)) from error
+    path.chmod((path.parent / "config.json").stat().st_mode)  # the library makes it private
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Name the file in any error of what should be a sound file by its hash."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    with _reading(path):
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    return tensors

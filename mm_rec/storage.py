@@ -1,0 +1,314 @@
+"""Files and folders that are whole or not there.
+
+Everything is written to a temporary sibling, flushed to the disk and then renamed, so that whatever happens at
+whatever instant leaves the old content or the new one. A folder carries a manifest with the size and the SHA-256
+of every file, by which :func:`verify_folder` tells damage. The writer of a temporary holds a lock on it, which
+ends with the process: what can be locked was left over and is removed by :func:`remove_leftovers`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from mm_rec.errors import UserError
+
+__all__ = [
+    "MANIFEST",
+    "DamageError",
+    "StorageError",
+    "atomic_folder",
+    "format_bytes",
+    "free_bytes",
+    "remove_folder",
+    "remove_leftovers",
+    "reporting_errors",
+    "require_space",
+    "sync",
+    "verify_folder",
+    "write_atomic",
+]
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 1
+TEMPORARY_PREFIX = ".tmp-"
+HASH_THREADS = 4
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space or use a folder on another disk",
+    errno.EDQUOT: "free some of your quota or use a folder on another disk",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EIO: "the disk reports a fault: check it, or use a folder on another one",
+    errno.EROFS: "use a folder that can be written to",
+    errno.EACCES: "use a folder that you may write to",
+    errno.EPERM: "use a folder that you may write to",
+    errno.ENOTDIR: "a file stands where a folder should be: move it or use another folder",
+    errno.EEXIST: "nothing is overwritten: move what is there or use another folder",
+    errno.ENOTEMPTY: "nothing is overwritten: move what is there or use another folder",
+    errno.ENAMETOOLONG: "use a shorter path",
+}
+
+
+class StorageError(UserError):
+    """Something could not be written; the message names the path, the bytes needed and the bytes free."""
+
+
+class DamageError(UserError):
+    """What was read is not what was written; the message names the file."""
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace or create the file ``path``: afterwards it holds ``content``, or what it held before.
+
+    Raises:
+        StorageError: if the disk is full, broken or not writable.
+    """
+    path = Path(path)
+    with reporting_errors(path, len(content)), _temporary_sibling(path, _create_file) as temporary:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, n_bytes: int = 0, *, manifest: bool = True) -> Iterator[Path]:
+    """Make the folder ``path`` out of what is written into the temporary folder that this context yields.
+
+    When the context ends, all files are flushed to the disk, the manifest is written and the folder gets its
+    name. If it ends by an error, the temporary is removed.
+
+    Args:
+        path: must not exist.
+        n_bytes: an estimate of what will be written, for the check before the first byte and the message.
+        manifest: write one; not for a folder that will change later.
+
+    Raises:
+        StorageError: if ``path`` exists or the disk is full, broken or not writable.
+    """
+    path = Path(path)
+    require_space(path, n_bytes)
+    with reporting_errors(path, n_bytes):
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        with _temporary_sibling(path, Path.mkdir) as temporary:
+            yield temporary
+            for content in sorted(temporary.rglob("*")):
+                sync(content)
+            if manifest:
+                _write_manifest(temporary)
+            sync(temporary)
+            os.rename(temporary, path)
+            sync(path.parent)
+
+
+def verify_folder(path: Path, skip: Collection[str] = ()) -> list[str]:
+    """Compare a folder with its manifest: the size and the SHA-256 of every file in it.
+
+    Files that the manifest does not name are none of its business.
+
+    Args:
+        path: made by :func:`atomic_folder`.
+        skip: names not to compare.
+
+    Returns:
+        The names in the manifest, relative to ``path``.
+
+    Raises:
+        DamageError: naming the first file that is missing, unreadable or changed.
+    """
+    entries = _read_manifest(Path(path) / MANIFEST)
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        names = [name for name in entries if name not in skip]
+        futures = [pool.submit(_fingerprint, Path(path) / name) for name in names]
+        for name, future in zip(names, futures, strict=True):
+            try:
+                found = future.result()
+            except OSError as error:
+                raise DamageError(f"{Path(path) / name} cannot be read: {error.strerror}") from error
+            if found != entries[name]:
+                raise DamageError(f"{Path(path) / name} is damaged: it is not what the manifest says")
+    return list(entries)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder; an interruption leaves it whole or leaves a temporary, never half of it under its name."""
+    doomed = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{secrets.token_hex(8)}")
+    with reporting_errors(path):
+        path.rename(doomed)
+    _remove(doomed)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove temporaries in ``folder`` whose writer is dead; returns them."""
+    removed = []
+    for temporary in sorted(Path(folder).glob(f"{TEMPORARY_PREFIX}*")):
+        lock = _try_lock(temporary, required=True)
+        if lock is not None:
+            _remove(temporary)
+            os.close(lock)
+            removed.append(temporary)
+    return removed
+
+
+def require_space(path: Path, n_bytes: int) -> None:
+    """Raise StorageError if the disk of ``path`` (which need not exist yet) has less than ``n_bytes`` free."""
+    free = free_bytes(path)
+    if free < n_bytes:
+        raise StorageError(_message(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), n_bytes))
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user can still write on the disk of ``path``, which need not exist yet."""
+    existing = Path(path).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def format_bytes(n_bytes: int) -> str:
+    """A size for people.
+
+    >>> format_bytes(1_234_567_890)
+    '1.2 GB'
+    """
+    size, units = float(n_bytes), ["bytes", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.0f} {units[0]}" if units[0] == "bytes" else f"{size:.1f} {units[0]}"
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def reporting_errors(path: Path, n_bytes: int = 0) -> Iterator[None]:
+    """Turn an error of the disk while writing ``path`` into a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REMEDIES:
+            raise
+        raise StorageError(_message(path, error, n_bytes)) from error
+
+
+def _message(path: Path, error: OSError, n_bytes: int) -> str:
+    assert error.errno is not None
+    reason = os.strerror(error.errno).lower()
+    space = f"{format_bytes(n_bytes)} needed, " if n_bytes else ""
+    with contextlib.suppress(OSError):
+        space += f"{format_bytes(free_bytes(path))} free"
+    return f"cannot write {path}: {reason} ({space}); {_REMEDIES[error.errno]}"
+
+
+def _create_file(path: Path) -> None:
+    path.touch(exist_ok=False)
+
+
+@contextlib.contextmanager
+def _temporary_sibling(path: Path, create: Callable[[Path], Any]) -> Iterator[Path]:
+    """A new temporary beside ``path``, locked by this process and gone at the end if it was not renamed."""
+    if not path.parent.is_dir():
+        raise StorageError(f"cannot write {path}: there is no folder {path.parent}")
+    lock = None
+    while lock is None:  # remove_leftovers may come between the creation and the lock
+        temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{secrets.token_hex(8)}")
+        create(temporary)
+        lock = _try_lock(temporary)
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+        os.close(lock)
+
+
+def _try_lock(path: Path, *, required: bool = False) -> int | None:
+    """Lock a file or folder for as long as the returned descriptor is open.
+
+    Returns None if another process has it locked or has removed it. On a file system that cannot lock (some
+    network ones) the descriptor comes without a lock, or, if that is ``required``, not at all.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = path.exists()
+    except BlockingIOError:
+        held = False
+    except OSError:
+        held = not required
+    if not held:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        fingerprints = pool.map(_fingerprint, files)
+        entries = {path.relative_to(folder).as_posix(): found for path, found in zip(files, fingerprints, strict=True)}
+    (folder / MANIFEST).write_bytes(_manifest_bytes(entries))
+    sync(folder / MANIFEST)
+
+
+def _fingerprint(path: Path) -> dict[str, int | str]:
+    """Size and SHA-256 of a file. (hashlib lets other threads run meanwhile.)"""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
+
+
+def _manifest_bytes(entries: dict[str, dict[str, int | str]]) -> bytes:
+    content = {"format": MANIFEST_FORMAT, "files": entries}
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=True) + "\n").encode()
+
+
+def _read_manifest(path: Path) -> dict[str, dict[str, int | str]]:
+    """The entries of a manifest, which has to be byte for byte what :func:`_manifest_bytes` writes."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DamageError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        entries: dict[str, dict[str, int | str]] = dict(json.loads(content)["files"])
+        intact = content == _manifest_bytes(entries) and all(_is_inside(name) for name in entries)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        intact = False
+    if not intact:
+        raise DamageError(f"{path} is damaged")
+    return entries
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a relative path stays in its folder."""
+    return "\0" not in name and not name.startswith("/") and ".." not in name.split("/")
