@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from mm_rec import ops
+
 __all__ = ["AdamW", "is_decayed"]
 
 
@@ -37,20 +39,25 @@ class _Slot:
     total: Tensor | None = None
     buffer: Tensor | None = None
 
+    @property
+    def has_own_master(self) -> bool:
+        """Whether the parameter is of lower precision than its master, and not the same tensor."""
+        return self.parameter.dtype != self.master.dtype
+
     def add_gradient(self) -> None:
-        """Move ``parameter.grad`` into ``total``, widened to the type of the master."""
+        """Move ``parameter.grad`` into ``total``: the first as it is, in float32 from the second on."""
         gradient = self.parameter.grad
         if gradient is None:
             return
         self.parameter.grad = None
-        if self.total is not None:
-            self.total.add_(gradient)
-        elif gradient.dtype == self.master.dtype:
-            self.total = gradient
-        else:
+        if self.total is None:
+            self.total = gradient.contiguous()
+            return
+        if self.total.dtype != torch.float32:
             if self.buffer is None:
                 self.buffer = torch.empty_like(self.master)
-            self.total = self.buffer.copy_(gradient)
+            self.total = self.buffer.copy_(self.total)
+        self.total.add_(gradient)
 
 
 class AdamW:
@@ -60,7 +67,8 @@ class AdamW:
     and its own step count (which sets its bias correction) stands still.
 
     Args:
-        named_parameters: as from ``model.named_parameters()``; float32 parameters are their own masters.
+        named_parameters: as from ``model.named_parameters()``, float32 or bfloat16, on one device; float32
+            parameters are their own masters.
         betas, eps, weight_decay: of AdamW.
         decayed: says by name and parameter whether weight decay applies.
 
@@ -84,8 +92,7 @@ class AdamW:
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self._slots: list[_Slot] = []
         for name, parameter in named_parameters:
-            data = parameter.detach()
-            master = data.float() if data.dtype in (torch.bfloat16, torch.float16) else data
+            master = parameter.detach().float()  # the parameter itself if it is float32
             step = torch.zeros((), dtype=torch.float32, device=master.device)
             moments = torch.zeros_like(master), torch.zeros_like(master)
             self._slots.append(_Slot(name, parameter, master, *moments, step, decayed(name, parameter)))
@@ -116,41 +123,69 @@ class AdamW:
         """
         self.accumulate()
         active = [slot for slot in self._slots if slot.total is not None]
-        norm = _global_norm([slot.total for slot in active if slot.total is not None], self._slots[0].master.device)
-        divisor = (norm / max_norm).clamp(min=1.0) if max_norm else torch.ones_like(norm)
-        skip = 1.0 - norm.isfinite().float()
-        for slots, decay in (
-            ([slot for slot in active if slot.decayed], self.weight_decay),
-            ([slot for slot in active if not slot.decayed], 0.0),
-        ):
-            if slots:
-                self._update(slots, lr, decay, divisor, skip)
+        if not active:
+            return torch.zeros((), device=self._slots[0].master.device)
+        norm = ops.sum_of_squares([slot.total for slot in active if slot.total is not None]).sqrt().float()
+        if norm.device.type == "cpu":
+            self._update(active, lr, norm, max_norm)
+        else:
+            self._update_on_device(active, lr, norm, max_norm)
         for slot in active:
-            if slot.parameter.dtype != slot.master.dtype:
-                slot.parameter.copy_(slot.master)
             slot.total = None
         return norm
 
-    def _update(self, slots: list[_Slot], lr: float, weight_decay: float, divisor: Tensor, skip: Tensor) -> None:
-        """One AdamW update of ``slots`` with gradients divided by ``divisor``; none where ``skip`` is 1."""
-        adamw(
-            [slot.master for slot in slots],
-            [slot.total for slot in slots if slot.total is not None],
-            [slot.exp_avg for slot in slots],
-            [slot.exp_avg_sq for slot in slots],
-            [],
-            [slot.step for slot in slots],
-            fused=True,
-            grad_scale=divisor,
-            found_inf=skip,
-            amsgrad=False,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            lr=lr,
-            weight_decay=weight_decay,
-            eps=self.eps,
-            maximize=False,
-        )
+    def _update(self, slots: list[_Slot], lr: float, norm: Tensor, max_norm: float) -> None:
+        """One pass over memory for each parameter: clip, AdamW, round to the type of the model."""
+        if not norm.isfinite():
+            return
+        scale = min(1.0, max_norm / float(norm)) if max_norm and norm else 1.0
+        for slot in slots:
+            assert slot.total is not None
+            slot.step += 1
+            ops.adamw_(
+                slot.master,
+                slot.exp_avg,
+                slot.exp_avg_sq,
+                slot.total,
+                slot.parameter.detach() if slot.has_own_master else None,
+                lr=lr,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                eps=self.eps,
+                weight_decay=self.weight_decay if slot.decayed else 0.0,
+                step=int(slot.step),
+                grad_scale=scale,
+            )
+
+    def _update_on_device(self, slots: list[_Slot], lr: float, norm: Tensor, max_norm: float) -> None:
+        """The same with PyTorch's fused kernel, which can skip the update without asking the device why."""
+        divisor = (norm / max_norm).clamp(min=1.0) if max_norm else torch.ones_like(norm)
+        skip = 1.0 - norm.isfinite().float()
+        for decayed in (True, False):
+            group = [slot for slot in slots if slot.decayed is decayed]
+            if not group:
+                continue
+            adamw(
+                [slot.master for slot in group],
+                [slot.total.float() for slot in group if slot.total is not None],
+                [slot.exp_avg for slot in group],
+                [slot.exp_avg_sq for slot in group],
+                [],
+                [slot.step for slot in group],
+                fused=True,
+                grad_scale=divisor,
+                found_inf=skip,
+                amsgrad=False,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                lr=lr,
+                weight_decay=self.weight_decay if decayed else 0.0,
+                eps=self.eps,
+                maximize=False,
+            )
+        for slot in slots:
+            if slot.has_own_master:
+                slot.parameter.copy_(slot.master)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Moments and step counts by name (``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``), not copied."""
@@ -174,20 +209,8 @@ class AdamW:
         """Take over what :meth:`master_tensors` gave, and set the parameters from it."""
         _copy_all(self.master_tensors(), weights, "weights")
         for slot in self._slots:
-            if slot.parameter.dtype != slot.master.dtype:
+            if slot.has_own_master:
                 slot.parameter.copy_(slot.master)
-
-
-def _global_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """Euclidean norm of all gradients together, float32 of shape (): the same bits for the same gradients.
-
-    Tensors are taken in a fixed order and their squared norms added in float64.
-    """
-    if not gradients:
-        return torch.zeros((), device=device)
-    norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
-    total: Tensor = torch.linalg.vector_norm(norms.double())
-    return total.float()
 
 
 @torch.no_grad()

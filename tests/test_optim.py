@@ -13,6 +13,14 @@ from mm_rec.optim import AdamW, is_decayed
 SHAPES = {"embedding.weight": (37, 8), "blocks.0.bias": (13,), "blocks.0.w_g": (2, 5, 5), "blocks.0.address": (2, 3, 5)}
 
 
+@pytest.fixture(autouse=True, params=["ops", "fused"])
+def update(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs with the update of the CPU and with that of other devices, which PyTorch also has for the CPU."""
+    if request.param == "fused":
+        monkeypatch.setattr(AdamW, "_update", AdamW._update_on_device)
+    return str(request.param)
+
+
 def make_parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -193,15 +201,23 @@ def test_state_of_another_model_is_refused_whole() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_equals_cpu() -> None:
+@pytest.mark.parametrize("bad_step", [None, 4])
+def test_cuda_equals_cpu_without_waiting(bad_step: int | None) -> None:
     on_cpu = make_parameters(torch.bfloat16)
     on_gpu = {name: nn.Parameter(p.detach().cuda()) for name, p in on_cpu.items()}
     ours, theirs = AdamW(on_cpu.items()), AdamW(on_gpu.items())
     for step in range(10):
-        set_gradients(on_cpu, gradients(step))
-        set_gradients(on_gpu, {name: g.cuda() for name, g in gradients(step).items()})
-        norm = theirs.step(1e-2, 1.0)
-        assert norm.is_cuda
-        torch.testing.assert_close(norm.cpu(), ours.step(1e-2, 1.0))
+        values = gradients(step, math.inf if step == bad_step else 1.0)
+        moved = {name: value.cuda() for name, value in values.items()}
+        set_gradients(on_cpu, values)
+        set_gradients(on_gpu, moved)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            norm = theirs.step(1e-2, 1.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(norm.cpu(), ours.step(1e-2, 1.0), equal_nan=True)
     for name, master in theirs.master_tensors().items():
         torch.testing.assert_close(master.cpu(), ours.master_tensors()[name], rtol=0, atol=1e-6)
+    for name, tensor in theirs.state_tensors().items():
+        torch.testing.assert_close(tensor.cpu(), ours.state_tensors()[name], rtol=1e-5, atol=1e-7)
