@@ -1,0 +1,63 @@
+"""``manifest.json`` beside downloaded data: where each file is from and what it has to be, byte for byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mm_rec.data.pack import file_sha256
+from mm_rec.errors import UserError
+from mm_rec.storage import write_atomic
+
+__all__ = ["MANIFEST", "check_files", "read_manifest", "record_file"]
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+def read_manifest(data_dir: Path) -> dict[str, dict[str, Any]]:
+    """The entries by path relative to ``data_dir``; empty without a manifest.
+
+    Raises UserError if it cannot be read as one.
+    """
+    path = data_dir / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+        entries: dict[str, dict[str, Any]] = dict(content["files"])
+        if content["format"] != _FORMAT or not all(isinstance(entry["sha256"], str) for entry in entries.values()):
+            raise ValueError("it is of another format")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be used ({why}); delete {data_dir} and download the data again") from None
+    return entries
+
+
+def record_file(data_dir: Path, name: str, entry: dict[str, Any]) -> None:
+    """Add or replace the entry of the file ``name``, which has to hold its ``sha256``."""
+    entries = {**read_manifest(data_dir), name: entry}
+    content = {"format": _FORMAT, "files": dict(sorted(entries.items()))}
+    write_atomic(data_dir / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def check_files(data_dir: Path, files: list[Path]) -> dict[str, str]:
+    """SHA-256 of each file by its path relative to ``data_dir``.
+
+    Raises UserError for a file that is not what the manifest says. Files that it does not name are the user's own.
+    """
+    entries = read_manifest(data_dir)
+    found = {}
+    for file in files:
+        name = file.relative_to(data_dir).as_posix()
+        try:
+            found[name] = file_sha256(file)
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+        if name in entries and found[name] != entries[name]["sha256"]:
+            raise UserError(
+                f"{file} is not what was downloaded (its SHA-256 differs from the one in {data_dir / MANIFEST}); "
+                "delete it and download it again, or, if you changed it on purpose, give it another name"
+            )
+    return found
