@@ -1,10 +1,28 @@
-"""The CPU back end: the kernels of ``mm_rec/cpp/src`` on PyTorch tensors."""
+"""The CPU back end: the kernels of ``mm_rec/cpp/src`` on PyTorch tensors.
+
+Every function has the arguments of the op's schema. Inputs may be strided as long as rows are evenly spaced,
+which slices of a wide product are; others are copied. Results are contiguous.
+"""
 
 from __future__ import annotations
 
-from mm_rec.ops.backend import Native, NativeUnavailableError
+import ctypes
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm_rec.ops.backend import Native
+from mm_rec.ops.native import CpuLibrary
 
 __all__ = ["load"]
+
+LOGIT_BYTES = 68_000_000  # most memory for the logits of a chunk of rows
+_TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+_call: SimpleNamespace  # the functions of the library, set by load()
 
 
 def load() -> Native:
@@ -13,4 +31,363 @@ def load() -> Native:
     Raises:
         NativeUnavailableError: the library is missing or broken.
     """
-    raise NativeUnavailableError("not built")
+    global _call
+    library = CpuLibrary()
+    _call = library.call
+    kernels: list[Callable[..., Any]] = [
+        recurrence, recurrence_backward, scan, scan_backward, mdi, mdi_backward, rms_norm, rms_norm_backward,
+        add_rms_norm, add_rms_norm_backward, readout, readout_backward, relu_squared, relu_squared_backward,
+        linear_cross_entropy, adamw_, sum_of_squares,
+    ]  # fmt: skip
+    return Native(str(library.path), library.level, {kernel.__name__: kernel for kernel in kernels})
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for a result, uninitialised: the kernel writes every element."""
+    return torch.empty(shape, dtype=dtype)
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """A (B, T, D) tensor as B * T evenly spaced rows, and the distance between rows; a copy if need be."""
+    batch, time, width = x.shape
+    outer, inner, last = x.stride()
+    if last == 1 or width == 1:
+        if time == 1:
+            return x, outer
+        if batch == 1 or outer == time * inner:
+            return x, inner
+    return x.contiguous(), width
+
+
+def _flat_rows(x: Tensor) -> tuple[Tensor, int]:
+    """A (..., n) tensor as evenly spaced rows of n; a copy if need be."""
+    if x.dim() == 3:
+        return _rows(x)
+    return x.contiguous(), x.shape[-1]
+
+
+def _two_level_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """A (..., n) tensor as rows of n: the tensor, rows per outer step, outer and inner distance."""
+    if x.dim() == 4 and (x.stride(3) == 1 or x.shape[3] == 1):
+        batch, time, inner, _ = x.shape
+        if batch == 1 or x.stride(0) == time * x.stride(1):
+            return x, inner, x.stride(1), x.stride(2)
+    x, row = _flat_rows(x)
+    return x, 1, row, 0
+
+
+def _require_scratch(failed: int) -> None:
+    if failed:
+        raise MemoryError("no memory for the scratch of a kernel")
+
+
+def scan(a: Tensor, x: Tensor, s0: Tensor | None, reset: Tensor | None) -> Tensor:
+    batch, time, width = x.shape
+    (a, a_row), (x, x_row), s0, reset = _rows(a), _rows(x), _contiguous(s0), _contiguous(reset)
+    s = _empty(x.shape)
+    _call.scan_forward(
+        batch, time, width, a.data_ptr(), a_row, x.data_ptr(), x_row, _pointer(s0), _pointer(reset), s.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return s
+
+
+def scan_backward(
+    ds: Tensor, s: Tensor, a: Tensor, s0: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, time, width = s.shape
+    (ds, ds_row), (a, a_row), s = _rows(ds), _rows(a), s.contiguous()
+    s0, reset = _contiguous(s0), _contiguous(reset)
+    da, dx, ds0 = _empty(s.shape), _empty(s.shape), _empty((batch, width))
+    _call.scan_backward(
+        batch, time, width, ds.data_ptr(), ds_row, s.data_ptr(), a.data_ptr(), a_row, _pointer(s0), _pointer(reset),
+        da.data_ptr(), dx.data_ptr(), ds0.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return da, dx, ds0
+
+
+def recurrence(
+    z: Tensor, u: Tensor, gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    batch, time, width = z.shape
+    heads, head_dim, _ = w_g.shape
+    (z, z_row), (u, u_row), (gamma, gamma_row) = _rows(z), _rows(u), _rows(gamma)
+    w_g, h0, reset = w_g.contiguous(), _contiguous(h0), _contiguous(reset)
+    h, h_last = _empty(z.shape), _empty((batch, width))
+    failed = _call.recurrence_forward(
+        _TYPE_CODES[u.dtype], batch, time, heads, head_dim, z.data_ptr(), z_row, u.data_ptr(), u_row,
+        gamma.data_ptr(), gamma_row, w_g.data_ptr(), _pointer(h0), _pointer(reset), h.data_ptr(), h_last.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    _require_scratch(failed)
+    return h, h_last
+
+
+def recurrence_backward(
+    dh: Tensor,
+    dh_last: Tensor | None,
+    h: Tensor,
+    z: Tensor,
+    u: Tensor,
+    gamma: Tensor,
+    w_g: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, time, width = z.shape
+    heads, head_dim, _ = w_g.shape
+    (z, z_row), (u, u_row), (gamma, gamma_row), (dh, dh_row) = _rows(z), _rows(u), _rows(gamma), _rows(dh)
+    h, w_g, h0, reset, dh_last = (
+        h.contiguous(),
+        w_g.contiguous(),
+        _contiguous(h0),
+        _contiguous(reset),
+        _contiguous(dh_last),
+    )
+    dz, du, dgamma, dh0 = _empty(z.shape), _empty(u.shape, u.dtype), _empty(z.shape), _empty((batch, width))
+    dw_g = _empty((_call.recurrence_groups(batch, heads), *w_g.shape))
+    failed = _call.recurrence_backward(
+        _TYPE_CODES[u.dtype], batch, time, heads, head_dim, z.data_ptr(), z_row, u.data_ptr(), u_row,
+        gamma.data_ptr(), gamma_row, w_g.data_ptr(), _pointer(h0), _pointer(reset), h.data_ptr(), dh.data_ptr(), dh_row,
+        _pointer(dh_last), dz.data_ptr(), du.data_ptr(), dgamma.data_ptr(), dw_g.data_ptr(), dh0.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    _require_scratch(failed)
+    return dz, du, dgamma, dw_g[0] if len(dw_g) == 1 else dw_g.sum(0), dh0
+
+
+def mdi(
+    decay_logits: Tensor,
+    decay_bias: Tensor,
+    candidate: Tensor,
+    gate_logits: Tensor | None,
+    gate_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    batch, time, width = candidate.shape
+    (decay, decay_row), (candidate, candidate_row) = _rows(decay_logits), _rows(candidate)
+    gate, gate_row = (None, 0) if gate_logits is None else _rows(gate_logits)
+    decay_bias, gate_bias = decay_bias.contiguous(), _contiguous(gate_bias)
+    gamma, x = _empty(candidate.shape), _empty(candidate.shape)
+    _call.mdi_forward(
+        _TYPE_CODES[candidate.dtype], batch * time, width, decay.data_ptr(), decay_row, decay_bias.data_ptr(),
+        candidate.data_ptr(), candidate_row, _pointer(gate), gate_row, _pointer(gate_bias), gamma.data_ptr(),
+        x.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return gamma, x
+
+
+def mdi_backward(
+    dgamma: Tensor | None,
+    dx: Tensor | None,
+    decay_logits: Tensor,
+    decay_bias: Tensor,
+    candidate: Tensor,
+    gate_logits: Tensor | None,
+    gate_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, time, width = shape = candidate.shape
+    dtype = candidate.dtype
+    (decay, decay_row), (candidate, candidate_row) = _rows(decay_logits), _rows(candidate)
+    dgamma, dgamma_row = (None, 0) if dgamma is None else _rows(dgamma)
+    dx, dx_row = (None, 0) if dx is None else _rows(dx)
+    gate, gate_row = (None, 0) if gate_logits is None else _rows(gate_logits)
+    decay_bias, gate_bias = decay_bias.contiguous(), _contiguous(gate_bias)
+    ddecay, dcandidate, dgate = (
+        _empty(shape, dtype),
+        _empty(shape, dtype),
+        _empty(shape if gate is not None else (0,), dtype),
+    )
+    ddecay_bias, dgate_bias = _empty((width,)), _empty((width if gate is not None else 0,))
+    scratch = _empty((_call.mdi_backward_scratch(batch * time, width),))
+    _call.mdi_backward(
+        _TYPE_CODES[dtype], batch * time, width, _pointer(dgamma), dgamma_row, _pointer(dx), dx_row, decay.data_ptr(),
+        decay_row, decay_bias.data_ptr(), candidate.data_ptr(), candidate_row, _pointer(gate), gate_row,
+        _pointer(gate_bias), ddecay.data_ptr(), ddecay_bias.data_ptr(), dcandidate.data_ptr(), dgate.data_ptr(),
+        dgate_bias.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return ddecay, ddecay_bias, dcandidate, dgate, dgate_bias
+
+
+def rms_norm(x: Tensor, out_dtype: torch.dtype) -> Tensor:
+    x, inner, outer_stride, inner_stride = _two_level_rows(x)
+    y = _empty(x.shape, out_dtype)
+    n = x.shape[-1]
+    _call.rms_norm_forward(
+        _TYPE_CODES[x.dtype], _TYPE_CODES[out_dtype], x.numel() // n, n, x.data_ptr(), inner, outer_stride,
+        inner_stride, y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor) -> Tensor:
+    (dy, *dy_strides), (x, *strides) = _two_level_rows(dy), _two_level_rows(x)
+    dx = _empty(x.shape, x.dtype)
+    n = x.shape[-1]
+    _call.rms_norm_backward(
+        _TYPE_CODES[x.dtype], _TYPE_CODES[dy.dtype], x.numel() // n, n, dy.data_ptr(), *dy_strides, x.data_ptr(),
+        *strides, dx.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return dx
+
+
+def add_rms_norm(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    (x, x_row), (delta, delta_row) = _flat_rows(x), _flat_rows(delta)
+    total, normed = _empty(x.shape), _empty(x.shape, delta.dtype)
+    n = x.shape[-1]
+    _call.add_rms_norm_forward(
+        _TYPE_CODES[delta.dtype], x.numel() // n, n, x.data_ptr(), x_row, delta.data_ptr(), delta_row,
+        total.data_ptr(), normed.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return total, normed
+
+
+def add_rms_norm_backward(dtotal: Tensor | None, dn: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    dtotal, dtotal_row = (None, 0) if dtotal is None else _flat_rows(dtotal)
+    (dn, dn_row), total = _flat_rows(dn), total.contiguous()
+    dx, ddelta = _empty(total.shape), _empty(total.shape, dn.dtype)
+    n = total.shape[-1]
+    _call.add_rms_norm_backward(
+        _TYPE_CODES[dn.dtype], total.numel() // n, n, _pointer(dtotal), dtotal_row, dn.data_ptr(), dn_row,
+        total.data_ptr(), dx.data_ptr(), ddelta.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, ddelta
+
+
+def readout(h: Tensor, r: Tensor, heads: int) -> Tensor:
+    batch, time, width = h.shape
+    (h, h_row), (r, r_row) = _rows(h), _rows(r)
+    y = _empty(r.shape, r.dtype)
+    _call.readout_forward(
+        _TYPE_CODES[r.dtype], batch * time, heads, width // heads, h.data_ptr(), h_row, r.data_ptr(), r_row,
+        y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def readout_backward(dy: Tensor, h: Tensor, r: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    batch, time, width = h.shape
+    (dy, dy_row), (h, h_row), (r, r_row) = _rows(dy), _rows(h), _rows(r)
+    dh, dr = _empty(h.shape), _empty(r.shape, r.dtype)
+    _call.readout_backward(
+        _TYPE_CODES[r.dtype], batch * time, heads, width // heads, dy.data_ptr(), dy_row, h.data_ptr(), h_row,
+        r.data_ptr(), r_row, dh.data_ptr(), dr.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return dh, dr
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    y = _empty(x.shape, x.dtype)
+    _call.relu_squared_forward(_TYPE_CODES[x.dtype], x.numel(), x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+    return y
+
+
+def relu_squared_backward(dy: Tensor, x: Tensor) -> Tensor:
+    dy, x = dy.contiguous(), x.contiguous()
+    dx = _empty(x.shape, x.dtype)
+    _call.relu_squared_backward(
+        _TYPE_CODES[x.dtype], x.numel(), dy.data_ptr(), x.data_ptr(), dx.data_ptr(), torch.get_num_threads()
+    )
+    return dx
+
+
+def linear_cross_entropy(
+    y: Tensor, embedding: Tensor, targets: Tensor, weight: Tensor, needs_dy: bool, needs_dembedding: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = len(y)
+    vocabulary = embedding.shape[0]
+    low, high = targets.aminmax()
+    if low < 0 or high >= vocabulary:
+        raise IndexError(f"targets must be in [0, {vocabulary}), got {int(low)} to {int(high)}")
+    kept = weight.nonzero().squeeze(1)
+    if len(kept) < rows:
+        return _selected_rows_cross_entropy(y, embedding, targets, weight, kept, needs_dy, needs_dembedding)
+
+    targets, weight, dtype = targets.contiguous(), weight.contiguous(), y.dtype
+    chunks = -(-rows * vocabulary * y.element_size() // LOGIT_BYTES)
+    chunk = -(-rows // chunks)
+    logits = _empty((chunk, vocabulary), dtype)
+    nll = _empty((rows,))
+    dy = _empty(y.shape if needs_dy else (0,), dtype)
+    dembedding = _empty(embedding.shape if needs_dembedding else (0,), dtype)
+    total = (
+        torch.zeros_like(dembedding, dtype=torch.float32) if chunks > 1 else None
+    )  # bfloat16 would round every chunk
+    for begin in range(0, rows, chunk):
+        part = slice(begin, min(rows, begin + chunk))
+        out = logits[: part.stop - begin]
+        torch.mm(y[part], embedding.t(), out=out)
+        _call.cross_entropy(
+            _TYPE_CODES[dtype], len(out), vocabulary, out.data_ptr(), targets[part].data_ptr(),
+            weight[part].data_ptr(), nll[part].data_ptr(), needs_dy or needs_dembedding, torch.get_num_threads(),
+        )  # fmt: skip
+        if needs_dy:
+            torch.mm(out, embedding, out=dy[part])
+        if needs_dembedding:
+            torch.mm(out.t(), y[part], out=dembedding)
+            if total is not None:
+                total += dembedding
+    if total is not None:
+        dembedding.copy_(total)
+    return torch.dot(weight, nll), nll, dy, dembedding
+
+
+def _selected_rows_cross_entropy(
+    y: Tensor,
+    embedding: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    kept: Tensor,
+    needs_dy: bool,
+    needs_dembedding: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same where some weights are 0: only the others are computed."""
+    nll, dy = torch.zeros_like(weight), torch.zeros_like(y) if needs_dy else _empty((0,), y.dtype)
+    if not len(kept):
+        dembedding = torch.zeros_like(embedding) if needs_dembedding else _empty((0,), y.dtype)
+        return nll.sum(), nll, dy, dembedding
+    loss, kept_nll, kept_dy, dembedding = linear_cross_entropy(
+        y[kept], embedding, targets[kept], weight[kept], needs_dy, needs_dembedding
+    )
+    nll[kept] = kept_nll
+    if needs_dy:
+        dy[kept] = kept_dy
+    return loss, nll, dy, dembedding
+
+
+def adamw_(
+    master: Tensor,
+    m: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    param_out: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float | Tensor,
+) -> None:
+    _call.adamw(
+        _TYPE_CODES[grad.dtype], master.numel(), master.data_ptr(), m.data_ptr(), v.data_ptr(), grad.data_ptr(),
+        _pointer(param_out), beta1, beta2, eps, 1 - lr * weight_decay, lr / (1 - beta1**step), 1 / (1 - beta2**step),
+        float(grad_scale), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    tensors = [x.contiguous() for x in tensors]
+    count = len(tensors)
+    data = (ctypes.c_void_p * count)(*[x.data_ptr() for x in tensors])
+    sizes = (ctypes.c_int64 * count)(*[x.numel() for x in tensors])
+    types = (ctypes.c_int32 * count)(*[_TYPE_CODES[x.dtype] for x in tensors])
+    return torch.tensor(_call.sum_of_squares(count, data, sizes, types, torch.get_num_threads()), dtype=torch.float64)

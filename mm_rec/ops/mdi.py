@@ -67,8 +67,9 @@ class _Mdi(torch.autograd.Function):
     def backward(ctx: Any, dgamma: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, ...]:
         if dgamma is None and dx is None:
             return (None,) * 5
-        gradients: tuple[Tensor, ...] = _backward(dgamma, dx, *ctx.saved_tensors)
-        return (*gradients[:3], None, None) if ctx.saved_tensors[3] is None else gradients
+        inputs = ctx.saved_tensors
+        gradients: tuple[Tensor, ...] = _backward(dgamma, dx, *inputs)
+        return (*gradients[:3], None, None) if inputs[3] is None else gradients
 
 
 differentiable(_forward, _Mdi)

@@ -1,0 +1,1 @@
+"""Sources of the native kernels, and how they are built."""

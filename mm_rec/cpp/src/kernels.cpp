@@ -1,0 +1,182 @@
+// The C interface of the kernels, compiled once per level: every name ends in the level, for example
+// mm_rec_scan_forward_avx512. Pointers may be null where the header says so; strides count elements; `type` is
+// 0 for float32 and 1 for bfloat16. Functions that need scratch memory return 0, or 1 if there is none.
+
+#include "loss.h"
+#include "mdi.h"
+#include "norm.h"
+#include "optimizer.h"
+#include "recurrence.h"
+#include "scan.h"
+
+using namespace mm_rec::MM_LEVEL;
+
+#define MM_JOIN(a, b) a##_##b
+#define MM_WITH_LEVEL(name, level) MM_JOIN(name, level)
+#define MM_EXPORT(result, name) \
+    extern "C" __attribute__((visibility("default"))) result MM_WITH_LEVEL(mm_rec_##name, MM_LEVEL)
+
+// Calls `body` with T the activation type.
+template <class F>
+static auto with_type(int type, F body) {
+    return type == 0 ? body(float{}) : body(bf16{});
+}
+template <class T>
+static const T* as(const void* p, T) {
+    return static_cast<const T*>(p);
+}
+template <class T>
+static T* as(void* p, T) {
+    return static_cast<T*>(p);
+}
+
+MM_EXPORT(void, scan_forward)
+(int64_t batch, int64_t time, int64_t columns, const float* a, int64_t a_row, const float* x, int64_t x_row,
+ const float* s0, const uint8_t* reset, float* s, int threads) {
+    scan_forward(batch, time, columns, a, a_row, x, x_row, s0, reset, s, threads);
+}
+
+MM_EXPORT(void, scan_backward)
+(int64_t batch, int64_t time, int64_t columns, const float* ds, int64_t ds_row, const float* s, const float* a,
+ int64_t a_row, const float* s0, const uint8_t* reset, float* da, float* dx, float* ds0, int threads) {
+    scan_backward(batch, time, columns, ds, ds_row, s, a, a_row, s0, reset, da, dx, ds0, threads);
+}
+
+MM_EXPORT(int, recurrence_forward)
+(int type, int64_t batch, int64_t time, int64_t heads, int64_t d, const float* z, int64_t z_row, const void* u,
+ int64_t u_row, const float* gamma, int64_t gamma_row, const float* w_g, const float* h0, const uint8_t* reset,
+ float* h, float* h_last, int threads) {
+    return with_type(type, [&](auto t) {
+        const RecurrenceInputs<decltype(t)> in{batch, time,  heads,     d,   z,  z_row, as(u, t),
+                                               u_row, gamma, gamma_row, w_g, h0, reset};
+        return int(!recurrence_forward(in, h, h_last, threads));
+    });
+}
+
+MM_EXPORT(int64_t, recurrence_groups)(int64_t batch, int64_t heads) {
+    const int group = recurrence_group(batch, heads);
+    return (batch + group - 1) / group;
+}
+
+MM_EXPORT(int, recurrence_backward)
+(int type, int64_t batch, int64_t time, int64_t heads, int64_t d, const float* z, int64_t z_row, const void* u,
+ int64_t u_row, const float* gamma, int64_t gamma_row, const float* w_g, const float* h0, const uint8_t* reset,
+ const float* h, const float* dh, int64_t dh_row, const float* dh_last, float* dz, void* du, float* dgamma,
+ float* dw_g, float* dh0, int threads) {
+    return with_type(type, [&](auto t) {
+        const RecurrenceInputs<decltype(t)> in{batch, time,  heads,     d,   z,  z_row, as(u, t),
+                                               u_row, gamma, gamma_row, w_g, h0, reset};
+        const RecurrenceGradients<decltype(t)> out{dz, as(du, t), dgamma, dw_g, dh0};
+        return int(!recurrence_backward(in, out, h, dh, dh_row, dh_last, threads));
+    });
+}
+
+MM_EXPORT(void, mdi_forward)
+(int type, int64_t rows, int64_t columns, const void* decay, int64_t decay_row, const float* decay_bias,
+ const void* candidate, int64_t candidate_row, const void* gate, int64_t gate_row, const float* gate_bias,
+ float* gamma, float* x, int threads) {
+    with_type(type, [&](auto t) {
+        mdi_forward(rows, columns, as(decay, t), decay_row, decay_bias, as(candidate, t), candidate_row, as(gate, t),
+                    gate_row, gate_bias, gamma, x, threads);
+    });
+}
+
+MM_EXPORT(int64_t, mdi_backward_scratch)(int64_t rows, int64_t columns) { return mdi_backward_scratch(rows, columns); }
+
+MM_EXPORT(void, mdi_backward)
+(int type, int64_t rows, int64_t columns, const float* dgamma, int64_t dgamma_row, const float* dx, int64_t dx_row,
+ const void* decay, int64_t decay_row, const float* decay_bias, const void* candidate, int64_t candidate_row,
+ const void* gate, int64_t gate_row, const float* gate_bias, void* ddecay, float* ddecay_bias, void* dcandidate,
+ void* dgate, float* dgate_bias, float* scratch, int threads) {
+    with_type(type, [&](auto t) {
+        mdi_backward(rows, columns, dgamma, dgamma_row, dx, dx_row, as(decay, t), decay_row, decay_bias,
+                     as(candidate, t), candidate_row, as(gate, t), gate_row, gate_bias, as(ddecay, t), ddecay_bias,
+                     as(dcandidate, t), as(dgate, t), dgate_bias, scratch, threads);
+    });
+}
+
+MM_EXPORT(void, rms_norm_forward)
+(int type, int out_type, int64_t rows, int64_t n, const void* x, int64_t inner, int64_t outer_stride,
+ int64_t inner_stride, void* y, int threads) {
+    with_type(type, [&](auto t) {
+        with_type(out_type, [&](auto u) {
+            const Rows<const decltype(t)> from{as(x, t), inner, outer_stride, inner_stride};
+            rms_norm_forward(rows, n, from, as(y, u), threads);
+        });
+    });
+}
+
+MM_EXPORT(void, rms_norm_backward)
+(int type, int out_type, int64_t rows, int64_t n, const void* dy, int64_t dy_inner, int64_t dy_outer_stride,
+ int64_t dy_inner_stride, const void* x, int64_t inner, int64_t outer_stride, int64_t inner_stride, void* dx,
+ int threads) {
+    with_type(type, [&](auto t) {
+        with_type(out_type, [&](auto u) {
+            const Rows<const decltype(t)> from{as(x, t), inner, outer_stride, inner_stride};
+            const Rows<const decltype(u)> gradient{as(dy, u), dy_inner, dy_outer_stride, dy_inner_stride};
+            rms_norm_backward(rows, n, gradient, from, as(dx, t), threads);
+        });
+    });
+}
+
+MM_EXPORT(void, add_rms_norm_forward)
+(int type, int64_t rows, int64_t n, const float* x, int64_t x_row, const void* delta, int64_t delta_row, float* total,
+ void* normed, int threads) {
+    with_type(type, [&](auto t) {
+        add_rms_norm_forward(rows, n, x, x_row, as(delta, t), delta_row, total, as(normed, t), threads);
+    });
+}
+
+MM_EXPORT(void, add_rms_norm_backward)
+(int type, int64_t rows, int64_t n, const float* dtotal, int64_t dtotal_row, const void* dn, int64_t dn_row,
+ const float* total, float* dx, void* ddelta, int threads) {
+    with_type(type, [&](auto t) {
+        add_rms_norm_backward(rows, n, dtotal, dtotal_row, as(dn, t), dn_row, total, dx, as(ddelta, t), threads);
+    });
+}
+
+MM_EXPORT(void, readout_forward)
+(int type, int64_t rows, int64_t heads, int64_t n, const float* h, int64_t h_row, const void* r, int64_t r_row, void* y,
+ int threads) {
+    with_type(type, [&](auto t) { readout_forward(rows, heads, n, h, h_row, as(r, t), r_row, as(y, t), threads); });
+}
+
+MM_EXPORT(void, readout_backward)
+(int type, int64_t rows, int64_t heads, int64_t n, const void* dy, int64_t dy_row, const float* h, int64_t h_row,
+ const void* r, int64_t r_row, float* dh, void* dr, int threads) {
+    with_type(type, [&](auto t) {
+        readout_backward(rows, heads, n, as(dy, t), dy_row, h, h_row, as(r, t), r_row, dh, as(dr, t), threads);
+    });
+}
+
+MM_EXPORT(void, relu_squared_forward)(int type, int64_t n, const void* x, void* y, int threads) {
+    with_type(type, [&](auto t) { relu_squared_forward(n, as(x, t), as(y, t), threads); });
+}
+
+MM_EXPORT(void, relu_squared_backward)
+(int type, int64_t n, const void* dy, const void* x, void* dx, int threads) {
+    with_type(type, [&](auto t) { relu_squared_backward(n, as(dy, t), as(x, t), as(dx, t), threads); });
+}
+
+MM_EXPORT(void, cross_entropy)
+(int type, int64_t rows, int64_t columns, void* logits, const int64_t* target, const float* weight, float* nll,
+ int gradient, int threads) {
+    with_type(type, [&](auto t) {
+        cross_entropy(rows, columns, as(logits, t), target, weight, nll, gradient != 0, threads);
+    });
+}
+
+MM_EXPORT(void, adamw)
+(int type, int64_t n, float* master, float* m, float* v, const void* grad, void* out, float beta1, float beta2,
+ float eps, float decay, float rate, float inverse_bias2, float grad_scale, int threads) {
+    const AdamW p{beta1, beta2, eps, decay, rate, inverse_bias2, grad_scale};
+    with_type(type, [&](auto t) { adamw(n, master, m, v, as(grad, t), static_cast<bf16*>(out), p, threads); });
+}
+
+MM_EXPORT(double, sum_of_squares)
+(int64_t tensors, const void* const* data, const int64_t* sizes, const int32_t* types, int threads) {
+    double total = 0;
+    for (int64_t k = 0; k < tensors; ++k)
+        total += with_type(types[k], [&](auto t) { return sum_of_squares(sizes[k], as(data[k], t), threads); });
+    return total;
+}

@@ -1,0 +1,168 @@
+// Root-mean-square norms over rows, the gated readout, and relu squared.
+//
+// A row is found by two counts: row r of `inner` per outer step at (r / inner) * outer_stride + (r % inner) *
+// inner_stride, so that the heads of a slice of a wide product are rows without a copy.
+#pragma once
+
+#include "vec.h"
+
+namespace mm_rec {
+namespace MM_LEVEL {
+
+constexpr float NORM_EPS = 1e-6f;
+constexpr int64_t NORM_MIN_WORK = 1 << 14;
+
+template <class T>
+struct Rows {
+    T* data;
+    int64_t inner, outer_stride, inner_stride;
+    T* operator[](int64_t r) const { return data + r / inner * outer_stride + r % inner * inner_stride; }
+};
+
+template <class T>
+MM_INLINE float inverse_rms(int64_t n, const T* x) {
+    vf squares = {};
+    for (int64_t i = 0; i < n; i += W) {
+        const vf v = load(x + i, n - i);
+        squares += v * v;
+    }
+    return 1.0f / __builtin_sqrtf(sum(squares) / float(n) + NORM_EPS);
+}
+
+// Gradient of y = x * scale(x) at x: scale * dy - x * scale^3 * mean(dy * x).
+template <class T, class U>
+MM_INLINE float norm_pull(int64_t n, const T* x, const U* dy, float scale) {
+    vf dot = {};
+    for (int64_t i = 0; i < n; i += W) dot += load(x + i, n - i) * load(dy + i, n - i);
+    return scale * scale * scale * (sum(dot) / float(n));
+}
+
+// y is contiguous.
+template <class T, class U>
+static void rms_norm_forward(int64_t rows, int64_t n, Rows<const T> x, U* y, int threads) {
+    if (rows * n < NORM_MIN_WORK) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t r = 0; r < rows; ++r) {
+        const T* from = x[r];
+        const vf scale = splat(inverse_rms(n, from));
+        for (int64_t i = 0; i < n; i += W) store(y + r * n + i, load(from + i, n - i) * scale, n - i);
+    }
+}
+
+// dx is contiguous, in the type of x.
+template <class T, class U>
+static void rms_norm_backward(int64_t rows, int64_t n, Rows<const U> dy, Rows<const T> x, T* dx, int threads) {
+    if (rows * n < NORM_MIN_WORK) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t r = 0; r < rows; ++r) {
+        const float scale = inverse_rms(n, x[r]);
+        const vf pull = splat(norm_pull(n, x[r], dy[r], scale));
+        for (int64_t i = 0; i < n; i += W)
+            store(dx + r * n + i, splat(scale) * load(dy[r] + i, n - i) - pull * load(x[r] + i, n - i), n - i);
+    }
+}
+
+// total = x + delta and normed = rms_norm(total); total and normed contiguous.
+template <class T>
+static void add_rms_norm_forward(int64_t rows, int64_t n, const float* x, int64_t x_row, const T* delta,
+                                 int64_t delta_row, float* total, T* normed, int threads) {
+    if (rows * n < NORM_MIN_WORK) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t r = 0; r < rows; ++r) {
+        float* to = total + r * n;
+        for (int64_t i = 0; i < n; i += W)
+            store(to + i, load(x + r * x_row + i, n - i) + load(delta + r * delta_row + i, n - i), n - i);
+        const vf scale = splat(inverse_rms(n, to));
+        for (int64_t i = 0; i < n; i += W) store(normed + r * n + i, load(to + i, n - i) * scale, n - i);
+    }
+}
+
+// dx = dtotal + norm's gradient, also rounded into ddelta; dtotal may be null.
+template <class T>
+static void add_rms_norm_backward(int64_t rows, int64_t n, const float* dtotal, int64_t dtotal_row, const T* dn,
+                                  int64_t dn_row, const float* total, float* dx, T* ddelta, int threads) {
+    if (rows * n < NORM_MIN_WORK) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* x = total + r * n;
+        const T* dy = dn + r * dn_row;
+        const float scale = inverse_rms(n, x);
+        const vf pull = splat(norm_pull(n, x, dy, scale));
+        for (int64_t i = 0; i < n; i += W) {
+            vf g = splat(scale) * load(dy + i, n - i) - pull * load(x + i, n - i);
+            if (dtotal) g += load(dtotal + r * dtotal_row + i, n - i);
+            store(dx + r * n + i, g, n - i);
+            store(ddelta + r * n + i, g, n - i);
+        }
+    }
+}
+
+// y = rms_norm(h) * silu(r) per head of n columns; y contiguous (rows, heads * n).
+template <class T>
+static void readout_forward(int64_t rows, int64_t heads, int64_t n, const float* h, int64_t h_row, const T* gate,
+                            int64_t gate_row, T* y, int threads) {
+    if (rows * heads * n < NORM_MIN_WORK) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t k = 0; k < heads; ++k) {
+            const float* state = h + row * h_row + k * n;
+            const T* logit = gate + row * gate_row + k * n;
+            const vf scale = splat(inverse_rms(n, state));
+            for (int64_t i = 0; i < n; i += W) {
+                const vf r = load(logit + i, n - i);
+                store(y + (row * heads + k) * n + i, load(state + i, n - i) * scale * (r * sigmoid(r)), n - i);
+            }
+        }
+    }
+}
+
+// dh and dr contiguous.
+template <class T>
+static void readout_backward(int64_t rows, int64_t heads, int64_t n, const T* dy, int64_t dy_row, const float* h,
+                             int64_t h_row, const T* gate, int64_t gate_row, float* dh, T* dr, int threads) {
+    if (rows * heads * n < NORM_MIN_WORK) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t k = 0; k < heads; ++k) {
+            const float* state = h + row * h_row + k * n;
+            const T* logit = gate + row * gate_row + k * n;
+            const T* from = dy + row * dy_row + k * n;
+            float* dstate = dh + (row * heads + k) * n;  // holds the gradient at the normed state first
+            const float scale = inverse_rms(n, state);
+            for (int64_t i = 0; i < n; i += W) {
+                const vf r = load(logit + i, n - i), s = sigmoid(r), g = load(from + i, n - i);
+                const vf normed = load(state + i, n - i) * splat(scale);
+                store(dr + (row * heads + k) * n + i, g * normed * (s + r * s * (1.0f - s)), n - i);
+                store(dstate + i, g * r * s, n - i);
+            }
+            const vf pull = splat(norm_pull(n, state, dstate, scale));
+            for (int64_t i = 0; i < n; i += W)
+                store(dstate + i, splat(scale) * load(dstate + i, n - i) - pull * load(state + i, n - i), n - i);
+        }
+    }
+}
+
+template <class T>
+static void relu_squared_forward(int64_t n, const T* x, T* y, int threads) {
+    const int64_t vectors = (n + W - 1) / W;
+    if (n < NORM_MIN_WORK) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t v = 0; v < vectors; ++v) {
+        const vf r = at_least(load(x + v * W, n - v * W), 0.0f);
+        store(y + v * W, r * r, n - v * W);
+    }
+}
+
+template <class T>
+static void relu_squared_backward(int64_t n, const T* dy, const T* x, T* dx, int threads) {
+    const int64_t vectors = (n + W - 1) / W;
+    if (n < NORM_MIN_WORK) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t v = 0; v < vectors; ++v) {
+        const vf r = at_least(load(x + v * W, n - v * W), 0.0f);
+        store(dx + v * W, 2.0f * r * load(dy + v * W, n - v * W), n - v * W);
+    }
+}
+
+}  // namespace MM_LEVEL
+}  // namespace mm_rec

@@ -1,0 +1,118 @@
+"""Loads the library of CPU kernels with ctypes and picks the level that the processor can run."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch  # noqa: F401 - loads PyTorch's OpenMP runtime first, which the library then shares
+
+from mm_rec.cpp.build import CPU_LIBRARY
+from mm_rec.ops.backend import NativeUnavailableError
+
+__all__ = ["LEVELS", "LIBRARY_PATH", "CpuLibrary", "openmp_runtimes"]
+
+LEVELS = ("baseline", "avx2", "avx512")
+LIBRARY_PATH = Path(__file__).resolve().parents[1] / "cpp" / CPU_LIBRARY
+INTERFACE = 1  # mm_rec_interface() of mm_rec/cpp/src/level.cpp
+REBUILD = "cd mm_rec/cpp && python setup.py build_ext --inplace"
+
+_TYPES: dict[str, Any] = {
+    "p": ctypes.c_void_p,
+    "n": ctypes.c_int64,
+    "i": ctypes.c_int,
+    "f": ctypes.c_float,
+    "d": ctypes.c_double,
+}
+# Arguments of each function of mm_rec/cpp/src/kernels.cpp, then its result: p pointer, n int64, i int, f float,
+# d double, - nothing.
+_SIGNATURES = {
+    "scan_forward": ("nnn pn pn p p p i", "-"),
+    "scan_backward": ("nnn pn p pn p p p p p i", "-"),
+    "recurrence_forward": ("i nnnn pn pn pn p p p p p i", "i"),
+    "recurrence_groups": ("nn", "n"),
+    "recurrence_backward": ("i nnnn pn pn pn p p p p pn p p p p p p i", "i"),
+    "mdi_forward": ("i nn pn p pn pn p p p i", "-"),
+    "mdi_backward_scratch": ("nn", "n"),
+    "mdi_backward": ("i nn pn pn pn p pn pn p p p p p p p i", "-"),
+    "rms_norm_forward": ("ii nn pnnn p i", "-"),
+    "rms_norm_backward": ("ii nn pnnn pnnn p i", "-"),
+    "add_rms_norm_forward": ("i nn pn pn p p i", "-"),
+    "add_rms_norm_backward": ("i nn pn pn p p p i", "-"),
+    "readout_forward": ("i nnn pn pn p i", "-"),
+    "readout_backward": ("i nnn pn pn pn p p i", "-"),
+    "relu_squared_forward": ("i n p p i", "-"),
+    "relu_squared_backward": ("i n p p p i", "-"),
+    "cross_entropy": ("i nn p p p p i i", "-"),
+    "adamw": ("i n p p p p p fffffff i", "-"),
+    "sum_of_squares": ("n p p p i", "d"),
+}
+
+
+class CpuLibrary:
+    """The loaded library at one level.
+
+    Attributes:
+        path: of the shared library.
+        level: one of ``LEVELS``.
+        call: the functions of ``kernels.cpp`` as attributes, without prefix and level.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        """Open the library.
+
+        Raises:
+            NativeUnavailableError: it is missing, broken, or of another version.
+        """
+        self.path = path or LIBRARY_PATH
+        if not self.path.exists():
+            raise NativeUnavailableError(f"the native library is not built; build it with: {REBUILD}")
+        try:
+            library = ctypes.CDLL(str(self.path))
+            interface = library.mm_rec_interface()
+            best = library.mm_rec_best_level()
+        except (OSError, AttributeError) as error:
+            raise NativeUnavailableError(
+                f"the native library is broken ({error}); rebuild it with: {REBUILD}"
+            ) from None
+        if interface != INTERFACE:
+            raise NativeUnavailableError(
+                f"the native library has interface {interface}, not {INTERFACE}; rebuild it with: {REBUILD}"
+            )
+        self.level = _choose_level(best)
+        self.call = SimpleNamespace()
+        for name, (arguments, result) in _SIGNATURES.items():
+            try:
+                function = library[f"mm_rec_{name}_{self.level}"]
+            except AttributeError as error:
+                raise NativeUnavailableError(
+                    f"the native library is broken ({error}); rebuild it with: {REBUILD}"
+                ) from None
+            function.argtypes = [_TYPES[code] for code in arguments.replace(" ", "")]
+            function.restype = None if result == "-" else _TYPES[result]
+            setattr(self.call, name, function)
+
+
+def _choose_level(best: int) -> str:
+    """The best level of the processor, or the lower one that MM_REC_CPU_LEVEL asks for."""
+    name = os.environ.get("MM_REC_CPU_LEVEL")
+    if not name:
+        return LEVELS[best]
+    if name not in LEVELS:
+        raise ValueError(f"MM_REC_CPU_LEVEL must be one of {', '.join(LEVELS)}, got {name!r}")
+    if LEVELS.index(name) > best:
+        raise ValueError(f"MM_REC_CPU_LEVEL={name}: this processor supports at most {LEVELS[best]}")
+    return name
+
+
+def openmp_runtimes() -> list[str]:
+    """Paths of the OpenMP runtimes in this process. More than one means two pools of threads that fight."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    lines = maps.read_text().splitlines()
+    paths = {line.split(maxsplit=5)[5] for line in lines if line.count("/")}
+    return sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp")))
