@@ -16,7 +16,7 @@ from mm_rec.storage import write_atomic
 
 __all__ = ["draw_losses"]
 
-COLOURS = {"text": "#1f6fb4", "code": "#d9730d", "fused": "#3a923a"}
+COLOURS = {"text": "#1f6fb4", "code": "#d9730d", "mixed": "#3a923a"}
 OTHER_COLOURS = ("#8c564b", "#7f3fbf", "#17808c")
 
 
@@ -24,7 +24,7 @@ def draw_losses(metrics: Path, picture: Path, title: str) -> None:
     """Draw ``metrics.jsonl`` into a PNG: loss by step, smoothed over the raw points, and bits per byte.
 
     Args:
-        metrics: lines with ``step`` and either ``loss`` and ``domain``, or ``valid``.
+        metrics: lines with ``step`` and either ``losses`` or ``valid``, each a number by domain.
         picture: PNG to replace.
         title: above the picture.
     """
@@ -32,8 +32,8 @@ def draw_losses(metrics: Path, picture: Path, title: str) -> None:
     valid: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for line in metrics.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        if "loss" in record:
-            train[record["domain"] or "fused"].append((record["step"], record["loss"]))
+        for domain, loss in record.get("losses", {}).items():
+            train[domain].append((record["step"], loss))
         for domain, score in record.get("valid", {}).items():
             valid[domain].append((record["step"], score))
 

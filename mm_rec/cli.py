@@ -1,0 +1,105 @@
+"""The program ``mm-rec``: one table of subcommands, each imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+from mm_rec.errors import UserError
+from mm_rec.signals import Interrupted, SignalGuard
+
+__all__ = ["COMMANDS", "main", "run_program"]
+
+
+class Command(NamedTuple):
+    """A subcommand: the module whose ``main(arguments, prog)`` runs it, and one line about it."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "data": Command("mm_rec.data.download_data", "download text and code, or take what this machine has"),
+    "tokenizer": Command("mm_rec.scripts.tokenizer", "train a tokenizer, or see how one cuts a text"),
+    "train": Command("mm_rec.scripts.train", "train one stage or all, and go on with a stopped run"),
+    "generate": Command("mm_rec.scripts.generate", "continue a text"),
+    "doctor": Command("mm_rec.doctor", "check this machine and a run folder"),
+    "bench": Command("mm_rec.scripts.bench", "measure the speed of training on this machine"),
+}
+
+HELP = """usage: mm-rec COMMAND [OPTIONS]
+
+A small language model with a memory of fixed size, trained on the machine you have.
+
+{commands}
+
+Each explains itself: mm-rec COMMAND --help
+
+A first model, step by step:
+
+  mm-rec data --output_dir ./data --text_samples 500 --code_samples 500
+  mm-rec train --stage stage1 --data_dir ./data --checkpoint_dir ./checkpoints
+  mm-rec generate --model ./checkpoints --prompt "The "
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run ``mm-rec`` with these arguments (those of the process if None); returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        commands = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items())
+        sys.stdout.write(HELP.format(commands=commands))
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name == "--version":
+        from mm_rec import __version__
+
+        sys.stdout.write(f"mm-rec {__version__}\n")
+        return 0
+    if name not in COMMANDS:
+        sys.stderr.write(f"error: there is no command {name!r}; there are {', '.join(COMMANDS)}\n")
+        return 2
+
+    def run() -> int:
+        module = importlib.import_module(COMMANDS[name].module)
+        return int(module.main(rest, prog=f"mm-rec {name}"))
+
+    return run_program(run)
+
+
+def run_program(program: Callable[[], int]) -> int:
+    """Run a program and turn what ends it into an exit code.
+
+    A :class:`UserError` becomes ``error: ...`` and 2, Ctrl-C 130, SIGTERM 143, a reader that went away 141.
+    Warnings become one line each. Other errors are bugs and keep their traceback.
+    """
+    warnings.showwarning = _show_warning
+    try:
+        with SignalGuard():
+            code = program()
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except Interrupted as stop:
+        return stop.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Python would complain again while flushing at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    sys.stderr.write(f"warning: {message}\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,69 @@
+"""A trained model from a checkpoint, ready to use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from mm_rec import checkpoint
+from mm_rec.device import apply_precision, select_device, select_precision
+from mm_rec.errors import UserError
+from mm_rec.model import MMRecModel
+from mm_rec.run_config import list_runs
+from mm_rec.stages import STAGES
+from mm_rec.tokenizer import Tokenizer
+
+__all__ = ["Loaded", "find_checkpoint", "load_model"]
+
+
+class Loaded(NamedTuple):
+    """A model with its tokenizer.
+
+    Attributes:
+        model: in its precision, on its device.
+        tokenizer: the one it was trained with.
+        domain: what to pass as ``domain`` if the user names none: None, which fuses the experts, once fusion
+            is trained, else the first expert.
+        path: the checkpoint.
+    """
+
+    model: MMRecModel
+    tokenizer: Tokenizer
+    domain: str | None
+    path: Path
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a user means by a checkpoint, a run folder (its newest valid one) or a folder of runs.
+
+    Of a folder of runs it is that of the newest run of the last stage.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}; name a checkpoint, a run folder or a folder of runs")
+    for stage in reversed(STAGES):
+        for _, run, config in reversed(list_runs(path, stage)):
+            if config is not None and checkpoint.newest_valid(run / "checkpoints") is not None:
+                return checkpoint.resolve(run)
+    return checkpoint.resolve(path)
+
+
+def load_model(path: Path, *, device: str = "auto", precision: str = "auto") -> Loaded:
+    """Load the model that a user means by ``path``; see :func:`find_checkpoint`.
+
+    Raises:
+        UserError: if there is no valid checkpoint, or the device or precision is not there.
+    """
+    place = select_device(device)
+    found = checkpoint.load(find_checkpoint(path), weights_only=True)
+    with torch.device("meta"):
+        model = MMRecModel(found.config)
+    model.load_state_dict(found.weights, assign=True)
+    apply_precision(model, select_precision(precision, place))
+    fusion_is_trained = bool(found.weights["fusion.gate"].any())
+    domain = None if fusion_is_trained else found.config.experts[0]
+    return Loaded(model.to(place).eval(), Tokenizer.load(found.tokenizer_dir), domain, found.path)

@@ -1,0 +1,56 @@
+"""Train one stage or all of them. The same command again goes on with a run that was stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mm_rec.cli import run_program
+from mm_rec.settings import Parser, TrainSettings, add_arguments, from_arguments
+from mm_rec.stages import STAGES
+
+STAGE_HELP = "\n".join(["stages:", *(f"  {stage.name:8}{stage.summary}" for stage in STAGES.values())])
+
+EPILOG = """
+examples:
+  {prog} --stage stage1 --data_dir ./data --checkpoint_dir ./checkpoints
+  {prog} --stage all --download_data
+  {prog} --use_synthetic --max_samples 10        a quick test of the machinery
+  {prog} --config run.yaml --max_steps 2000      a settings file; flags win over it
+
+A settings file holds the names below, and what differs by stage:
+  preset: small
+  max_steps: 400
+  stages: {{stage2: {{max_steps: 100}}}}
+
+MM_REC_MAX_STEPS=20 in the environment stops every stage after 20 steps.
+"""
+
+
+def main(
+    arguments: list[str] | None = None,
+    prog: str | None = None,
+    *,
+    description: str | None = __doc__,
+    defaults: Mapping[str, Any] | None = None,
+) -> int:
+    """Parse arguments and train.
+
+    Args:
+        arguments: those of the process if None.
+        prog: name of the program, for its help.
+        description: for its help.
+        defaults: settings of this program that differ from the usual ones.
+    """
+    parser = Parser(prog=prog, description=description)
+    parser.epilog = STAGE_HELP + "\n" + EPILOG.format(prog=parser.prog)
+    add_arguments(parser, TrainSettings, defaults)
+    settings = from_arguments(TrainSettings, parser.parse_args(arguments), defaults)
+
+    from mm_rec.scripts.training import train
+
+    return train(settings)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(main))
