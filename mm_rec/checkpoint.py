@@ -1,6 +1,7 @@
 """Checkpoints: folders in the layout of Hugging Face, with what training needs beside it.
 
     config.json  generation_config.json  model.safetensors         the model, weights in float32
+    modeling_mm_rec.py                                             for transformers with trust_remote_code
     tokenizer.json  tokenizer_config.json  chat_template.jinja     the tokenizer
     optimizer.safetensors  carried.safetensors  trainer.json       the training: moments, carried state, the rest
     manifest.json                                                  size and SHA-256 of every file above
@@ -25,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mm_rec import storage
+from mm_rec import hf_folder, storage
 from mm_rec.config import ModelConfig
 from mm_rec.errors import UserError
 from mm_rec.tokenizer import Tokenizer
@@ -107,8 +108,10 @@ def save(
     tensors = {"model": weights, "optimizer": optimizer, "carried": carried}
     n_bytes = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
     with storage.atomic_folder(path, n_bytes + SMALL_FILES_BYTES) as folder:
-        _write_json(folder / "config.json", _model_config(config, tokenizer))
-        _write_json(folder / "generation_config.json", _special_ids(tokenizer))
+        domain = hf_folder.default_domain(config, weights)
+        _write_json(folder / "config.json", hf_folder.config_json(config, tokenizer, domain))
+        _write_json(folder / "generation_config.json", hf_folder.generation_config_json(tokenizer))
+        (folder / hf_folder.MODELING_FILE).write_text(hf_folder.MODELING_CODE, encoding="utf-8")
         _write_json(folder / "trainer.json", dict(trainer))
         tokenizer.save(folder)
         for name, group in tensors.items():
@@ -236,24 +239,6 @@ def _verify(path: Path, weights_only: bool) -> None:
     missing = [name for name in needed if name not in names]
     if missing:
         raise CheckpointError(f"{path / missing[0]} is not in the manifest")
-
-
-def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-    }
-
-
-def _model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
-        "model_type": "mm_rec",
-        "architectures": ["MMRecForCausalLM"],
-        "torch_dtype": "float32",
-        **_special_ids(tokenizer),
-        **config.to_dict(),
-    }
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ def test_layout_is_that_of_hugging_face(pristine: Path, tokenizer: Tokenizer) ->
     path = pristine / "step_000050"
     assert {file.name for file in path.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors"),
-        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("modeling_mm_rec.py", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
         *("optimizer.safetensors", "carried.safetensors", "trainer.json", "manifest.json"),
     }
     config = json.loads((path / "config.json").read_text())

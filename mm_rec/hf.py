@@ -1,0 +1,255 @@
+"""MM-Rec in Hugging Face `transformers`: configuration, model and cache.
+
+Importing this module registers them, so that ``AutoModelForCausalLM.from_pretrained(folder)`` loads a checkpoint or
+exported folder. Without the import, ``trust_remote_code=True`` does the same through the folder's modeling file.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from mm_rec.blocks.mm_rec_block import MMRecBlock
+from mm_rec.config import DEFAULT_PRESET, ModelConfig
+from mm_rec.experts import Fusion
+from mm_rec.hf_folder import AUTO_MAP, MODELING_CODE, MODELING_FILE
+from mm_rec.model import EMBEDDING_STD, MMRecModel
+from mm_rec.state import ModelState, map_state
+
+__all__ = ["MMRecCache", "MMRecConfig", "MMRecForCausalLM"]
+
+
+class MMRecConfig(PreTrainedConfig):  # type: ignore[misc]
+    """A :class:`ModelConfig` as `transformers` keeps it, and ``domain``: the expert to use, None for all fused.
+
+    What is not given is as in the default preset.
+    """
+
+    model_type = "mm_rec"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the base class's form)
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "d_model",
+        "intermediate_size": "d_ff",
+        "num_attention_heads": "n_heads",
+        "num_hidden_layers": "n_layers",
+    }
+
+    def __init__(self, domain: str | None = None, use_cache: bool = True, **settings: Any) -> None:
+        for name, default in ModelConfig.preset(DEFAULT_PRESET).to_dict().items():
+            setattr(self, name, settings.pop(name, default))
+        self.domain = domain
+        self.use_cache = use_cache
+        super().__init__(**settings)
+        self.auto_map = dict(AUTO_MAP)
+
+    def model_config(self) -> ModelConfig:
+        """The shape of the model; raises ValueError if there is no such model."""
+        names = ModelConfig.preset(DEFAULT_PRESET).to_dict()
+        return ModelConfig.from_dict({name: getattr(self, name) for name in names})
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Does nothing: a saved folder has its own small modeling file and needs no copy of this module."""
+
+
+class MMRecCache(Cache):  # type: ignore[misc]
+    """The state of an MM-Rec model in the place of a key-value cache. Its size is fixed.
+
+    Attributes:
+        state: None before the first token.
+        n_seen: tokens read so far, padding included.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.state: ModelState | None = None
+        self.n_seen = 0
+
+    def update_state(self, state: ModelState, n_tokens: int) -> None:
+        """Take the state after ``n_tokens`` more tokens."""
+        self.state = state
+        self.n_seen += n_tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read so far, padding included."""
+        return self.n_seen
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is no longest text."""
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the state; -1 before the first token."""
+        return -1 if self.state is None else len(self.state.position)
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: what was read cannot be unread."""
+        return False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: what was read cannot be unread. Copy the cache before reading what may have to go."""
+        raise ValueError("the memory of an MM-Rec model cannot go back; copy.deepcopy the cache before you read on")
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state, self.n_seen = None, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes a copy of row ``beam_idx[i]``."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at ``indices``, in that order."""
+        if self.state is not None:
+            self.state = map_state(self.state, lambda tensor: tensor[indices.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times, one after the other."""
+        if self.state is not None:
+            self.state = map_state(self.state, lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+
+class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """:class:`MMRecModel` with the interface of a causal language model of `transformers`."""
+
+    config_class = MMRecConfig
+    config: MMRecConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _is_stateful = True
+    _no_split_modules = ["MMRecBlock"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["w_g", "address", "decay_bias", "gate_bias", "rate_logit"]  # noqa: RUF012
+
+    def __init__(self, config: MMRecConfig) -> None:
+        super().__init__(config)
+        self.model = MMRecModel(config.model_config())
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, MMRecBlock | Fusion):
+            module.reset_parameters()
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=EMBEDDING_STD)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding, which is also the output head."""
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding, which is also the output head."""
+        self.model.embedding = value
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # forward makes the cache
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MMRecCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        domain: str | None = None,
+        **loss_settings: Any,
+    ) -> CausalLMOutputWithPast:
+        """Read T more tokens of each row.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, tokens seen before + T), 0 for padding, which stands at the left of a row. At the
+                right it may stand where no more tokens follow. What padding holds changes no other token.
+            position_ids: (B, T); a 0 starts a new document, as in packed rows. Other values are not looked at.
+            past_key_values: what was read before.
+            labels: (B, T), the tokens themselves, -100 where they don't count in the loss.
+            use_cache: return the cache; the default is the configuration's, and no while training.
+            logits_to_keep: how many of the last tokens to give logits for, 0 for all; or (n,) their places.
+            domain: the expert to use, ``all`` to fuse them; None takes the configuration's.
+            **loss_settings: for the loss, such as ``num_items_in_batch``.
+
+        Raises:
+            ValueError: for a mask of another length, or padding between tokens.
+        """
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        cache = MMRecCache() if past_key_values is None else past_key_values
+        if not isinstance(cache, MMRecCache):
+            raise ValueError(f"past_key_values must be an MMRecCache, got {type(cache).__name__}")
+        reset = _document_starts(input_ids, attention_mask, position_ids, cache.n_seen)
+        names = {None: self.config.domain, "all": None}
+        keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        logits, state = self._logits(input_ids, cache.state, names.get(domain, domain), reset, keep)
+        if isinstance(logits_to_keep, Tensor):
+            logits = logits[:, logits_to_keep]
+        if use_cache or past_key_values is not None:
+            cache.update_state(state, input_ids.shape[1])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **loss_settings)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+
+    def _logits(
+        self, tokens: Tensor, state: ModelState | None, domain: str | None, reset: Tensor | None, keep: int
+    ) -> tuple[Tensor, ModelState]:
+        """Logits (B, keep, V) of the last ``keep`` tokens, of all if 0, and the state after them."""
+        rest = max(tokens.shape[1] - keep, 0) if keep else 0
+        if rest:
+            # Rows of weight 0 are left out of the output head, which is the larger part of the work.
+            no_loss = torch.zeros(tokens[:, :rest].shape, device=tokens.device)
+            before = None if reset is None else reset[:, :rest]
+            _, state = self.model(tokens[:, :rest], state, domain, before, targets=tokens[:, :rest], weight=no_loss)
+        logits, after = self.model(tokens[:, rest:], state, domain, None if reset is None else reset[:, rest:])
+        return logits, after
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **settings: Any) -> None:
+        """Write configuration, weights (named as in a checkpoint) and the modeling file for ``trust_remote_code``."""
+        if settings.get("state_dict") is None:
+            settings["state_dict"] = self.model.state_dict()
+        super().save_pretrained(save_directory, **settings)
+        Path(save_directory, MODELING_FILE).write_text(MODELING_CODE, encoding="utf-8")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
+        """Does nothing: a saved folder has its own small modeling file and needs no copy of this module."""
+
+
+def _document_starts(
+    tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, n_seen: int
+) -> Tensor | None:
+    """Where a document starts: (B, T) bool; None for nowhere but before the first token.
+
+    Padding at the left of a row needs no more than this: the row starts afresh at its first real token.
+    """
+    starts = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
+    if attention_mask is not None:
+        if attention_mask.shape != (tokens.shape[0], n_seen + tokens.shape[1]):
+            raise ValueError(
+                f"attention_mask is {tuple(attention_mask.shape)}, but it must cover the {n_seen} tokens read before "
+                f"and the {tokens.shape[1]} of this call, for {tokens.shape[0]} rows"
+            )
+        real = attention_mask.bool()
+        count = real.cumsum(dim=1)
+        gap = ~real & (count > 0)
+        if bool((real & (gap.cumsum(dim=1) > 0)).any()):
+            raise ValueError("attention_mask has padding between tokens; pad at the left (padding_side='left')")
+        starts |= (real & (count == 1))[:, n_seen:]
+    if position_ids is not None:
+        starts |= position_ids == 0
+    return starts if bool(starts[:, 1:].any()) or (n_seen and bool(starts.any())) else None
+
+
+AutoConfig.register("mm_rec", MMRecConfig, exist_ok=True)
+AutoModelForCausalLM.register(MMRecConfig, MMRecForCausalLM, exist_ok=True)
