@@ -20,6 +20,7 @@ from typing import Any
 
 from mm_rec.chat import Message, encode_conversation
 from mm_rec.data.files import SUFFIXES, BadRows, Row, find_files, read_rows
+from mm_rec.data.manifest import MANIFEST
 from mm_rec.data.pack import Document
 from mm_rec.errors import UserError
 from mm_rec.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ def find_conversations(path: Path) -> list[Path]:
         files = sorted([*find_files(path), *lists])
     else:
         files = [path] if path.name.lower().endswith(".json") and path.is_file() else find_files(path)
-    files = [file for file in files if not file.name.lower().endswith(".txt")]
+    files = [file for file in files if not file.name.lower().endswith(".txt") and file.name != MANIFEST]
     if not files:
         kinds = ", ".join(suffix for suffix in (".json", *SUFFIXES) if suffix != ".txt")
         raise UserError(f"there are no conversations in {path}; they are read from {kinds}")

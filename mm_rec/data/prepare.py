@@ -25,7 +25,7 @@ from mm_rec.lock import Lock
 from mm_rec.storage import DamageError, atomic_folder, remove_leftovers, reporting_errors, verify_folder
 from mm_rec.tokenizer import Tokenizer, train_tokenizer
 
-__all__ = ["DOMAINS", "Prepared", "describe", "prepare"]
+__all__ = ["DOMAINS", "Prepared", "describe", "make_once", "prepare"]
 
 DOMAINS = ("text", "code")
 
@@ -98,29 +98,46 @@ def prepare(
         "filters": filters,
         "skip_bad": skip_bad,
     }
+
+    def make(path: Path) -> None:
+        surveys = {}
+        for name, paths in files.items():
+            tell(f"{name}: reading {', '.join(file.name for file in paths)}")
+            surveys[name] = survey_domain(name, paths, max_samples=max_samples, filters=filters, skip_bad=skip_bad)
+        with atomic_folder(path, sum(survey.n_bytes for survey in surveys.values())) as folder:
+            _make(folder, surveys, vocab_size, tokenizer, tell)
+
+    prepared = make_once(data_dir / "prepared", settings, make, verify=verify)
+    for line in describe(prepared.report):
+        tell(line)
+    return prepared
+
+
+def make_once(root: Path, settings: dict[str, Any], make: Callable[[Path], None], *, verify: bool = False) -> Prepared:
+    """What ``make`` writes for ``settings``, or wrote in an earlier call: a folder in ``root`` named by their hash.
+
+    Two processes may call this at once; the second waits.
+
+    Args:
+        root: the folder of folders.
+        settings: everything that the result depends on, as values that JSON can hold.
+        make: writes the folder that it is given, whole or not at all.
+        verify: compare what is used again with its SHA-256, not only its size.
+    """
     identity = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    root = data_dir / "prepared"
     with reporting_errors(root):
-        root.mkdir(exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
     path = root / identity[:16]
     lock = Lock(root / "lock", wait=True)
     try:
         remove_leftovers(root)
         if not path.exists():
-            surveys = {}
-            for name, paths in files.items():
-                tell(f"{name}: reading {', '.join(file.name for file in paths)}")
-                surveys[name] = survey_domain(name, paths, max_samples=max_samples, filters=filters, skip_bad=skip_bad)
-            with atomic_folder(path, sum(survey.n_bytes for survey in surveys.values())) as folder:
-                _make(folder, surveys, vocab_size, tokenizer, tell)
+            make(path)
         elif verify:
             _verify(path)
     finally:
         lock.release()
-    prepared = _open(path)
-    for line in describe(prepared.report):
-        tell(line)
-    return prepared
+    return _open(path)
 
 
 def describe(report: dict[str, Any]) -> list[str]:

@@ -1,0 +1,143 @@
+"""From files of conversations to token stores with loss masks, made once and used again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mm_rec.chat import Message
+from mm_rec.data.conversations import encode_document, find_conversations, read_conversations
+from mm_rec.data.files import BadRows
+from mm_rec.data.manifest import check_files
+from mm_rec.data.pack import write_store
+from mm_rec.data.prepare import Prepared, make_once
+from mm_rec.errors import UserError
+from mm_rec.storage import atomic_folder
+from mm_rec.tokenizer import Tokenizer
+
+__all__ = ["prepare_conversations"]
+
+_FORMAT = 1  # counts up whenever the same input would come out differently
+_VALID_SHARE = 0.03  # of the conversations' bytes
+_VALID_BYTES = 262_144  # at most, so that validating stays cheap
+
+
+def prepare_conversations(
+    path: Path,
+    tokenizer: Tokenizer,
+    *,
+    name: str,
+    cache: Path,
+    max_samples: int | None = None,
+    skip_bad: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Prepared:
+    """Split and tokenize the conversations at ``path``, or open what an earlier call made of the same.
+
+    About 3% of the bytes, at most 256 KiB, are held out for validation: whole conversations, chosen by the hash of
+    what is said in them, so that no conversation is in both splits, however often it is in the files.
+
+    Args:
+        path: a data file, or a folder of them.
+        tokenizer: that of the model to be trained.
+        name: of the one store in each split.
+        cache: folder for what is made.
+        max_samples: use the first so many conversations.
+        skip_bad: leave out so many rows that are no conversations before giving up.
+        progress: takes a line about each thing that is done.
+
+    Raises:
+        UserError: if there are no conversations, too few, or a file that cannot be used.
+    """
+    tell = progress or (lambda line: None)
+    files = find_conversations(path)
+    settings = {
+        "format": _FORMAT,
+        "conversations": name,
+        "files": check_files(path if path.is_dir() else path.parent, files),
+        "tokenizer": tokenizer.sha256,
+        "max_samples": max_samples,
+        "skip_bad": skip_bad,
+    }
+
+    def make(folder: Path) -> None:
+        tell(f"{name}: reading {', '.join(file.name for file in files)}")
+        _make(folder, name, files, tokenizer, max_samples, skip_bad)
+
+    prepared = make_once(cache, settings, make)
+    tell(_describe(name, prepared.report["domains"][name]))
+    return prepared
+
+
+def _make(
+    folder: Path, name: str, files: list[Path], tokenizer: Tokenizer, max_samples: int | None, skip_bad: int
+) -> None:
+    """Read the files once to choose what is held out and once for each store."""
+    bad = BadRows(skip_bad)
+    keys: list[bytes] = []
+    sizes: dict[bytes, int] = {}
+    for messages in _read(files, bad, max_samples):
+        keys.append(_key(messages))
+        sizes[keys[-1]] = sum(len(message.content.encode()) for message in messages)
+    held_out = _hold_out(sizes)
+    if held_out is None:
+        raise UserError(f"there are too few conversations in {files[0].parent}: training needs two different ones")
+    with atomic_folder(folder, 6 * sum(sizes.values())) as temporary:
+        tokenizer.save(temporary / "tokenizer")
+        entry: dict[str, Any] = {"read": len(keys), "bad_rows": len(bad.found)}
+        for split, is_valid in (("train", False), ("valid", True)):
+            documents = (
+                encode_document(tokenizer, messages)
+                for messages in _read(files, BadRows(skip_bad), max_samples)
+                if (_key(messages) in held_out) == is_valid
+            )
+            store = write_store(temporary / f"{name}-{split}", documents, vocab_size=tokenizer.vocab_size)
+            assert store.loss_mask is not None
+            entry[split] = {
+                "documents": store.n_documents,
+                "tokens": store.n_tokens,
+                "answer_tokens": int(store.loss_mask.sum(dtype=int)),
+            }
+        report = {"tokenizer": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "domains": {name: entry}}
+        (temporary / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _read(files: list[Path], bad: BadRows, max_samples: int | None) -> Iterator[list[Message]]:
+    count = 0
+    for file in files:
+        for messages in read_conversations(file, bad):
+            yield messages
+            count += 1
+            if count == max_samples:
+                return
+
+
+def _key(messages: list[Message]) -> bytes:
+    return hashlib.sha256(json.dumps(messages).encode()).digest()[:8]
+
+
+def _hold_out(sizes: dict[bytes, int]) -> set[bytes] | None:
+    """Which conversations are held out, by their keys; None if none would be left to train on."""
+    budget = min(_VALID_BYTES, _VALID_SHARE * sum(sizes.values()))
+    first, *others = sorted(sizes) or [b""]
+    if not others:
+        return None
+    chosen, total = {first}, sizes[first]
+    for key in others[:-1]:
+        total += sizes[key]
+        if total > budget:
+            break
+        chosen.add(key)
+    return chosen
+
+
+def _describe(name: str, entry: dict[str, Any]) -> str:
+    train, valid = entry["train"], entry["valid"]
+    left_out = f", {entry['bad_rows']:,} bad rows left out" if entry["bad_rows"] else ""
+    return (
+        f"{name}: {entry['read']:,} conversations read{left_out}; {train['tokens']:,} tokens to train on, "
+        f"{train['answer_tokens']:,} of them in answers, and {valid['documents']:,} conversations to validate on"
+    )
