@@ -82,7 +82,8 @@ def compare(actual: Run, expected: Run) -> Errors:
 
 def run_chunks(model: MMRecModel, tokens: Tensor, sizes: Iterable[int], domain: str | None) -> Tensor:
     """Logits of ``tokens`` in chunks of the given sizes (cycled), the state carried and not detached."""
-    state, pieces, start = None, [], 0
+    state, start = None, 0
+    pieces: list[Tensor] = []
     for size in itertools.cycle(sizes):
         if start >= tokens.shape[1]:
             return torch.cat(pieces, dim=1)

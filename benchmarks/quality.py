@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from mm_rec.config import ModelConfig
 from mm_rec.data.batches import Batch, Batches
-from mm_rec.data.files import read_texts
+from mm_rec.data.files import BadRows, read_texts
 from mm_rec.data.pack import Document, TokenStore, write_store
 from mm_rec.device import apply_precision, select_precision
 from mm_rec.evaluate import evaluate, select_documents
@@ -58,7 +58,7 @@ def prepare(corpora: Path, folder: Path) -> Data:
 
     def texts(domain: str, split: str) -> Iterator[str]:
         (path,) = corpora.glob(f"{DOMAINS[domain]}.{split}.jsonl*")
-        yield from read_texts(path)
+        yield from read_texts(path, BadRows())
 
     def tokenizer_sample() -> Iterator[str]:
         for domain in DOMAINS:
@@ -109,7 +109,8 @@ class MMRec(Contestant):
         )
         output.loss.backward()
         self.optimizer.step(rate, CLIP)
-        return output.loss.detach()
+        loss: Tensor = output.loss.detach()
+        return loss
 
     def bits_per_byte(self, domain: str, store: TokenStore) -> float:
         documents = select_documents(store, np.empty(0))

@@ -18,6 +18,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +86,11 @@ def matrix_rate(tokens: int, precision: str) -> float:
         x = torch.randn(tokens, columns).to(dtype)
         weight = torch.randn(rows, columns).to(dtype)
         gradient = torch.randn(tokens, rows).to(dtype)
-        products = (
-            lambda x=x, w=weight: x @ w.t(),
-            lambda g=gradient, w=weight: g @ w,
-            lambda g=gradient, x=x: g.t() @ x,
-        )
-        for product in products:
-            product()
-            seconds += statistics.median(timed(product) for _ in range(7))
+        products: list[tuple[Tensor, Tensor]] = [(x, weight.t()), (gradient, weight), (gradient.t(), x)]
+        for left, right in products:
+            multiply = partial(torch.mm, left, right)
+            multiply()
+            seconds += statistics.median(timed(multiply) for _ in range(7))
             work += 2.0 * tokens * rows * columns
     return work / seconds
 
@@ -124,7 +122,7 @@ def measure(shape: str, names: list[str], rounds: int, precision: str) -> list[d
     for turn in range(rounds + 1):
         rates.append(matrix_rate(batch * time_steps, precision))
         for name, (_, step) in built.items():
-            seconds = timed(lambda step=step: step(inputs, targets))
+            seconds = timed(partial(step, inputs, targets))
             if turn:  # the first one warms up
                 times[name].append(seconds)
     rate = statistics.median(rates)

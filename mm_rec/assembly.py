@@ -143,8 +143,11 @@ def _describe_ops(device: torch.device) -> str:
 
 
 def _bytes_per_token(data: Prepared) -> dict[str, float]:
-    """UTF-8 bytes a token stands for, by domain and in all training data."""
-    sizes = {name: (int(store.n_bytes.sum()), store.n_tokens) for name, store in data.train.items()}
+    """UTF-8 bytes a token that counts stands for, by domain and in all training data."""
+    sizes = {
+        name: (int(store.n_bytes.sum()), store.n_tokens if store.loss_mask is None else int(store.loss_mask.sum(dtype=int)))
+        for name, store in data.train.items()
+    }
     sizes[MIXED] = (sum(n_bytes for n_bytes, _ in sizes.values()), sum(n_tokens for _, n_tokens in sizes.values()))
     return {name: n_bytes / n_tokens for name, (n_bytes, n_tokens) in sizes.items()}
 
@@ -184,7 +187,7 @@ def _seconds_per_step(trainer: Trainer, parameters: int) -> float:
     for _ in range(2):
         start = time.monotonic()
         loss, _ = trainer.micro_batch_loss(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         float(loss.detach())
         pass_seconds = time.monotonic() - start
         trainer.optimizer.zero_grad()

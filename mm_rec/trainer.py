@@ -221,7 +221,7 @@ class Trainer:
             batch = self.batches.micro_batch((step - 1) * plan.accumulation + part)
             key = batch.domain or MIXED
             loss, state = self.micro_batch_loss(batch, carried.get(key))
-            (loss / plan.accumulation).backward()  # type: ignore[no-untyped-call]
+            (loss / plan.accumulation).backward()
             self.optimizer.accumulate()
             losses[key].append(float(loss.detach()))
             if plan.stage.layout == "lanes":

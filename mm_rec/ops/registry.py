@@ -16,7 +16,7 @@ from mm_rec.ops import backend
 
 __all__ = ["NATIVE_OPS", "below_autograd", "define", "differentiable"]
 
-LIBRARY: Any = torch.library.Library("mm_rec", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY: Any = torch.library.Library("mm_rec", "DEF")
 NATIVE_OPS: list[str] = []  # every op that a native back end may serve
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
