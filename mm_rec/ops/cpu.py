@@ -7,6 +7,7 @@ which slices of a wide product are; others are copied. Results are contiguous.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +38,8 @@ def load() -> Native:
     kernels: list[Callable[..., Any]] = [
         recurrence, recurrence_backward, scan, scan_backward, mdi, mdi_backward, rms_norm, rms_norm_backward,
         add_rms_norm, add_rms_norm_backward, readout, readout_backward, relu_squared, relu_squared_backward,
-        linear_cross_entropy, adamw_, sum_of_squares,
+        memory_update, memory_update_backward, memory_read, memory_read_backward, linear_cross_entropy, adamw_,
+        sum_of_squares,
     ]  # fmt: skip
     return Native(str(library.path), library.level, {kernel.__name__: kernel for kernel in kernels})
 
@@ -84,9 +86,21 @@ def _two_level_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
     return x, 1, row, 0
 
 
-def _require_scratch(failed: int) -> None:
-    if failed:
+def _head_rows(x: Tensor) -> tuple[Tensor, int]:
+    """A (B, T, H, d) tensor as B * T evenly spaced rows of H * d, and the distance between rows; a copy if need be."""
+    batch, time, heads, head_dim = x.shape
+    outer, row, head, last = x.stride()
+    if last == 1 and (head == head_dim or heads == 1) and (batch == 1 or outer == time * row) and time > 1:
+        return x, row
+    return x.contiguous(), heads * head_dim
+
+
+def _check(result: int) -> None:
+    """Raise for a kernel that did not run: 1 means no memory for its scratch, 2 positions that cannot be."""
+    if result == 1:
         raise MemoryError("no memory for the scratch of a kernel")
+    if result == 2:
+        raise ValueError("position must not be negative nor cause more than one write in every W / 2 tokens")
 
 
 def scan(a: Tensor, x: Tensor, s0: Tensor | None, reset: Tensor | None) -> Tensor:
@@ -122,12 +136,12 @@ def recurrence(
     (z, z_row), (u, u_row), (gamma, gamma_row) = _rows(z), _rows(u), _rows(gamma)
     w_g, h0, reset = w_g.contiguous(), _contiguous(h0), _contiguous(reset)
     h, h_last = _empty(z.shape), _empty((batch, width))
-    failed = _call.recurrence_forward(
+    result = _call.recurrence_forward(
         _TYPE_CODES[u.dtype], batch, time, heads, head_dim, z.data_ptr(), z_row, u.data_ptr(), u_row,
         gamma.data_ptr(), gamma_row, w_g.data_ptr(), _pointer(h0), _pointer(reset), h.data_ptr(), h_last.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
-    _require_scratch(failed)
+    _check(result)
     return h, h_last
 
 
@@ -154,13 +168,13 @@ def recurrence_backward(
     )
     dz, du, dgamma, dh0 = _empty(z.shape), _empty(u.shape, u.dtype), _empty(z.shape), _empty((batch, width))
     dw_g = _empty((_call.recurrence_groups(batch, heads), *w_g.shape))
-    failed = _call.recurrence_backward(
+    result = _call.recurrence_backward(
         _TYPE_CODES[u.dtype], batch, time, heads, head_dim, z.data_ptr(), z_row, u.data_ptr(), u_row,
         gamma.data_ptr(), gamma_row, w_g.data_ptr(), _pointer(h0), _pointer(reset), h.data_ptr(), dh.data_ptr(), dh_row,
         _pointer(dh_last), dz.data_ptr(), du.data_ptr(), dgamma.data_ptr(), dw_g.data_ptr(), dh0.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
-    _require_scratch(failed)
+    _check(result)
     return dz, du, dgamma, dw_g[0] if len(dw_g) == 1 else dw_g.sum(0), dh0
 
 
@@ -297,6 +311,124 @@ def relu_squared_backward(dy: Tensor, x: Tensor) -> Tensor:
         _TYPE_CODES[x.dtype], x.numel(), dy.data_ptr(), x.data_ptr(), dx.data_ptr(), torch.get_num_threads()
     )
     return dx
+
+
+@functools.lru_cache(maxsize=16)
+def _rotary_tables(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles, (length, d / 2) each, as in :func:`mm_rec.ops.reference.rotate`."""
+    half = head_dim // 2
+    frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def memory_update(
+    k: Tensor,
+    v: Tensor,
+    address: Tensor,
+    rate: Tensor,
+    position: Tensor,
+    key0: Tensor,
+    value0: Tensor,
+    mass0: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, time = position.shape
+    window, (heads, slots, head_dim) = k.shape[1] - time, address.shape
+    (k, k_row), (v, v_row) = _head_rows(k), _head_rows(v)
+    address, rate, position = address.contiguous(), rate.contiguous(), position.contiguous()
+    key0, value0, mass0 = key0.contiguous(), value0.contiguous(), mass0.contiguous()
+    versions = -(-time // (window // 2)) + 1
+    key, value = (_empty((batch, versions, heads, slots, head_dim)) for _ in range(2))
+    mass = _empty((batch, versions, heads, slots))
+    result = _call.memory_update(
+        _TYPE_CODES[k.dtype], batch, time, window, heads, head_dim, slots, position.data_ptr(), k.data_ptr(), k_row,
+        v.data_ptr(), v_row, address.data_ptr(), rate.data_ptr(), key0.data_ptr(), value0.data_ptr(), mass0.data_ptr(),
+        key.data_ptr(), value.data_ptr(), mass.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    _check(result)
+    return key, value, mass
+
+
+def memory_update_backward(
+    dkey: Tensor,
+    dvalue: Tensor,
+    dmass: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mass: Tensor,
+    k: Tensor,
+    v: Tensor,
+    address: Tensor,
+    rate: Tensor,
+    position: Tensor,
+) -> tuple[Tensor, ...]:
+    batch, time = position.shape
+    window, (heads, slots, head_dim) = k.shape[1] - time, address.shape
+    (k, k_row), (v, v_row) = _head_rows(k), _head_rows(v)
+    address, rate, position = address.contiguous(), rate.contiguous(), position.contiguous()
+    key, value, mass = key.contiguous(), value.contiguous(), mass.contiguous()
+    dkey, dvalue, dmass = dkey.contiguous(), dvalue.contiguous(), dmass.contiguous()
+    dk, dv = _empty(k.shape, k.dtype), _empty(v.shape, v.dtype)
+    daddress, drate = _empty((batch, *address.shape)), _empty((batch, heads))  # a share per sequence
+    dkey0, dvalue0 = (_empty((batch, heads, slots, head_dim)) for _ in range(2))
+    dmass0 = _empty((batch, heads, slots))
+    result = _call.memory_update_backward(
+        _TYPE_CODES[k.dtype], batch, time, window, heads, head_dim, slots, position.data_ptr(), k.data_ptr(), k_row,
+        v.data_ptr(), v_row, address.data_ptr(), rate.data_ptr(), key.data_ptr(), value.data_ptr(), mass.data_ptr(),
+        dkey.data_ptr(), dvalue.data_ptr(), dmass.data_ptr(), dk.data_ptr(), dv.data_ptr(), daddress.data_ptr(),
+        drate.data_ptr(), dkey0.data_ptr(), dvalue0.data_ptr(), dmass0.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    _check(result)
+    return dk, dv, daddress.sum(0), drate.sum(0), dkey0, dvalue0, dmass0
+
+
+def memory_read(
+    q: Tensor, k: Tensor, v: Tensor, key: Tensor, value: Tensor, mass: Tensor, position: Tensor, rotary_base: float
+) -> tuple[Tensor, Tensor]:
+    batch, time, heads, head_dim = q.shape
+    window, slots = k.shape[1] - time, key.shape[3]
+    (q, q_row), (k, k_row), (v, v_row) = _head_rows(q), _head_rows(k), _head_rows(v)
+    key, value, mass, position = key.contiguous(), value.contiguous(), mass.contiguous(), position.contiguous()
+    cosine, sine = _rotary_tables(window + time, head_dim, rotary_base)
+    out, lse = _empty(q.shape, q.dtype), _empty((batch, heads, time))
+    result = _call.memory_read(
+        _TYPE_CODES[q.dtype], batch, time, window, heads, head_dim, slots, position.data_ptr(), q.data_ptr(), q_row,
+        k.data_ptr(), k_row, v.data_ptr(), v_row, key.data_ptr(), value.data_ptr(), mass.data_ptr(),
+        cosine.data_ptr(), sine.data_ptr(), out.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    _check(result)
+    return out, lse
+
+
+def memory_read_backward(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mass: Tensor,
+    position: Tensor,
+    rotary_base: float,
+) -> tuple[Tensor, ...]:
+    batch, time, heads, head_dim = q.shape
+    window, slots = k.shape[1] - time, key.shape[3]
+    (q, q_row), (k, k_row), (v, v_row), (dout, dout_row) = _head_rows(q), _head_rows(k), _head_rows(v), _head_rows(dout)
+    key, value, mass, position = key.contiguous(), value.contiguous(), mass.contiguous(), position.contiguous()
+    out, lse = out.contiguous(), lse.contiguous()
+    cosine, sine = _rotary_tables(window + time, head_dim, rotary_base)
+    dq, dk, dv = (_empty(x.shape, x.dtype) for x in (q, k, v))
+    dkey, dvalue, dmass = (_empty(x.shape) for x in (key, value, mass))
+    result = _call.memory_read_backward(
+        _TYPE_CODES[q.dtype], batch, time, window, heads, head_dim, slots, position.data_ptr(), q.data_ptr(), q_row,
+        k.data_ptr(), k_row, v.data_ptr(), v_row, key.data_ptr(), value.data_ptr(), mass.data_ptr(),
+        cosine.data_ptr(), sine.data_ptr(), dout.data_ptr(), dout_row, out.data_ptr(), lse.data_ptr(), dq.data_ptr(),
+        dk.data_ptr(), dv.data_ptr(), dkey.data_ptr(), dvalue.data_ptr(), dmass.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    _check(result)
+    return dq, dk, dv, dkey, dvalue, dmass
 
 
 def linear_cross_entropy(

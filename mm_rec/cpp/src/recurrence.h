@@ -5,9 +5,8 @@
 // sequences of the group. Groups depend on the shape alone, so results don't depend on the number of threads.
 #pragma once
 
-#include <stdlib.h>
-
 #include "product.h"
+#include "scratch.h"
 
 namespace mm_rec {
 namespace MM_LEVEL {
@@ -20,16 +19,6 @@ constexpr int GROUP = 2;
 constexpr int STEP_VECS = 4;
 #endif
 constexpr int64_t CHUNK = 32;  // steps whose gates are recomputed at once in the backward pass
-
-// A 64-byte aligned block of floats, freed at the end of its scope; null if there is no memory.
-struct Scratch {
-    float* data;
-    explicit Scratch(int64_t floats)
-        : data(static_cast<float*>(aligned_alloc(64, round_up(floats * int64_t(sizeof(float)), 64)))) {}
-    ~Scratch() { free(data); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-};
 
 // packed[v][j][0..W) = w(v * W + lane, j) with w(i, j) = w_g[i * row + j * col]; rows past d are 0.
 static void pack_columns(int64_t d, const float* w_g, int64_t row, int64_t col, float* packed) {

@@ -133,10 +133,10 @@ MM_INLINE float max(vf x) {
 }
 
 // e^x by x = n ln 2 + r, |r| <= ln 2 / 2, and 1 + r + r^2 q(r) with q of degree 4 (minimax, error 3e-9).
-// Arguments under -87.3 give about 1e-38, over 88.3 about 2e38; NaN stays NaN.
+// Arguments under -87.3 give 0 exactly, as masks need, and those over 88.3 about 2e38; NaN stays NaN.
 MM_INLINE vf exp(vf x) {
     const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
-    const vf y = at_most(at_least(x, -87.3f), 88.3f);
+    const vf y = at_most(x, 88.3f);
     const vf shifted = y * 1.44269504f + magic;
     const vf n = shifted - magic;
     const vf r = y - n * 0.693359375f - n * -2.12194440e-4f;  // ln 2 in two parts, the first exact times n
@@ -147,7 +147,7 @@ MM_INLINE vf exp(vf x) {
     q = q * r + 0.49999994f;
     const vf p = q * (r * r) + r + 1.0f;
     const vu two_to_n = ((vu)shifted << 23) + 0x3f800000;
-    return p * (vf)two_to_n;
+    return x < -87.3f ? vf{} : p * (vf)two_to_n;
 }
 
 MM_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }

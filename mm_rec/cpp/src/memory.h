@@ -1,0 +1,92 @@
+// What reading and writing the memories share: shapes, positions, rows in float32.
+#pragma once
+
+#include "product.h"
+#include "scratch.h"
+
+extern "C" {
+float logf(float);
+}
+
+namespace mm_rec {
+namespace MM_LEVEL {
+
+enum MemoryResult { MEMORY_DONE = 0, MEMORY_NO_SCRATCH = 1, MEMORY_BAD_POSITION = 2 };
+
+// Letters as in mm_rec/ops/reference.py. The context of a row is the ring of `window` tokens and the chunk.
+struct MemoryShape {
+    int64_t batch, time, window, heads, d, slots;
+    const int64_t* position;  // (batch, time)
+    int64_t block() const { return window / 2; }
+    int64_t context() const { return window + time; }
+    int64_t versions() const { return (time + block() - 1) / block() + 1; }
+    int64_t pitch() const { return round_up(d, W); }            // floats from one row of d to the next
+    int64_t slot_pitch() const { return round_up(slots, W); }   // floats from one row of slots to the next
+    int64_t at(int64_t b, int64_t t) const { return position[b * time + t]; }
+    bool writes(int64_t b, int64_t t) const { return at(b, t) >= window && at(b, t) % block() == 0; }
+
+    // Whether no row has a negative position or more writes than there are versions for.
+    bool valid() const {
+        for (int64_t b = 0; b < batch; ++b) {
+            int64_t count = 0;
+            for (int64_t t = 0; t < time; ++t) {
+                if (at(b, t) < 0) return false;
+                count += writes(b, t);
+            }
+            if (count >= versions()) return false;
+        }
+        return true;
+    }
+};
+
+// The memory, or its gradient: key, value (batch, versions, heads, slots, d) and mass (batch, versions, heads, slots).
+template <class F>
+struct Memory {
+    F* key;
+    F* value;
+    F* mass;
+};
+
+MM_INLINE int64_t slot_index(const MemoryShape& s, int64_t b, int64_t version, int64_t head) {
+    return ((b * s.versions() + version) * s.heads + head) * s.slots;
+}
+
+// Rows of d elements: that of (b, t, head) at data + (b * time + t) * row + head * d.
+template <class T>
+struct HeadRows {
+    T* data;
+    int64_t row;
+};
+
+template <class T>
+MM_INLINE void widen_row(int64_t d, const T* from, float* to) {
+    for (int64_t i = 0; i < d; i += W) store(to + i, load(from + i, d - i));
+}
+template <class T>
+MM_INLINE void narrow_row(int64_t d, const float* from, T* to) {
+    for (int64_t i = 0; i < d; i += W) store(to + i, load(from + i), d - i);
+}
+
+// Rotate the two halves of a row of d by the angles whose cosines and sines are given, and scale it. The
+// gradient is the rotation back: sign = -1.
+MM_INLINE void rotate_row(int64_t d, const float* cosine, const float* sine, float sign, float scale, float* x) {
+    const int64_t half = d / 2;
+    for (int64_t i = 0; i < half; i += W) {
+        const int64_t left = half - i;
+        const vf c = load(cosine + i, left) * scale, s = load(sine + i, left) * (sign * scale);
+        const vf first = load(x + i, left), second = load(x + half + i, left);
+        store(x + i, first * c - second * s, left);
+        store(x + half + i, first * s + second * c, left);
+    }
+}
+
+// to[c][r] = from[r][c] for r < rows, c < columns; columns of `to` past `rows`, up to to_pitch, are 0.
+static void transpose(int64_t rows, int64_t columns, const float* from, int64_t from_pitch, float* to, int64_t to_pitch) {
+    for (int64_t c = 0; c < columns; ++c) {
+        for (int64_t r = 0; r < rows; ++r) to[c * to_pitch + r] = from[r * from_pitch + c];
+        for (int64_t r = rows; r < to_pitch; ++r) to[c * to_pitch + r] = 0.0f;
+    }
+}
+
+}  // namespace MM_LEVEL
+}  // namespace mm_rec
