@@ -59,7 +59,8 @@ class _GPTBlock(nn.Module):
 
 
 def _norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],))
+    normed: Tensor = F.rms_norm(x, (x.shape[-1],))
+    return normed
 
 
 def _rotate(x: Tensor) -> Tensor:
