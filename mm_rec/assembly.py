@@ -145,7 +145,10 @@ def _describe_ops(device: torch.device) -> str:
 def _bytes_per_token(data: Prepared) -> dict[str, float]:
     """UTF-8 bytes a token that counts stands for, by domain and in all training data."""
     sizes = {
-        name: (int(store.n_bytes.sum()), store.n_tokens if store.loss_mask is None else int(store.loss_mask.sum(dtype=int)))
+        name: (
+            int(store.n_bytes.sum()),
+            store.n_tokens if store.loss_mask is None else int(store.loss_mask.sum(dtype=int)),
+        )
         for name, store in data.train.items()
     }
     sizes[MIXED] = (sum(n_bytes for n_bytes, _ in sizes.values()), sum(n_tokens for _, n_tokens in sizes.values()))

@@ -8,7 +8,7 @@ conversation twice: what was said is in the state, which has a fixed size and go
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from mm_rec.model import MMRecModel
 from mm_rec.state import ModelState, flatten_state, unflatten_state
 from mm_rec.tokenizer import CONTROL_TOKENS, Tokenizer
 
-__all__ = ["ROLES", "ChatSession", "Message", "clean", "encode_conversation", "encode_message"]
+__all__ = ["ROLES", "ChatSession", "Message", "clean", "encode_conversation", "encode_message", "transcript"]
 
 ROLES = ("system", "user", "assistant")
 
@@ -196,6 +196,18 @@ class ChatSession:
         device = model.embedding.weight.device
         state = unflatten_state({name: tensor.to(device) for name, tensor in tensors.items()}, model.config)
         return cls(model, tokenizer, sampling, settings["domain"], settings["system"], state, generator, turns)
+
+
+def transcript(session: ChatSession, questions: Iterable[str], between: Callable[[], None] = lambda: None) -> str:
+    """Ask ``questions`` one after the other and write down what was said; ``between`` is called between two pieces."""
+    lines = []
+    for question in questions:
+        pieces = []
+        for piece in session.reply(question):
+            between()
+            pieces.append(piece)
+        lines += [f"user: {question}", f"assistant: {''.join(pieces)}"]
+    return "\n".join(lines) + "\n"
 
 
 def _identity(model: MMRecModel, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from mm_rec.stages import STAGES
 from mm_rec.storage import MANIFEST
 from mm_rec.tokenizer import Tokenizer
 
-__all__ = ["train_stages"]
+__all__ = ["starting_checkpoint", "train_stages"]
 
 
 class _Start(NamedTuple):
@@ -98,18 +98,28 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
     return path
 
 
-def _starting_point(settings: TrainSettings, data: Prepared) -> _Start | None:
-    """Whose weights a stage starts from: the checkpoint named, else the final one of the stage before, else none.
+def starting_checkpoint(settings: TrainSettings) -> Path | None:
+    """Whose weights ``settings.stage`` starts from: the checkpoint named, else the final one of the stage before.
+
+    None for the first stage, which starts from new weights.
 
     Raises:
-        UserError: if there is none, or it is of another tokenizer.
+        UserError: if there is none.
     """
     before = STAGES[settings.stage].follows
     if settings.init_from is not None:
-        path = checkpoint.resolve(settings.init_from)
-    elif before is not None:
-        path = _final_checkpoint(settings.checkpoint_dir, before, settings.stage)
-    else:
+        return checkpoint.resolve(settings.init_from)
+    return _final_checkpoint(settings.checkpoint_dir, before, settings.stage) if before else None
+
+
+def _starting_point(settings: TrainSettings, data: Prepared) -> _Start | None:
+    """The weights that a stage starts from; None for new ones.
+
+    Raises:
+        UserError: if there are none, or they are of another tokenizer.
+    """
+    path = starting_checkpoint(settings)
+    if path is None:
         return None
     found = checkpoint.load(path, weights_only=True)
     if Tokenizer.load(found.tokenizer_dir).sha256 != data.tokenizer.sha256:
@@ -123,17 +133,18 @@ def _starting_point(settings: TrainSettings, data: Prepared) -> _Start | None:
 def _final_checkpoint(root: Path, stage: str, following: str) -> Path:
     """The final checkpoint of the newest run of ``stage``; an error if that run is not finished."""
     runs = [path for _, path, config in list_runs(root, stage) if config is not None] if root.is_dir() else []
+    command = f"mm-rec finetune --task {stage}" if STAGES[stage].conversations else f"mm-rec train --stage {stage}"
     if not runs:
         raise UserError(
-            f"{following} starts from a trained {stage} and there is none in {root}; train with --stage {stage} first, "
-            "or with --stage all, or name a checkpoint with --init_from"
+            f"{following} starts from a trained {stage} and there is none in {root}; run `{command}` first, "
+            "or name a checkpoint with --init_from"
         )
     newest = checkpoint.load_newest(runs[-1] / "checkpoints")
     done = newest.trainer["step"] if newest else 0
     steps = min(newest.trainer["steps"], step_cap() or newest.trainer["steps"]) if newest else 1
     if newest is None or done < steps:
         raise UserError(
-            f"{runs[-1]} is not finished ({done} of {steps} steps); train on with --stage {stage}, "
+            f"{runs[-1]} is not finished ({done} of {steps} steps); go on with `{command}`, "
             f"or start {following} from what is there with --init_from {runs[-1]}"
         )
     return newest.path
@@ -144,7 +155,8 @@ def _model_config(settings: TrainSettings, data: Prepared, start: _Start | None)
         config = start.config
     else:
         config = ModelConfig.preset(settings.preset, vocab_size=data.tokenizer.padded_vocab_size)
-    if unknown := sorted(set(data.train) - set(config.experts)):
+    unknown = sorted(set(data.train) - set(config.experts))
+    if unknown and not STAGES[settings.stage].conversations:
         raise UserError(f"there is data of {unknown[0]}, but the model's experts are {', '.join(config.experts)}")
     return config
 

@@ -12,7 +12,7 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -53,12 +53,13 @@ class Parser(argparse.ArgumentParser):
 class TrainSettings:
     """What a training command takes. None means: derived from the stage, the device and the data."""
 
-    stage: Annotated[str, Option("what to train", choices=(*STAGES, "all"))] = "stage1"
+    stage: Annotated[str, Option("what to train", choices=(*PRETRAINING, "all"))] = "stage1"
     preset: Annotated[str, Option("size of the model", choices=tuple(PRESETS))] = DEFAULT_PRESET
     data_dir: Annotated[Path, Option("folder with text/*.jsonl and code/*.jsonl")] = Path("data")
     download_data: Annotated[bool, Option("download data into --data_dir if none is there")] = False
     use_synthetic: Annotated[bool, Option("made-up data for a quick test, nothing is downloaded")] = False
     max_samples: Annotated[int | None, Option("documents of each domain to use", minimum=1)] = None
+    skip_bad: Annotated[int, Option("rows that cannot be read to leave out before giving up", minimum=0)] = 0
     checkpoint_dir: Annotated[Path, Option("folder of run folders")] = Path("checkpoints_cpu")
     batch_size: Annotated[int | None, Option("rows of a micro-batch", minimum=1)] = None
     seq_len: Annotated[int | None, Option("tokens of a row", minimum=2)] = None
@@ -103,7 +104,12 @@ def _fields(cls: type) -> dict[str, tuple[Any, Option]]:
     return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Annotated}
 
 
-def add_arguments(parser: argparse.ArgumentParser, cls: type, defaults: Mapping[str, Any] | None = None) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    cls: type,
+    defaults: Mapping[str, Any] | None = None,
+    without: Container[str] = (),
+) -> None:
     """Add ``--config`` and a flag for every field of a settings class.
 
     Flags that are not given leave no trace in the namespace, so that :func:`from_arguments` can tell.
@@ -112,12 +118,13 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type, defaults: Mapping[
         parser: to add to.
         cls: the settings class.
         defaults: those of this command where they differ from the class's, for the help text.
+        without: settings that mean nothing to this command.
     """
     group = parser.add_argument_group("settings")
     group.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the settings below")
     for name, (hint, option) in _fields(cls).items():
         default = (defaults or {}).get(name, getattr(cls, name, None))
-        if option.section:
+        if option.section or name in without:
             continue
         if hint is bool:
             group.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=option.help)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["PRETRAINING", "STAGES", "Sizes", "Stage", "learning_rate", "peak_rate"]
+__all__ = ["FINETUNING", "PRETRAINING", "STAGES", "Sizes", "Stage", "learning_rate", "peak_rate"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Stage:
         fusion_first: share of the steps, at the start, in which the fusion alone learns.
         follows: the stage whose final weights this one starts from.
         cpu, gpu: default sizes.
+        conversations: the data are conversations, in which only answers count, and all experts learn from them.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Stage:
     follows: str | None
     cpu: Sizes
     gpu: Sizes
+    conversations: bool = False
 
     def sizes(self, device_type: str) -> Sizes:
         """The defaults for a ``torch.device`` type."""
@@ -98,11 +100,40 @@ STAGES: dict[str, Stage] = {
             cpu=Sizes(batch_size=2, seq_len=512, steps=500, checkpoint_interval=50),
             gpu=Sizes(batch_size=8, seq_len=4096, steps=5000, checkpoint_interval=100),
         ),
+        Stage(
+            name="instruct",
+            summary="following instructions: the loss counts answers only, all experts run",
+            layout="lanes",
+            mixed=True,
+            rate_factor=1 / 10,
+            document_limit=None,
+            fusion_first=0.0,
+            follows="stage3",
+            cpu=Sizes(batch_size=2, seq_len=512, steps=500, checkpoint_interval=50),
+            gpu=Sizes(batch_size=8, seq_len=2048, steps=5000, checkpoint_interval=100),
+            conversations=True,
+        ),
+        Stage(
+            name="chat",
+            summary="conversations of many turns: the loss counts answers only, all experts run",
+            layout="lanes",
+            mixed=True,
+            rate_factor=1 / 10,
+            document_limit=None,
+            fusion_first=0.0,
+            follows="instruct",
+            cpu=Sizes(batch_size=2, seq_len=512, steps=500, checkpoint_interval=50),
+            gpu=Sizes(batch_size=8, seq_len=2048, steps=5000, checkpoint_interval=100),
+            conversations=True,
+        ),
     )
 }
 
 PRETRAINING = ("stage1", "stage2", "stage3")
 """What ``--stage all`` runs, in order."""
+
+FINETUNING = ("instruct", "chat")
+"""What ``mm-rec finetune`` runs."""
 
 LOW_TOKENS, LOW_RATE = 1024, 1e-3
 HIGH_TOKENS, HIGH_RATE = 65_536, 2e-3

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from mm_rec.chat import ChatSession, transcript
 from mm_rec.checkpoint import Checkpoint, prune
 from mm_rec.data.batches import Batch, Batches
 from mm_rec.errors import UserError
@@ -43,6 +44,7 @@ __all__ = ["Position", "Trainer"]
 MIXED = "mixed"
 """In records and carried states, the name of batches that hold all domains."""
 PROMPTS = {"text": "The ", "code": "def "}
+QUESTIONS = ("Hello! Who are you?", "What can you do for me?", "Write a short story about a cat.")
 SAMPLE_TOKENS = 60
 MAX_ROLLBACKS = 5
 HISTORY = 32
@@ -299,7 +301,7 @@ class Trainer:
         scores = {name: self._score(name, None if mixed else name) for name in self.valid}
         shown = [f"{name} {score:.3f}" for name, score in scores.items()]
         records = {"valid": scores}
-        if mixed:
+        if mixed and not self.plan.stage.conversations:
             records["valid_by_expert"] = {name: self._score(name, name) for name in self.valid}
             shown += [f"{name} by its expert {score:.3f}" for name, score in records["valid_by_expert"].items()]
         self.run.log_metrics(self.at.step, **records)
@@ -309,8 +311,17 @@ class Trainer:
         return evaluate(self.model, self.valid[name], domain, between=self.guard.check).bits_per_byte
 
     def _sample(self, progress: Progress) -> None:
-        """A short text of each domain, the same for the same seed and step."""
+        """A short text of each domain, or a conversation: the same for the same seed and step."""
         sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, seed=(self.plan.seed * 1_000_003 + self.at.step) % 2**63)
+        if self.plan.stage.conversations:
+            session = ChatSession.start(self.model, self.tokenizer, sampling=sampling)
+            sample = transcript(session, QUESTIONS, self.guard.check)
+        else:
+            sample = self._continue_texts(sampling)
+        write_atomic(self.run.samples / f"step_{self.at.step:06d}.txt", sample.encode("utf-8", "replace"))
+        progress.message(f"sample at step {self.at.step}:\n{sample}")
+
+    def _continue_texts(self, sampling: Sampling) -> str:
         texts = []
         for name in self.bytes_per_token:
             if name == MIXED:
@@ -321,9 +332,7 @@ class Trainer:
                 self.guard.check()
                 pieces.append(piece)
             texts.append(f"[{name}] {''.join(pieces)}")
-        sample = "\n\n".join(texts) + "\n"
-        write_atomic(self.run.samples / f"step_{self.at.step:06d}.txt", sample.encode("utf-8", "replace"))
-        progress.message(f"sample at step {self.at.step}:\n{sample}")
+        return "\n\n".join(texts) + "\n"
 
 
 def _keep(tensor: Tensor) -> Tensor:

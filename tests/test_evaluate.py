@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +73,30 @@ def test_a_cap_holds_and_counts_the_bytes_of_what_is_kept(store: TokenStore, cap
         assert TOKEN_BYTES[one].sum() <= max(cap // 8, 1)
     again = select_documents(store, TOKEN_BYTES, cap)
     assert all(np.array_equal(a, b) for a, b in zip(chosen.tokens, again.tokens, strict=True))
+
+
+def test_only_what_the_mask_names_counts(model: MMRecModel, tmp_path: Path) -> None:
+    tokens = documents([700, 41, 90], seed=2)
+    masks = [(np.arange(len(one)) % 3 == 1).astype(np.uint8) for one in tokens]
+    rows = [
+        Document(list(one), int((TOKEN_BYTES[one] * mask).sum()), list(mask))
+        for one, mask in zip(tokens, masks, strict=True)
+    ]
+    chosen = select_documents(write_store(tmp_path / "store", rows, vocab_size=64), TOKEN_BYTES)
+    score = evaluate(model, chosen, None)
+    nats = 0.0
+    for one, mask in zip(tokens, masks, strict=True):
+        ids = torch.from_numpy(one)[None]
+        with torch.no_grad():
+            logits, _ = model(ids[:, :-1], None, None)
+        nll = torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="none")
+        nats += float(nll[torch.from_numpy(mask[1:]) == 1].sum())
+    assert score.bits == pytest.approx(nats / math.log(2), rel=1e-5)
+    assert score.n_tokens == sum(int(mask.sum()) for mask in masks)
+    capped = select_documents(write_store(tmp_path / "again", rows, vocab_size=64), TOKEN_BYTES, 80)
+    assert capped.masks is not None
+    counted = [int((TOKEN_BYTES[one] * mask).sum()) for one, mask in zip(capped.tokens, capped.masks, strict=True)]
+    assert 0 < sum(counted) == capped.n_bytes <= 80
 
 
 def test_interruption_comes_between_chunks(model: MMRecModel) -> None:

@@ -76,6 +76,10 @@ class TokenStore:
         """The tokens of one document, BOS first."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
+    def mask(self, index: int) -> NDArray[np.uint8] | None:
+        """The loss mask of one document; None if all tokens count."""
+        return None if self.loss_mask is None else self.loss_mask[self.offsets[index] : self.offsets[index + 1]]
+
     @classmethod
     def open(cls, path: Path, *, verify: bool = False) -> TokenStore:
         """Open the store in folder ``path``.

@@ -7,9 +7,9 @@ from typing import Any
 
 from mm_rec.cli import run_program
 from mm_rec.settings import Parser, TrainSettings, add_arguments, from_arguments
-from mm_rec.stages import STAGES
+from mm_rec.stages import PRETRAINING, STAGES
 
-STAGE_HELP = "\n".join(["stages:", *(f"  {stage.name:8}{stage.summary}" for stage in STAGES.values())])
+STAGE_HELP = "\n".join(["stages:", *(f"  {name:8}{STAGES[name].summary}" for name in PRETRAINING)])
 
 EPILOG = """
 examples:

@@ -37,5 +37,6 @@ def load_data(settings: TrainSettings, console: Console) -> Prepared:
         ModelConfig.preset(settings.preset).vocab_size,
         max_samples=settings.max_samples,
         filters=not settings.use_synthetic,
+        skip_bad=settings.skip_bad,
         progress=say,
     )
