@@ -230,15 +230,14 @@ def _temporary_sibling(path: Path, create: Callable[[Path], Any]) -> Iterator[Pa
     if not path.parent.is_dir():
         raise StorageError(f"cannot write {path}: there is no folder {path.parent}")
     lock = None
-    while lock is None:  # remove_leftovers may come between the creation and the lock
-        temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{secrets.token_hex(8)}")
-        create(temporary)
-        lock = _try_lock(temporary)
-    try:
+    with contextlib.ExitStack() as stack:
+        while lock is None:  # remove_leftovers may come between the creation and the lock
+            temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{secrets.token_hex(8)}")
+            stack.callback(_remove, temporary)
+            create(temporary)
+            lock = _try_lock(temporary)
+        stack.callback(os.close, lock)
         yield temporary
-    finally:
-        _remove(temporary)
-        os.close(lock)
 
 
 def _try_lock(path: Path, *, required: bool = False) -> int | None:

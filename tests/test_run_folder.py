@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -315,63 +312,15 @@ def test_leftovers_of_a_dead_writer_are_removed(tmp_path: Path, tokenizer: Token
     assert not list(run.path.rglob(".tmp-*"))
 
 
-# --- one owner ------------------------------------------------------------------------------------------------------
-
-OWNER = """
-import sys, time
-from pathlib import Path
-from mm_rec.errors import UserError
-from mm_rec.run_folder import RunFolder
-sys.stdin.readline()
-try:
-    run = RunFolder.open(Path(sys.argv[1]), "stage1", {"lr": 1.0})
-except UserError as error:
-    print("refused", error, flush=True)
-else:
-    print("owner", run.path, flush=True)
-    time.sleep(60)
-"""
+# --- one owner: many processes at once and the death of one are in tests/faults/test_ownership.py --------------------
 
 
-def start_owner(root: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-
-def ask(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
-
-
-def go(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.write("go\n")
-    process.stdin.flush()
-
-
-def test_of_several_processes_exactly_one_is_the_owner(tmp_path: Path) -> None:
-    processes = [start_owner(tmp_path) for _ in range(4)]
-    try:
-        for process in processes:
-            go(process)
-        answers = [ask(process) for process in processes]
-        owners = [process for process, answer in zip(processes, answers, strict=True) if answer.startswith("owner")]
-        assert len(owners) == 1, answers
-        for answer in answers:
-            assert answer.startswith("owner") or f"is in use by process {owners[0].pid} on " in answer
-        assert [path.name for path in tmp_path.glob("stage1*")] == ["stage1"]
-
-        owners[0].send_signal(signal.SIGKILL)
-        owners[0].wait(10)
-        events: list[str] = []
-        with RunFolder.open(tmp_path, "stage1", {"lr": 1.0}, on_event=events.append) as run:
-            assert run.path.name == "stage1"
-        assert f"took over from process {owners[0].pid} on" in events[0]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait(10)
+def test_a_dead_owner_is_named(tmp_path: Path) -> None:
+    open_run(tmp_path).release()
+    (tmp_path / "stage1" / "run.lock").write_text('{"pid": 4321, "host": "there", "since": "then"}')
+    events: list[str] = []
+    open_run(tmp_path, IDENTITY, events).release()
+    assert events[0] == "took over from process 4321 on there since then, which ended without releasing the folder"
 
 
 def test_a_released_folder_has_no_dead_owner(tmp_path: Path) -> None:
