@@ -1,0 +1,176 @@
+"""Download samples of text and code, or take what this machine has. Also the program behind `mm-rec data`.
+
+A download that was stopped goes on where it was; what is there already is not downloaded again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mm_rec.cli import run_program
+from mm_rec.data.fetch import fetch
+from mm_rec.data.hub import UnreachableError
+from mm_rec.data.local import take_builtin, take_own
+from mm_rec.data.sources import BUILTIN, DEFAULT_SOURCES, Source, describe_sources, find_source
+from mm_rec.errors import UserError
+from mm_rec.lock import Lock
+from mm_rec.settings import Parser
+from mm_rec.storage import reporting_errors
+
+__all__ = ["DEFAULT_SAMPLES", "Request", "add_arguments", "download", "main", "read_arguments", "run"]
+
+DEFAULT_SAMPLES = {"text": 20_000, "code": 2_000, "instruct": 5_000, "chat": 5_000}
+"""Of each source by its kind. A paragraph is a tenth of a Python file, so that text and code come out alike."""
+
+EPILOG = """sources:
+{sources}
+
+examples:
+  {prog} --output_dir ./data --text_samples 500 --code_samples 500
+  {prog} --text_samples 1000 --no_code
+  {prog} --source c4 --source codesearchnet
+  {prog} --source builtin
+  {prog} --text_dir ~/books --no_code
+
+The hub is the one of HF_ENDPOINT, if that is set; gated sets need HF_TOKEN. Files come as one JSON string a line, e.g.
+data/text/wikitext.jsonl and data/code/code.jsonl, with data/manifest.json beside them. Files of your own
+(.txt, .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.xz, .parquet) may also be put into data/text and data/code by hand."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to get.
+
+    Attributes:
+        samples: how many of each source, by its kind; :data:`DEFAULT_SAMPLES` for a kind that is missing.
+        sources: names of sources; none takes the defaults for text and code.
+        text, code: whether the defaults, or ``builtin``, are taken for text and for code.
+        text_dir, code_dir: the user's own files, in place of the defaults.
+        skip_bad: how many bad rows of those files to leave out before it is an error.
+    """
+
+    samples: dict[str, int]
+    sources: tuple[str, ...] = ()
+    text: bool = True
+    code: bool = True
+    text_dir: Path | None = None
+    code_dir: Path | None = None
+    skip_bad: int = 0
+
+
+def download(
+    data_dir: Path,
+    request: Request | None = None,
+    *,
+    on_unreachable: Literal["builtin", "error"] = "error",
+    tell: Callable[[str], None] | None = None,
+) -> list[Path]:
+    """Get data into ``data_dir``; returns its files.
+
+    Args:
+        data_dir: made if missing. A second process that writes into it is refused.
+        request: what to get; text and code of the default sources if None.
+        on_unreachable: what to do if the hub cannot be reached: ``builtin`` takes the builtin source for text and
+            code in its place and says so, ``error`` raises.
+        tell: takes a line about each thing that happens.
+
+    Raises:
+        UserError: if something is missing, refused, broken, or in the way.
+    """
+    request = request or Request({})
+    tell = tell or (lambda line: None)
+    own = {kind: path for kind, path in (("text", request.text_dir), ("code", request.code_dir)) if path is not None}
+    kinds = [kind for kind, wanted in (("text", request.text), ("code", request.code)) if wanted]
+    names = request.sources or [name for name in DEFAULT_SOURCES if find_source(name).kind in set(kinds) - set(own)]
+    sources = [find_source(name) for name in names if name != BUILTIN]
+    if not names and not own:
+        raise UserError("nothing to download: leave out --no_code or --no_wikitext, or name a --source")
+    with reporting_errors(data_dir):
+        data_dir.mkdir(parents=True, exist_ok=True)
+    lock = Lock(data_dir / ".lock")
+    try:
+        files = [take_own(kind, path, request.skip_bad, data_dir, tell) for kind, path in own.items()]
+        if BUILTIN in names:
+            files += [take_builtin(kind, request.samples.get(kind), data_dir, tell) for kind in kinds]
+        for source in sources:
+            files.append(_fetch(source, request, data_dir, on_unreachable, tell))
+    finally:
+        lock.release()
+    return files
+
+
+def _fetch(source: Source, request: Request, data_dir: Path, on_unreachable: str, tell: Callable[[str], None]) -> Path:
+    samples = request.samples.get(source.kind, DEFAULT_SAMPLES[source.kind])
+    try:
+        return fetch(source, samples, data_dir, tell)
+    except UnreachableError as error:
+        if on_unreachable == "error" or source.kind not in ("text", "code"):
+            raise
+        tell(f"{error.what}: taking the builtin {source.kind} in place of {source.name}")
+        return take_builtin(source.kind, request.samples.get(source.kind), data_dir, tell)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    parser.add_argument("--output_dir", type=Path, default=Path("data"), help="data folder (default ./data)")
+    for kind, text in (("text", "text source"), ("code", "code source"), ("chat", "instruct or chat source")):
+        default = f"{DEFAULT_SAMPLES[kind]:,}"
+        parser.add_argument(f"--{kind}_samples", type=_count, metavar="N", help=f"from each {text} (default {default})")
+    parser.add_argument("--no_code", action="store_true", help="no code")
+    parser.add_argument("--no_wikitext", action="store_true", help="no text")
+    parser.add_argument(
+        "--source", action="append", default=[], metavar="NAME", help="from the table; may be given often"
+    )
+    parser.add_argument("--text_dir", type=Path, metavar="PATH", help="file or folder of your own for text")
+    parser.add_argument("--code_dir", type=Path, metavar="PATH", help="file or folder of your own for code")
+    parser.add_argument("--skip_bad", type=_count, default=0, metavar="N", help="leave out up to N bad rows of them")
+
+
+def read_arguments(options: argparse.Namespace) -> Request:
+    """The request that the flags of :func:`add_arguments` stand for."""
+    counts = {"text": options.text_samples, "code": options.code_samples}
+    counts |= {"instruct": options.chat_samples, "chat": options.chat_samples}
+    return Request(
+        samples={kind: count for kind, count in counts.items() if count is not None},
+        sources=tuple(options.source),
+        text=not options.no_wikitext,
+        code=not options.no_code,
+        text_dir=options.text_dir,
+        code_dir=options.code_dir,
+        skip_bad=options.skip_bad,
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the flags of :func:`add_arguments` say; returns the exit code."""
+    download(options.output_dir, read_arguments(options), tell=_say)
+    _say(f"to train on it: python3 -m mm_rec.scripts.train_cpu --stage stage1 --data_dir {options.output_dir}")
+    return 0
+
+
+def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """Parse the flags and download."""
+    parser = Parser(prog=prog or "python3 -m mm_rec.data.download_data", description=__doc__)
+    parser.epilog = EPILOG.format(prog=parser.prog, sources=describe_sources())
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(main))

@@ -1,0 +1,92 @@
+"""Data that is on this machine already: what Python brings, and the user's own files."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mm_rec.data.builtin import builtin_code, builtin_text
+from mm_rec.data.files import BadRows, find_files, read_texts
+from mm_rec.data.manifest import check_files, read_manifest, record_file
+from mm_rec.data.pack import file_sha256
+from mm_rec.data.sources import BUILTIN
+from mm_rec.errors import UserError
+from mm_rec.storage import format_bytes, reporting_errors, sync
+
+__all__ = ["take_builtin", "take_own"]
+
+
+def take_builtin(kind: str, samples: int | None, data_dir: Path, tell: Callable[[str], None]) -> Path:
+    """Write the builtin text or code as ``data_dir/KIND/builtin.jsonl``, unless it is there; returns the file.
+
+    Args:
+        kind: ``text`` or ``code``.
+        samples: how many documents; None takes all there are, some ten megabytes.
+        data_dir: the data folder.
+        tell: takes a line about what happens.
+    """
+    name = f"{kind}/{BUILTIN}.jsonl"
+    origin = {"installation": _installation(), "asked": samples}
+    entry = read_manifest(data_dir).get(name)
+    if entry is not None and entry.get("origin") == origin and (data_dir / name).exists():
+        check_files(data_dir, [data_dir / name])
+        tell(f"{BUILTIN}: {data_dir / name} is there already")
+        return data_dir / name
+    tell(f"{BUILTIN}: reading {kind} from this machine's Python installation")
+    texts = builtin_code() if kind == "code" else builtin_text()
+    entry = {"source": BUILTIN, "origin": origin, "licence": "as each package"}
+    return _write(data_dir, name, islice(texts, samples), entry, tell)
+
+
+def take_own(kind: str, path: Path, skip_bad: int, data_dir: Path, tell: Callable[[str], None]) -> Path:
+    """Copy the documents of the user's file or folder ``path`` to ``data_dir/KIND/own.jsonl``; returns the file.
+
+    Raises UserError if there is nothing to read, or for more than ``skip_bad`` bad rows.
+    """
+    files = find_files(path)
+    if not files:
+        raise UserError(f"there is no data file in {path}")
+    bad = BadRows(skip_bad)
+    texts = (text for file in files for text in read_texts(file, bad))
+    target = _write(data_dir, f"{kind}/own.jsonl", texts, {"source": "own", "origin": {"path": str(path)}}, tell)
+    if bad.found:
+        tell(f"{len(bad.found)} bad rows left out, the first one {bad.found[0]}")
+    return target
+
+
+def _write(data_dir: Path, name: str, texts: Iterable[str], entry: dict[str, Any], tell: Callable[[str], None]) -> Path:
+    target = data_dir / name
+    part = target.with_name(f".{target.name}.part")
+    count = 0
+    with reporting_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as file:
+                for text in texts:
+                    file.write(json.dumps(text, ensure_ascii=False).encode() + b"\n")
+                    count += 1
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, target)
+            sync(target.parent)
+        finally:
+            part.unlink(missing_ok=True)
+    size = target.stat().st_size
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    record_file(data_dir, name, {**entry, "samples": count, "bytes": size, "sha256": file_sha256(target), "date": date})
+    tell(f"{entry['source']}: {count:,} samples, {format_bytes(size)}, in {target}")
+    return target
+
+
+def _installation() -> str:
+    """A hash of the versions of Python and of all installed packages, by which the builtin data follows."""
+    packages = sorted(f"{one.name}=={one.version}" for one in metadata.distributions())
+    return hashlib.sha256("\n".join([sys.version, *packages]).encode()).hexdigest()
