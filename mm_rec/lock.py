@@ -13,7 +13,7 @@ from pathlib import Path
 from mm_rec import storage
 from mm_rec.errors import UserError
 
-__all__ = ["Lock"]
+__all__ = ["Lock", "owner_of"]
 
 
 class Lock:
@@ -77,6 +77,19 @@ class Lock:
     def _write(self, content: bytes) -> None:
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, content, 0)
+
+
+def owner_of(path: Path) -> str | None:
+    """Who owns the lock file ``path`` at this moment, in words; None if nobody does."""
+    try:
+        with open(path, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return _describe(file.read()) or "another process"
+    except OSError:
+        pass
+    return None
 
 
 def _describe(content: bytes) -> str | None:

@@ -38,7 +38,7 @@ from mm_rec.tokenizer import Tokenizer
 
 __all__ = ["RECORDS", "RunFolder"]
 
-METRICS, LOSS_LOG, TIMING, EVENTS = "metrics.jsonl", "loss_log.txt", "timing.jsonl", "events.log"
+METRICS, LOSS_LOG, TIMING, EVENTS, LOCK = "metrics.jsonl", "loss_log.txt", "timing.jsonl", "events.log", "run.lock"
 RECORDS = (METRICS, LOSS_LOG)
 """Files that hold the same bytes whether a run was stopped or not; resuming cuts them back to its checkpoint."""
 
@@ -58,7 +58,7 @@ class RunFolder:
         self.path, self.checkpoints, self.samples = path, path / "checkpoints", path / "samples"
         self.step = 0
         self._on_event = on_event
-        self._lock = Lock(path / "run.lock")
+        self._lock = Lock(path / LOCK)
         self.config = read_config(path) or {}
         if self._lock.dead_owner:
             self.event(f"took over from {self._lock.dead_owner}, which ended without releasing the folder")
@@ -244,18 +244,6 @@ class RunFolder:
             with storage.reporting_errors(self.path / name):
                 storage.sync(self.path / name)
         return {name: (self.path / name).stat().st_size for name in RECORDS}
-
-    @property
-    def finished_step(self) -> int | None:
-        """The last step of a run that came to its end (:meth:`finish`); None if it never did."""
-        step: int | None = self.config.get("finished_step")
-        return step
-
-    def finish(self) -> None:
-        """Note that the run has come to its end at :attr:`step`, with everything that follows the last checkpoint."""
-        self.config["finished_step"] = self.step
-        write_config(self.path, self.config)
-        self.event(f"finished at step {self.step}")
 
     def log_metrics(self, step: int, **values: Any) -> None:
         """Append a line to metrics.jsonl. Only what a repeated run would yield again: no times, no speeds."""

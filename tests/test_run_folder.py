@@ -285,16 +285,10 @@ def test_a_step_is_saved_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
         assert (save(run, 5, tokenizer) / "manifest.json").read_bytes() == manifest
 
 
-def test_a_finished_run_says_so_until_it_is_to_go_further(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    with open_run(tmp_path) as run:
-        assert run.finished_step is None
-        train(run, tokenizer, until=10)
-        run.finish()
-    with open_run(tmp_path, settings={"max_steps": 15}) as run:
-        assert run.finished_step == 10
-        train(run, tokenizer, until=15)
-        run.finish()
-        assert run.finished_step == 15
+def test_more_steps_continue_a_run_as_if_it_had_always_been_longer(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for until in (10, 15):
+        with open_run(tmp_path, settings={"max_steps": until}) as run:
+            train(run, tokenizer, until=until)
     with open_run(tmp_path / "straight") as straight:
         train(straight, tokenizer, until=15)
     assert records(run.path) == records(straight.path)

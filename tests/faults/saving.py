@@ -84,7 +84,6 @@ def train(root: str, steps: int, seconds_a_step: float = 0.0) -> None:
             if step % INTERVAL == 0 or step == steps:
                 run.save(step, **content(step))
                 checkpoint.prune(run.checkpoints, keep_last=2)
-        run.finish()
 
 
 def own(root: str) -> None:
