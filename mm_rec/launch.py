@@ -94,7 +94,7 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
             return finished
         trainer = assemble(settings, plan, config, data, start and start.weights, run, guard, console)
         path = trainer.fit()
-    say(f"{settings.stage}: {trainer.at.step} steps done, saved in {path}, loss picture in {run.path / 'loss.png'}")
+    say(f"{settings.stage}: {trainer.at.step} steps done, saved in {path}")
     return path
 
 

@@ -33,6 +33,7 @@ def main(
     *,
     description: str | None = __doc__,
     defaults: Mapping[str, Any] | None = None,
+    samples: Mapping[str, int] | None = None,
 ) -> int:
     """Parse arguments and train.
 
@@ -41,15 +42,17 @@ def main(
         prog: name of the program, for its help.
         description: for its help.
         defaults: settings of this program that differ from the usual ones.
+        samples: how many documents to download by domain; None for the usual number.
     """
     parser = Parser(prog=prog, description=description)
     parser.epilog = STAGE_HELP + "\n" + EPILOG.format(prog=parser.prog)
     add_arguments(parser, TrainSettings, defaults)
     settings = from_arguments(TrainSettings, parser.parse_args(arguments), defaults)
 
+    from mm_rec.data.download_data import Request
     from mm_rec.scripts.training import train
 
-    return train(settings)
+    return train(settings, Request(dict(samples or {})))
 
 
 if __name__ == "__main__":

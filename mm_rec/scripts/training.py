@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
 from rich.console import Console
 
 from mm_rec.config import ModelConfig
-from mm_rec.data.prepare import Prepared, prepare
+from mm_rec.data.download_data import Request, download
+from mm_rec.data.files import find_files
+from mm_rec.data.prepare import DOMAINS, Prepared, prepare
 from mm_rec.data.synthetic import DEFAULT_SAMPLES, write_synthetic
 from mm_rec.launch import train_stages
 from mm_rec.settings import TrainSettings
@@ -14,15 +20,28 @@ from mm_rec.signals import SignalGuard
 __all__ = ["load_data", "train"]
 
 
-def train(settings: TrainSettings) -> int:
-    """Get the data, train the stages; returns the exit code."""
+def train(settings: TrainSettings, request: Request | None = None) -> int:
+    """Get the data, train the stages; returns the exit code.
+
+    Args:
+        settings: of the command.
+        request: what to download if that is asked for and nothing is there; None for the default sources.
+    """
     console = Console()
     with SignalGuard() as guard:
-        train_stages(settings, load_data(settings, console), guard, console)
+        path = train_stages(settings, load_data(settings, console, request), guard, console)
+    run = path.parent.parent
+    console.print(
+        f"\nloss picture: {run / 'loss.png'}\nsamples: {run / 'samples'}\n"
+        f'try it: mm-rec generate --model {run} --prompt "The "',
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     return 0
 
 
-def load_data(settings: TrainSettings, console: Console) -> Prepared:
+def load_data(settings: TrainSettings, console: Console, request: Request | None = None) -> Prepared:
     """The data that ``settings`` name, prepared: made up, downloaded if asked for and missing, or what is there."""
 
     def say(line: str) -> None:
@@ -32,6 +51,8 @@ def load_data(settings: TrainSettings, console: Console) -> Prepared:
     if settings.use_synthetic:
         folder = folder / "synthetic"
         write_synthetic(folder, settings.max_samples or DEFAULT_SAMPLES)
+    elif settings.download_data:
+        _download_missing(folder, settings.max_samples, request or Request({}), say)
     return prepare(
         folder,
         ModelConfig.preset(settings.preset).vocab_size,
@@ -40,3 +61,14 @@ def load_data(settings: TrainSettings, console: Console) -> Prepared:
         skip_bad=settings.skip_bad,
         progress=say,
     )
+
+
+def _download_missing(folder: Path, max_samples: int | None, request: Request, say: Callable[[str], None]) -> None:
+    """Download the domains that have no data file yet; without a network the builtin data stand in."""
+    there = {name: (folder / name).is_dir() and bool(find_files(folder / name)) for name in DOMAINS}
+    if all(there.values()):
+        say(f"the data in {folder} is there already")
+        return
+    samples = request.samples if max_samples is None else dict.fromkeys(DOMAINS, max_samples)
+    wanted = dataclasses.replace(request, samples=samples, text=not there["text"], code=not there["code"])
+    download(folder, wanted, on_unreachable="builtin", tell=say)

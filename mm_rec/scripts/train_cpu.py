@@ -1,0 +1,17 @@
+"""Train on the CPU. The same command again goes on with a run that was stopped."""
+
+from __future__ import annotations
+
+from mm_rec.cli import run_program
+from mm_rec.scripts import train
+
+DEFAULTS = {"device": "cpu"}
+
+
+def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """Parse arguments and train; see :mod:`mm_rec.scripts.train`."""
+    return train.main(arguments, prog, description=__doc__, defaults=DEFAULTS)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(main))
