@@ -1,0 +1,215 @@
+"""One request while it is answered: between the engine's thread and the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from mm_rec.serve.engine import Engine
+from mm_rec.serve.errors import ApiError
+from mm_rec.serve.jobs import (
+    EngineError,
+    Event,
+    Job,
+    OverdueError,
+    PromptRead,
+    QueueFullError,
+    StoppedError,
+    TokenScore,
+)
+from mm_rec.serve.replies import ChatFormat, Choice, CompletionFormat
+from mm_rec.state import ModelState
+
+__all__ = ["Answer", "respond"]
+
+_SILENCE_SECONDS = 60.0
+"""Longest time after the deadline without a word from the engine; it ends overdue jobs by itself."""
+
+
+class Answer:
+    """The texts of one request as they come.
+
+    Args:
+        engine: that runs the jobs.
+        jobs: one for each prompt.
+        form: shape of the reply.
+        header: fields that the reply and every piece of it carry.
+        echo: texts of the prompts, if they are to be given back.
+        keep: called with the memory after the text, if the job asks for it, before the reply ends.
+        held: what to let go when all is over, however it ended; taken over unless this raises.
+
+    Raises:
+        ApiError: 503 if the engine takes no more.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        jobs: Sequence[Job],
+        form: CompletionFormat | ChatFormat,
+        header: dict[str, Any],
+        *,
+        echo: Sequence[str] | None = None,
+        keep: Callable[[ModelState], Awaitable[None]] | None = None,
+        held: contextlib.ExitStack | None = None,
+    ) -> None:
+        self._jobs = jobs
+        self._form = form
+        self._header = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), **header}
+        self._echo = echo
+        self._keep = keep
+        self._saving: asyncio.Future[None] | None = None
+        self._drawn = 0
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def listener(job: int) -> Callable[[Event], None]:
+            def listen(event: Event) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever would read this
+                    loop.call_soon_threadsafe(self._events.put_nowait, (job, event))
+
+            return listen
+
+        try:
+            self._tickets = engine.submit(jobs, [listener(index) for index in range(len(jobs))])
+        except (QueueFullError, StoppedError) as error:
+            raise ApiError.busy(str(error)) from error
+        self._held = (held or contextlib.ExitStack()).pop_all()
+
+    def close(self) -> None:
+        """Free what the request holds; what was not finished is dropped."""
+        for ticket in self._tickets:
+            ticket.cancel()
+        if self._saving is None or self._saving.done():
+            self._held.close()
+        else:  # a request that is cancelled can't wait for the save, but the next one has to
+            self._saving.add_done_callback(lambda _: self._held.close())
+
+    async def whole(self) -> dict[str, Any]:
+        """The reply in one piece."""
+        choices: dict[int, Choice] = {}
+        async for index, piece in self._pieces():
+            choice = choices.setdefault(index, Choice())
+            choice.text += piece.text
+            choice.scores += piece.scores
+            choice.finish = piece.finish
+        made = [self._form.choice(index, choices[index]) for index in sorted(choices)]
+        return {**self._header, "object": self._form.object, "choices": made, "usage": self._usage()}
+
+    async def stream(self, *, include_usage: bool) -> AsyncIterator[bytes]:
+        """The reply as server-sent events; what fails on the way is an event, too."""
+        usage = {"usage": None} if include_usage else {}
+        chunk = {**self._header, "object": self._form.chunk_object}
+        try:
+            for index in range(sum(job.n for job in self._jobs)):
+                if opening := self._form.opening(index):
+                    yield _event({**chunk, "choices": [opening], **usage})
+            async for index, piece in self._pieces():
+                if piece.text or piece.scores or piece.finish:
+                    yield _event({**chunk, "choices": [self._form.chunk_choice(index, piece)], **usage})
+            if include_usage:
+                yield _event({**chunk, "choices": [], "usage": self._usage()})
+            yield b"data: [DONE]\n\n"
+        except ApiError as error:
+            yield _event(error.body)
+
+    async def _pieces(self) -> AsyncIterator[tuple[int, Choice]]:
+        """What is new in which choice; choices of the second prompt count on from those of the first."""
+        running = sum(job.n for job in self._jobs)
+        first = [sum(job.n for job in self._jobs[:index]) for index in range(len(self._jobs))]
+        prompts: dict[int, list[TokenScore]] = {}
+        begun: set[int] = set()
+        while running:
+            job, event = await self._next()
+            if isinstance(event, EngineError):
+                raise _as_api_error(event)
+            if isinstance(event, PromptRead):
+                prompts[job] = event.scores
+                continue
+            index = first[job] + event.choice
+            if self._echo is not None and index not in begun:
+                begun.add(index)
+                yield index, Choice(self._echo[job], prompts.get(job, []))
+            if event.state is not None and self._keep is not None:
+                self._saving = asyncio.ensure_future(self._keep(event.state))
+                await asyncio.shield(self._saving)
+            self._drawn += event.drawn
+            running -= event.finish is not None
+            yield index, Choice(event.text, list(event.scores), event.finish)
+
+    async def _next(self) -> tuple[int, Event]:
+        left = max(job.deadline for job in self._jobs) - time.monotonic()
+        try:
+            async with asyncio.timeout(max(left, 0) + _SILENCE_SECONDS):
+                return await self._events.get()
+        except TimeoutError:
+            raise ApiError(500, "the engine does not answer", code="internal_error") from None
+
+    def _usage(self) -> dict[str, int]:
+        read = sum(len(job.prompt) for job in self._jobs)
+        return {"prompt_tokens": read, "completion_tokens": self._drawn, "total_tokens": read + self._drawn}
+
+
+async def respond(request: Request, answer: Answer, *, stream: bool, include_usage: bool) -> Response:
+    """The reply to a request, which is dropped if the client goes away."""
+    if stream:
+        return _EventStream(answer, include_usage)
+    try:
+        reply = await _while_connected(request, answer.whole())
+    finally:
+        answer.close()
+    return Response(status_code=499) if reply is None else JSONResponse(reply)
+
+
+class _EventStream(StreamingResponse):
+    """An answer as server-sent events that ends when the client goes away."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, answer: Answer, include_usage: bool) -> None:
+        super().__init__(
+            answer.stream(include_usage=include_usage),
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close()
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any] | None:
+    """The result of ``work``; None, and the work is cancelled, if the client goes away first."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+def _as_api_error(error: EngineError) -> ApiError:
+    if isinstance(error, OverdueError | StoppedError):
+        return ApiError.busy(str(error))
+    return ApiError(500, str(error), code="internal_error")
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()

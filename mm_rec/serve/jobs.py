@@ -1,0 +1,120 @@
+"""What the engine is asked for and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mm_rec.generate import Sampling
+from mm_rec.state import ModelState
+
+__all__ = [
+    "EngineError",
+    "Event",
+    "Job",
+    "Listener",
+    "Output",
+    "OverdueError",
+    "PromptRead",
+    "QueueFullError",
+    "StoppedError",
+    "Ticket",
+    "TokenScore",
+]
+
+
+class EngineError(Exception):
+    """A job that did not come to its end."""
+
+
+class QueueFullError(EngineError):
+    """Too many jobs wait already."""
+
+
+class OverdueError(EngineError):
+    """The job's time was over before its prompt was read."""
+
+
+class StoppedError(EngineError):
+    """The engine was stopped."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to read and what to draw.
+
+    Attributes:
+        prompt: token ids, at least one.
+        sampling: how to draw; of several texts the i-th is drawn with seed + i.
+        deadline: on the clock of ``time.monotonic``; what was drawn until then is the text.
+        ends: tokens that end the text and are no part of it.
+        n: how many texts to draw; the prompt is read once.
+        state: the memory before the prompt, one row; None for an empty one.
+        closing: tokens to read after the text. If there are any, the last output brings the memory after them.
+        penalise_prompt: the repetition penalty counts the tokens of the prompt, too.
+        top_logprobs: of how many likeliest tokens to give log-probabilities beside the one drawn; None for none.
+        prompt_logprobs: give those of the prompt, too.
+    """
+
+    prompt: Sequence[int]
+    sampling: Sampling
+    deadline: float
+    ends: frozenset[int]
+    n: int = 1
+    state: ModelState | None = None
+    closing: tuple[int, ...] = ()
+    penalise_prompt: bool = False
+    top_logprobs: int | None = None
+    prompt_logprobs: bool = False
+
+
+class TokenScore(NamedTuple):
+    """A token, its log-probability (None where nothing came before), and the likeliest tokens with theirs."""
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+class PromptRead(NamedTuple):
+    """The prompt's scores, if they were asked for; comes before every output of the job."""
+
+    scores: list[TokenScore]
+
+
+class Output(NamedTuple):
+    """A piece of the text of one choice.
+
+    Attributes:
+        choice: which text of the job, from 0.
+        text: may be empty while characters or stop strings are undecided.
+        drawn: tokens that it took.
+        scores: of those tokens, if asked for.
+        finish: "stop" or "length" with the last output of a choice, else None.
+        state: memory of one row, with the last output of a job with ``closing``.
+    """
+
+    choice: int
+    text: str = ""
+    drawn: int = 0
+    scores: tuple[TokenScore, ...] = ()
+    finish: str | None = None
+    state: ModelState | None = None
+
+
+Event = PromptRead | Output | EngineError
+Listener = Callable[[Event], None]
+
+
+class Ticket:
+    """A job in the engine; :meth:`cancel` frees its slots before the next token, and nothing more comes."""
+
+    def __init__(self, job: Job, listener: Listener) -> None:
+        self.job = job
+        self.listener = listener
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """Drop the job; has no effect on one that has ended."""
+        self.cancelled = True

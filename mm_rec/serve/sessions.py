@@ -1,0 +1,188 @@
+"""Conversations that go on from request to request: one file of constant size each, in one folder.
+
+A request either comes to its end, and the memory after it replaces the one before, or leaves no trace.
+The files are those of ``mm-rec chat``, which can continue them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from mm_rec import session_file, storage
+from mm_rec.errors import UserError
+from mm_rec.generate import Sampling
+from mm_rec.lock import Lock
+from mm_rec.model import MMRecModel
+from mm_rec.serve.errors import ApiError
+from mm_rec.state import ModelState, flatten_state, unflatten_state
+from mm_rec.tokenizer import Tokenizer
+
+__all__ = ["Memory", "SessionStore"]
+
+# Lower-case ASCII alone: no two names are one file on any file system, and none leads out of the folder.
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_SUFFIX = ".safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a conversation left: the state of one row and the number of answers so far."""
+
+    state: ModelState
+    turns: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the conversation, by both sides."""
+        return int(self.state.position[0])
+
+
+class SessionStore:
+    """The sessions in a folder, which belongs to one server at a time.
+
+    Args:
+        folder: made if missing, for its owner alone.
+        model, tokenizer, domain: that a session has to fit.
+        fingerprint: that of the model, from ``session_file.fingerprint``.
+        max_sessions: files to keep at most.
+
+    Raises:
+        UserError: if another server has the folder.
+        StorageError: if it cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: MMRecModel,
+        tokenizer: Tokenizer,
+        domain: str | None,
+        *,
+        fingerprint: str,
+        max_sessions: int = 1000,
+    ) -> None:
+        with storage.reporting_errors(folder):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder = folder.resolve()
+        self._lock = Lock(self._folder / ".lock")
+        storage.remove_leftovers(self._folder)
+        self._model = model
+        self._max_sessions = max_sessions
+        self._identity = {
+            "tokenizer": tokenizer.sha256,
+            "precision": str(model.dtype).removeprefix("torch."),
+            "model": fingerprint,
+            "domain": domain,
+        }
+        self._busy: set[str] = set()
+
+    def close(self) -> None:
+        """Leave the folder to others."""
+        self._lock.release()
+
+    @contextmanager
+    def turn(self, name: str) -> Iterator[None]:
+        """Own a session for the length of a request.
+
+        Raises:
+            ApiError: 400 if it is not a name, 409 if another request has it.
+        """
+        if not _NAME.fullmatch(name):
+            raise ApiError(
+                400,
+                "a session is named by 1 to 64 of a-z, 0-9, - and _, a letter or digit first",
+                param="session",
+                code="invalid_session",
+            )
+        if name in self._busy:
+            raise ApiError(409, f"another request is using session {name}", param="session", code="session_busy")
+        self._busy.add(name)
+        try:
+            yield
+        finally:
+            self._busy.discard(name)
+
+    def load(self, name: str) -> Memory | None:
+        """The memory of a session; None if there is none of that name.
+
+        Raises:
+            ApiError: 409 if the file cannot be used.
+        """
+        path = self._path(name)
+        if path is None:
+            return None
+        try:
+            tensors, settings = session_file.read(path)
+            for key, value in self._identity.items():
+                if settings.get(key, value) != value:
+                    raise UserError(f"session {name} was made with another {key}")
+            tensors.pop("generator")
+            turns = int(tensors.pop("turns"))
+            device = self._model.embedding.weight.device
+            state = unflatten_state({key: value.to(device) for key, value in tensors.items()}, self._model.config)
+        except (UserError, ValueError) as error:
+            raise ApiError(
+                409,
+                f"{error}; use another name, or DELETE /v1/sessions/{name}",
+                param="session",
+                code="session_unusable",
+            ) from error
+        return Memory(state, turns)
+
+    def save(self, name: str, memory: Memory) -> None:
+        """Replace the memory of a session.
+
+        Raises:
+            ApiError: 429 if there are too many sessions, 503 if the disk does not take it.
+        """
+        if self._path(name) is None and self._count() >= self._max_sessions:
+            raise ApiError(
+                429, f"there are {self._max_sessions} sessions already; delete one first", code="session_limit_reached"
+            )
+        tensors = flatten_state(memory.state)
+        tensors |= {"generator": torch.Generator().get_state(), "turns": torch.tensor(memory.turns)}
+        settings = {"system": "", "sampling": dataclasses.asdict(Sampling())}
+        try:
+            session_file.write(self._folder / f"{name}{_SUFFIX}", tensors, self._identity | settings)
+        except storage.StorageError as error:
+            raise ApiError.busy("the session could not be saved; the server's log says why") from error
+
+    def size(self, name: str) -> int:
+        """Bytes of a session's file."""
+        path = self._path(name)
+        return 0 if path is None else path.lstat().st_size
+
+    def remove(self, name: str) -> bool:
+        """Forget a session; False if there is none of that name."""
+        path = self._path(name)
+        if path is None:
+            return False
+        path.unlink()
+        storage.sync(self._folder)
+        return True
+
+    def _path(self, name: str) -> Path | None:
+        """The file of a session, None if there is none.
+
+        Raises:
+            ApiError: 409 if something else stands in its place, such as a link to a file elsewhere.
+        """
+        path = self._folder / f"{name}{_SUFFIX}"
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            raise ApiError(409, f"session {name} is not a file of its own", param="session", code="session_unusable")
+        return path
+
+    def _count(self) -> int:
+        return sum(entry.name.endswith(_SUFFIX) for entry in os.scandir(self._folder))

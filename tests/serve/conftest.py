@@ -1,0 +1,123 @@
+"""A tiny random model behind the application, and behind a real socket."""
+
+import contextlib
+import inspect
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import uvicorn
+from fastapi.testclient import TestClient
+
+from mm_rec.config import ModelConfig
+from mm_rec.model import MMRecModel
+from mm_rec.serve.app import Service, create_app
+from mm_rec.serve.engine import Engine
+from mm_rec.serve.sessions import SessionStore
+from mm_rec.session_file import fingerprint
+from mm_rec.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
+
+CONFIG = ModelConfig(vocab_size=512, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, slots=6)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([inspect.getsource(random), "ışık çiğ öğüt şeker " * 20, " ".join(CONTROL_TOKENS) * 20], 512)
+
+
+@pytest.fixture(scope="session")
+def model() -> MMRecModel:
+    torch.set_num_threads(1)
+    model = MMRecModel(CONFIG, seed=3).eval()
+    with torch.no_grad():  # far from uniform, so that wrong logits give another text
+        model.embedding.weight.mul_(15)
+    return model
+
+
+# What the fixtures give.
+MakeService = Callable[..., Service]
+
+
+@pytest.fixture
+def make_service(model: MMRecModel, tokenizer: Tokenizer, tmp_path: Path) -> Iterator[MakeService]:
+    """A service; keywords go to the engine, the store or the service, whichever knows them."""
+    stores = []
+
+    def make(
+        *, max_streams: int = 8, max_queue: int = 16, max_sessions: int = 50, folder: str = "sessions", **limits: float
+    ) -> Service:
+        engine = Engine(model, tokenizer, None, max_streams=max_streams, max_queue=max_queue)
+        identity = fingerprint(model)
+        store = SessionStore(tmp_path / folder, model, tokenizer, None, fingerprint=identity, max_sessions=max_sessions)
+        stores.append(store)
+        return Service(name="tiny", engine=engine, sessions=store, fingerprint=identity, **limits)  # type: ignore[arg-type]
+
+    yield make
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def service(make_service: MakeService) -> Service:
+    return make_service()
+
+
+@pytest.fixture
+def connect() -> Callable[..., TestClient]:
+    """A client of an application in this process."""
+
+    def connect(service: Service, **keywords: object) -> TestClient:
+        app = create_app(service, **keywords)  # type: ignore[arg-type]
+        return TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
+
+    return connect
+
+
+@pytest.fixture
+def client(service: Service, connect: Callable[..., TestClient]) -> Iterator[TestClient]:
+    with connect(service) as client:
+        yield client
+
+
+@pytest.fixture
+def serve() -> Callable[..., contextlib.AbstractContextManager[str]]:
+    """The application behind a real socket; gives its address."""
+
+    @contextlib.contextmanager
+    def serve(service: Service, **keywords: object) -> Iterator[str]:
+        app = create_app(service, **keywords)  # type: ignore[arg-type]
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2))
+        listener = socket.create_server(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # a client that doesn't read is soon noticed
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+            listener.close()
+
+    return serve
+
+
+@pytest.fixture
+def address(service: Service, serve: Callable[..., contextlib.AbstractContextManager[str]]) -> Iterator[str]:
+    with serve(service) as address:
+        yield address
+
+
+@pytest.fixture
+def wait_until() -> Callable[[Callable[[], bool]], None]:
+    def wait_until(condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < end, "it did not happen"
+            time.sleep(0.002)
+
+    return wait_until

@@ -1,0 +1,244 @@
+"""Too much, too slow, too many, gone away, or not allowed in: each ends in a clear reply and holds nothing."""
+
+import contextlib
+import http.client
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from fastapi.testclient import TestClient
+
+from mm_rec.serve.app import Service
+from mm_rec.serve.gate import Limits, is_loopback
+
+Connect = Callable[..., TestClient]
+MakeService = Callable[..., Service]
+Serve = Callable[..., contextlib.AbstractContextManager[str]]
+WaitUntil = Callable[[Callable[[], bool]], None]
+
+ENDLESS = {"model": "tiny", "prompt": "a", "max_tokens": 10**6, "stream": True}
+SHORT = {"model": "tiny", "prompt": "a", "max_tokens": 2}
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[socket.socket]:
+    parts = urlsplit(address)
+    with socket.create_connection((parts.hostname, parts.port), timeout=20) as connection:
+        yield connection
+
+
+def raw_request(body: dict[str, Any], length: int | None = None, path: str = "/v1/completions") -> bytes:
+    content = json.dumps(body).encode()
+    lines = (
+        f"POST {path} HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {length or len(content)}",
+    )
+    return "\r\n".join((*lines, "", "")).encode() + content
+
+
+def read_reply(connection: socket.socket) -> tuple[int, dict[str, Any], dict[str, str]]:
+    reply = http.client.HTTPResponse(connection)
+    reply.begin()
+    return reply.status, json.loads(reply.read()), dict(reply.headers)
+
+
+def post(address: str, body: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, str]]:
+    with connected(address) as connection:
+        connection.sendall(raw_request(body))
+        return read_reply(connection)
+
+
+def test_a_client_that_leaves_frees_its_slot(make_service: MakeService, serve: Serve, wait_until: WaitUntil) -> None:
+    service = make_service(max_streams=2, max_tokens=10**6)
+    with serve(service) as address:
+        for body in (ENDLESS, {**ENDLESS, "stream": False}, {**ENDLESS, "n": 2}):
+            with connected(address) as connection:
+                connection.sendall(raw_request(body))
+                wait_until(lambda: service.engine.running > 0)
+            wait_until(lambda: service.engine.running == 0)
+            assert post(address, SHORT)[0] == 200
+
+
+def test_a_session_is_free_after_its_client_left(
+    make_service: MakeService, serve: Serve, wait_until: WaitUntil
+) -> None:
+    service = make_service(max_tokens=10**6)
+    message = {"role": "user", "content": "hi"}
+    chat = {"model": "tiny", "messages": [message], "session": "s", "stream": True}
+    with serve(service) as address:
+        with connected(address) as connection:
+            connection.sendall(raw_request(chat, path="/v1/chat/completions"))
+            wait_until(lambda: service.engine.running == 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leave by reset
+        wait_until(lambda: service.engine.running == 0)
+        wait_until(lambda: not service.sessions._busy)
+        assert service.sessions.load("s") is None
+
+
+def test_a_full_queue_says_when_to_come_back(make_service: MakeService, serve: Serve, wait_until: WaitUntil) -> None:
+    service = make_service(max_streams=1, max_queue=1, max_tokens=10**6)
+    with serve(service) as address, contextlib.ExitStack() as stack:
+        for _ in range(2):
+            connection = stack.enter_context(connected(address))
+            connection.sendall(raw_request(ENDLESS))
+            wait_until(lambda: service.engine.running == 1)
+        wait_until(lambda: service.engine.waiting == 1)
+        status, body, headers = post(address, SHORT)
+        assert (status, body["error"]["code"], headers["retry-after"]) == (503, "overloaded", "2")
+        stack.close()
+        wait_until(lambda: service.engine.running == 0)
+        assert post(address, SHORT)[0] == 200
+
+
+def test_a_request_has_its_time(make_service: MakeService, connect: Connect) -> None:
+    with connect(make_service(max_tokens=10**6, seconds=0.4)) as client:
+        start = time.monotonic()
+        reply = client.post("/v1/completions", json={**ENDLESS, "stream": False})
+        assert time.monotonic() - start < 15
+        assert reply.json()["choices"][0]["finish_reason"] == "length"
+        assert 0 < reply.json()["usage"]["completion_tokens"] < 10**6
+
+
+def test_the_server_has_a_limit_of_tokens(make_service: MakeService, connect: Connect) -> None:
+    with connect(make_service(max_tokens=5)) as client:
+        reply = client.post("/v1/completions", json={**SHORT, "max_tokens": 100}).json()
+        assert (reply["usage"]["completion_tokens"], reply["choices"][0]["finish_reason"]) == (5, "length")
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_large_bodies_are_refused(service: Service, serve: Serve, declared: bool) -> None:
+    def chunks() -> Iterator[bytes]:
+        for _ in range(64):
+            yield b" " * 65_536
+
+    with serve(service, limits=Limits(max_body_bytes=100_000)) as address:
+        parts = urlsplit(address)
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port)
+        headers = {"Content-Type": "application/json"} | ({"Content-Length": str(64 * 65_536)} if declared else {})
+        connection.request("POST", "/v1/completions", chunks(), headers, encode_chunked=not declared)
+        reply = connection.getresponse()
+        assert reply.status == 413
+        assert json.loads(reply.read())["error"]["code"] == "request_too_large"
+        connection.close()
+        assert post(address, SHORT)[0] == 200
+
+
+def test_a_gigabyte_is_refused_unread(service: Service, serve: Serve) -> None:
+    with serve(service) as address, connected(address) as connection:
+        connection.sendall(raw_request(SHORT, length=1 << 30))
+        assert read_reply(connection)[0] == 413
+
+
+@pytest.mark.parametrize("length", ["-1", "abc", "1e3", "9" * 30])
+def test_odd_lengths_are_refused(service: Service, serve: Serve, length: str) -> None:
+    with serve(service) as address:
+        with connected(address) as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n"
+            connection.sendall(head.encode())
+            assert connection.recv(12).startswith(b"HTTP/1.1 4")
+        assert post(address, SHORT)[0] == 200
+
+
+def test_huge_headers_are_refused(service: Service, serve: Serve) -> None:
+    with serve(service) as address:
+        with connected(address) as connection:
+            with contextlib.suppress(ConnectionError):  # it closes before it has read them all
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Large: " + b"a" * 1_000_000)
+            assert connection.recv(12).startswith(b"HTTP/1.1 4")
+        assert post(address, SHORT)[0] == 200
+
+
+def test_a_slow_body_is_given_up(service: Service, serve: Serve) -> None:
+    with serve(service, limits=Limits(body_seconds=0.3)) as address, connected(address) as connection:
+        connection.sendall(raw_request(SHORT, length=1000))
+        status, body, _ = read_reply(connection)
+        assert (status, body["error"]["type"]) == (408, "invalid_request_error")
+
+
+def test_a_client_that_does_not_read_is_given_up(
+    make_service: MakeService, serve: Serve, wait_until: WaitUntil
+) -> None:
+    service = make_service(max_tokens=10**6)
+    with serve(service, limits=Limits(send_seconds=0.3)) as address, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        parts = urlsplit(address)
+        connection.connect((parts.hostname, parts.port))
+        connection.sendall(raw_request({**ENDLESS, "logprobs": 20, "temperature": 2}))
+        wait_until(lambda: service.engine.running == 1)
+        wait_until(lambda: service.engine.running == 0)
+
+
+def test_requests_at_a_time_are_bounded(service: Service, serve: Serve) -> None:
+    with serve(service, limits=Limits(max_requests=3)) as address, contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(connected(address)).sendall(raw_request(SHORT, length=1000))
+        deadline = time.monotonic() + 20
+        while (reply := post(address, SHORT))[0] != 503:
+            assert time.monotonic() < deadline
+        assert reply[2]["retry-after"] == "2"
+        with connected(address) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert read_reply(connection)[0] == 200
+
+
+def test_a_key_opens_v1(make_service: MakeService, connect: Connect) -> None:
+    with connect(make_service(), api_key="sésame") as client:
+        key = {"Authorization": "Bearer sésame".encode()}
+        for headers, message in (({}, "no API key"), ({"Authorization": "Bearer sesame"}, "wrong API key")):
+            for reply in (
+                client.get("/v1/models", headers=headers),
+                client.post("/v1/completions", json=SHORT, headers=headers),
+            ):
+                assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+                assert reply.json()["error"]["message"].startswith(message)
+                assert reply.headers["www-authenticate"] == "Bearer"
+        assert client.post("/v1/completions", json=SHORT, headers=key).status_code == 200
+        assert client.get("/health").status_code == 200
+        assert client.get("/").status_code == 200
+        assert client.get("/health", headers={"Host": "example.org"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [
+        ("localhost", True), ("127.0.0.1:8000", True), ("[::1]:8000", True), ("LOCALHOST:1", True),
+        ("evil.com", False), ("localhost.evil.com", False), ("127.0.0.1.evil.com", False), ("10.0.0.1", False),
+        ("evil.com:127.0.0.1", False), ("", False), ("0.0.0.0", False),
+    ],
+)  # fmt: skip
+def test_without_a_key_no_other_name_is_served(client: TestClient, host: str, allowed: bool) -> None:
+    assert client.get("/health", headers={"Host": host}).status_code == (200 if allowed else 403)
+
+
+def test_loopback() -> None:
+    assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.8.9.1", "::1")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.1", "example.org", "localhost.example.org", "")))
+
+
+def test_stopping_ends_open_streams(make_service: MakeService, serve: Serve, wait_until: WaitUntil) -> None:
+    service = make_service(max_tokens=10**6)
+    received = bytearray()
+
+    def read(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while part := connection.recv(65_536):
+                received.extend(part)
+
+    with contextlib.ExitStack() as stack:
+        with serve(service) as address:
+            connection = stack.enter_context(connected(address))
+            connection.sendall(raw_request(ENDLESS))
+            reader = threading.Thread(target=read, args=[connection])
+            reader.start()
+            wait_until(lambda: len(received) > 1000)
+        reader.join(20)
+        assert not reader.is_alive()
+    assert service.engine._thread is None

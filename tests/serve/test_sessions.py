@@ -1,0 +1,245 @@
+"""A conversation goes on from its file as if the server had never stopped, and nothing leads out of its folder."""
+
+import json
+import os
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from safetensors.torch import load_file
+
+from mm_rec.chat import ChatSession, Message, encode_conversation
+from mm_rec.errors import UserError
+from mm_rec.model import MMRecModel
+from mm_rec.serve.app import Service
+from mm_rec.serve.errors import ApiError
+from mm_rec.serve.sessions import SessionStore
+from mm_rec.session_file import fingerprint
+from mm_rec.storage import StorageError
+from mm_rec.tokenizer import Tokenizer
+
+Connect = Callable[..., TestClient]
+MakeService = Callable[..., Service]
+WaitUntil = Callable[[Callable[[], bool]], None]
+
+
+def say(client: TestClient, text: str, session: str | None = "talk", **fields: Any) -> Any:
+    body = {"model": "tiny", "max_tokens": 6, "temperature": 1.5, "seed": 7, "logprobs": True, "session": session}
+    return client.post("/v1/chat/completions", json={**body, "messages": [{"role": "user", "content": text}], **fields})
+
+
+def content(reply: Any) -> list[Any]:
+    """What was said, with its log-probabilities to the last bit."""
+    assert reply.status_code == 200, reply.text
+    return list(reply.json()["choices"][0]["logprobs"]["content"])
+
+
+def test_a_restarted_server_goes_on_bitwise(make_service: MakeService, connect: Connect, tmp_path: Path) -> None:
+    texts = ["hello", "and then?", "ışık", "bye"]
+    with connect(make_service(folder="one")) as client:
+        expected = [content(say(client, text)) for text in texts]
+    told = []
+    for text in texts:
+        with connect(make_service(folder="two")) as client:
+            told.append(content(say(client, text)))
+    assert told == expected
+    one, two = (load_file(tmp_path / name / "talk.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_session_remembers_what_sending_all_would_say(client: TestClient, tokenizer: Tokenizer) -> None:
+    history: list[dict[str, str]] = [{"role": "system", "content": "Be brief."}]
+    for text in ("hello", "why?", "again"):
+        new = [{"role": "user", "content": text}]
+        history += new
+        fields = {"messages": history if len(history) == 2 else new, "temperature": 0}
+        reply = say(client, text, **fields).json()
+        again = say(client, text, None, messages=history, temperature=0).json()
+        answer = reply["choices"][0]["message"]["content"]
+        assert answer == again["choices"][0]["message"]["content"]
+        history.append({"role": "assistant", "content": answer})
+    assert reply["usage"]["prompt_tokens"] < again["usage"]["prompt_tokens"]
+    said = encode_conversation(tokenizer, [Message(**message) for message in history])[0]
+    info = client.get("/v1/sessions/talk").json()
+    assert (info["turns"], info["tokens"]) == (3, len(said))
+
+
+def test_the_file_does_not_grow(client: TestClient) -> None:
+    sizes = set()
+    for turn in range(12):
+        content(say(client, "word " * turn, max_tokens=2))
+        sizes.add(client.get("/v1/sessions/talk").json()["bytes"])
+    assert len(sizes) == 1
+
+
+def test_the_file_is_one_of_mm_rec_chat(
+    client: TestClient, service: Service, model: MMRecModel, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    content(say(client, "hello"))
+    session = ChatSession.load(tmp_path / "sessions" / "talk.safetensors", model, tokenizer)
+    assert (session.turns, session.n_tokens) == (1, client.get("/v1/sessions/talk").json()["tokens"])
+    session.save(tmp_path / "sessions" / "other.safetensors")
+    assert content(say(client, "go on", "other")) == content(say(client, "go on"))
+
+
+def test_a_deleted_session_is_forgotten(client: TestClient, tmp_path: Path) -> None:
+    first = content(say(client, "hello"))
+    content(say(client, "hello"))
+    assert client.delete("/v1/sessions/talk").json() == {"id": "talk", "object": "session.deleted", "deleted": True}
+    assert client.get("/v1/sessions/talk").status_code == 404
+    assert client.delete("/v1/sessions/talk").json()["error"]["code"] == "session_not_found"
+    assert not list((tmp_path / "sessions").glob("*talk*"))
+    assert content(say(client, "hello")) == first
+
+
+def test_one_request_at_a_time(
+    client: TestClient, service: Service, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, go_on = service.engine.model.step, threading.Event()
+    monkeypatch.setattr(service.engine.model, "step", lambda *rest: go_on.wait(20) and step(*rest))
+    replies: list[Any] = []
+    slow = threading.Thread(target=lambda: replies.append(say(client, "tell me all")))
+    slow.start()
+    wait_until(lambda: service.engine.running == 1)
+    busy = say(client, "me too")
+    assert (busy.status_code, busy.json()["error"]["code"]) == (409, "session_busy")
+    go_on.set()
+    slow.join()
+    assert content(replies[0])
+    assert say(client, "now").status_code == 200
+    assert client.get("/v1/sessions/talk").json()["turns"] == 2
+
+
+def test_a_request_that_does_not_end_leaves_no_trace(
+    make_service: MakeService, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    service = make_service()
+    with connect(service) as client:
+        content(say(client, "hello"))
+        path = tmp_path / "sessions" / "talk.safetensors"
+        before = path.read_bytes()
+        step = service.engine.model.step
+        monkeypatch.setattr(service.engine.model, "step", lambda *_: 1 / 0)
+        assert say(client, "lost").status_code == 500
+        monkeypatch.setattr(service.engine.model, "step", step)
+        assert path.read_bytes() == before
+        monkeypatch.setattr("mm_rec.session_file.write_atomic", _full_disk)
+        reply = say(client, "lost, too")
+        assert (reply.status_code, reply.headers["retry-after"]) == (503, "2")
+        lines = say(client, "lost, too", stream=True).text.split("\n\n")
+        assert 'finish_reason":"length' not in "".join(lines)
+        assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "overloaded"
+        assert path.read_bytes() == before
+        monkeypatch.undo()
+        assert say(client, "found").status_code == 200
+
+
+def _full_disk(*_: object) -> None:
+    raise StorageError("no space left")
+
+
+def test_sessions_are_bounded(make_service: MakeService, connect: Connect) -> None:
+    with connect(make_service(max_sessions=2)) as client:
+        for name in ("a", "b", "a"):
+            assert say(client, "hi", name).status_code == 200
+        reply = say(client, "hi", "c")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (429, "session_limit_reached")
+        client.delete("/v1/sessions/a")
+        assert say(client, "hi", "c").status_code == 200
+
+
+NAMES = [
+    "", ".", "..", "../a", "a/b", "/etc/passwd", "a\\b", "..\\a", "a\x00", "\x00", "a\n", "a b", "A", "Talk", "~", "a:",
+    "a.safetensors", "ışık", "ａ", "ſ", "a\u200b", "\u2024\u2024/a", "%2e%2e%2fa", "-a", "_a", ".lock", "a" * 65,
+    "a\ud800",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_what_is_no_name_is_refused(client: TestClient, service: Service, tmp_path: Path, name: str) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "session": name}
+    reply = client.post("/v1/chat/completions", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "session")
+    with pytest.raises(ApiError, match="a session is named by"), service.sessions.turn(name):
+        pass
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["sessions", ".lock"]
+
+
+def test_random_names_stay_in_the_folder(service: Service, tmp_path: Path) -> None:
+    rng = random.Random(5)
+    for _ in range(5000):
+        name = "".join(rng.choices("./\\\x00~aA-_0 %2eışſＡ\n:", k=rng.randrange(6)))
+        try:
+            with service.sessions.turn(name):
+                assert service.sessions.load(name) is None
+                assert name.isascii()
+                assert name == name.lower()
+                assert not set(name) & set("./\\\x00 %:~\n")
+        except ApiError as error:
+            assert error.status == 400  # noqa: PT017
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["sessions", ".lock"]
+
+
+def test_links_are_refused(client: TestClient, tmp_path: Path) -> None:
+    content(say(client, "hello", "real"))
+    folder = tmp_path / "sessions"
+    outside = tmp_path / "outside.safetensors"
+    os.replace(folder / "real.safetensors", outside)
+    (folder / "real.safetensors").symlink_to(outside)
+    (folder / "dead.safetensors").symlink_to(tmp_path / "nothing")
+    (folder / "folder.safetensors").mkdir()
+    before = outside.read_bytes()
+    for name in ("real", "dead", "folder"):
+        for reply in (
+            say(client, "hi", name),
+            client.get(f"/v1/sessions/{name}"),
+            client.delete(f"/v1/sessions/{name}"),
+        ):
+            assert (reply.status_code, reply.json()["error"]["code"]) == (409, "session_unusable")
+    assert outside.read_bytes() == before
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_damage_is_told_and_can_be_deleted(client: TestClient, tmp_path: Path) -> None:
+    content(say(client, "hello"))
+    path = tmp_path / "sessions" / "talk.safetensors"
+    whole = path.read_bytes()
+    rng = random.Random(3)
+    for _ in range(40):
+        broken = bytearray(whole[: rng.randrange(len(whole))] if rng.random() < 0.3 else whole)
+        if len(broken) == len(whole):
+            broken[rng.randrange(len(broken))] ^= 1 << rng.randrange(8)
+        path.write_bytes(broken)
+        reply = say(client, "hi")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (409, "session_unusable")
+    assert client.delete("/v1/sessions/talk").status_code == 200
+    assert say(client, "hi").status_code == 200
+
+
+def test_another_model_is_told(client: TestClient, model: MMRecModel, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    content(say(client, "hello"))
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "talk.safetensors").write_bytes((tmp_path / "sessions" / "talk.safetensors").read_bytes())
+    for identity, domain, what in (("0" * 64, None, "model"), (fingerprint(model), "text", "domain")):
+        store = SessionStore(tmp_path / "copy", model, tokenizer, domain, fingerprint=identity)
+        with pytest.raises(ApiError, match=f"made with another {what}"):
+            store.load("talk")
+        store.close()
+
+
+def test_a_folder_has_one_server(make_service: MakeService) -> None:
+    first = make_service()
+    with pytest.raises(UserError, match="in use by process"):
+        make_service()
+    first.sessions.close()
+    make_service()
+
+
+def test_the_folder_is_the_owners(service: Service, tmp_path: Path) -> None:
+    assert (tmp_path / "sessions").stat().st_mode & 0o777 == 0o700
