@@ -125,28 +125,25 @@ class AdamW:
         active = [slot for slot in self._slots if slot.total is not None]
         if not active:
             return torch.zeros((), device=self._slots[0].master.device)
-        norm = ops.sum_of_squares([slot.total for slot in active if slot.total is not None]).sqrt().float()
-        if norm.device.type == "cpu":
-            self._update(active, lr, norm, max_norm)
-        else:
-            self._update_on_device(active, lr, norm, max_norm)
+        update = self._update if self._slots[0].master.device.type == "cpu" else self._update_on_device
+        norm = update(active, lr, max_norm)
         for slot in active:
             slot.total = None
         return norm
 
-    def _update(self, slots: list[_Slot], lr: float, norm: Tensor, max_norm: float) -> None:
-        """One pass over memory for each parameter: clip, AdamW, round to the type of the model."""
+    def _update(self, slots: list[_Slot], lr: float, max_norm: float) -> Tensor:
+        """One pass over memory for the norm, and one to clip, update and round to the type of the model."""
+        norm = ops.sum_of_squares(_totals(slots)).sqrt().float()
         if not norm.isfinite():
-            return
+            return norm
         scale = min(1.0, max_norm / float(norm)) if max_norm and norm else 1.0
-        for slot in slots:
-            assert slot.total is not None
+        for slot, total in zip(slots, _totals(slots), strict=True):
             slot.step += 1
             ops.adamw_(
                 slot.master,
                 slot.exp_avg,
                 slot.exp_avg_sq,
-                slot.total,
+                total,
                 slot.parameter.detach() if slot.has_own_master else None,
                 lr=lr,
                 beta1=self.betas[0],
@@ -156,9 +153,13 @@ class AdamW:
                 step=int(slot.step),
                 grad_scale=scale,
             )
+        return norm
 
-    def _update_on_device(self, slots: list[_Slot], lr: float, norm: Tensor, max_norm: float) -> None:
-        """The same with PyTorch's fused kernel, which can skip the update without asking the device why."""
+    def _update_on_device(self, slots: list[_Slot], lr: float, max_norm: float) -> Tensor:
+        """The same in few launches, with PyTorch's fused kernel: it can skip the update without the host knowing."""
+        for slot, total in zip(slots, _totals(slots), strict=True):
+            slot.total = total.float()
+        norm = nn.utils.get_total_norm(_totals(slots))
         divisor = (norm / max_norm).clamp(min=1.0) if max_norm else torch.ones_like(norm)
         skip = 1.0 - norm.isfinite().float()
         for decayed in (True, False):
@@ -167,7 +168,7 @@ class AdamW:
                 continue
             adamw(
                 [slot.master for slot in group],
-                [slot.total.float() for slot in group if slot.total is not None],
+                _totals(group),
                 [slot.exp_avg for slot in group],
                 [slot.exp_avg_sq for slot in group],
                 [],
@@ -186,6 +187,7 @@ class AdamW:
         for slot in slots:
             if slot.has_own_master:
                 slot.parameter.copy_(slot.master)
+        return norm
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Moments and step counts by name (``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``), not copied."""
@@ -211,6 +213,10 @@ class AdamW:
         for slot in self._slots:
             if slot.has_own_master:
                 slot.parameter.copy_(slot.master)
+
+
+def _totals(slots: list[_Slot]) -> list[Tensor]:
+    return [slot.total for slot in slots if slot.total is not None]
 
 
 @torch.no_grad()
