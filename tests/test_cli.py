@@ -1,0 +1,166 @@
+import importlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mm_rec import __version__
+from mm_rec.cli import COMMANDS, main, run_program
+from mm_rec.data.synthetic import write_synthetic
+from mm_rec.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A tiny model gains nothing from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+TRAIN = ["train", "--use_synthetic", "--max_samples", "10", "--preset", "tiny", "--seq_len", "32", "--max_steps", "2"]
+
+
+def test_help_names_every_command_and_imports_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text and command.summary in text for name, command in COMMANDS.items())
+    assert main([]) == 2
+    code = "import sys, mm_rec.cli; mm_rec.cli.main(['--help']); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_version_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mm-rec {__version__}\n"
+    assert main(["tran"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: there is no command 'tran'")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["data", "tokenizer", "train", "generate", "doctor", "bench"])
+def test_each_command_explains_itself_with_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(COMMANDS[name].module).main(["--help"], prog=f"mm-rec {name}")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: mm-rec {name}" in text
+    assert "examples:" in text
+
+
+def test_what_ends_a_program_becomes_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise UserError("the disk is full; free some space")
+
+    def stop(signum: int) -> int:
+        os.kill(os.getpid(), signum)
+        return 0
+
+    def warn() -> int:
+        warnings.warn("slow", RuntimeWarning, stacklevel=1)
+        return 0
+
+    with warnings.catch_warnings():
+        assert run_program(fail) == 2
+        assert capsys.readouterr().err == "error: the disk is full; free some space\n"
+        assert run_program(lambda: stop(signal.SIGTERM)) == 143
+        assert run_program(lambda: stop(signal.SIGINT)) == 130
+        assert run_program(lambda: 7) == 7
+        warnings.simplefilter("always")
+        assert run_program(warn) == 0
+        assert capsys.readouterr().err == "warning: slow\n"
+    with pytest.raises(ZeroDivisionError):
+        run_program(lambda: 1 // 0)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    code = "import mm_rec.cli, sys\nsys.exit(mm_rec.cli.run_program(lambda: [print('x' * 1000) for _ in range(1000)]))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 141
+
+
+def test_from_training_to_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*TRAIN, "--checkpoint_dir", "runs", "--valid_bytes", "200"]) == 0
+    assert "mm-rec generate --model runs/stage1" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "stage1" / "loss.png").stat().st_size > 1000
+
+    texts = []
+    for model in ("runs", "runs/stage1", "runs/stage1/checkpoints/step_000002"):
+        assert main(["generate", "--model", model, "--prompt", "Ada had", "--max_new_tokens", "20"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("Ada had")
+    assert len(set(texts)) == 1
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Ada had"))
+    assert main(["generate", "--model", "runs", "--max_new_tokens", "20"]) == 0
+    assert capsys.readouterr().out == texts[0]
+    assert (
+        main(["generate", "--model", "runs", "--prompt", "Ada had", "--max_new_tokens", "20", "--domain", "code"]) == 0
+    )
+    assert capsys.readouterr().out != texts[0]
+
+    assert main(["tokenizer", "--show", "Ada", "--tokenizer", "runs"]) == 0
+    assert "bytes a token" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "--model", "nowhere", "--prompt", "a"], "there is no folder nowhere"),
+        (["generate", "--model", ".", "--prompt", "a"], "neither a run folder nor a checkpoint"),
+        (["generate", "--model", ".", "--prompt", "a", "--temperature", "-1"], "temperature must be at least 0"),
+        (["tokenizer"], "--output"),
+        (["tokenizer", "--show", "a"], "--tokenizer"),
+        (["tokenizer", "--output", "t", "--vocab_size", "10"], "--vocab_size must be at least"),
+        (["tokenizer", "--output", "t"], "there is no data folder"),
+        (["train"], "there is no data folder"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_a_tokenizer_is_trained_and_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_synthetic(tmp_path / "data", 60)
+    assert main(["tokenizer", "--vocab_size", "300", "--output", "tokenizer"]) == 0
+    assert "300 tokens, written to tokenizer" in capsys.readouterr().out
+    assert main(["tokenizer", "--tokenizer", "tokenizer", "--show", "ğ"]) == 0
+    assert "2 tokens, 2 bytes" in capsys.readouterr().out
+
+
+def test_bench_reports_speed_and_back_end(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--preset", "tiny", "--seq_len", "32", "--steps", "1"]) == 0
+    text = capsys.readouterr().out
+    assert all(words in text for words in ("cpu: ", "tokens/s", "TFLOP/s"))
