@@ -99,17 +99,13 @@ def atomic_folder(path: Path, n_bytes: int = 0, *, manifest: bool = True) -> Ite
         StorageError: if ``path`` exists or the disk is full, broken or not writable.
     """
     path = Path(path)
-    require_space(path, n_bytes)
     with reporting_errors(path, n_bytes):
+        require_space(path, n_bytes)
         if path.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         with _temporary_sibling(path, Path.mkdir) as temporary:
             yield temporary
-            for content in sorted(temporary.rglob("*")):
-                sync(content)
-            if manifest:
-                _write_manifest(temporary)
-            sync(temporary)
+            _seal(temporary, manifest)
             os.rename(temporary, path)
             sync(path.parent)
 
@@ -271,13 +267,19 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _write_manifest(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def _seal(folder: Path, manifest: bool) -> None:
+    """Flush all that is in ``folder`` to the disk and, if asked for, write its manifest."""
+    paths = sorted(folder.rglob("*"))
+    files = [path for path in paths if path.is_file()] if manifest else []
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        fingerprints = pool.map(_fingerprint, files)
+        fingerprints = pool.map(_fingerprint, files)  # while the disk writes
+        for path in paths:
+            sync(path)
         entries = {path.relative_to(folder).as_posix(): found for path, found in zip(files, fingerprints, strict=True)}
-    (folder / MANIFEST).write_bytes(_manifest_bytes(entries))
-    sync(folder / MANIFEST)
+    if manifest:
+        (folder / MANIFEST).write_bytes(_manifest_bytes(entries))
+        sync(folder / MANIFEST)
+    sync(folder)
 
 
 def _fingerprint(path: Path) -> dict[str, int | str]:
