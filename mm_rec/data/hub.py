@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 _DEADLINE_SECONDS = 8.0  # for the first answer of the hub
 _MAX_DELAY_SECONDS = 60.0
+_BLOCK_BYTES = 1 << 20  # read ahead of what is asked for, for each row group
 _MAX_SPLIT_FILES = 32  # splitting a Parquet file into row groups takes a request or two
 _PASSING_STATUS = {408, 429, 500, 502, 503, 504}
 
@@ -51,8 +52,8 @@ class UnreachableError(UserError):
 class Rows:
     """The rows of ``source`` at the commit ``revision``, from ``state`` on, which :attr:`state` gave earlier.
 
-    Reading on after a stop transfers the Parquet row group in which it stopped again, at most. A JSONL file is
-    transferred from its start, since most are compressed, and its earlier rows are skipped.
+    Reading on after a stop transfers the Parquet row group in which it stopped again, and the one before it. A JSONL
+    file is transferred from its start, since a compressed one has no other beginning, and earlier rows are skipped.
     """
 
     def __init__(self, source: Source, revision: str, state: dict[str, Any] | None = None) -> None:
@@ -68,6 +69,7 @@ class Rows:
                 data_dir=source.data_dir,
                 data_files=source.data_files,
                 streaming=True,
+                storage_options={"hf": {"block_size": _BLOCK_BYTES}},
             )
         if stream.num_shards <= _MAX_SPLIT_FILES:
             stream = stream.reshard()
@@ -113,6 +115,7 @@ def find_revision(source: Source) -> str:
 
 def explain(source: Source, error: Exception) -> UserError | None:
     """What an error of reading ``source`` means to a user; None for a bug."""
+    from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -124,9 +127,11 @@ def explain(source: Source, error: Exception) -> UserError | None:
     for cause in _causes(error):
         if isinstance(cause, UserError):
             return cause
-        if isinstance(cause, GatedRepoError):
+        # `datasets` passes on some of the client's errors as one of its own, with nothing left but the message.
+        unknown = isinstance(cause, DatasetNotFoundError)
+        if isinstance(cause, GatedRepoError) or (unknown and "gated" in str(cause)):
             return UserError(_gated(source))
-        if isinstance(cause, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError):
+        if unknown or isinstance(cause, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError):
             return UserError(
                 f"the hub at {hub_address()} has no {source.hub_id} ({source.revision}) that you may read; "
                 "check HF_ENDPOINT and HF_TOKEN, or take another --source"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable
-from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,8 @@ __all__ = ["take_builtin", "take_own"]
 def take_builtin(kind: str, samples: int | None, data_dir: Path, tell: Callable[[str], None]) -> Path:
     """Write the builtin text or code as ``data_dir/KIND/builtin.jsonl``, unless it is there; returns the file.
 
+    What was written once stays as it is when packages come and go, so that a run on it can go on.
+
     Args:
         kind: ``text`` or ``code``.
         samples: how many documents; None takes all there are, some ten megabytes.
@@ -34,15 +34,14 @@ def take_builtin(kind: str, samples: int | None, data_dir: Path, tell: Callable[
         tell: takes a line about what happens.
     """
     name = f"{kind}/{BUILTIN}.jsonl"
-    origin = {"installation": _installation(), "asked": samples}
     entry = read_manifest(data_dir).get(name)
-    if entry is not None and entry.get("origin") == origin and (data_dir / name).exists():
+    if entry is not None and entry.get("asked") == samples and (data_dir / name).exists():
         check_files(data_dir, [data_dir / name])
         tell(f"{BUILTIN}: {data_dir / name} is there already")
         return data_dir / name
     tell(f"{BUILTIN}: reading {kind} from this machine's Python installation")
     texts = builtin_code() if kind == "code" else builtin_text()
-    entry = {"source": BUILTIN, "origin": origin, "licence": "as each package"}
+    entry = {"source": BUILTIN, "revision": sys.version, "licence": "as each package", "asked": samples}
     return _write(data_dir, name, islice(texts, samples), entry, tell)
 
 
@@ -84,9 +83,3 @@ def _write(data_dir: Path, name: str, texts: Iterable[str], entry: dict[str, Any
     record_file(data_dir, name, {**entry, "samples": count, "bytes": size, "sha256": file_sha256(target), "date": date})
     tell(f"{entry['source']}: {count:,} samples, {format_bytes(size)}, in {target}")
     return target
-
-
-def _installation() -> str:
-    """A hash of the versions of Python and of all installed packages, by which the builtin data follows."""
-    packages = sorted(f"{one.name}=={one.version}" for one in metadata.distributions())
-    return hashlib.sha256("\n".join([sys.version, *packages]).encode()).hexdigest()

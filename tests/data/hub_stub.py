@@ -46,6 +46,7 @@ class Fault:
         headers: of that answer.
         cut_after: break the connection after so many bytes of the body.
         flip: change one bit of the byte at this place of the file.
+        stall: answer only when the hub is shut down.
     """
 
     match: str
@@ -55,6 +56,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     cut_after: int | None = None
     flip: int | None = None
+    stall: bool = False
 
 
 @dataclass
@@ -75,6 +77,7 @@ class Hub:
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.url = ""
+        self.closing = threading.Event()
         self._lock = threading.Lock()
 
     def bytes_sent(self, match: str) -> int:
@@ -105,6 +108,7 @@ def serve(repositories: dict[str, Repository], port: int = 0) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.closing.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -130,6 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = unquote(urlsplit(self.path).path)
         self.fault = self.hub.take_fault(path)
+        if self.fault is not None and self.fault.stall:
+            self.hub.closing.wait()
         if self.fault is not None and self.fault.status is not None:
             self._send(self.fault.status, b"fault", {"Content-Type": "text/plain", **self.fault.headers})
             return
