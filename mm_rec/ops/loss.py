@@ -56,8 +56,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dy, dembedding = ctx.saved_tensors
         if dloss is None:
             return (None,) * 6
-        # The usual dloss is 1. Asking a GPU for its value would stall the queue for longer than the product takes.
-        if torch.compiler.is_compiling() or dloss.is_cuda or dloss.item() != 1.0:
+        # It is 1 as a rule. Only a plain CPU tensor can be asked: a GPU would stall, a traced one has no value.
+        if type(dloss) is not Tensor or dloss.device.type != "cpu" or dloss.item() != 1.0:
             dy = None if dy is None else (dy * dloss).to(dy.dtype)
             dembedding = None if dembedding is None else (dembedding * dloss).to(dembedding.dtype)
         return dy, dembedding, None, None, None, None

@@ -61,7 +61,7 @@ class CpuLibrary:
 
     Attributes:
         path: of the shared library.
-        level: one of ``LEVELS``.
+        best_level, level: what the processor can run, and what was chosen; of ``LEVELS``.
         call: the functions of ``kernels.cpp`` as attributes, without prefix and level.
     """
 
@@ -86,6 +86,7 @@ class CpuLibrary:
             raise NativeUnavailableError(
                 f"the native library has interface {interface}, not {INTERFACE}; rebuild it with: {REBUILD}"
             )
+        self.best_level = LEVELS[best]
         self.level = _choose_level(best)
         self.call = SimpleNamespace()
         for name, (arguments, result) in _SIGNATURES.items():

@@ -11,6 +11,8 @@ float logf(float);
 namespace mm_rec {
 namespace MM_LEVEL {
 
+constexpr int64_t MEMORY_MIN_WORK = 1 << 18;  // multiplications under which a second thread costs more than it brings
+
 enum MemoryResult { MEMORY_DONE = 0, MEMORY_NO_SCRATCH = 1, MEMORY_BAD_POSITION = 2 };
 
 // Letters as in mm_rec/ops/reference.py. The context of a row is the ring of `window` tokens and the chunk.
@@ -24,6 +26,11 @@ struct MemoryShape {
     int64_t slot_pitch() const { return round_up(slots, W); }   // floats from one row of slots to the next
     int64_t at(int64_t b, int64_t t) const { return position[b * time + t]; }
     bool writes(int64_t b, int64_t t) const { return at(b, t) >= window && at(b, t) % block() == 0; }
+
+    // Threads worth using, from a rough count of multiplications: reading all rows once, and every query's scores.
+    int useful_threads(int threads) const {
+        return batch * heads * d * (2 * context() + 2 * time * (window + slots)) < MEMORY_MIN_WORK ? 1 : threads;
+    }
 
     // Whether no row has a negative position or more writes than there are versions for.
     bool valid() const {

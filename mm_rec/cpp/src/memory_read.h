@@ -202,6 +202,7 @@ static int memory_read(const ReadInputs<T>& in, T* out, float* lse, int threads)
     Parts size(nullptr);
     ReadScratch(s, false, size);
     bool done = true;
+    threads = s.useful_threads(threads);
     const int64_t tasks = s.batch * s.heads;
 #pragma omp parallel num_threads(threads) if (tasks > 1 && threads > 1) reduction(&& : done)
     {
@@ -352,6 +353,7 @@ static int memory_read_backward(const ReadInputs<T>& in, const ReadGradients<T>&
     Parts size(nullptr);
     ReadScratch(s, true, size);
     bool done = true;
+    threads = s.useful_threads(threads);
     const int64_t tasks = s.batch * s.heads;
 #pragma omp parallel num_threads(threads) if (tasks > 1 && threads > 1) reduction(&& : done)
     {

@@ -148,6 +148,7 @@ static int memory_update(const UpdateInputs<T>& in, const Memory<const float>& i
     Parts size(nullptr);
     UpdateScratch(s, false, size);
     bool done = true;
+    threads = s.useful_threads(threads);
     const int64_t tasks = s.batch * s.heads;
 #pragma omp parallel num_threads(threads) if (tasks > 1 && threads > 1) reduction(&& : done)
     {
@@ -297,6 +298,7 @@ static int memory_update_backward(const UpdateInputs<T>& in, const Memory<const 
     Parts size(nullptr);
     UpdateScratch(s, true, size);
     bool done = true;
+    threads = s.useful_threads(threads);
     const int64_t tasks = s.batch * s.heads;
 #pragma omp parallel num_threads(threads) if (tasks > 1 && threads > 1) reduction(&& : done)
     {

@@ -18,6 +18,7 @@ constexpr int STEP_VECS = 4;
 constexpr int GROUP = 2;
 constexpr int STEP_VECS = 4;
 #endif
+constexpr int64_t RECURRENCE_MIN_WORK = 1 << 18;  // multiplications under which a second thread costs more than it brings
 constexpr int64_t CHUNK = 32;  // steps whose gates are recomputed at once in the backward pass
 
 // packed[v][j][0..W) = w(v * W + lane, j) with w(i, j) = w_g[i * row + j * col]; rows past d are 0.
@@ -79,6 +80,7 @@ struct RecurrenceInputs {
     const float* h0;       // (batch, heads * d) or null
     const uint8_t* reset;  // (batch, time) or null
     int64_t width() const { return heads * d; }
+    int64_t work() const { return batch * time * heads * d * d; }
     int64_t pitch() const { return round_up(d, W); }
     bool starts(int64_t row) const { return reset && reset[row]; }
 };
@@ -126,6 +128,7 @@ static bool recurrence_forward(const RecurrenceInputs<T>& in, float* h, float* h
     const int64_t pitch = in.pitch();
     const int group = recurrence_group(in.batch, in.heads);
     const int64_t groups = (in.batch + group - 1) / group, tasks = groups * in.heads;
+    if (in.work() < RECURRENCE_MIN_WORK) threads = 1;
     bool done = true;
 #pragma omp parallel num_threads(threads) if (tasks > 1 && threads > 1) reduction(&& : done)
     {
@@ -267,6 +270,7 @@ static bool recurrence_backward(const RecurrenceInputs<T>& in, const RecurrenceG
     const RecurrenceScratch at(d);
     const int group = recurrence_group(in.batch, in.heads);
     const int64_t groups = (in.batch + group - 1) / group, tasks = groups * in.heads;
+    if (in.work() < RECURRENCE_MIN_WORK) threads = 1;
     bool done = true;
 #pragma omp parallel num_threads(threads) if (tasks > 1 && threads > 1) reduction(&& : done)
     {

@@ -1,0 +1,209 @@
+"""Which implementation runs, and what happens when there is none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from mm_rec import ops
+from mm_rec.ops import backend, native, reference
+from mm_rec.ops.backend import NativeUnavailableError
+from mm_rec.ops.native import LEVELS, CpuLibrary, openmp_runtimes
+
+from .cases import CASES
+
+ROOT = Path(__file__).resolve().parents[2]
+A = torch.rand(1, 3, 4)
+
+
+def test_status_says_what_runs() -> None:
+    status = ops.status()["cpu"]
+    assert status.backend == "native"
+    assert status.level in LEVELS
+    assert status.threads == torch.get_num_threads()
+    assert status.library == str(native.LIBRARY_PATH)
+    assert status.reference_ops == ()
+    assert f"level {status.level}" in str(ops.status())
+
+
+def test_status_says_why_not() -> None:
+    with ops.use_backend("reference"):
+        assert str(ops.status()["cpu"]) == "cpu: reference (forced)"
+    with pytest.raises(KeyError):
+        ops.status()["tpu"]
+
+
+def test_choice_is_per_thread_and_nests() -> None:
+    seen = {}
+    with ops.use_backend("reference"):
+        with ops.use_backend(None):
+            seen["inner none"] = ops.status()["cpu"].backend
+        with ops.use_backend("native"):
+            seen["inner native"] = ops.status()["cpu"].backend
+        thread = threading.Thread(target=lambda: seen.update(other=ops.status()["cpu"].backend))
+        thread.start()
+        thread.join()
+        seen["outer"] = ops.status()["cpu"].backend
+    assert seen == {"inner none": "reference", "inner native": "native", "other": "native", "outer": "reference"}
+    with pytest.raises(ValueError, match="backend must be one of"), ops.use_backend("fast"):
+        pass
+
+
+def test_float64_takes_the_reference() -> None:
+    with ops.use_backend("native"):
+        assert ops.scan(A.double(), A).dtype == torch.float64
+
+
+def test_one_openmp_runtime() -> None:
+    """The library must share PyTorch's runtime: two pools of threads would fight for the cores."""
+    ops.status()
+    assert len(openmp_runtimes()) == 1
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+AGREEMENT = """
+import torch
+from mm_rec import ops
+from mm_rec.ops import reference
+from ops.cases import CASES
+from ops.compare import assert_agree, run, widen
+for op, cases in CASES.items():
+    for name, build in list(cases.items())[:4]:
+        for dtype in (torch.float32, torch.bfloat16):
+            coarse = {torch.float32: 5e-3, torch.bfloat16: 1e-2}
+            tolerance = {torch.float32: 2e-5} if dtype == torch.float32 else coarse
+            arguments = build(dtype)
+            assert_agree(run(getattr(ops, op), arguments), run(getattr(reference, op), widen(arguments)), tolerance)
+print(ops.status()["cpu"].level)
+"""
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_agrees_with_the_reference(level: str) -> None:
+    best = LEVELS.index(CpuLibrary().best_level)
+    if LEVELS.index(level) > best:
+        pytest.skip(f"this processor stops at {LEVELS[best]}")
+    result = _python(AGREEMENT, MM_REC_CPU_LEVEL=level, MM_REC_BACKEND="native")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == level
+
+
+def test_levels_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MM_REC_CPU_LEVEL", "sse9")
+    with pytest.raises(ValueError, match="MM_REC_CPU_LEVEL must be one of"):
+        CpuLibrary()
+    monkeypatch.setenv("MM_REC_CPU_LEVEL", "avx512")
+    with pytest.raises(ValueError, match="supports at most baseline"):
+        native._choose_level(0)
+
+
+def test_environment_forces_the_reference() -> None:
+    result = _python("from mm_rec import ops; print(ops.status())", MM_REC_BACKEND="reference")
+    assert result.stdout.strip() == "cpu: reference (forced)"
+    result = _python("from mm_rec import ops; print(ops.status())", MM_REC_BACKEND="fast")
+    assert "MM_REC_BACKEND must be one of" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "is not built"), (b"not a library", "is broken"), (b"", "is broken")],
+    ids=["missing", "garbage", "empty"],
+)
+def test_without_a_library(content: bytes | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning that names the remedy, the reference's results, and an error only where native is forced."""
+    if content is not None:
+        (tmp_path / "library.so").write_bytes(content)
+    monkeypatch.setattr(native, "LIBRARY_PATH", tmp_path / "library.so")
+    monkeypatch.setattr(backend, "_loaded", {})
+    monkeypatch.setattr(backend, "_warned", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = [ops.scan(A, A) for _ in range(3)]
+    assert len(caught) == 1
+    assert reason in str(caught[0].message)
+    assert "setup.py build_ext --inplace" in str(caught[0].message)
+    assert torch.equal(results[2], reference.scan(A, A))
+    assert ops.status()["cpu"].backend == "reference"
+    assert reason in ops.status()["cpu"].reason
+    with pytest.raises(NativeUnavailableError, match=reason), ops.use_backend("native"):
+        ops.scan(A, A)
+
+
+def test_library_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "INTERFACE", native.INTERFACE + 1)
+    with pytest.raises(NativeUnavailableError, match="has interface"):
+        CpuLibrary()
+
+
+def test_importing_loads_nothing() -> None:
+    result = _python("import mm_rec.ops; print('libmm_rec' in open('/proc/self/maps').read())")
+    assert result.stdout.strip() == "False", result.stderr
+
+
+WRONG = [
+    ("scan", 0, lambda x: x.long(), "a must be floating-point"),
+    ("scan", 0, lambda x: x[0], "a must have 3 axes"),
+    ("scan", 0, lambda x: x[:, :0], "a is empty"),
+    ("scan", 1, lambda x: x[:, :-1], "x must have shape"),
+    ("scan", 1, lambda x: x.to("meta"), "x is on meta"),
+    ("scan", 2, lambda x: x[:, :-1], "s0 must have shape"),
+    ("scan", 3, lambda x: x.float(), "reset must be torch.bool"),
+    ("recurrence", 1, lambda x: x[:1], "u must have shape"),
+    ("recurrence", 2, lambda x: x.int(), "gamma must be floating-point"),
+    ("recurrence", 3, lambda x: x[:-1], "w_g must be"),
+    ("recurrence", 3, lambda x: x[:, :-1], "w_g must"),
+    ("recurrence", 4, lambda x: x[0], "h0 must have shape"),
+    ("mdi", 1, lambda x: x[:-1], "decay_bias must have shape"),
+    ("mdi", 4, lambda x: None, "gate_logits and gate_bias"),
+    ("readout", 2, lambda x: x + 0.5 if False else 1000, "heads must divide"),
+    ("rms_norm", 0, lambda x: x.bool(), "x must be floating-point"),
+    ("add_rms_norm", 1, lambda x: x[..., :-1], "delta must have shape"),
+    ("relu_squared", 0, lambda x: [1.0], "x must be a tensor"),
+    ("memory_update", 1, lambda x: x[:, :-1], "v must have shape"),
+    ("memory_update", 2, lambda x: x[:-1], "address must have shape"),
+    ("memory_update", 4, lambda x: x.int(), "position must be torch.int64"),
+    ("memory_update", 7, lambda x: x[..., :-1], "mass0 must have shape"),
+    ("memory_read", 0, lambda x: x[:, :, :-1], "q must have shape"),
+    ("memory_read", 3, lambda x: x[:, :0], "key is empty"),
+    ("memory_read", 5, lambda x: x[:, 1:], "mass must have shape"),
+    ("memory_read", 6, lambda x: x[:, :-1], "k must hold an even window"),
+    ("linear_cross_entropy", 1, lambda x: x[:, :-1], "embedding must have shape"),
+    ("linear_cross_entropy", 2, lambda x: x.float(), "targets must be torch.int64"),
+    ("linear_cross_entropy", 3, lambda x: x[:-1], "weight must have shape"),
+    ("linear_cross_entropy", 3, lambda x: x.requires_grad_(), "weight must not require"),
+]
+
+
+@pytest.mark.parametrize(("op", "index", "spoil", "message"), WRONG)
+def test_wrong_arguments_are_named(op: str, index: int, spoil: object, message: str) -> None:
+    """The same errors whichever implementation would have run."""
+    arguments = list(list(CASES[op].values())[3 if len(CASES[op]) > 3 else 1](torch.float32))
+    arguments[index] = spoil(arguments[index])  # type: ignore[operator]
+    for name in backend.BACKENDS:
+        with pytest.raises((TypeError, ValueError), match=message), ops.use_backend(name):
+            getattr(ops, op)(*arguments)
+
+
+@pytest.mark.parametrize("position", [[[-1, 0, 1, 2]], [[8, 8, 8, 8]]], ids=["negative", "too-many-writes"])
+def test_impossible_positions(position: list[list[int]]) -> None:
+    arguments = list(CASES["memory_update"]["one-token-that-writes"](torch.float32))
+    k = torch.randn(1, 8 + 4, 2, 4)
+    memory = [x[:1] for x in arguments[5:]]
+    with pytest.raises(ValueError, match="position"), ops.use_backend("native"):
+        ops.memory_update(k, k, *arguments[2:4], torch.tensor(position), *memory)

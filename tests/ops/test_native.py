@@ -1,0 +1,79 @@
+"""Native kernels against the reference in float64: every output and every gradient, on odd shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mm_rec import ops
+from mm_rec.ops import reference
+
+from .cases import CASES, Builder
+from .compare import assert_agree, run, widen
+
+# bfloat16 results are one rounding (2^-9) from the truth. Two ops also compute from something rounded: the loss from
+# bfloat16 logits, and the gradients of memory_read from its result.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-3}
+TOLERANCE_ROUNDED = {torch.float32: 5e-3, torch.bfloat16: 1e-2}
+ROUNDED = ("memory_read", "linear_cross_entropy")
+ALL = [pytest.param(op, build, id=f"{op}-{name}") for op, cases in CASES.items() for name, build in cases.items()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("op", "build"), ALL)
+def test_agrees_with_reference(op: str, build: Builder, dtype: torch.dtype) -> None:
+    arguments = build(dtype)
+    with ops.use_backend("native"):
+        got = run(getattr(ops, op), arguments)
+    want = run(getattr(reference, op), widen(arguments))
+    assert_agree(got, want, TOLERANCE_ROUNDED if op in ROUNDED and dtype == torch.bfloat16 else TOLERANCE)
+
+
+@pytest.mark.parametrize("strided", ["slice", "transposed"])
+@pytest.mark.parametrize("op", CASES)
+def test_strided_inputs(op: str, strided: str) -> None:
+    arguments = list(CASES[op].values())[1](torch.float32)
+    with ops.use_backend("native"):
+        want = run(getattr(ops, op), arguments)
+        got = run(getattr(ops, op), arguments, strided=strided)
+    assert_agree(got, want, {torch.float32: 1e-6})
+
+
+@pytest.mark.parametrize("op", sorted(CASES.keys() - {"linear_cross_entropy"}))
+def test_threads_change_nothing(op: str) -> None:
+    """Bitwise: sums are cut by shape, never by the number of threads.
+
+    The loss is left out: its matrix products are PyTorch's, which cuts them by threads.
+    """
+    for build in CASES[op].values():
+        arguments = build(torch.float32)
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with ops.use_backend("native"):
+                found.append(run(getattr(ops, op), arguments))
+        for other in found[1:]:
+            for name, value in found[0].items():
+                assert torch.equal(value, other[name]), f"{name} differs"
+
+
+@pytest.mark.parametrize("op", ["scan", "recurrence", "mdi", "readout", "rms_norm", "add_rms_norm", "relu_squared"])
+def test_nan_is_passed_on(op: str) -> None:
+    """A NaN must reach the loss, where the trainer sees it."""
+    arguments = list(CASES[op].values())[2](torch.float32)
+    for index, x in enumerate(arguments):
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            poisoned = (*arguments[:index], torch.full_like(x, torch.nan), *arguments[index + 1 :])
+            results = getattr(ops, op)(*poisoned)
+            results = results if isinstance(results, tuple) else (results,)
+            assert any(y.isnan().any() for y in results), f"argument {index}"
+
+
+def test_long_gradients_stay_exact() -> None:
+    """Decay near 1 over a long time: the sums of dW_g and of the biases must not drift."""
+    time, width = 2048, 16
+    z, u = torch.randn(2, 1, time, width, generator=torch.Generator().manual_seed(0))
+    gamma, w_g = torch.full((1, time, width), 0.9999), torch.eye(width)[None] * 0.1
+    with ops.use_backend("native"):
+        got = run(ops.recurrence, (z, u, gamma, w_g))
+    assert_agree(got, run(reference.recurrence, widen((z, u, gamma, w_g))), TOLERANCE)
