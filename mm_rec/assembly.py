@@ -23,6 +23,7 @@ from mm_rec.estimate import (
     checkpoint_bytes,
     count_parameters,
     measure_activations,
+    memory_remedy,
     training_bytes,
     with_margin,
 )
@@ -73,7 +74,9 @@ def assemble(
     found = run.rewind()
     runtime = _choose_runtime(settings, device, found, run)
     training = training_bytes(parameters, runtime["precision"])
-    check_memory(with_margin(training, 0), available, plan.batch_size, plan.seq_len)
+    check_memory(
+        with_margin(training, 0), available, "that is the model and its optimizer alone: try a smaller --preset"
+    )
     saved = len(list_checkpoints(run.checkpoints))
     check_disk(run.path, checkpoint_bytes(parameters), plan.keep_checkpoints, saved)
 
@@ -84,6 +87,7 @@ def assemble(
     if weights is not None:
         optimizer.load_master_tensors(weights)
     token_bytes = np.array([len(one) for one in data.tokenizer.token_bytes])
+    valid = {name: select_documents(store, token_bytes, plan.valid_bytes) for name, store in data.valid.items()}
     trainer = Trainer(
         plan,
         model=model,
@@ -97,7 +101,7 @@ def assemble(
             mixed=plan.stage.mixed,
             document_limit=plan.stage.document_limit,
         ),
-        valid={name: select_documents(store, token_bytes, plan.valid_bytes) for name, store in data.valid.items()},
+        valid={name: documents for name, documents in valid.items() if documents.tokens},
         bytes_per_token=_bytes_per_token(data),
         tokenizer=data.tokenizer,
         run=run,
@@ -115,7 +119,7 @@ def assemble(
         settings.gradient_checkpointing == "auto" and checkpointed <= available < plain
     )
     needed = checkpointed if model.gradient_checkpointing else plain
-    check_memory(needed, available, plan.batch_size, plan.seq_len)
+    check_memory(needed, available, memory_remedy(plan.batch_size, plan.seq_len))
     for line in _describe(trainer, data, parameters, needed, available):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return trainer

@@ -93,6 +93,9 @@ def run_program(program: Callable[[], int]) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except MemoryError:
+        sys.stderr.write("error: out of memory; free some, or use less data or a smaller model\n")
+        return 2
     except Interrupted as stop:
         return stop.exit_code
     except KeyboardInterrupt:

@@ -98,21 +98,20 @@ def _saved_bytes(model: MMRecModel, domain: str | None) -> int:
     return total
 
 
-def check_memory(needed: int, available: int, batch_size: int, seq_len: int) -> None:
+def check_memory(needed: int, available: int, remedy: str) -> None:
     """Refuse a run that does not fit.
 
     Raises:
-        UserError: naming what is needed, what there is and what to change.
+        UserError: naming what is needed, what there is and the remedy.
     """
     if needed > available:
         raise UserError(
-            f"training would take {format_bytes(needed)} of memory and {format_bytes(available)} are free; "
-            + memory_remedy(batch_size, seq_len)
+            f"training would take {format_bytes(needed)} of memory and {format_bytes(available)} are free; {remedy}"
         )
 
 
 def memory_remedy(batch_size: int, seq_len: int) -> str:
-    """What to change when memory runs out."""
+    """What to change when the activations don't fit."""
     smaller = []
     if batch_size > 1:
         smaller.append(f"--batch_size {batch_size // 2}")

@@ -16,7 +16,9 @@ from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.data.prepare import Prepared, prepare
 from mm_rec.data.synthetic import write_synthetic
 from mm_rec.errors import UserError
+from mm_rec.estimate import FIXED_BYTES, count_parameters, measure_activations, training_bytes, with_margin
 from mm_rec.launch import train_stages
+from mm_rec.model import MMRecModel
 from mm_rec.run_folder import RunFolder
 from mm_rec.settings import TrainSettings
 from mm_rec.signals import Interrupted, SignalGuard
@@ -370,14 +372,39 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
 def test_what_cannot_fit_is_refused_before_it_starts(
     data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mm_rec.assembly.available_memory", lambda _: 1000)
-    with pytest.raises(UserError, match=r"would take .* of memory and 1.0 kB are free; try --batch_size 1"):
-        train(data, settings(tmp_path))
-    monkeypatch.setattr("mm_rec.assembly.available_memory", lambda _: 10**10)
+    def available(count: float) -> None:
+        monkeypatch.setattr("mm_rec.assembly.available_memory", lambda _: int(count))
+
+    large = settings(tmp_path, batch_size=8, seq_len=4096)
+    available(1000)
+    with pytest.raises(UserError, match=r"would take .* of memory and 1.0 kB are free; .* a smaller --preset"):
+        train(data, large)
+    available(FIXED_BYTES + 1e6)
+    with pytest.raises(UserError, match=r"would take .* are free; try --batch_size 4, --seq_len 2048"):
+        train(data, large)
+    available(1e12)
     monkeypatch.setattr("mm_rec.estimate.free_bytes", lambda _: 1000)
     with pytest.raises(UserError, match=r"checkpoints would take .* --keep_checkpoints 1"):
-        train(data, settings(tmp_path))
+        train(data, large)
     assert not list((tmp_path / "stage1" / "checkpoints").iterdir())
+
+
+def test_gradient_checkpointing_comes_when_nothing_else_fits(
+    data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=8, d_ff=16, gate_every=8, window=8, slots=2)
+    monkeypatch.setitem(PRESETS, "tiny", deep)
+    wanted = settings(tmp_path, batch_size=2, seq_len=512, max_steps=1, precision="fp32")
+    training = training_bytes(count_parameters(deep), "fp32")
+    saved = measure_activations(MMRecModel(deep), "text")
+    assert saved.checkpointed < 0.7 * saved.plain
+    between = with_margin(training, (saved.checkpointed + saved.plain) / 2 * 1024)
+    monkeypatch.setattr("mm_rec.assembly.available_memory", lambda _: between)
+    output = io.StringIO()
+    train(data, wanted, output)
+    assert "gradient checkpointing" in output.getvalue()
+    with pytest.raises(UserError, match="of memory"):
+        train(data, dataclasses.replace(wanted, gradient_checkpointing="off", seed=1))
 
 
 def test_memory_that_runs_out_is_a_message(data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
