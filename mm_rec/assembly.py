@@ -83,7 +83,7 @@ def assemble(
     model = MMRecModel(config, seed=plan.seed)
     apply_precision(model, runtime["precision"])
     model.to(device)
-    optimizer = AdamW(model.named_parameters(), weight_decay=plan.weight_decay)
+    optimizer = AdamW(model.named_parameters(), betas=plan.betas, weight_decay=plan.weight_decay)
     if weights is not None:
         optimizer.load_master_tensors(weights)
     token_bytes = np.array([len(one) for one in data.tokenizer.token_bytes])

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mm_rec.settings import TrainSettings, step_cap
-from mm_rec.stages import STAGES, Stage, peak_rate
+from mm_rec.stages import PEAK_RATE, STAGES, Stage, betas
 
 __all__ = ["Plan", "make_plan"]
 
@@ -51,6 +51,11 @@ class Plan:
         return self.accumulation * self.batch_size * self.seq_len
 
     @property
+    def betas(self) -> tuple[float, float]:
+        """Of AdamW."""
+        return betas(self.tokens_per_step)
+
+    @property
     def fusion_steps(self) -> int:
         """How many steps, at the start, train the fusion alone."""
         return math.ceil(self.stage.fusion_first * self.steps)
@@ -78,7 +83,7 @@ def make_plan(settings: TrainSettings, device_type: str, tokens_per_epoch: int) 
         steps = min(steps, math.ceil(EPOCHS_OF_A_SAMPLE * tokens_per_epoch / tokens_per_step))
     interval = settings.checkpoint_interval or sizes.checkpoint_interval
     tenth = math.ceil(steps / 10 / interval) * interval
-    rate = peak_rate(tokens_per_step) if settings.lr is None else settings.lr
+    rate = PEAK_RATE if settings.lr is None else settings.lr
     return Plan(
         stage=stage,
         batch_size=batch_size,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["FINETUNING", "PRETRAINING", "STAGES", "Sizes", "Stage", "learning_rate", "peak_rate"]
+__all__ = ["FINETUNING", "PEAK_RATE", "PRETRAINING", "STAGES", "Sizes", "Stage", "betas", "learning_rate"]
 
 
 @dataclass(frozen=True)
@@ -135,22 +135,28 @@ PRETRAINING = ("stage1", "stage2", "stage3")
 FINETUNING = ("instruct", "chat")
 """What ``mm-rec finetune`` runs."""
 
-LOW_TOKENS, LOW_RATE = 1024, 1e-3
-HIGH_TOKENS, HIGH_RATE = 65_536, 2e-3
+PEAK_RATE = 2e-3
+"""Of AdamW in stage1, from 1k to 65k tokens a step, with the betas below (measured: docs/LOG.md)."""
 FINAL_SHARE = 0.1
 
+FEW_TOKENS, MANY_TOKENS = 1024, 65_536
+FIRST_BETAS = 0.7, 0.9
+SECOND_BETA, LONGEST_SECOND_BETA = 0.95, 0.999
 
-def peak_rate(tokens_per_step: int) -> float:
-    """Peak learning rate of AdamW for stage1: 1e-3 at 1k tokens a step, rising to 2e-3 at 65k.
 
-    Both ends are measured (architecture.md section 5); between them the rate is linear in the logarithm of
-    the tokens, outside them constant.
+def betas(tokens_per_step: int) -> tuple[float, float]:
+    """The betas of AdamW: a step of few tokens is noisy, so the second moment has to average over more steps.
 
-    >>> peak_rate(1024), peak_rate(8192), peak_rate(1_000_000)
-    (0.001, 0.0015, 0.002)
+    Its half-life is held fixed in tokens, that of 0.95 at 65k tokens a step, up to 0.999. The first moment goes the
+    other way: with many small steps momentum is in their number, and 0.9 lags behind.
+
+    >>> betas(65_536), betas(8192)[1], betas(1024)
+    ((0.9, 0.95), 0.993608849045455, (0.7, 0.999))
     """
-    share = math.log(tokens_per_step / LOW_TOKENS) / math.log(HIGH_TOKENS / LOW_TOKENS)
-    return LOW_RATE + (HIGH_RATE - LOW_RATE) * min(max(share, 0.0), 1.0)
+    share = math.log(tokens_per_step / FEW_TOKENS) / math.log(MANY_TOKENS / FEW_TOKENS)
+    first = FIRST_BETAS[0] + (FIRST_BETAS[1] - FIRST_BETAS[0]) * min(max(share, 0.0), 1.0)
+    second = SECOND_BETA ** min(tokens_per_step / MANY_TOKENS, 1.0)
+    return first, min(second, LONGEST_SECOND_BETA)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:

@@ -5,7 +5,7 @@ import pytest
 from mm_rec.errors import UserError
 from mm_rec.plan import make_plan
 from mm_rec.settings import Parser, TrainSettings, add_arguments, from_arguments, step_cap
-from mm_rec.stages import STAGES, learning_rate, peak_rate
+from mm_rec.stages import STAGES, betas, learning_rate
 
 
 def parse(*arguments: str, defaults: dict | None = None) -> TrainSettings:
@@ -129,10 +129,17 @@ def test_steps_follow_from_the_data_only_where_a_sample_is_asked_for() -> None:
 
 def test_later_stages_take_their_share_of_the_rate() -> None:
     rates = [make_plan(TrainSettings(stage=name, lr=0.6), "cpu", 10**6).rate for name in STAGES]
-    assert rates == pytest.approx([0.6, 0.2, 0.1])
-    assert make_plan(TrainSettings(), "cpu", 10**6).rate == 1e-3
-    assert peak_rate(1) == 1e-3
-    assert peak_rate(10**9) == 2e-3
+    assert rates == pytest.approx([0.6, 0.2, 0.1, 0.06, 0.06])
+    assert make_plan(TrainSettings(), "cpu", 10**6).rate == 2e-3
+
+
+def test_betas_follow_the_tokens_of_a_step() -> None:
+    assert make_plan(TrainSettings(), "cpu", 10**6).betas == (0.7, 0.999)  # 2 x 512
+    assert betas(10**9) == betas(65_536) == (0.9, 0.95)
+    assert betas(1) == betas(1024)
+    first, second = betas(32_768)
+    assert 0.7 < first < 0.9
+    assert second**2 == pytest.approx(0.95)  # half the tokens: twice the steps for the same decay
 
 
 def test_the_rate_rises_then_falls_to_a_tenth() -> None:
