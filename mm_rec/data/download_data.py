@@ -148,8 +148,9 @@ def read_arguments(options: argparse.Namespace) -> Request:
 
 def run(options: argparse.Namespace) -> int:
     """Do what the flags of :func:`add_arguments` say; returns the exit code."""
-    download(options.output_dir, read_arguments(options), tell=_say)
-    _say(f"to train on it: python3 -m mm_rec.scripts.train_cpu --stage stage1 --data_dir {options.output_dir}")
+    files = download(options.output_dir, read_arguments(options), tell=_say)
+    if any(file.parent.name in ("text", "code") for file in files):
+        _say(f"to train on it: python3 -m mm_rec.scripts.train_cpu --stage stage1 --data_dir {options.output_dir}")
     return 0
 
 

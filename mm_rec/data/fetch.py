@@ -43,6 +43,7 @@ class _Journal:
     Attributes:
         origin: what is read; a journal of another origin is of no use.
         revision: the commit that is read.
+        asked: samples that are wanted.
         state: where in the source reading stands; None at its start.
         n_bytes: length of the part file.
         kept: samples in it.
@@ -53,6 +54,7 @@ class _Journal:
 
     origin: dict[str, Any]
     revision: str
+    asked: int
     state: dict[str, Any] | None = None
     n_bytes: int = 0
     kept: int = 0
@@ -78,10 +80,10 @@ def fetch(source: Source, samples: int, data_dir: Path, tell: Callable[[str], No
         UserError: if it refuses, keeps failing or sends what can't be read; or if a file of that name is in the way.
     """
     download = _Download(source, samples, data_dir, tell)
-    if download.is_complete():
-        tell(f"{source.name}: {download.target} is there already")
-        return download.target
     with reporting_errors(download.target):
+        if download.is_complete():
+            tell(f"{source.name}: {download.target} is there already")
+            return download.target
         download.target.parent.mkdir(parents=True, exist_ok=True)
         with quiet():
             download.read()
@@ -110,8 +112,9 @@ class _Download:
 
     def is_complete(self) -> bool:
         """Whether an earlier call downloaded what is asked for; raises UserError if another file is in its place."""
-        named = self.journal is not None and self.journal.done and not self.part.exists()
-        if named or not self.target.exists():
+        if self.journal is not None and self.journal.done:  # stopped just before the end
+            self.finish()
+        if not self.target.exists():
             return False
         entry = read_manifest(self.data_dir).get(self.source.path)
         if entry is None:
@@ -150,10 +153,10 @@ class _Download:
             sync(self.target.parent)
         entry = {
             "source": self.source.name,
-            "origin": self.origin,
+            "origin": self.journal.origin,
             "revision": self.journal.revision,
             "licence": self.source.licence,
-            "asked": self.samples,
+            "asked": self.journal.asked,
             "samples": self.journal.kept,
             "rows": self.journal.read,
             "dropped": dict(self.journal.dropped.most_common()),
@@ -163,30 +166,30 @@ class _Download:
         }
         record_file(self.data_dir, self.source.path, entry)
         self.journal_path.unlink()
+        self.journal = None
         return entry
 
     def _load(self) -> _Journal | None:
-        """The journal of a stopped download, if it is of use for this one."""
+        """The journal of a stopped download, if it fits the files."""
         try:
             journal = _Journal(**json.loads(self.journal_path.read_bytes()))
-            size = (self.part if self.part.exists() else self.target).stat().st_size
+            journal.dropped = Counter(journal.dropped)
+            if journal.done and not self.part.exists():
+                return journal if self.target.stat().st_size == journal.n_bytes else None
+            return journal if self.part.stat().st_size >= journal.n_bytes else None
         except (OSError, ValueError, TypeError):
             return None
-        journal.dropped = Counter(journal.dropped)
-        whole = journal.done and size == journal.n_bytes
-        partial = not journal.done and self.part.exists() and size >= journal.n_bytes
-        fits = journal.kept == self.samples if journal.done else journal.kept < self.samples
-        return journal if journal.origin == self.origin and fits and (whole or partial) else None
 
     def _read_on(self) -> None:
         """Read from where the journal stands to the end of what is asked for."""
         revision = find_revision(self.source)
         self.reached = True
-        if self.journal is None:
-            self._commit(_Journal(self.origin, revision))
+        if self.journal is None or self.journal.origin != self.origin or self.journal.kept >= self.samples:
+            self._commit(_Journal(self.origin, revision, self.samples))
             self.part.write_bytes(b"")
         assert self.journal is not None
         journal = copy.deepcopy(self.journal)
+        journal.asked = self.samples
         rows = Rows(self.source, journal.revision, journal.state)
         told = time.monotonic()
         with self.part.open("r+b") as file:

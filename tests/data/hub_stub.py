@@ -12,7 +12,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -221,7 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
             body = body[:cut]
             self.close_connection = True
         self.hub.requests.append(Request(self.command, self.path, status, len(body)))
-        self.wfile.write(body)
+        with suppress(ConnectionError):  # the client may be gone
+            self.wfile.write(body)
 
 
 def _entries(repository: Repository, folder: str, *, recursive: bool) -> list[dict[str, object]]:
