@@ -23,9 +23,21 @@ from mm_rec.model import MMRecModel
 from mm_rec.state import ModelState, flatten_state, unflatten_state
 from mm_rec.tokenizer import CONTROL_TOKENS, Tokenizer
 
-__all__ = ["ROLES", "ChatSession", "Message", "clean", "encode_conversation", "encode_message", "transcript"]
+__all__ = [
+    "QUESTIONS",
+    "ROLES",
+    "ChatSession",
+    "Message",
+    "clean",
+    "encode_conversation",
+    "encode_message",
+    "transcript",
+]
 
 ROLES = ("system", "user", "assistant")
+
+QUESTIONS = ("Hello! Who are you?", "What can you do for me?", "Write a short story about a cat.")
+"""Asked to see how a model talks."""
 
 
 class Message(NamedTuple):

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from mm_rec.chat import ChatSession, transcript
+from mm_rec.chat import QUESTIONS, ChatSession, transcript
 from mm_rec.checkpoint import Checkpoint, prune
 from mm_rec.data.batches import Batch, Batches
 from mm_rec.errors import UserError
@@ -44,7 +44,6 @@ __all__ = ["Position", "Trainer"]
 MIXED = "mixed"
 """In records and carried states, the name of batches that hold all domains."""
 PROMPTS = {"text": "The ", "code": "def "}
-QUESTIONS = ("Hello! Who are you?", "What can you do for me?", "Write a short story about a cat.")
 SAMPLE_TOKENS = 60
 MAX_ROLLBACKS = 5
 HISTORY = 32

@@ -1,0 +1,55 @@
+"""Flags that several commands share: how text is drawn, and by which expert."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from mm_rec.errors import UserError
+
+__all__ = ["FLAGS", "add_domain_argument", "add_sampling_arguments", "choose_domain", "given_sampling"]
+
+# Defaults are those of Sampling, which is not imported here: it brings PyTorch, and --help should be quick.
+FLAGS: dict[str, tuple[int | float, str]] = {
+    "max_new_tokens": (200, "tokens to draw at most"),
+    "repetition_penalty": (1.0, "above 1 avoids what was said"),
+    "temperature": (0.8, "0 takes the likeliest token each time"),
+    "top_k": (0, "keep the k likeliest tokens; 0 keeps all"),
+    "top_p": (0.95, "keep the likeliest tokens with this much probability"),
+    "min_p": (0.0, "keep tokens this share as likely as the likeliest"),
+    "seed": (0, "the same seed gives the same text"),
+}
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every field of ``Sampling``; what is not given leaves no trace in the namespace."""
+    group = parser.add_argument_group("sampling")
+    for name, (default, text) in FLAGS.items():
+        kind = type(default)
+        text = f"{text} (default {default})"
+        group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=text)
+    text = "end before this string; may be given often"
+    group.add_argument("--stop", action="append", default=argparse.SUPPRESS, metavar="TEXT", help=text)
+
+
+def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of ``Sampling`` that were given as flags."""
+    given = {name: value for name, value in vars(options).items() if name in FLAGS}
+    return given | ({"stop": tuple(options.stop)} if "stop" in options else {})
+
+
+def add_domain_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--domain``, for :func:`choose_domain`."""
+    parser.add_argument("--domain", help="the expert to use, or `all` to fuse them (default: what training reached)")
+
+
+def choose_domain(requested: str | None, experts: tuple[str, ...], default: str | None) -> str | None:
+    """The domain to run for what ``--domain`` says; ``default`` if it is not given.
+
+    Raises UserError if there is no such expert.
+    """
+    if requested is None:
+        return default
+    if requested not in (*experts, "all"):
+        raise UserError(f"there is no expert {requested!r}; use --domain {', '.join(experts)} or all")
+    return None if requested == "all" else requested

@@ -1,0 +1,149 @@
+"""``mm-rec chat`` through a pipe and at a terminal: messages, commands, sessions that go on."""
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mm_rec import checkpoint
+from mm_rec.cli import main
+from mm_rec.config import ModelConfig
+from mm_rec.generate import Sampling
+from mm_rec.model import MMRecModel
+from mm_rec.scripts.chat import Conversation
+from mm_rec.scripts.sampling import FLAGS
+from mm_rec.tokenizer import train_tokenizer
+
+CONFIG = ModelConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, slots=6)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "step_000001"
+    weights = MMRecModel(CONFIG, seed=1).state_dict()
+    weights["fusion.gate"] = torch.ones_like(weights["fusion.gate"])
+    tokenizer = train_tokenizer(["Hello, what is your name? My name is Memory."] * 3, 320)
+    checkpoint.save(path, config=CONFIG, weights=weights, optimizer={}, carried={}, trainer={}, tokenizer=tokenizer)
+    return path
+
+
+@pytest.fixture
+def talk(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> object:
+    def run(text: str | bytes, *flags: object, code: int = 0) -> tuple[str, str]:
+        content = text if isinstance(text, bytes) else text.encode()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+        arguments = ["chat", "--model", str(model), "--max_new_tokens", "8", "--device", "cpu", *map(str, flags)]
+        assert main(arguments) == code
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return run
+
+
+def test_a_pipe_gives_the_answers_alone(talk) -> None:
+    out, err = talk("Hello\n\n  \nWhat is your name?\n")
+    first, _ = talk("Hello\n")
+    assert out.startswith(first)
+    assert len(out) > len(first) > 1
+    assert not err
+    assert talk("Hello\n", "--seed", 3)[0] != first
+    assert talk("Hello\n/quit\nMore\n")[0] == first
+    assert talk("")[0] == ""
+
+
+def test_a_session_goes_on_as_if_never_stopped(talk, tmp_path: Path) -> None:
+    file = tmp_path / "talk.safetensors"
+    whole, _ = talk("One\nTwo\nThree\n", "--system", "Be brief.", "--temperature", 1)
+    first, _ = talk("One\nTwo\n", "--system", "Be brief.", "--temperature", 1, "--session", file)
+    size = file.stat().st_size
+    second, _ = talk("Three\n", "--session", file, "--resume")
+    assert first + second == whole
+    assert file.stat().st_size == size
+
+
+def test_flags_of_a_resumed_session_win(talk, tmp_path: Path) -> None:
+    file = tmp_path / "talk.safetensors"
+    talk("One\n", "--session", file)
+    out, _ = talk("Two\n", "--session", file, "--resume", "--max_new_tokens", 0)
+    assert out == "\n"
+
+
+def test_commands(talk, tmp_path: Path) -> None:
+    kept, copy, branch = (tmp_path / name for name in ("kept", "copy", "branch"))
+    out, _ = talk(f"One\n/save {copy}\n/fork {branch}\nTwo\n/save\n/help\n", "--session", kept)
+    size = kept.stat().st_size
+    assert f"saved in {copy}, {size:,} bytes" in out
+    assert f"saved in {branch}, {size:,} bytes" in out
+    assert "/fork FILE" in out
+    three = [talk("Three\n", "--session", file, "--resume")[0] for file in (kept, copy, branch)]
+    assert three[0] == three[1] != three[2]
+    again, _ = talk("One\n/reset\nOne\n", "--temperature", 0)
+    first, second = again.split("forgotten\n")
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "problem"),
+    [
+        ("/save\n", [], "there is no --session; use /save FILE"),
+        ("/fork\n", [], "name the file to go on in"),
+        ("/shout\n", [], "there is no command /shout"),
+        ("/\n", [], "there is no command /;"),
+        ("Hi\n", ["--session", "none", "--resume"], "cannot read the session"),
+        ("Hi\n", ["--domain", "music"], "there is no expert 'music'"),
+        ("Hi\n", ["--top_p", "0"], "top_p must be above 0"),
+    ],
+)
+def test_what_cannot_be_done_is_an_error(talk, text: str, flags: list[str], problem: str) -> None:
+    _, err = talk(text, *flags, code=2)
+    assert err.startswith("error: ")
+    assert problem in err
+    assert err.count("\n") == 1
+
+
+def test_no_session_is_overwritten(talk, tmp_path: Path) -> None:
+    file = tmp_path / "talk.safetensors"
+    talk("One\n", "--session", file)
+    before = file.read_bytes()
+    assert "go on with --resume or name another file" in talk("One\n", "--session", file, code=2)[1]
+    assert "is there already" in talk(f"One\n/fork {file}\n", code=2)[1]
+    assert file.read_bytes() == before
+
+
+def test_input_that_is_no_text_does_no_harm(talk, tmp_path: Path) -> None:
+    out, err = talk(b"\xff\xfe<|end|>\xed\xa0\x80\n /help\n")
+    assert out.count("\n") >= 2
+    assert not err
+
+
+def test_ctrl_c_breaks_off_an_answer_but_not_the_conversation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["first", "/shout", "second"])
+
+    def line(prompt: str) -> str:
+        assert prompt == "you: "
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    def reply(message: str):
+        yield f"<{message}"
+        if message == "first":
+            raise KeyboardInterrupt
+        yield ">"
+
+    monkeypatch.setattr("builtins.input", line)
+    Conversation(SimpleNamespace(reply=reply, turns=0), None, interactive=True).run()
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[1:] == ["model: <first", "model: <second>"]
+    assert "there is no command /shout" in captured.err
+
+
+def test_flags_and_sampling_agree() -> None:
+    assert {name: default for name, (default, _) in FLAGS.items()} == {
+        name: value for name, value in vars(Sampling()).items() if name != "stop"
+    }

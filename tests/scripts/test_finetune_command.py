@@ -1,0 +1,125 @@
+"""``mm-rec finetune`` and ``mm-rec pipeline``: every stage in its order, stopped and gone on, answers only."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mm_rec import checkpoint, trainer
+from mm_rec.cli import main
+from mm_rec.config import PRESETS, ModelConfig
+from mm_rec.data.synthetic import write_synthetic
+from mm_rec.loading import load_model
+from mm_rec.scripts import pipeline
+
+FLAGS = ["--checkpoint_interval", "2", "--eval_interval", "3", "--valid_bytes", "100", "--device", "cpu"]
+ROWS = [
+    {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i * i}."}]}
+    for i in range(40)
+]
+
+
+@pytest.fixture(autouse=True)
+def small_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A model of one block an expert, short texts, no pictures, one thread."""
+    config = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8, slots=2)
+    monkeypatch.setitem(PRESETS, "tiny", config)
+    monkeypatch.setattr(trainer, "SAMPLE_TOKENS", 3)
+    monkeypatch.setattr(pipeline, "TRANSCRIPT_TOKENS", 3)
+    monkeypatch.setattr(trainer, "draw_losses", lambda *_: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_synthetic(tmp_path / "data", 12)
+    for task, rows in (("instruct", ROWS[:20]), ("chat", ROWS)):
+        (tmp_path / "data" / task).mkdir()
+        (tmp_path / "data" / task / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return tmp_path
+
+
+def run(folder: Path, *arguments: str) -> int:
+    return main([*arguments, "--data_dir", str(folder / "data"), "--checkpoint_dir", str(folder / "runs"), *FLAGS])
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_pipeline_runs_every_stage_and_goes_on_where_it_was_stopped(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = folder / "pipeline.yaml"
+    settings.write_text("preset: tiny\nseq_len: 16\nmax_steps: 4\nstages: {chat: {max_steps: 6}}\n")
+    monkeypatch.setenv("MM_REC_MAX_STEPS", "3")
+    assert run(folder, "pipeline", "--config", str(settings)) == 0
+    monkeypatch.delenv("MM_REC_MAX_STEPS")
+    assert [path.name for path in (folder / "runs" / "chat" / "checkpoints").iterdir()][-1:] != ["step_000006"]
+    assert run(folder, "pipeline", "--config", str(settings)) == 0
+    capsys.readouterr()
+    before = sorted((folder / "runs").rglob("*.safetensors"))
+    assert run(folder, "pipeline", "--config", str(settings)) == 0
+    out = capsys.readouterr().out
+    steps = {"stage1": 4, "stage2": 4, "stage3": 4, "instruct": 4, "chat": 6}
+    for stage, count in steps.items():
+        assert f"{stage} is finished" in out
+        newest = max((folder / "runs").glob(f"{stage}*")) / "checkpoints" / checkpoint.checkpoint_name(count)
+        assert checkpoint.load(newest).trainer["step"] == count
+    assert sorted((folder / "runs").rglob("*.safetensors")) == before
+    for phase in ("pretrain", "instruct", "chat"):
+        said = (folder / "runs" / f"transcript_{phase}.txt").read_text()
+        assert said.count("user: ") >= 3
+        assert said.count("assistant: ") >= 3
+    assert load_model(folder / "runs").path.parent.parent.name.startswith("chat")
+
+
+def test_answers_are_learned_and_samples_are_conversations(folder: Path) -> None:
+    assert run(folder, "train", "--preset", "tiny", "--seq_len", "32", "--max_steps", "2") == 0
+    start = ["--init_from", str(folder / "runs" / "stage1")]
+    tuning = ["finetune", "--task", "chat", "--seq_len", "32", "--max_steps", "60", "--lr", "0.1", *start]
+    assert run(folder, *tuning) == 0
+    done = folder / "runs" / "chat"
+    losses = [record["loss"] for record in records(done) if "loss" in record]
+    valid = [record["valid"]["chat"] for record in records(done) if "valid" in record]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert valid[-1] < 0.9 * valid[0]
+    assert not any("valid_by_expert" in record for record in records(done))
+    sample = (done / "samples" / "step_000060.txt").read_text()
+    assert sample.startswith("user: Hello! Who are you?\nassistant: ")
+    tokenizer = (done / "checkpoints" / "step_000060" / "tokenizer.json").read_bytes()
+    assert tokenizer == (folder / "runs" / "stage1" / "checkpoints" / "step_000002" / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["finetune", "--task", "instruct"], "instruct starts from a trained stage3 and there is none"),
+        (["finetune", "--task", "chat"], "run `mm-rec finetune --task instruct` first"),
+        (["finetune", "--data", "nowhere"], "mm-rec data --source alpaca"),
+        (["pipeline", "--chat_data", "nowhere"], "mm-rec data --source ultrachat"),
+    ],
+)
+def test_what_is_missing_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], problem: str
+) -> None:
+    assert run(folder, *arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert problem in err
+
+
+def test_bad_rows_stop_it_unless_they_are_to_be_skipped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, "train", "--preset", "tiny", "--seq_len", "16", "--max_steps", "1") == 0
+    rows = folder / "data" / "instruct" / "rows.jsonl"
+    rows.write_text(rows.read_text() + '\n{"instruction": "Answer!", "output": ""}\n')
+    start = ["--init_from", str(folder / "runs" / "stage1"), "--max_steps", "1", "--seq_len", "16"]
+    assert run(folder, "finetune", *start) == 2
+    assert f"{rows}:21: an answer of the assistant is empty" in capsys.readouterr().err
+    assert run(folder, "finetune", *start, "--skip_bad", "1") == 0
+    assert "20 conversations read, 1 bad rows left out" in capsys.readouterr().out
