@@ -5,8 +5,9 @@ runs alternate. What counts is bits per byte on held-out documents.
 
     python -m benchmarks.quality --corpora DIR
 
-DIR holds ``books`` and ``code`` as ``NAME.train.jsonl`` and ``NAME.valid.jsonl`` (any format that mm_rec.data
-reads), one document a line. Needs `transformers`.
+Runs on other cores of one machine may go side by side, one learning rate a call; rows of several results can be put
+into one file. DIR holds ``books`` and ``code`` as ``NAME.train.jsonl`` and ``NAME.valid.jsonl`` (any format that
+mm_rec.data reads), one document a line. Needs `transformers`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from mm_rec.device import apply_precision, select_precision
 from mm_rec.evaluate import evaluate, select_documents
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
-from mm_rec.stages import learning_rate
+from mm_rec.stages import betas, learning_rate
 from mm_rec.tokenizer import Tokenizer, train_tokenizer
 
 RESULT = Path(__file__).parent / "results" / "quality.json"
@@ -44,7 +45,7 @@ DOMAINS = {"text": "books", "code": "code"}
 VOCABULARY = 8192
 TOKENIZER_BYTES = 6_000_000  # of each domain
 CONTEXT = 512
-WEIGHT_DECAY, BETAS, CLIP = 0.1, (0.9, 0.95), 1.0
+WEIGHT_DECAY, CLIP = 0.1, 1.0
 
 
 class Data(NamedTuple):
@@ -54,7 +55,10 @@ class Data(NamedTuple):
 
 
 def prepare(corpora: Path, folder: Path) -> Data:
-    """Train the tokenizer on the training documents and pack both splits."""
+    """Train the tokenizer on the training documents and pack both splits, or open what an earlier call packed."""
+    if (folder / "tokenizer").exists():
+        opened = [{d: TokenStore.open(folder / f"{d}.{split}") for d in DOMAINS} for split in ("train", "valid")]
+        return Data(Tokenizer.load(folder / "tokenizer"), *opened)
 
     def texts(domain: str, split: str) -> Iterator[str]:
         (path,) = corpora.glob(f"{DOMAINS[domain]}.{split}.jsonl*")
@@ -78,6 +82,7 @@ def prepare(corpora: Path, folder: Path) -> Data:
         return write_store(folder / f"{domain}.{split}", documents, vocab_size=tokenizer.vocab_size)
 
     train, valid = ({domain: store(domain, split) for domain in DOMAINS} for split in ("train", "valid"))
+    tokenizer.save(folder / "tokenizer")
     return Data(tokenizer, train, valid)
 
 
@@ -98,10 +103,10 @@ class Contestant(ABC):
 class MMRec(Contestant):
     """The `small` preset as the product trains it in stage 1."""
 
-    def __init__(self, vocabulary: int, precision: str) -> None:
+    def __init__(self, vocabulary: int, precision: str, betas: tuple[float, float]) -> None:
         self.model: MMRecModel = MMRecModel(ModelConfig.preset("small", vocab_size=vocabulary))
         apply_precision(self.model, precision)
-        self.optimizer = AdamW(self.model.named_parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY)
+        self.optimizer = AdamW(self.model.named_parameters(), betas=betas, weight_decay=WEIGHT_DECAY)
 
     def learn(self, batch: Batch, rate: float) -> Tensor:
         output, _ = self.model(
@@ -120,7 +125,7 @@ class MMRec(Contestant):
 class GPT2(Contestant):
     """GPT-2 of transformers: six layers of 384, the shape that this size is usually given."""
 
-    def __init__(self, vocabulary: int, precision: str) -> None:
+    def __init__(self, vocabulary: int, precision: str, betas: tuple[float, float]) -> None:
         from transformers import GPT2Config, GPT2LMHeadModel
 
         torch.manual_seed(0)
@@ -131,7 +136,7 @@ class GPT2(Contestant):
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         vectors = [p for p in self.model.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
 
     def logits(self, tokens: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
@@ -173,7 +178,7 @@ def train_and_score(
     name: str, rate: float, data: Data, batch_size: int, cpu_seconds: float, precision: str
 ) -> dict[str, Any]:
     """Train one model for ``cpu_seconds`` of processor time, then score it."""
-    contestant = CONTESTANTS[name](data.tokenizer.padded_vocab_size, precision)
+    contestant = CONTESTANTS[name](data.tokenizer.padded_vocab_size, precision, betas(batch_size * CONTEXT))
     batches = Batches(data.train, batch_size=batch_size, seq_len=CONTEXT, seed=0, layout="windows")
     steps, used, losses = 0, 0.0, []
     wall = time.perf_counter()
@@ -207,9 +212,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--corpora", type=Path, required=True, metavar="DIR")
     parser.add_argument("--minutes", type=float, default=5.0, help="of all threads together, per run")
     parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--rates_small", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
-    parser.add_argument("--rates_gpt2", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
+    parser.add_argument("--rates_small", type=float, nargs="*", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--rates_gpt2", type=float, nargs="*", default=[5e-4, 1e-3, 2e-3])
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument(
+        "--prepared", type=Path, metavar="DIR", help="keep tokenizer and tokens there, for another call"
+    )
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(argv)
     precision = select_precision(options.precision, torch.device("cpu"))
@@ -219,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     order = [run for turn in turns for run in turn if run is not None]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        data = prepare(options.corpora, Path(folder))
+        data = prepare(options.corpora, options.prepared or Path(folder))
         for name, rate in order:
             rows.append(train_and_score(name, rate, data, options.batch_size, cpu_seconds, precision))
             print(json.dumps(rows[-1]), flush=True)
