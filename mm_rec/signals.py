@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 from collections.abc import Iterator
@@ -37,19 +38,25 @@ class SignalGuard:
         self.requested: int | None = None
         self._deferred = False
         self._previous: dict[int, Any] = {}
-        self._deadline: threading.Timer | None = None
+        self._previous_wakeup = -1
+        self._pipe: tuple[int, int] | None = None
 
     def __enter__(self) -> SignalGuard:
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
                 self._previous[signum] = signal.signal(signum, self._handle)
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            self._previous_wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            threading.Thread(target=_watch, args=(self._pipe[0],), daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
+        if self._pipe is not None:
+            signal.set_wakeup_fd(self._previous_wakeup)
+            os.close(self._pipe[1])
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
@@ -69,11 +76,27 @@ class SignalGuard:
         self.check()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested is not None:
-            os._exit(128 + signum)
-        self.requested = signum
-        self._deadline = threading.Timer(DEADLINE_SECONDS, os._exit, (128 + signum,))
-        self._deadline.daemon = True
-        self._deadline.start()
-        if not self._deferred:
-            raise Interrupted(signum)
+        if self.requested is None:
+            self.requested = signum
+            if not self._deferred:
+                raise Interrupted(signum)
+
+
+def _watch(pipe: int) -> None:
+    """End the process at the second signal, or nine seconds after the first.
+
+    The interpreter writes each signal's number into the pipe as it comes, while handlers in Python wait until
+    the main thread is back from native code, which may be long. The pipe is closed when the guard ends.
+    """
+    first = 0
+    with os.fdopen(pipe, "rb", buffering=0) as signals:
+        while True:
+            if first and not select.select([signals], [], [], DEADLINE_SECONDS)[0]:
+                os._exit(128 + first)
+            received = signals.read(1)
+            if not received:
+                return
+            if received[0] in SIGNALS:
+                if first:
+                    os._exit(128 + received[0])
+                first = received[0]
