@@ -1,30 +1,10 @@
 """What the tests of downloading share: a hub on this machine in place of the real one, and no waiting."""
 
-import gzip
-import json
 import time
 
 import pytest
+from hub_samples import CARD, PYTHON, code_rows, compressed
 from hub_stub import Repository, serve
-
-CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {}\n---\n"
-PYTHON = "codeparrot/codeparrot-clean"
-
-
-def code_rows(n, first=0):
-    """Rows of a data set of small different modules; every tenth is too short to be kept."""
-    return [
-        {
-            "content": "x = 1\n"
-            if i % 10 == 3
-            else f"def f{i}(x):\n    return x + {i}\n\n\nprint(f{i}({i}), 'of many')\n"
-        }
-        for i in range(first, first + n)
-    ]
-
-
-def compressed(rows):
-    return gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0)
 
 
 @pytest.fixture

@@ -172,7 +172,7 @@ def test_two_processes_do_not_write_into_one_folder(tmp_path, fetched):
 
 
 def test_both_domains_from_the_guides_command_to_tokens(tmp_path, connect):
-    from conftest import CARD, PYTHON, compressed
+    from hub_samples import CARD, PYTHON, compressed
     from hub_stub import Repository
 
     def repository(field, texts, config="default"):

@@ -17,7 +17,7 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import CARD, PYTHON, code_rows
+from hub_samples import CARD, PYTHON, code_rows
 from hub_stub import Fault, Repository
 
 from mm_rec.data import fetch as fetch_module
