@@ -17,6 +17,9 @@ from mm_rec.tokenizer import Tokenizer
 __all__ = ["Sampling", "TextStream", "generate", "next_token", "read_prompt"]
 
 PROMPT_CHUNK = 512
+FIRST_LIKELIEST = 256
+MIN_TEMPERATURE = 1e-6
+"""Below it float32 overflows; the likeliest token is then all there is anyway."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +78,39 @@ def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator, s
         scores[index] = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
     if sampling.temperature == 0:
         return int(scores.argmax())
-    ordered, order = (scores / sampling.temperature).sort(descending=True, stable=True)
-    if sampling.top_k:
-        ordered = ordered[: sampling.top_k]
-    probability = ordered.softmax(0)
-    # A token stays if those before it don't reach top_p yet, so the likeliest always does.
-    keep = probability.cumsum(0) - probability < sampling.top_p
-    keep &= probability >= sampling.min_p * probability[0]
-    cumulative = (probability * keep).double().cumsum(0)
+    ids, probability = _kept((scores - scores.max()) / max(sampling.temperature, MIN_TEMPERATURE), sampling)
+    cumulative = probability.double().cumsum(0)
     draw = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
-    return int(order[int(torch.searchsorted(cumulative, draw, right=True).clamp(max=int(keep.nonzero()[-1])))])
+    return int(ids[min(int(torch.searchsorted(cumulative, draw, right=True)), len(ids) - 1)])
+
+
+def _kept(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The tokens that the filters of ``sampling`` keep and their probabilities; scores (V,) are float32."""
+    if not sampling.top_k and sampling.top_p == 1:  # nothing asks for an order
+        probability = scores.softmax(0)
+        keep = (probability >= sampling.min_p * probability.max()) & (probability > 0)
+        return keep.nonzero()[:, 0], probability[keep]
+    count = min(sampling.top_k or len(scores), len(scores))
+    # A few tokens usually have all the probability that top_p asks for, and sorting a whole vocabulary takes longer
+    # than a step of a small model.
+    size = count if sampling.top_k else min(FIRST_LIKELIEST, count)
+    while True:
+        ordered, ids = _largest(scores, size)
+        probability = (ordered - (ordered if sampling.top_k else scores).logsumexp(0)).exp()
+        keep = (probability >= sampling.min_p * probability[0]) & (probability > 0)
+        if sampling.top_p < 1:  # a token stays if those before it don't reach top_p yet
+            keep &= probability.cumsum(0) - probability < sampling.top_p
+        keep[0] = True
+        if size == count or not keep[-1]:
+            return ids[keep], probability[keep]
+        size = min(8 * size, count)
+
+
+def _largest(scores: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The first ``size`` values of a stable descending sort of ``scores``, and their places."""
+    candidates = (scores >= scores.topk(size).values[-1]).nonzero()[:, 0]
+    ordered, order = scores[candidates].sort(descending=True, stable=True)
+    return ordered[:size], candidates[order[:size]]
 
 
 class TextStream:
