@@ -108,12 +108,8 @@ def save(
     tensors = {"model": weights, "optimizer": optimizer, "carried": carried}
     n_bytes = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
     with storage.atomic_folder(path, n_bytes + SMALL_FILES_BYTES) as folder:
-        domain = hf_folder.default_domain(config, weights)
-        _write_json(folder / "config.json", hf_folder.config_json(config, tokenizer, domain))
-        _write_json(folder / "generation_config.json", hf_folder.generation_config_json(tokenizer))
-        (folder / hf_folder.MODELING_FILE).write_text(hf_folder.MODELING_CODE, encoding="utf-8")
+        hf_folder.write_model_files(folder, config, tokenizer, hf_folder.default_domain(config, weights))
         _write_json(folder / "trainer.json", dict(trainer))
-        tokenizer.save(folder)
         for name, group in tensors.items():
             _write_tensors(folder / f"{name}.safetensors", group)
 

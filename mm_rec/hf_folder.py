@@ -1,19 +1,20 @@
-"""What makes a folder of weights loadable by `transformers`: its ``config.json`` and the small modeling file.
+"""What makes a folder of weights loadable by `transformers`: all files but ``model.safetensors``.
 
 This module doesn't import `transformers`, so that checkpoints are written where it is not installed.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
 from torch import Tensor
 
 from mm_rec.config import ModelConfig
 from mm_rec.tokenizer import Tokenizer
 
-__all__ = ["AUTO_MAP", "MODELING_CODE", "MODELING_FILE", "config_json", "default_domain", "generation_config_json"]
+__all__ = ["AUTO_MAP", "MODELING_CODE", "MODELING_FILE", "default_domain", "write_model_files"]
 
 MODELING_FILE = "modeling_mm_rec.py"
 
@@ -31,28 +32,31 @@ AUTO_MAP = {
 }
 
 
-def config_json(config: ModelConfig, tokenizer: Tokenizer, domain: str | None) -> dict[str, Any]:
-    """The content of ``config.json``.
+def write_model_files(folder: Path, config: ModelConfig, tokenizer: Tokenizer, domain: str | None) -> None:
+    """Write ``config.json``, ``generation_config.json``, the modeling file and the tokenizer's files.
 
     Args:
+        folder: that has or gets ``model.safetensors``.
         config: shape of the model.
         tokenizer: that of the model.
         domain: the expert that answers unless the caller names another; None fuses all.
     """
-    return {
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    model = {
         "model_type": "mm_rec",
         "architectures": ["MMRecForCausalLM"],
         "auto_map": AUTO_MAP,
         "dtype": "float32",
         "domain": domain,
-        **_special_ids(tokenizer),
+        **ids,
         **config.to_dict(),
     }
-
-
-def generation_config_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of ``generation_config.json``: a text ends at EOS, an answer in a conversation at its end token."""
-    return _special_ids(tokenizer) | {"eos_token_id": [tokenizer.eos_id, tokenizer.end_id]}
+    # A text ends at EOS, an answer in a conversation at its end token.
+    generation = {**ids, "eos_token_id": [tokenizer.eos_id, tokenizer.end_id]}
+    for name, values in (("config.json", model), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    (folder / MODELING_FILE).write_text(MODELING_CODE, encoding="utf-8")
+    tokenizer.save(folder)
 
 
 def default_domain(config: ModelConfig, weights: Mapping[str, Tensor]) -> str | None:
@@ -62,11 +66,3 @@ def default_domain(config: ModelConfig, weights: Mapping[str, Tensor]) -> str | 
     """
     gate = weights.get("fusion.gate")
     return config.experts[0] if gate is not None and not gate.any() else None
-
-
-def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-    }

@@ -10,6 +10,7 @@ import torch
 from mm_rec import checkpoint
 from mm_rec.device import apply_precision, select_device, select_precision
 from mm_rec.errors import UserError
+from mm_rec.hf_folder import default_domain
 from mm_rec.model import MMRecModel
 from mm_rec.run_config import list_runs
 from mm_rec.stages import STAGES
@@ -33,6 +34,19 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
     domain: str | None
     path: Path
+
+    def choose_domain(self, requested: str | None) -> str | None:
+        """The domain for what a user asks for: an expert, ``all`` for all fused (None), None for the default.
+
+        Raises:
+            UserError: if there is no such expert.
+        """
+        experts = self.model.config.experts
+        if requested is None:
+            return self.domain
+        if requested not in (*experts, "all"):
+            raise UserError(f"there is no expert {requested!r}; use --domain {', '.join(experts)} or all")
+        return None if requested == "all" else requested
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -64,6 +78,5 @@ def load_model(path: Path, *, device: str = "auto", precision: str = "auto") -> 
         model = MMRecModel(found.config)
     model.load_state_dict(found.weights, assign=True)
     apply_precision(model, select_precision(precision, place))
-    fusion_is_trained = bool(found.weights["fusion.gate"].any())
-    domain = None if fusion_is_trained else found.config.experts[0]
+    domain = default_domain(found.config, found.weights)
     return Loaded(model.to(place).eval(), Tokenizer.load(found.tokenizer_dir), domain, found.path)

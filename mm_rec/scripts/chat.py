@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mm_rec.cli import run_program
 from mm_rec.errors import UserError
-from mm_rec.scripts.sampling import add_domain_argument, add_sampling_arguments, choose_domain, given_sampling
+from mm_rec.scripts.sampling import add_domain_argument, add_sampling_arguments, given_sampling
 from mm_rec.settings import Parser
 
 if TYPE_CHECKING:
@@ -67,12 +67,13 @@ def _open_session(options: argparse.Namespace) -> ChatSession:
     from mm_rec.loading import load_model
 
     given = given_sampling(options)
-    model, tokenizer, default, _ = load_model(options.model, device=options.device, precision=options.precision)
+    loaded = load_model(options.model, device=options.device, precision=options.precision)
+    model, tokenizer = loaded.model, loaded.tokenizer
     if options.resume:
         session = ChatSession.load(options.session, model, tokenizer)
         session.sampling = dataclasses.replace(session.sampling, **given)
         return session
-    domain = choose_domain(options.domain, model.config.experts, default)
+    domain = loaded.choose_domain(options.domain)
     return ChatSession.start(model, tokenizer, sampling=Sampling(**given), domain=domain, system=options.system or "")
 
 

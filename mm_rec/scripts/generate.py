@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from mm_rec.cli import run_program
-from mm_rec.scripts.sampling import add_domain_argument, add_sampling_arguments, choose_domain, given_sampling
+from mm_rec.scripts.sampling import add_domain_argument, add_sampling_arguments, given_sampling
 from mm_rec.settings import Parser
 
 EPILOG = """examples:
@@ -37,10 +37,10 @@ def _generate(options: argparse.Namespace) -> int:
     prompt = options.prompt
     if prompt is None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read()
-    model, tokenizer, default, _ = load_model(options.model, device=options.device, precision=options.precision)
-    domain = choose_domain(options.domain, model.config.experts, default)
+    loaded = load_model(options.model, device=options.device, precision=options.precision)
+    domain = loaded.choose_domain(options.domain)
     sys.stdout.write(prompt)
-    for piece in generate(model, tokenizer, prompt, sampling, domain):
+    for piece in generate(loaded.model, loaded.tokenizer, prompt, sampling, domain):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mm_rec.errors import UserError
-
-__all__ = ["FLAGS", "add_domain_argument", "add_sampling_arguments", "choose_domain", "given_sampling"]
+__all__ = ["FLAGS", "add_domain_argument", "add_sampling_arguments", "given_sampling"]
 
 # Defaults are those of Sampling, which is not imported here: it brings PyTorch, and --help should be quick.
 FLAGS: dict[str, tuple[int | float, str]] = {
@@ -39,17 +37,5 @@ def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_domain_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--domain``, for :func:`choose_domain`."""
+    """Add ``--domain``, for ``Loaded.choose_domain``."""
     parser.add_argument("--domain", help="the expert to use, or `all` to fuse them (default: what training reached)")
-
-
-def choose_domain(requested: str | None, experts: tuple[str, ...], default: str | None) -> str | None:
-    """The domain to run for what ``--domain`` says; ``default`` if it is not given.
-
-    Raises UserError if there is no such expert.
-    """
-    if requested is None:
-        return default
-    if requested not in (*experts, "all"):
-        raise UserError(f"there is no expert {requested!r}; use --domain {', '.join(experts)} or all")
-    return None if requested == "all" else requested
