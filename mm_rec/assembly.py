@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from mm_rec import ops
+from mm_rec.board import Board
 from mm_rec.checkpoint import Checkpoint, list_checkpoints
 from mm_rec.config import ModelConfig
 from mm_rec.data.batches import Batches
@@ -108,6 +109,7 @@ def assemble(
         runtime=runtime,
         guard=guard,
         console=console,
+        board=Board(run.path / "tensorboard", run.step + 1) if settings.tensorboard else None,
     )
     if found is not None:
         trainer.restore(found)

@@ -11,15 +11,15 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 
+from mm_rec.board import Board
 from mm_rec.chat import QUESTIONS, ChatSession, transcript
 from mm_rec.checkpoint import Checkpoint, prune
 from mm_rec.data.batches import Batch, Batches
@@ -31,6 +31,7 @@ from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
 from mm_rec.plan import Plan
 from mm_rec.plots import draw_losses
+from mm_rec.position import Position
 from mm_rec.progress import Meter, Progress, StepReport
 from mm_rec.run_folder import METRICS, RunFolder
 from mm_rec.signals import Interrupted, SignalGuard
@@ -39,55 +40,13 @@ from mm_rec.state import ModelState, flatten_state, map_state, unflatten_state
 from mm_rec.storage import write_atomic
 from mm_rec.tokenizer import Tokenizer
 
-__all__ = ["Position", "Trainer"]
+__all__ = ["Trainer"]
 
 MIXED = "mixed"
 """In records and carried states, the name of batches that hold all domains."""
 PROMPTS = {"text": "The ", "code": "def "}
 SAMPLE_TOKENS = 60
 MAX_ROLLBACKS = 5
-HISTORY = 32
-SPIKE_NATS = 1.0
-SPIKE_DEVIATIONS = 8.0
-
-
-@dataclass
-class Position:
-    """Where a run is; all of it is in its checkpoints.
-
-    Attributes:
-        step: optimizer steps taken.
-        tokens: read so far.
-        rate_scale: on the learning rate, halved by each rollback.
-        skipped: steps whose batch made trouble and is left out.
-        losses: the last losses of each domain, by which a spike is told.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    rate_scale: float = 1.0
-    skipped: list[int] = field(default_factory=list)
-    losses: dict[str, list[float]] = field(default_factory=dict)
-
-    def trouble(self, losses: Mapping[str, float]) -> str | None:
-        """Why a step with these losses must not be applied; None if it may.
-
-        A spike is a loss more than one nat and eight standard deviations above the last 32 of its domain.
-        """
-        for domain, loss in losses.items():
-            if not math.isfinite(loss):
-                return f"the loss of {domain} is {loss}"
-            recent = self.losses.get(domain, [])
-            if len(recent) == HISTORY:
-                usual, spread = float(np.mean(recent)), float(np.std(recent))
-                if loss > usual + SPIKE_NATS + SPIKE_DEVIATIONS * spread:
-                    return f"the loss of {domain} jumped from {usual:.3f} to {loss:.3f}"
-        return None
-
-    def remember(self, losses: Mapping[str, float]) -> None:
-        """Add the losses of an applied step."""
-        for domain, loss in losses.items():
-            self.losses[domain] = [*self.losses.get(domain, []), loss][-HISTORY:]
 
 
 class Trainer:
@@ -105,6 +64,7 @@ class Trainer:
         runtime: what was chosen on this machine (precision, threads and the like), kept in the checkpoints.
         guard: tells of signals.
         console: to print on.
+        board: for TensorBoard, if the user wants it.
     """
 
     def __init__(
@@ -121,6 +81,7 @@ class Trainer:
         runtime: Mapping[str, Any],
         guard: SignalGuard,
         console: Console,
+        board: Board | None = None,
     ) -> None:
         self.plan = plan
         self.model = model
@@ -133,6 +94,7 @@ class Trainer:
         self.runtime = dict(runtime)
         self.guard = guard
         self.console = console
+        self.board = board
         self.device = model.embedding.weight.device
         self.at = Position()
         self.carried: dict[str, ModelState] = {}
@@ -173,6 +135,9 @@ class Trainer:
                 self.optimizer.zero_grad()
                 remedy = memory_remedy(self.plan.batch_size, self.plan.seq_len)
                 raise UserError(f"out of memory in step {self.at.step + 1}; {remedy}") from error
+            finally:
+                if self.board is not None:
+                    self.board.close()
         return self._save()
 
     def _loop(self, progress: Progress) -> None:
@@ -190,8 +155,16 @@ class Trainer:
             self.guard.check()
             report = self._take_step()
             if report is not None:
-                cpu, memory = progress.update(report)
-                self.run.log_timing(report.step, seconds=report.seconds, cpu_percent=cpu, memory_bytes=memory)
+                self._show(report, progress)
+
+    def _show(self, report: StepReport, progress: Progress) -> None:
+        """What depends on the clock, and so stays out of the records: the line, timing.jsonl, TensorBoard."""
+        cpu, memory = progress.update(report)
+        self.run.log_timing(report.step, seconds=report.seconds, cpu_percent=cpu, memory_bytes=memory)
+        if self.board is not None:
+            values = {"loss": report.loss, "bits_per_byte": report.bits_per_byte, "grad_norm": report.grad_norm}
+            values |= {"rate": report.rate, "tokens_per_second": report.tokens / report.seconds}
+            self.board.add(report.step, {f"train/{name}": value for name, value in values.items()})
 
     def micro_batch_loss(self, batch: Batch, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
         """Loss of a micro-batch, to be differentiated, and the state after it."""
@@ -304,6 +277,8 @@ class Trainer:
             records["valid_by_expert"] = {name: self._score(name, name) for name in self.valid}
             shown += [f"{name} by its expert {score:.3f}" for name, score in records["valid_by_expert"].items()]
         self.run.log_metrics(self.at.step, **records)
+        if self.board is not None:
+            self.board.add(self.at.step, {f"valid/{name}": score for name, score in scores.items()})
         progress.message(f"validation at step {self.at.step}, bits per byte: {', '.join(shown)}")
 
     def _score(self, name: str, domain: str | None) -> float:

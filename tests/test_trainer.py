@@ -3,7 +3,9 @@ import io
 import json
 import os
 import signal
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mm_rec import checkpoint, trainer
+from mm_rec import checkpoint, position, trainer
 from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.data.prepare import Prepared, prepare
 from mm_rec.data.synthetic import write_synthetic
@@ -337,7 +339,7 @@ def test_rollbacks_are_repeated_exactly_by_a_run_that_was_stopped(
 
 
 def test_a_spike_is_rolled_back(data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "HISTORY", 2)
+    monkeypatch.setattr(position, "HISTORY", 2)
     inject(monkeypatch, {9: 1000.0})
     train(data, settings(tmp_path))
     assert "jumped" in (tmp_path / "stage1" / "events.log").read_text()
@@ -461,3 +463,23 @@ def test_training_works_outside_of_the_main_thread(data: Prepared, tmp_path: Pat
 def test_one_domain_alone_trains_through_all_stages(data: Prepared, tmp_path: Path) -> None:
     text = dataclasses.replace(data, train={"text": data.train["text"]}, valid={"text": data.valid["text"]})
     assert train(text, settings(tmp_path, stage="all", max_steps=2)).is_dir()
+
+
+def test_tensorboard_is_there_for_those_who_ask(
+    data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        train(data, settings(tmp_path / "without", tensorboard=True))
+    written = []
+    writer = types.SimpleNamespace(
+        add_scalar=lambda *scalar: written.append(scalar), close=lambda: written.append("closed")
+    )
+    module = types.SimpleNamespace(
+        SummaryWriter=lambda folder, purge_step: written.append((folder, purge_step)) or writer
+    )
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    train(data, settings(tmp_path / "with", tensorboard=True, max_steps=4))
+    assert written[0] == (str(tmp_path / "with" / "stage1" / "tensorboard"), 1)
+    assert {name for name, _, step in written[1:-1] if step == 4} >= {"train/loss", "valid/text", "valid/code"}
+    assert written[-1] == "closed"
