@@ -14,10 +14,11 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-__all__ = ["CPU_LIBRARY", "BuildError", "build_all", "build_cpu"]
+__all__ = ["CPU_LIBRARY", "CUDA_LIBRARY", "BuildError", "build_all", "build_cpu", "build_cuda", "cuda_compiler"]
 
 HERE = Path(__file__).resolve().parent
 CPU_LIBRARY = "libmm_rec_cpu.so"
+CUDA_LIBRARY = "libmm_rec_cuda.so"
 
 # No -march=native and no -ffast-math: one library for every machine, and NaN stays NaN. Contraction of a * b + c
 # is the one licence given. libgomp is found by its name, so the process shares the one that PyTorch has loaded.
@@ -30,6 +31,13 @@ LEVEL_FLAGS: dict[str, list[str]] = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
+
+# Machine code for the two generations with bf16 matrix units that differ, and PTX that the driver compiles for later
+# ones. The run-time library is linked in, so the one that PyTorch brings may be of any version.
+CUDA_FLAGS = [
+    "-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-cudart", "static",
+    "-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=[sm_90,compute_90]",
+]  # fmt: skip
 
 
 class BuildError(RuntimeError):
@@ -63,27 +71,66 @@ def build_cpu(folder: Path = HERE) -> Path:
     """
     compiler = _compiler()
     target = folder / CPU_LIBRARY
-    with tempfile.TemporaryDirectory() as temporary:
-        jobs: list[tuple[str, str, list[str]]] = [("level.cpp", "level.o", [])]
-        jobs += [("kernels.cpp", f"{level}.o", [f"-DMM_LEVEL={level}", *LEVEL_FLAGS[level]]) for level in _levels()]
-
-        def compile_one(job: tuple[str, str, list[str]]) -> str:
-            source, name, flags = job
-            output = str(Path(temporary) / name)
-            _run([compiler, *COMPILE_FLAGS, *flags, "-c", str(HERE / "src" / source), "-o", output])
-            return output
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, jobs))
-        linked = Path(temporary) / CPU_LIBRARY
-        _run([compiler, "-shared", "-fopenmp", "-Wl,--as-needed", *objects, "-o", str(linked), "-lm"])
-        folder.mkdir(parents=True, exist_ok=True)
-        staged = target.with_suffix(f".{os.getpid()}.tmp")
-        shutil.copyfile(linked, staged)
-        os.replace(staged, target)  # a process that has the old library mapped keeps it
+    jobs = [([compiler, *COMPILE_FLAGS], "level.cpp")]
+    jobs += [
+        ([compiler, *COMPILE_FLAGS, f"-DMM_LEVEL={level}", *LEVEL_FLAGS[level]], "kernels.cpp") for level in _levels()
+    ]
+    _build(
+        [(command, HERE / "src" / source) for command, source in jobs],
+        [compiler, "-shared", "-fopenmp", "-Wl,--as-needed"],
+        ["-lm"],
+        target,
+    )
     return target
 
 
+def cuda_compiler() -> str | None:
+    """The CUDA compiler: what CUDACXX names, nvcc on PATH, or that of CUDA_HOME or /usr/local/cuda; None if none."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    for name in (os.environ.get("CUDACXX"), "nvcc", f"{home}/bin/nvcc"):
+        if name and shutil.which(name):
+            return name
+    return None
+
+
+def build_cuda(folder: Path = HERE) -> Path:
+    """Compile the CUDA kernels into one library in ``folder``; needs no GPU.
+
+    Raises:
+        BuildError: no compiler, or it failed.
+    """
+    compiler = cuda_compiler()
+    if compiler is None:
+        raise BuildError("no CUDA compiler found; install the CUDA toolkit and put nvcc on PATH, or set CUDACXX")
+    target = folder / CUDA_LIBRARY
+    command = [compiler, *CUDA_FLAGS]
+    _build([(command, source) for source in sorted((HERE / "cuda").glob("*.cu"))], [*command, "-shared"], [], target)
+    return target
+
+
+def _build(jobs: list[tuple[list[str], Path]], link: list[str], libraries: list[str], target: Path) -> None:
+    """Compile each (command, source), all cores at once, link the objects and put the result at ``target``."""
+    with tempfile.TemporaryDirectory() as temporary:
+
+        def compile_one(index: int) -> str:
+            command, source = jobs[index]
+            output = str(Path(temporary) / f"{index}.o")
+            _run([*command, "-c", str(source), "-o", output])
+            return output
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, range(len(jobs))))
+        linked = Path(temporary) / target.name
+        _run([*link, *objects, "-o", str(linked), *libraries])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = target.with_suffix(f".{os.getpid()}.tmp")
+        shutil.copyfile(linked, staged)
+        os.replace(staged, target)  # a process that has the old library mapped keeps it
+
+
 def build_all(folder: Path = HERE) -> list[Path]:
-    """Build what this machine can: the CPU kernels always."""
-    return [build_cpu(folder)]
+    """Build what this machine can: the CPU kernels always, the CUDA kernels if nvcc is there."""
+    libraries = [build_cpu(folder)]
+    if cuda_compiler() is not None:
+        libraries.append(build_cuda(folder))
+    return libraries

@@ -1,0 +1,167 @@
+// memory_read, backward: the gradient of the queries, and the entry point of the whole backward pass.
+#include "launch.cuh"
+#include "memory_read_backward.cuh"
+
+namespace mm_rec {
+namespace {
+
+// inner = out . dout of each token and head, 32 lanes each.
+template <typename T>
+__global__ void __launch_bounds__(256) inner_product_kernel(const ReadBackward p, const MemoryExtent extent) {
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x) / 32;  // (b, t, head)
+  if (row >= extent.batch * extent.time * extent.heads) return;
+  float sum = 0.0f;
+  for (int i = threadIdx.x % 32; i < extent.dim; i += 32) {
+    const int64_t at = row * extent.dim + i;
+    sum = fmaf(to_float(static_cast<const T*>(p.out)[at]), to_float(static_cast<const T*>(p.dout)[at]), sum);
+  }
+  sum = group_sum(sum);
+  const int64_t head = row % extent.heads, t = row / extent.heads % extent.time, b = row / extent.heads / extent.time;
+  if (threadIdx.x % 32 == 0) p.inner[(b * extent.heads + head) * extent.time + t] = sum;
+}
+
+template <typename Plan>
+struct Shared {
+  typename Plan::Own q, dout;
+  typename Plan::Other k, v;
+  float bias[Plan::kOther];
+  Visible<Plan::kOwn> visible;
+};
+
+template <typename T, typename Plan>
+__global__ void __launch_bounds__(Plan::kThreads) query_kernel(const ReadBackward p, const MemoryExtent extent) {
+  auto& shared = *reinterpret_cast<Shared<Plan>*>(dynamic_shared());
+  const ReadInputs& in = p.in;
+  const int64_t b = blockIdx.z, head = blockIdx.y, t0 = static_cast<int64_t>(blockIdx.x) * Plan::kOwn;
+  const int dim = extent.dim, window = extent.window, tokens = static_cast<int>(min(extent.time - t0, int64_t{Plan::kOwn}));
+  const float scale = rsqrtf(static_cast<float>(dim));
+  const int64_t at = extent.token_at(b, t0, head);
+
+  Plan::fill_rotated(shared.q, static_cast<const T*>(in.q) + at, extent.width(), tokens, dim, in.rotary, window - 1);
+  Plan::fill(shared.dout, static_cast<const T*>(p.dout) + at, extent.width(), tokens, dim);
+  shared.visible.fill(in, extent, b, t0);
+  const int row[2] = {Plan::own_row() + fragment_row(0), Plan::own_row() + fragment_row(2)};
+  float lse[2] = {}, inner[2] = {};
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (row[r] >= tokens) continue;
+    const int64_t token = (b * extent.heads + head) * extent.time + t0 + row[r];
+    lse[r] = p.lse[token] * kLog2e;
+    inner[r] = p.inner[token];
+  }
+  __syncthreads();
+  int first, oldest, newest;
+  shared.visible.bounds(first, oldest, newest);
+
+  // dq += dscores keys, with scores in base 2, -inf for what is not seen.
+  typename Plan::Sums dq = {};
+  const auto add = [&](typename Plan::Scores& scores) {
+    typename Plan::Scores dscores = {};
+    multiply<false, false, Plan::kDim>(dscores, shared.dout, Plan::own_row(), shared.v, 0);
+#pragma unroll
+    for (int n = 0; n < Plan::kOther / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        dscores[n][i] = scale * exp2f(scores[n][i] - lse[i / 2]) * (dscores[n][i] - inner[i / 2]);
+      }
+    }
+    multiply<Plan::kSplit, true, Plan::kOther>(dq, dscores, shared.k, 0);
+  };
+
+  for (int c0 = first; c0 < window + t0 + tokens; c0 += Plan::kOther) {
+    const int64_t from = extent.context_at(b, c0, head);
+    const int count = static_cast<int>(window + t0 + tokens - c0);
+    Plan::fill_rotated(shared.k, static_cast<const T*>(in.k) + from, extent.width(), count, dim, in.rotary,
+                       static_cast<int>(c0 - t0 - 1));
+    Plan::fill(shared.v, static_cast<const T*>(in.v) + from, extent.width(), count, dim);
+    __syncthreads();
+    typename Plan::Scores scores = {};
+    multiply<false, false, Plan::kDim>(scores, shared.q, Plan::own_row(), shared.k, 0);
+#pragma unroll
+    for (int n = 0; n < Plan::kOther / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int c = c0 + fragment_column(n, i), r = row[i / 2];
+        const bool seen = c >= shared.visible.low[r] && c <= window + t0 + r;
+        scores[n][i] = seen ? scores[n][i] * (scale * kLog2e) : -INFINITY;
+      }
+    }
+    add(scores);
+    __syncthreads();
+  }
+  Plan::rotate_back(dq, tokens, dim, in.rotary, window - 1);
+
+  if (newest >= 0) Plan::fill(shared.q, static_cast<const T*>(in.q) + at, extent.width(), tokens, dim);
+  for (int version = oldest; version <= newest; ++version) {
+    for (int s0 = 0; s0 < extent.slots; s0 += Plan::kOther) {
+      Plan::fill_slots(shared.k, shared.v, shared.bias, in, extent.slots_at(b, version, head) + s0, extent.slots - s0, dim);
+      __syncthreads();
+      typename Plan::Scores scores = {};
+      multiply<false, false, Plan::kDim>(scores, shared.q, Plan::own_row(), shared.k, 0);
+#pragma unroll
+      for (int n = 0; n < Plan::kOther / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const bool seen = shared.visible.version[row[i / 2]] == version;
+          scores[n][i] = seen ? scores[n][i] * (scale * kLog2e) + shared.bias[fragment_column(n, i)] : -INFINITY;
+        }
+      }
+      add(scores);
+      __syncthreads();
+    }
+  }
+
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (row[r] >= tokens) continue;
+    T* target = static_cast<T*>(p.dq) + at + row[r] * extent.width();
+#pragma unroll
+    for (int n = 0; n < Plan::kDim / 8; ++n) Plan::store_columns(target, n, dim, dq[n][2 * r], dq[n][2 * r + 1]);
+  }
+}
+
+template <typename T, int Dim>
+struct QueryGradient {
+  static cudaError_t run(const ReadBackward& p, const MemoryExtent& extent, void* stream) {
+    using Plan = ReadPlan<T, Dim>;
+    const int64_t rows = extent.batch * extent.time * extent.heads;
+    const cudaError_t error = launch(inner_product_kernel<T>, dim3(static_cast<unsigned>(ceil_div(rows, 8))), dim3(256),
+                                     0, stream, p, extent);
+    if (error != cudaSuccess) return error;
+    const dim3 grid(static_cast<unsigned>(ceil_div(extent.time, Plan::kOwn)), static_cast<unsigned>(extent.heads),
+                    static_cast<unsigned>(extent.batch));
+    return launch(query_kernel<T, Plan>, grid, dim3(Plan::kThreads), sizeof(Shared<Plan>), stream, p, extent);
+  }
+};
+
+}  // namespace
+
+cudaError_t read_backward_queries(const ReadBackward& p, int64_t dtype, const MemoryExtent& extent, void* stream) {
+  return by_head_size<QueryGradient>(dtype, extent.dim, p, extent, stream);
+}
+
+}  // namespace mm_rec
+
+extern "C" int64_t mm_rec_cuda_memory_read_workspace(int64_t batch, int64_t time, int64_t heads, int64_t window) {
+  using namespace mm_rec;
+  return static_cast<int64_t>(sizeof(float)) * batch * heads * time +
+         write_index_bytes({batch, time, heads, 1, 1, static_cast<int>(window)});
+}
+
+extern "C" int mm_rec_cuda_memory_read_backward(const void* dout, const void* out, const float* lse, const void* q,
+                                                const void* k, const void* v, int64_t dtype, const float* key,
+                                                const float* value, const float* mass, const int64_t* position,
+                                                const float* rotary, void* dq, void* dk, void* dv, float* dkey,
+                                                float* dvalue, float* dmass, float* workspace, int64_t batch,
+                                                int64_t time, int64_t heads, int64_t dim, int64_t slots,
+                                                int64_t window, void* stream) {
+  using namespace mm_rec;
+  const MemoryExtent extent{batch, time, heads, static_cast<int>(dim), static_cast<int>(slots), static_cast<int>(window)};
+  ReadBackward p{{q, k, v, key, value, mass, position, reinterpret_cast<const float2*>(rotary), {}},
+                 out, dout, lse, workspace, dq, dk, dv, dkey, dvalue, dmass};
+  cudaError_t error = make_write_index(position, extent, workspace + batch * heads * time, &p.in.index, stream);
+  if (error == cudaSuccess) error = read_backward_queries(p, dtype, extent, stream);
+  if (error == cudaSuccess) error = read_backward_window(p, dtype, extent, stream);
+  if (error == cudaSuccess) error = read_backward_slots(p, dtype, extent, stream);
+  return error;
+}

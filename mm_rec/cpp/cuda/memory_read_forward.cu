@@ -1,0 +1,161 @@
+// memory_read, forward: one online softmax (as in FlashAttention, arXiv 2205.14135) over the window and the slots.
+#include "launch.cuh"
+#include "memory_read.cuh"
+
+namespace mm_rec {
+namespace {
+
+template <typename Plan>
+struct Shared {
+  typename Plan::Own q;
+  typename Plan::Other k, v;
+  float bias[Plan::kOther];
+  Visible<Plan::kOwn> visible;
+};
+
+// Running softmax of the two rows of a thread, in base 2, and the weighted sum of values.
+template <typename Plan>
+struct Running {
+  typename Plan::Sums sum = {};
+  float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
+
+  // Scores in base 2 with -inf for what is not seen; `values` holds the other side's rows.
+  __device__ __forceinline__ void add(typename Plan::Scores& scores, const typename Plan::Other& values) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float largest = top[r];
+#pragma unroll
+      for (int n = 0; n < Plan::kOther / 8; ++n) largest = fmaxf(largest, fmaxf(scores[n][2 * r], scores[n][2 * r + 1]));
+      largest = group_max<4>(largest);
+      const float base = largest == -INFINITY ? 0.0f : largest, shrink = exp2f(top[r] - base);
+      top[r] = largest;
+      float added = 0.0f;
+#pragma unroll
+      for (int n = 0; n < Plan::kOther / 8; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          scores[n][2 * r + j] = exp2f(scores[n][2 * r + j] - base);
+          added += scores[n][2 * r + j];
+        }
+      }
+      total[r] = total[r] * shrink + group_sum<4>(added);
+#pragma unroll
+      for (int n = 0; n < Plan::kDim / 8; ++n) {
+        sum[n][2 * r] *= shrink;
+        sum[n][2 * r + 1] *= shrink;
+      }
+    }
+    multiply<Plan::kSplit, true, Plan::kOther>(sum, scores, values, 0);
+  }
+};
+
+template <typename T, typename Plan>
+__global__ void __launch_bounds__(Plan::kThreads)
+    forward_kernel(const ReadInputs in, T* __restrict__ out, float* __restrict__ lse, const MemoryExtent extent) {
+  auto& shared = *reinterpret_cast<Shared<Plan>*>(dynamic_shared());
+  const int64_t b = blockIdx.z, head = blockIdx.y, t0 = static_cast<int64_t>(blockIdx.x) * Plan::kOwn;
+  const int dim = extent.dim, window = extent.window, tokens = static_cast<int>(min(extent.time - t0, int64_t{Plan::kOwn}));
+  const float scale = kLog2e * rsqrtf(static_cast<float>(dim));
+  const T* q = static_cast<const T*>(in.q) + extent.token_at(b, t0, head);
+
+  // Rotations count from the oldest context that the first token could see, t0 + 1.
+  Plan::fill_rotated(shared.q, q, extent.width(), tokens, dim, in.rotary, window - 1);
+  shared.visible.fill(in, extent, b, t0);
+  __syncthreads();
+  int first, oldest, newest;
+  shared.visible.bounds(first, oldest, newest);
+
+  Running<Plan> running;
+  const int row[2] = {Plan::own_row() + fragment_row(0), Plan::own_row() + fragment_row(2)};
+  for (int c0 = first; c0 < window + t0 + tokens; c0 += Plan::kOther) {
+    const int64_t at = extent.context_at(b, c0, head);
+    const int count = static_cast<int>(window + t0 + tokens - c0);
+    Plan::fill_rotated(shared.k, static_cast<const T*>(in.k) + at, extent.width(), count, dim, in.rotary,
+                       static_cast<int>(c0 - t0 - 1));
+    Plan::fill(shared.v, static_cast<const T*>(in.v) + at, extent.width(), count, dim);
+    __syncthreads();
+    typename Plan::Scores scores = {};
+    multiply<false, false, Plan::kDim>(scores, shared.q, Plan::own_row(), shared.k, 0);
+#pragma unroll
+    for (int n = 0; n < Plan::kOther / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int c = c0 + fragment_column(n, i), r = row[i / 2];
+        const bool seen = c >= shared.visible.low[r] && c <= window + t0 + r;
+        scores[n][i] = seen ? scores[n][i] * scale : -INFINITY;
+      }
+    }
+    running.add(scores, shared.v);
+    __syncthreads();
+  }
+
+  if (newest >= 0) Plan::fill(shared.q, q, extent.width(), tokens, dim);
+  for (int version = oldest; version <= newest; ++version) {
+    for (int s0 = 0; s0 < extent.slots; s0 += Plan::kOther) {
+      Plan::fill_slots(shared.k, shared.v, shared.bias, in, extent.slots_at(b, version, head) + s0, extent.slots - s0, dim);
+      __syncthreads();
+      typename Plan::Scores scores = {};
+      multiply<false, false, Plan::kDim>(scores, shared.q, Plan::own_row(), shared.k, 0);
+#pragma unroll
+      for (int n = 0; n < Plan::kOther / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const bool seen = shared.visible.version[row[i / 2]] == version;
+          scores[n][i] = seen ? scores[n][i] * scale + shared.bias[fragment_column(n, i)] : -INFINITY;
+        }
+      }
+      running.add(scores, shared.v);
+      __syncthreads();
+    }
+  }
+
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int64_t t = t0 + row[r];
+    if (t >= extent.time) continue;
+    const float inverse = 1.0f / running.total[r];
+    T* target = out + extent.token_at(b, t, head);
+#pragma unroll
+    for (int n = 0; n < Plan::kDim / 8; ++n) {
+      Plan::store_columns(target, n, dim, running.sum[n][2 * r] * inverse, running.sum[n][2 * r + 1] * inverse);
+    }
+    if (threadIdx.x % 4 == 0) {
+      lse[(b * extent.heads + head) * extent.time + t] = (running.top[r] + __log2f(running.total[r])) / kLog2e;
+    }
+  }
+}
+
+template <typename T, int Dim>
+cudaError_t run(const ReadInputs& in, void* out, float* lse, const MemoryExtent& extent, void* stream) {
+  using Plan = ReadPlan<T, Dim>;
+  const dim3 grid(static_cast<unsigned>(ceil_div(extent.time, Plan::kOwn)), static_cast<unsigned>(extent.heads),
+                  static_cast<unsigned>(extent.batch));
+  return launch(forward_kernel<T, Plan>, grid, dim3(Plan::kThreads), sizeof(Shared<Plan>), stream, in,
+                static_cast<T*>(out), lse, extent);
+}
+
+template <typename T>
+cudaError_t dispatch(const ReadInputs& in, void* out, float* lse, const MemoryExtent& extent, void* stream) {
+  if (extent.dim <= 32) return run<T, 32>(in, out, lse, extent, stream);
+  if (extent.dim <= 64) return run<T, 64>(in, out, lse, extent, stream);
+  if (extent.dim <= 128) return run<T, 128>(in, out, lse, extent, stream);
+  if (extent.dim <= 256) return run<T, 256>(in, out, lse, extent, stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+}  // namespace mm_rec
+
+extern "C" int mm_rec_cuda_memory_read_forward(const void* q, const void* k, const void* v, int64_t dtype,
+                                               const float* key, const float* value, const float* mass,
+                                               const int64_t* position, const float* rotary, void* out, float* lse,
+                                               void* workspace, int64_t batch, int64_t time, int64_t heads, int64_t dim,
+                                               int64_t slots, int64_t window, void* stream) {
+  using namespace mm_rec;
+  const MemoryExtent extent{batch, time, heads, static_cast<int>(dim), static_cast<int>(slots), static_cast<int>(window)};
+  ReadInputs in{q, k, v, key, value, mass, position, reinterpret_cast<const float2*>(rotary), {}};
+  const cudaError_t error = make_write_index(position, extent, workspace, &in.index, stream);
+  if (error != cudaSuccess) return error;
+  return dtype == kBFloat16 ? dispatch<bf16>(in, out, lse, extent, stream)
+                            : dispatch<float>(in, out, lse, extent, stream);
+}

@@ -1,0 +1,112 @@
+"""Calls into the library of CUDA kernels, and the layouts of tensors that it takes."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm_rec.cpp.build import CUDA_LIBRARY
+from mm_rec.ops.backend import NativeUnavailableError
+
+__all__ = ["LIBRARY_PATH", "CudaLibrary", "aligned", "all_dense", "dense", "nested_rows", "rows_of"]
+
+LIBRARY_PATH = Path(__file__).resolve().parents[1] / "cpp" / CUDA_LIBRARY
+REBUILD = "cd mm_rec/cpp && python setup.py build_ext --inplace"
+_PREFIX = "mm_rec_cuda_"
+
+
+def _argument(value: Any) -> Any:
+    """Pointers, integers and floating-point numbers of the C interface are void*, int64_t and double."""
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if value is None:
+        return ctypes.c_void_p(None)
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+class CudaLibrary:
+    """The loaded library. Its functions only enqueue work; nothing here waits for the device."""
+
+    def __init__(self, path: Path = LIBRARY_PATH) -> None:
+        """Open the library.
+
+        Raises:
+            NativeUnavailableError: it is missing or broken.
+        """
+        self.path = path
+        if not path.exists():
+            raise NativeUnavailableError(
+                f"the CUDA kernels are not built; with nvcc on PATH, build them with: {REBUILD}"
+            )
+        try:
+            self._library = ctypes.CDLL(str(path))
+            self._error_string = self._library.mm_rec_cuda_error_string
+        except (OSError, AttributeError) as error:
+            raise NativeUnavailableError(f"{path} cannot be used ({error}); rebuild it with: {REBUILD}") from error
+        self._error_string.restype = ctypes.c_char_p
+
+    def call(self, name: str, like: Tensor, *arguments: Any) -> None:
+        """Enqueue the function ``mm_rec_cuda_<name>`` on the current stream of the device of ``like``.
+
+        Raises:
+            RuntimeError: the kernel could not be started.
+        """
+        with torch.cuda.device(like.device):
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            error = self._library[_PREFIX + name](*map(_argument, arguments), stream)
+        if error:
+            raise RuntimeError(f"the CUDA kernel {name} did not start: {self._error_string(error).decode()}")
+
+    def size(self, name: str, like: Tensor, *sizes: int) -> int:
+        """What ``mm_rec_cuda_<name>_workspace`` answers: the scratch memory that the function wants."""
+        function = self._library[f"{_PREFIX}{name}_workspace"]
+        function.restype = ctypes.c_int64
+        with torch.cuda.device(like.device):
+            return int(function(*map(ctypes.c_int64, sizes)))
+
+
+def aligned(x: Tensor, *strides: int) -> bool:
+    """Whether accesses of 16 bytes are allowed at ``x`` and at multiples of the strides (in elements) from it."""
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in strides)
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` contiguous and aligned, copied only if needed."""
+    x = x.contiguous()
+    return x if aligned(x) else x.clone()
+
+
+def all_dense(*tensors: Tensor | None) -> Any:
+    """:func:`dense` of each, None for None."""
+    return [None if x is None else dense(x) for x in tensors]
+
+
+def rows_of(x: Tensor) -> tuple[Tensor, int]:
+    """``x`` as rows along its last axis, copied only if needed: a tensor over them and their distance in elements."""
+    x, inner, outer_stride, inner_stride = nested_rows(x)
+    if inner == 1 or outer_stride == inner * inner_stride:
+        return x, inner_stride if inner > 1 else outer_stride
+    return dense(x), x.shape[-1]
+
+
+def nested_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """``x`` as rows along its last axis, where the axis before the last may have a stride of its own.
+
+    Returns:
+        A tensor over them, copied only if needed; the size of the axis before the last, and two distances in
+        elements: row r starts at (r // inner) * outer_stride + (r % inner) * inner_stride.
+    """
+    width = x.shape[-1]
+    inner, inner_stride = (x.shape[-2], x.stride(-2)) if x.dim() > 1 else (1, width)
+    outer_stride = expected = x.stride(-3) if x.dim() > 2 else inner * inner_stride
+    regular = x.stride(-1) == 1 or width == 1
+    for size, stride in zip(reversed(x.shape[:-2]), reversed(x.stride()[:-2]), strict=True):
+        regular = regular and (size == 1 or stride == expected)
+        expected *= size
+    if regular and aligned(x, inner_stride, outer_stride):
+        return x, inner, outer_stride, inner_stride
+    return dense(x), inner, inner * width, width
