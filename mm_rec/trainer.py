@@ -144,9 +144,11 @@ class Trainer:
         plan = self.plan
         while True:
             last = self.at.step >= plan.last_step
-            if last or self.at.step % plan.checkpoint_interval == 0:
+            evaluate_now = last or (self.at.step > 0 and self.at.step % plan.eval_interval == 0)
+            # Saved first: a failed evaluation loses nothing, and one that was stopped is done again from its start.
+            if evaluate_now or self.at.step % plan.checkpoint_interval == 0:
                 self._save()
-            if last or (self.at.step and self.at.step % plan.eval_interval == 0):
+            if evaluate_now:
                 self._evaluate(progress)
                 self._sample(progress)
                 draw_losses(self.run.path / METRICS, self.run.path / "loss.png", f"{plan.stage.name}: {self.run.path}")

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -121,7 +121,7 @@ def test_a_run_that_died_goes_on_from_its_newest_valid_checkpoint(data: Prepared
     train(data, settings(tmp_path / "died", max_steps=10))
     run = tmp_path / "died" / "stage1"
     # As if it had died in step 8: later checkpoints and samples are gone, one is damaged, records are ahead.
-    for name in ("step_000009", "step_000010"):
+    for name in ("step_000008", "step_000009", "step_000010"):
         for path in (run / "checkpoints" / name).iterdir():
             path.unlink()
         (run / "checkpoints" / name).rmdir()
@@ -157,22 +157,25 @@ def test_half_a_step_is_given_up_for_a_signal(data: Prepared, tmp_path: Path, mo
     assert content(run, 4) == content(tmp_path / "whole" / "stage1", 4)
 
 
-def test_a_signal_in_the_evaluation_leaves_the_saved_step(
-    data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("work", ["evaluate", "generate"])
+def test_a_signal_in_the_evaluation_leaves_the_step_before_it(
+    data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str
 ) -> None:
-    train(data, settings(tmp_path / "whole"))
+    wanted = {"eval_interval": 4, "checkpoint_interval": 3}
+    train(data, settings(tmp_path / "whole", **wanted))
+    original = getattr(trainer, work)
 
-    def interrupted(*arguments: object, between: Callable[[], None], **keywords: object) -> None:
-        assert checkpoint.newest_valid(tmp_path / "stopped" / "stage1" / "checkpoints") is not None
+    def interrupted(*arguments: object, **keywords: object) -> object:
         os.kill(os.getpid(), signal.SIGTERM)
-        between()
+        return original(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "evaluate", interrupted)
+        patch.setattr(trainer, work, interrupted)
         with pytest.raises(Interrupted) as stop:
-            train(data, settings(tmp_path / "stopped"))
+            train(data, settings(tmp_path / "stopped", **wanted))
     assert stop.value.exit_code == 143
-    train(data, settings(tmp_path / "stopped"))
+    assert checkpoint.newest_valid(tmp_path / "stopped" / "stage1" / "checkpoints").name == "step_000004"
+    train(data, settings(tmp_path / "stopped", **wanted))
     assert content(tmp_path / "stopped" / "stage1", 10) == content(tmp_path / "whole" / "stage1", 10)
 
 
@@ -305,7 +308,7 @@ def test_a_loss_that_is_not_finite_is_rolled_back_and_its_batch_left_out(
 ) -> None:
     faults = {5: float("nan"), 7: float("inf")}
     inject(monkeypatch, faults)
-    train(data, settings(tmp_path / "whole"))
+    train(data, settings(tmp_path / "whole", eval_interval=100))
     run = tmp_path / "whole" / "stage1"
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3, 4, 6, 8, 9, 10]
@@ -316,7 +319,7 @@ def test_a_loss_that_is_not_finite_is_rolled_back_and_its_batch_left_out(
     # Step 4 comes after the first time back, step 9 after the second.
     plain = tmp_path / "plain"
     faults.clear()
-    train(data, settings(plain))
+    train(data, settings(plain, eval_interval=100))
     usual = [json.loads(line) for line in (plain / "stage1" / "metrics.jsonl").read_text().splitlines()]
     rate = {line["step"]: line["rate"] for line in metrics if "rate" in line}
     usual_rate = {line["step"]: line["rate"] for line in usual if "rate" in line}
