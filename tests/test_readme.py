@@ -1,0 +1,70 @@
+"""Every command of the READMEs, in order, in one folder; both languages give the same ones."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from test_guides import QUICK, quick, run
+
+from mm_rec import cli
+
+__all__ = ["quick"]  # the fixture: small model, two steps, a hub of a few documents
+
+SHORT = {"train": QUICK, "bench": ["--preset", "tiny", "--seq_len", "32", "--steps", "1"]}
+ROOT = Path(__file__).parents[1]
+
+
+def commands(name: str) -> list[str]:
+    """The lines of the ``bash`` blocks of a README, then the ``mm-rec`` commands of its sentences."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.strip()]
+    return lines + re.findall(r"`(mm-rec [^`]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+def test_both_languages_show_the_same_commands() -> None:
+    bare = [[line.split("#")[0].strip() for line in commands(name)] for name in ("README.md", "README.tr.md")]
+    assert bare[0] == bare[1]
+    assert len(bare[0]) > 15
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.tr.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#:]+)\)", text)
+    assert targets
+    assert not [target for target in targets if not (ROOT / target).exists()]
+
+
+def mm_rec(words: list[str]) -> int:
+    """The exit code of the program."""
+    try:
+        return cli.main(words)
+    except SystemExit as ended:  # --help
+        return int(ended.code or 0)
+
+
+@pytest.mark.usefixtures("quick")
+def test_every_command_of_the_readme_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for folder, text in (
+        ("books", "It was a bright cold day in April. " * 9),
+        ("src", "def f(x):\n    return x\n" * 9),
+    ):
+        (tmp_path / "home" / folder).mkdir(parents=True)
+        (tmp_path / "home" / folder / "one.txt").write_text(text)
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for command in commands("README.md"):
+        program, *words = shlex.split(command, comments=True)
+        if program == "make":
+            assert words[0] in targets
+        elif program == "mm-rec":
+            words = [word.replace("~", str(tmp_path / "home")) for word in words]
+            assert mm_rec([words[0], *SHORT.get(words[0], []), *words[1:]]) == 0, (
+                f"{command}\n{capsys.readouterr().err}"
+            )
+        else:
+            assert run(command) == 0, f"{command}\n{capsys.readouterr().err}"
