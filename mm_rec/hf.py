@@ -28,7 +28,7 @@ __all__ = ["MMRecCache", "MMRecConfig", "MMRecForCausalLM"]
 
 
 class MMRecConfig(PreTrainedConfig):  # type: ignore[misc]
-    """A :class:`ModelConfig` as `transformers` keeps it, and ``domain``: the expert to use, None for all fused.
+    """A :class:`ModelConfig` as `transformers` keeps it, and ``domain``: the expert to use, ``all`` or None for all fused.
 
     What is not given is as in the default preset.
     """
@@ -189,9 +189,9 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if not isinstance(cache, MMRecCache):
             raise ValueError(f"past_key_values must be an MMRecCache, got {type(cache).__name__}")
         reset = _document_starts(input_ids, attention_mask, position_ids, cache.n_seen)
-        names = {None: self.config.domain, "all": None}
+        domain = self.config.domain if domain is None else domain
         keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
-        logits, state = self._logits(input_ids, cache.state, names.get(domain, domain), reset, keep)
+        logits, state = self._logits(input_ids, cache.state, None if domain == "all" else domain, reset, keep)
         if isinstance(logits_to_keep, Tensor):
             logits = logits[:, logits_to_keep]
         if use_cache or past_key_values is not None:

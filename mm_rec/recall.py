@@ -150,4 +150,5 @@ def _continuation_nats(
     inputs = torch.cat([torch.full((len(continuations), 1), last), targets[:, :-1]], dim=1)
     device = model.embedding.weight.device
     output, _ = model(inputs.to(device), state, domain, targets=targets.to(device), weight=weight.to(device))
-    return output.nll.sum(dim=1).cpu()
+    nats: Tensor = output.nll.sum(dim=1).cpu()
+    return nats

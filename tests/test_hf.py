@@ -71,7 +71,9 @@ def test_who_answers_depends_on_what_was_trained(tmp_path: Path, folder: Path, m
     assert early.config.domain == "text"
     assert torch.equal(early(batch).logits, early(batch, domain="text").logits)
     assert not torch.equal(early(batch).logits, early(batch, domain="all").logits)
-    assert AutoModelForCausalLM.from_pretrained(path, domain="code").config.domain == "code"
+    for domain in ("code", "all"):
+        chosen = AutoModelForCausalLM.from_pretrained(path, domain=domain)
+        assert torch.equal(chosen(batch).logits, early(batch, domain=domain).logits)
 
 
 def test_trust_remote_code_needs_no_import(folder: Path, model: MMRecForCausalLM, tmp_path: Path) -> None:
