@@ -55,7 +55,8 @@ class _GPTBlock(nn.Module):
         q, k, v = heads.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(_rotate(_norm(q)), _rotate(_norm(k)), v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, time, width))
-        return x + self.down(F.relu(self.up(_norm(x))).square())
+        hidden: Tensor = self.down(F.relu(self.up(_norm(x))).square())
+        return x + hidden
 
 
 def _norm(x: Tensor) -> Tensor:
