@@ -28,7 +28,7 @@ __all__ = ["MMRecCache", "MMRecConfig", "MMRecForCausalLM"]
 
 
 class MMRecConfig(PreTrainedConfig):  # type: ignore[misc]
-    """A :class:`ModelConfig` as `transformers` keeps it, and ``domain``: the expert to use, ``all`` or None for all fused.
+    """A :class:`ModelConfig` as `transformers` keeps it, and ``domain``: an expert, ``all`` or None for all fused.
 
     What is not given is as in the default preset.
     """
