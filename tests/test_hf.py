@@ -55,8 +55,9 @@ def test_a_checkpoint_loads_as_it_is(core: MMRecModel, model: MMRecForCausalLM, 
     batch = tokens(2, 40)
     with torch.no_grad():
         expected, _ = core(batch, None, None if domain == "all" else domain)
-        assert torch.equal(model(batch, domain=domain).logits, expected)
-        assert torch.equal(model(batch, domain=domain, logits_to_keep=torch.tensor([3, 9])).logits, expected[:, [3, 9]])
+        torch.testing.assert_close(model(batch, domain=domain).logits, expected)
+        some = model(batch, domain=domain, logits_to_keep=torch.tensor([3, 9])).logits
+        torch.testing.assert_close(some, expected[:, [3, 9]])
         torch.testing.assert_close(model(batch, domain=domain, logits_to_keep=3).logits, expected[:, -3:])
 
 
@@ -73,7 +74,7 @@ def test_who_answers_depends_on_what_was_trained(tmp_path: Path, folder: Path, m
     assert not torch.equal(early(batch).logits, early(batch, domain="all").logits)
     for domain in ("code", "all"):
         chosen = AutoModelForCausalLM.from_pretrained(path, domain=domain)
-        assert torch.equal(chosen(batch).logits, early(batch, domain=domain).logits)
+        torch.testing.assert_close(chosen(batch).logits, early(batch, domain=domain).logits)
 
 
 def test_trust_remote_code_needs_no_import(folder: Path, model: MMRecForCausalLM, tmp_path: Path) -> None:
@@ -94,7 +95,11 @@ def test_trust_remote_code_needs_no_import(folder: Path, model: MMRecForCausalLM
     expected = model(torch.arange(9, 19)[None]).logits
     for one in (folder, saved):
         again = Path(f"{one}-again")
-        assert torch.equal(load_file(again / "logits")["logits"], expected)
+        weights = [load_file(path / "model.safetensors") for path in (Path(one), again)]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        # Another copy of the same weights may lie at another alignment, where products round differently.
+        torch.testing.assert_close(load_file(again / "logits")["logits"], expected)
         assert json.loads((again / "config.json").read_text())["auto_map"] == model.config.auto_map
         assert sorted(path.name for path in again.glob("*.py")) == ["modeling_mm_rec.py"]
 
