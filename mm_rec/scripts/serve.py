@@ -99,12 +99,9 @@ def _build(settings: ServeSettings, path: Path) -> FastAPI:
     from mm_rec.session_file import fingerprint
 
     set_threads(settings.threads)
-    model, tokenizer, domain, found = load_model(path, device=settings.device, precision=settings.precision)
-    if settings.domain is not None:
-        names = (*model.config.experts, "all")
-        if settings.domain not in names:
-            raise UserError(f"there is no expert {settings.domain!r}; use --domain {' or '.join(names)}")
-        domain = None if settings.domain == "all" else settings.domain
+    loaded = load_model(path, device=settings.device, precision=settings.precision)
+    model, tokenizer, _, found = loaded
+    domain = loaded.choose_domain(settings.domain)
     identity = fingerprint(model)
     sessions = SessionStore(
         settings.session_dir, model, tokenizer, domain, fingerprint=identity, max_sessions=settings.max_sessions

@@ -44,6 +44,16 @@ _ERRORS: _Responses = {
     503: {"model": ErrorReply, "description": "The server is busy; Retry-After says when to try again."},
 }
 
+_EVENTS = {
+    "text/event-stream": {
+        "schema": {
+            "type": "object",
+            "properties": {"data": {"type": "string", "description": "a piece of the reply as JSON, or [DONE]"}},
+            "required": ["data"],
+        }
+    }
+}
+
 
 @dataclass(frozen=True)
 class Service:
@@ -180,8 +190,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 def _add_completions(app: FastAPI, service: Service) -> None:
     tokenizer, names = service.tokenizer, Names(service.tokenizer)
-    chunks = {"text/event-stream": {"schema": {"type": "string"}}}
-    responses: _Responses = {200: {"content": chunks}, **_ERRORS}
+    responses: _Responses = {200: {"content": _EVENTS}, **_ERRORS}
 
     @app.post("/v1/completions", response_model=schemas.CompletionReply, responses=responses)
     async def complete(body: schemas.CompletionRequest, request: Request) -> Response:
@@ -237,8 +246,7 @@ async def _read_prompts(
 
 def _add_chat(app: FastAPI, service: Service) -> None:
     tokenizer, names = service.tokenizer, Names(service.tokenizer)
-    chunks = {"text/event-stream": {"schema": {"type": "string"}}}
-    responses: _Responses = {200: {"content": chunks}, **_ERRORS}
+    responses: _Responses = {200: {"content": _EVENTS}, **_ERRORS}
 
     @app.post("/v1/chat/completions", response_model=schemas.ChatReply, responses=responses)
     async def chat(body: schemas.ChatRequest, request: Request) -> Response:
@@ -296,7 +304,7 @@ def _encode(tokenizer: Tokenizer, messages: Sequence[Message], going_on: bool) -
 
 def _add_sessions(app: FastAPI, service: Service) -> None:
     @app.get("/v1/sessions/{session}", responses=_ERRORS)
-    async def get_session(session: str) -> schemas.SessionInfo:
+    async def get_session(session: schemas.SessionName) -> schemas.SessionInfo:
         """How long a conversation is and what its memory takes."""
         with service.sessions.turn(session):
             memory = await asyncio.to_thread(service.sessions.load, session)
@@ -306,7 +314,7 @@ def _add_sessions(app: FastAPI, service: Service) -> None:
             return schemas.SessionInfo(id=session, turns=memory.turns, tokens=memory.tokens, bytes=n_bytes)
 
     @app.delete("/v1/sessions/{session}", responses=_ERRORS)
-    async def delete_session(session: str) -> schemas.Removed:
+    async def delete_session(session: schemas.SessionName) -> schemas.Removed:
         """Forget a conversation."""
         with service.sessions.turn(session):
             if not await asyncio.to_thread(service.sessions.remove, session):

@@ -113,6 +113,8 @@ class Engine:
 
     def start(self) -> None:
         """Start the thread."""
+        if self._thread is not None:
+            raise RuntimeError("the engine is running already")
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="mm-rec-engine", daemon=True)
         self._thread.start()

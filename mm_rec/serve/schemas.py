@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Removed",
     "SamplingFields",
     "SessionInfo",
+    "SessionName",
     "TextPart",
 ]
 
@@ -40,10 +41,18 @@ def _check_unicode(text: str) -> str:
     return text
 
 
+def _as_integers(value: Any) -> Any:
+    """Numbers of JSON have no kinds: 2.0 is an integer."""
+    if isinstance(value, list):
+        return [_as_integers(one) if isinstance(one, float) else one for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+INTEGRAL = BeforeValidator(_as_integers)
 Text = Annotated[str, AfterValidator(_check_unicode)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True), INTEGRAL]
 StopString = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_check_unicode)]
 SessionName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 
@@ -72,23 +81,29 @@ class StreamOptions(Strict):
 class SamplingFields(Strict):
     """What both kinds of requests share."""
 
-    model: str = Field(max_length=256, description="the name that /v1/models gives")
+    model: str = Field(description="the name that /v1/models gives")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0 takes the likeliest token")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="keep the likeliest tokens with this mass"
     )
-    top_k: Annotated[int, Field(ge=0)] | None = Field(None, description="keep the k likeliest; 0 keeps all (ours)")
+    top_k: Annotated[int, Field(ge=0), INTEGRAL] | None = Field(
+        None, description="keep the k likeliest; 0 keeps all (ours)"
+    )
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="keep tokens at least this share as likely as the likeliest (ours)"
     )
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = Field(
         None, description="above 1 avoids what was said (ours)"
     )
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = Field(
         None, description="the text ends before any of these"
     )
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(None, description="the same gives the same text")
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(None, description="texts to draw of one prompt")
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), INTEGRAL] | None = Field(
+        None, description="the same gives the same text"
+    )
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), INTEGRAL] | None = Field(
+        None, description="texts to draw of one prompt"
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="taken, not used")
@@ -106,14 +121,14 @@ class CompletionRequest(SamplingFields):
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     ) = Field(description="text, which starts a document, or token ids, which are read as they are; one or many")
-    max_tokens: Annotated[int, Field(ge=0)] | None = Field(
+    max_tokens: Annotated[int, Field(ge=0), INTEGRAL] | None = Field(
         None, description="tokens to draw at most, 16 if null; the server has a limit of its own"
     )
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+    logprobs: Annotated[int, Field(ge=0, le=20), INTEGRAL] | None = Field(
         None, description="give log-probabilities, and those of so many likeliest tokens"
     )
     echo: bool | None = Field(None, description="give the prompt back before the text")
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = Field(None, description="not supported: 1")
+    best_of: Annotated[int, Field(ge=1, le=1), INTEGRAL] | None = Field(None, description="not supported: 1")
     suffix: None = Field(None, description="not supported: null")
 
 
@@ -148,12 +163,14 @@ class ChatRequest(SamplingFields):
     session: SessionName | None = Field(
         None, description="continue the conversation of this name from its saved memory; begins one if there is none"
     )
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(
+    max_tokens: Annotated[int, Field(ge=1), INTEGRAL] | None = Field(
         None, description="tokens to draw at most; the server has a limit of its own"
     )
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="newer name of max_tokens")
+    max_completion_tokens: Annotated[int, Field(ge=1), INTEGRAL] | None = Field(
+        None, description="newer name of max_tokens"
+    )
     logprobs: bool | None = Field(None, description="give log-probabilities")
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+    top_logprobs: Annotated[int, Field(ge=0, le=20), INTEGRAL] | None = Field(
         None, description="and those of so many likeliest tokens; needs logprobs"
     )
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = Field(None, description="taken, not used")

@@ -1,0 +1,85 @@
+"""The server keeps to its own OpenAPI description, whatever is sent: generated requests, valid and not."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, given, settings
+from schemathesis import Case, GenerationMode
+
+from mm_rec.serve.app import Service, create_app
+from mm_rec.tokenizer import MIN_VOCAB_SIZE
+
+N_CASES = int(os.environ.get("MM_REC_SCHEMA_CASES", "15"))
+"""Valid requests to each operation, and as many that are not; all checks of schemathesis run on each of them."""
+
+HOST = {"Host": "localhost"}
+OPERATIONS = (
+    "GET /health",
+    "GET /v1/models",
+    "GET /v1/models/{model}",
+    "POST /v1/completions",
+    "POST /v1/chat/completions",
+    "GET /v1/sessions/{session}",
+    "DELETE /v1/sessions/{session}",
+)
+
+
+@pytest.fixture
+def app(make_service: Callable[..., Service]) -> FastAPI:
+    return create_app(make_service(max_streams=16, max_tokens=4, max_sessions=5, seconds=20.0))
+
+
+def load(app: FastAPI) -> schemathesis.BaseSchema:
+    return schemathesis.openapi.from_asgi("/openapi.json", app, headers=HOST)
+
+
+def test_all_operations_are_tried(app: FastAPI) -> None:
+    assert {result.ok().label for result in load(app).get_all_operations()} == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_valid_requests(app: FastAPI, operation: str) -> None:
+    try_requests(app, operation, GenerationMode.POSITIVE)
+
+
+@pytest.mark.parametrize("operation", [one for one in OPERATIONS if "completions" in one or "sessions" in one])
+def test_invalid_requests(app: FastAPI, operation: str) -> None:
+    try_requests(app, operation, GenerationMode.NEGATIVE)
+
+
+def keep_rules(body: dict[str, Any]) -> None:
+    """Those that a description of single fields does not tell."""
+    if body.get("top_logprobs") is not None:
+        body["logprobs"] = True
+    if body.get("session") is not None:
+        body["n"] = 1
+    if isinstance(body.get("prompt"), list):
+        body["prompt"] = [_in_vocabulary(one) for one in body["prompt"]]
+
+
+def _in_vocabulary(prompt: Any) -> Any:
+    if isinstance(prompt, list):
+        return [_in_vocabulary(one) for one in prompt]
+    return prompt if isinstance(prompt, str) else prompt % MIN_VOCAB_SIZE
+
+
+def try_requests(app: FastAPI, operation: str, mode: GenerationMode) -> None:
+    method, path = operation.split()
+    described = load(app)[path][method]
+
+    @given(case=described.as_strategy(generation_mode=mode))
+    @settings(
+        max_examples=N_CASES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    def run(case: Case) -> None:
+        if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+            case.body["model"] = "tiny"  # another is not found, and nothing else would be tried
+            if mode is GenerationMode.POSITIVE:
+                keep_rules(case.body)
+        case.call_and_validate(headers=HOST)
+
+    run()
