@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from mm_rec.blocks.mm_rec_block import MMRecBlock
@@ -47,7 +47,7 @@ class MMRecConfig(PreTrainedConfig):  # type: ignore[misc]
             setattr(self, name, settings.pop(name, default))
         self.domain = domain
         self.use_cache = use_cache
-        super().__init__(**settings)
+        super().__init__(**{**settings, "tie_word_embeddings": True})
         self.auto_map = dict(AUTO_MAP)
 
     def model_config(self) -> ModelConfig:
@@ -119,6 +119,40 @@ class MMRecCache(Cache):  # type: ignore[misc]
             self.state = map_state(self.state, lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
 
+class MMRecBackbone(MMRecModel):
+    """:class:`MMRecModel` without its output head, called as `transformers` calls a base model."""
+
+    def __init__(self, config: MMRecConfig) -> None:
+        super().__init__(config.model_config())
+        self._defaults = config
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MMRecCache | None = None,
+        use_cache: bool | None = None,
+        domain: str | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPast:
+        """Features (B, T, D) of T more tokens of each row; arguments as in :meth:`MMRecForCausalLM.forward`.
+
+        What collators add for attention kernels, such as ``cu_seq_lens_q`` beside ``position_ids``, is not needed.
+        """
+        if use_cache is None:
+            use_cache = self._defaults.use_cache and not self.training
+        cache = MMRecCache() if past_key_values is None else past_key_values
+        if not isinstance(cache, MMRecCache):
+            raise ValueError(f"past_key_values must be an MMRecCache, got {type(cache).__name__}")
+        reset = _document_starts(input_ids, attention_mask, position_ids, cache.n_seen)
+        domain = self._defaults.domain if domain is None else domain
+        features, state = self.features(input_ids, cache.state, None if domain == "all" else domain, reset)
+        if use_cache or past_key_values is not None:
+            cache.update_state(state, input_ids.shape[1])
+        return BaseModelOutputWithPast(features, past_key_values=cache if use_cache else None)
+
+
 class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """:class:`MMRecModel` with the interface of a causal language model of `transformers`."""
 
@@ -127,12 +161,14 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _is_stateful = True
+    _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
     _no_split_modules = ["MMRecBlock"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["w_g", "address", "decay_bias", "gate_bias", "rate_logit"]  # noqa: RUF012
 
     def __init__(self, config: MMRecConfig) -> None:
         super().__init__(config)
-        self.model = MMRecModel(config.model_config())
+        self.model = MMRecBackbone(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -142,12 +178,20 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             nn.init.normal_(module.weight, std=EMBEDDING_STD)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding, which is also the output head."""
+        """The embedding, whose weight is also that of the output head."""
         return self.model.embedding
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the embedding, which is also the output head."""
+        """Replace the embedding."""
         self.model.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output head, whose weight is that of the embedding."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the output head."""
+        self.lm_head = value
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -183,36 +227,13 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         Raises:
             ValueError: for a mask of another length, or padding between tokens.
         """
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        cache = MMRecCache() if past_key_values is None else past_key_values
-        if not isinstance(cache, MMRecCache):
-            raise ValueError(f"past_key_values must be an MMRecCache, got {type(cache).__name__}")
-        reset = _document_starts(input_ids, attention_mask, position_ids, cache.n_seen)
-        domain = self.config.domain if domain is None else domain
-        keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
-        logits, state = self._logits(input_ids, cache.state, None if domain == "all" else domain, reset, keep)
-        if isinstance(logits_to_keep, Tensor):
-            logits = logits[:, logits_to_keep]
-        if use_cache or past_key_values is not None:
-            cache.update_state(state, input_ids.shape[1])
+        base = self.model(input_ids, attention_mask, position_ids, past_key_values, use_cache, domain)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(base.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **loss_settings)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
-
-    def _logits(
-        self, tokens: Tensor, state: ModelState | None, domain: str | None, reset: Tensor | None, keep: int
-    ) -> tuple[Tensor, ModelState]:
-        """Logits (B, keep, V) of the last ``keep`` tokens, of all if 0, and the state after them."""
-        rest = max(tokens.shape[1] - keep, 0) if keep else 0
-        if rest:
-            # Rows of weight 0 are left out of the output head, which is the larger part of the work.
-            no_loss = torch.zeros(tokens[:, :rest].shape, device=tokens.device)
-            before = None if reset is None else reset[:, :rest]
-            _, state = self.model(tokens[:, :rest], state, domain, before, targets=tokens[:, :rest], weight=no_loss)
-        logits, after = self.model(tokens[:, rest:], state, domain, None if reset is None else reset[:, rest:])
-        return logits, after
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=base.past_key_values)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **settings: Any) -> None:
         """Write configuration, weights (named as in a checkpoint) and the modeling file for ``trust_remote_code``."""

@@ -141,6 +141,24 @@ class MMRecModel(nn.Module):
         Raises:
             ValueError: for an unknown domain or a state that lacks an expert.
         """
+        y, next_state = self.features(tokens, state, domain, reset)
+        if targets is None:
+            return F.linear(y, self.embedding.weight), next_state
+        loss, nll = ops.linear_cross_entropy(
+            y.flatten(0, 1),
+            self.embedding.weight,
+            targets.reshape(-1),
+            None if weight is None else weight.reshape(-1),
+        )
+        return LossOutput(loss, nll.view(targets.shape)), next_state
+
+    def features(
+        self, tokens: Tensor, state: ModelState | None = None, domain: str | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """What the output head reads, (B, T, D), and the state after the last token; arguments as in :meth:`forward`.
+
+        The logits are the product with the embedding's transpose.
+        """
         batch, time = tokens.shape
         names = self._domains(domain)
         if state is None:
@@ -164,16 +182,7 @@ class MMRecModel(nn.Module):
             )
             outputs.append(y)
         y = outputs[0] if domain is not None else self.fusion(outputs)
-        next_state = ModelState(position[:, -1] + 1, after)
-        if targets is None:
-            return F.linear(y, self.embedding.weight), next_state
-        loss, nll = ops.linear_cross_entropy(
-            y.reshape(batch * time, -1),
-            self.embedding.weight,
-            targets.reshape(-1),
-            None if weight is None else weight.reshape(-1),
-        )
-        return LossOutput(loss, nll.view(batch, time)), next_state
+        return y, ModelState(position[:, -1] + 1, after)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: ModelState, domain: str | None = None) -> tuple[Tensor, ModelState]:

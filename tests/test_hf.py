@@ -266,3 +266,17 @@ def test_a_new_model_follows_the_seed() -> None:
     assert MMRecConfig().model_config() == ModelConfig.preset("100m")
     with pytest.raises(ValueError, match="multiple of 64"):
         MMRecForCausalLM(MMRecConfig(**{**CONFIG.to_dict(), "vocab_size": 100}))
+
+
+def test_the_base_model_and_the_tied_head_make_the_logits(model: MMRecForCausalLM, folder: Path) -> None:
+    batch = tokens(2, 20)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for one in (model, AutoModelForCausalLM.from_pretrained(folder, domain="code")):
+        features = one.base_model(batch, use_cache=True)
+        assert torch.equal(one.lm_head(features.last_hidden_state), one(batch).logits)
+        assert features.past_key_values.get_seq_length() == 20
+    wider = AutoModelForCausalLM.from_pretrained(folder)
+    wider.resize_token_embeddings(384)
+    assert wider(batch).logits.shape == (2, 20, 384)
+    assert wider.config.vocab_size == wider.config.model_config().vocab_size == 384
+    torch.testing.assert_close(wider(batch).logits[..., :320], model(batch).logits)
