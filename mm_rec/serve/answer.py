@@ -144,6 +144,8 @@ class Answer:
                 await asyncio.shield(self._saving)
             self._drawn += event.drawn
             running -= event.finish is not None
+            if not running:
+                self.close()  # the session is free before the client knows that its answer is complete
             yield index, Choice(event.text, list(event.scores), event.finish)
 
     async def _next(self) -> tuple[int, Event]:

@@ -7,6 +7,7 @@ The files are those of ``mm-rec chat``, which can continue them.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
 import stat
@@ -26,6 +27,8 @@ from mm_rec.state import ModelState, flatten_state, unflatten_state
 from mm_rec.tokenizer import Tokenizer
 
 __all__ = ["Memory", "SessionStore"]
+
+_log = logging.getLogger("mm_rec.serve")
 
 # Lower-case ASCII alone: no two names are one file on any file system, and none leads out of the folder.
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -153,6 +156,7 @@ class SessionStore:
         try:
             session_file.write(self._folder / f"{name}{_SUFFIX}", tensors, self._identity | settings)
         except storage.StorageError as error:
+            _log.error("session %s: %s", name, error)
             raise ApiError.busy("the session could not be saved; the server's log says why") from error
 
     def size(self, name: str) -> int:

@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 
 from mm_rec.serve.app import Service
 from mm_rec.serve.gate import Limits, is_loopback
+from mm_rec.serve.protocol import ImpatientProtocol
 
 Connect = Callable[..., TestClient]
 MakeService = Callable[..., Service]
@@ -161,6 +162,26 @@ def test_a_slow_body_is_given_up(service: Service, serve: Serve) -> None:
         connection.sendall(raw_request(SHORT, length=1000))
         status, body, _ = read_reply(connection)
         assert (status, body["error"]["type"]) == (408, "invalid_request_error")
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"], ids=["first", "second"])
+def test_a_slow_head_is_given_up(
+    service: Service, serve: Serve, monkeypatch: pytest.MonkeyPatch, before: bytes
+) -> None:
+    monkeypatch.setattr(ImpatientProtocol, "head_seconds", 0.4)
+    with serve(service) as address, connected(address) as connection:
+        connection.sendall(before)
+        if before:
+            assert read_reply(connection)[0] == 200
+        start = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            for byte in b"GET /health HTTP/1.1\r\nX-Slow: " + b"a" * 300:
+                connection.sendall(bytes([byte]))
+                time.sleep(0.05)
+        assert time.monotonic() - start < 10
+        with connected(address) as another:
+            another.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert read_reply(another)[0] == 200
 
 
 def test_a_client_that_does_not_read_is_given_up(
