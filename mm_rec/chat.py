@@ -108,6 +108,7 @@ class ChatSession:
     state: ModelState
     generator: torch.Generator
     turns: int = 0
+    _identity: dict[str, Any] | None = None
 
     @classmethod
     def start(
@@ -182,7 +183,9 @@ class ChatSession:
         tensors = flatten_state(self.state)
         tensors |= {"generator": self.generator.get_state(), "turns": torch.tensor(self.turns)}
         settings = {"domain": self.domain, "system": self.system, "sampling": dataclasses.asdict(self.sampling)}
-        session_file.write(path, tensors, _identity(self.model, self.tokenizer) | settings)
+        if self._identity is None:  # reads all weights, so once for all saves
+            self._identity = _identity_of(self.model, self.tokenizer)
+        session_file.write(path, tensors, self._identity | settings)
 
     @classmethod
     def load(
@@ -194,7 +197,8 @@ class ChatSession:
             UserError: if the file is missing or damaged, or was made with another model, precision or tokenizer.
         """
         tensors, settings = session_file.read(path)
-        for name, value in _identity(model, tokenizer).items():
+        identity = _identity_of(model, tokenizer)
+        for name, value in identity.items():
             if settings[name] != value:
                 raise UserError(
                     f"{path} was made with another {name}; continue it with that one or start a new session"
@@ -207,7 +211,9 @@ class ChatSession:
         turns = int(tensors.pop("turns"))
         device = model.embedding.weight.device
         state = unflatten_state({name: tensor.to(device) for name, tensor in tensors.items()}, model.config)
-        return cls(model, tokenizer, sampling, settings["domain"], settings["system"], state, generator, turns)
+        return cls(
+            model, tokenizer, sampling, settings["domain"], settings["system"], state, generator, turns, identity
+        )
 
 
 def transcript(session: ChatSession, questions: Iterable[str], between: Callable[[], None] = lambda: None) -> str:
@@ -222,7 +228,7 @@ def transcript(session: ChatSession, questions: Iterable[str], between: Callable
     return "\n".join(lines) + "\n"
 
 
-def _identity(model: MMRecModel, tokenizer: Tokenizer) -> dict[str, Any]:
+def _identity_of(model: MMRecModel, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a saved session fits, the most telling difference first."""
     return {
         "tokenizer": tokenizer.sha256,
