@@ -117,7 +117,7 @@ class Service:
             top_p=1.0 if body.top_p is None else body.top_p,
             min_p=body.min_p or 0.0,
             stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
-            seed=secrets.randbits(63) if body.seed is None else body.seed,
+            seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
         )
 
 

@@ -132,15 +132,16 @@ class Engine:
         """Queue jobs, all or none; each listener is called in the engine's thread with the events of its job.
 
         Raises:
-            QueueFullError: if not all of them find room in the queue.
+            QueueFullError: if not all of them find room in the queue; an empty one takes any number.
             StoppedError: if the engine doesn't run.
         """
         tickets = [Ticket(job, listener) for job, listener in zip(jobs, listeners, strict=True)]
         with self._changed:
             if self._stopping or self._thread is None:
                 raise StoppedError("the server is shutting down")
-            if len(self._waiting) + len(tickets) > self.max_queue:
-                raise QueueFullError(f"{len(self._waiting)} requests are waiting already; try again in a moment")
+            waiting = sum(not ticket.cancelled for ticket in self._waiting)
+            if waiting and waiting + len(tickets) > self.max_queue:
+                raise QueueFullError(f"{waiting} requests are waiting already; try again in a moment")
             self._waiting.extend(tickets)
             self._changed.notify()
         return tickets
@@ -169,7 +170,7 @@ class Engine:
     def _turn(self) -> None:
         now = time.monotonic()
         self._leave(now)
-        self._admit(now)
+        self._admit()
         if self._reading:
             self._read_chunk()
         self._join()
@@ -184,6 +185,13 @@ class Engine:
             elif now > row.ticket.job.deadline and row.finish is None:
                 self._finish(row, "length")
         self._compact()
+        with self._changed:
+            overdue = [ticket for ticket in self._waiting if now > ticket.job.deadline and not ticket.cancelled]
+            self._waiting = deque(
+                ticket for ticket in self._waiting if not ticket.cancelled and now <= ticket.job.deadline
+            )
+        for ticket in overdue:
+            ticket.listener(OverdueError("the request's time was over before its turn came"))
         for row, _ in self._reading:
             row.gone = row.ticket.cancelled or now > row.ticket.job.deadline
             if row.gone and not row.ticket.cancelled:
@@ -191,23 +199,15 @@ class Engine:
         if any(row.gone for row, _ in self._reading):
             self._reading = deque((row, state) for row, state in self._reading if not row.gone)
 
-    def _admit(self, now: float) -> None:
+    def _admit(self) -> None:
         """Give rows to waiting jobs, first come, first served."""
         while True:
             with self._changed:
-                if not self._waiting:
+                if not self._waiting or self.running + self._waiting[0].job.n > self.max_streams:
                     return
-                ticket = self._waiting[0]
-                job = ticket.job
-                served = not ticket.cancelled and now <= job.deadline
-                if served and self.running + job.n > self.max_streams:
-                    return
-                self._waiting.popleft()
-            if served:
-                state = job.state or self.model.initial_state(1, self.domain)
-                self._read_on(self._new_row(ticket, 0), state)
-            elif not ticket.cancelled:
-                ticket.listener(OverdueError("the request's time was over before its turn came"))
+                ticket = self._waiting.popleft()
+            state = ticket.job.state or self.model.initial_state(1, self.domain)
+            self._read_on(self._new_row(ticket, 0), state)
 
     def _new_row(self, ticket: Ticket, choice: int) -> _Row:
         job = ticket.job

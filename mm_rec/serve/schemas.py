@@ -98,9 +98,7 @@ class SamplingFields(Strict):
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = Field(
         None, description="the text ends before any of these"
     )
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), INTEGRAL] | None = Field(
-        None, description="the same gives the same text"
-    )
+    seed: Annotated[int, INTEGRAL] | None = Field(None, description="the same gives the same text")
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), INTEGRAL] | None = Field(
         None, description="texts to draw of one prompt"
     )
@@ -174,7 +172,6 @@ class ChatRequest(SamplingFields):
         None, description="and those of so many likeliest tokens; needs logprobs"
     )
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = Field(None, description="taken, not used")
-    store: Literal[False] | None = Field(None, description="not supported: false")
     response_format: ResponseFormat | None = None
     tools: Nothing | None = Field(None, description="not supported: empty")
     tool_choice: Literal["none", "auto"] | None = None

@@ -227,7 +227,7 @@ def test_no_text_of_a_user_becomes_a_control_token(
         ("completions", {"prompt": "a", "top_p": 0}, 400, None, "top_p"),
         ("completions", {"prompt": "a", "stop": [""]}, 400, None, "stop.0"),
         ("completions", {"prompt": "a", "stop": ["a"] * 17}, 400, None, "stop"),
-        ("completions", {"prompt": "a", "seed": 2**63}, 400, None, "seed"),
+        ("completions", {"prompt": "a", "seed": 0.5}, 400, None, "seed"),
         ("completions", {"prompt": "a", "frequency_penalty": 1}, 400, None, "frequency_penalty"),
         ("completions", {"prompt": "a", "best_of": 2}, 400, None, "best_of"),
         ("completions", {f"field_{i}": i for i in range(100)}, 400, None, None),

@@ -245,8 +245,14 @@ def test_the_queue_is_bounded_and_takes_all_or_none(make: Callable[..., Runner],
     with pytest.raises(QueueFullError, match="2 requests are waiting"):
         runner.submit(runner.job("d"), runner.job("e"))
     assert runner.engine.waiting == 2
+    [(given_up, _)] = runner.submit(runner.job("d"))
+    given_up.cancel()
+    [(given_up, _)] = runner.submit(runner.job("e"))
+    given_up.cancel()
+    wait_until(lambda: runner.engine.waiting == 2)
     first.cancel()
     assert [one.wait().outputs[-1].finish for _, one in waiting] == ["length", "length"]
+    assert len(runner.run(*[runner.job("many prompts")] * 5)) == 5, "a request may be longer than the queue"
 
 
 def test_time_over(make: Callable[..., Runner]) -> None:

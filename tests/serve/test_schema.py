@@ -30,7 +30,7 @@ OPERATIONS = (
 
 @pytest.fixture
 def app(make_service: Callable[..., Service]) -> FastAPI:
-    return create_app(make_service(max_streams=16, max_tokens=4, max_sessions=5, seconds=20.0))
+    return create_app(make_service(max_streams=16, max_queue=1000, max_tokens=4, max_sessions=5, seconds=20.0))
 
 
 def load(app: FastAPI) -> schemathesis.BaseSchema:
@@ -80,6 +80,6 @@ def try_requests(app: FastAPI, operation: str, mode: GenerationMode) -> None:
             case.body["model"] = "tiny"  # another is not found, and nothing else would be tried
             if mode is GenerationMode.POSITIVE:
                 keep_rules(case.body)
-        case.call_and_validate(headers=HOST)
+        case.call_and_validate(headers=HOST, timeout=60)
 
     run()
