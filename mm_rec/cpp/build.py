@@ -26,10 +26,12 @@ COMPILE_FLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti",
     "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra",
 ]  # fmt: skip
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 LEVEL_FLAGS: dict[str, list[str]] = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    "avx512": AVX512_FLAGS,
+    "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
 }
 
 # Machine code for the two generations with bf16 matrix units that differ, and PTX that the driver compiles for later

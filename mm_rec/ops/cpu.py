@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from mm_rec.ops.native import CpuLibrary
 __all__ = ["load"]
 
 LOGIT_BYTES = 68_000_000  # most memory for the logits of a chunk of rows
+_kept = threading.local()  # per thread: the buffer of the last logits; fresh pages for it cost as much as its softmax
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 _call: SimpleNamespace  # the functions of the library, set by load()
@@ -431,6 +433,13 @@ def memory_read_backward(
     return dq, dk, dv, dkey, dvalue, dmass
 
 
+def _logits_buffer(rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    kept: Tensor | None = getattr(_kept, "logits", None)
+    if kept is None or kept.dtype != dtype or kept.numel() < rows * vocabulary:
+        kept = _kept.logits = _empty((rows * vocabulary,), dtype)
+    return kept[: rows * vocabulary].view(rows, vocabulary)
+
+
 def linear_cross_entropy(
     y: Tensor, embedding: Tensor, targets: Tensor, weight: Tensor, needs_dy: bool, needs_dembedding: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -446,7 +455,7 @@ def linear_cross_entropy(
     targets, weight, dtype = targets.contiguous(), weight.contiguous(), y.dtype
     chunks = -(-rows * vocabulary * y.element_size() // LOGIT_BYTES)
     chunk = -(-rows // chunks)
-    logits = _empty((chunk, vocabulary), dtype)
+    logits = _logits_buffer(chunk, vocabulary, dtype)
     nll = _empty((rows,))
     dy = _empty(y.shape if needs_dy else (0,), dtype)
     dembedding = _empty(embedding.shape if needs_dembedding else (0,), dtype)
@@ -457,10 +466,11 @@ def linear_cross_entropy(
         part = slice(begin, min(rows, begin + chunk))
         out = logits[: part.stop - begin]
         torch.mm(y[part], embedding.t(), out=out)
-        _call.cross_entropy(
+        result = _call.cross_entropy(
             _TYPE_CODES[dtype], len(out), vocabulary, out.data_ptr(), targets[part].data_ptr(),
             weight[part].data_ptr(), nll[part].data_ptr(), needs_dy or needs_dembedding, torch.get_num_threads(),
         )  # fmt: skip
+        _check(result)
         if needs_dy:
             torch.mm(out, embedding, out=dy[part])
         if needs_dembedding:

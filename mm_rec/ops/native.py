@@ -15,7 +15,7 @@ from mm_rec.ops.backend import NativeUnavailableError
 
 __all__ = ["LEVELS", "LIBRARY_PATH", "CpuLibrary", "openmp_runtimes"]
 
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
 LIBRARY_PATH = Path(__file__).resolve().parents[1] / "cpp" / CPU_LIBRARY
 INTERFACE = 1  # mm_rec_interface() of mm_rec/cpp/src/level.cpp
 REBUILD = "cd mm_rec/cpp && python setup.py build_ext --inplace"
@@ -50,7 +50,7 @@ _SIGNATURES = {
     "memory_update_backward": ("i nnnnnn p pn pn p p ppp ppp p p p p ppp i", "i"),
     "memory_read": ("i nnnnnn p pn pn pn ppp pp p p i", "i"),
     "memory_read_backward": ("i nnnnnn p pn pn pn ppp pp pn p p ppp ppp i", "i"),
-    "cross_entropy": ("i nn p p p p i i", "-"),
+    "cross_entropy": ("i nn p p p p i i", "i"),
     "adamw": ("i n p p p p p fffffff i", "-"),
     "sum_of_squares": ("n p p p i", "d"),
 }

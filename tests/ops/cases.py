@@ -147,6 +147,7 @@ def memory_read(case: MemoryCase, dtype: torch.dtype) -> Arguments:
     versions = -(-time // (window // 2)) + 1
     key, value = (random.normal(batch, versions, heads, slots, d) for _ in range(2))
     mass = random.uniform(batch, versions, heads, slots) * 3 + 0.05
+    value = value * mass[..., None]  # a sum of values, each as large as any
     mass = mass.masked_fill(random.uniform(*mass.shape) < 0.2, 0.0)  # empty slots
     return q, k, v, key, value, mass, positions(batch, time, start, resets), 1000.0
 

@@ -82,15 +82,15 @@ import torch
 from mm_rec import ops
 from mm_rec.ops import reference
 from ops.cases import CASES
-from ops.compare import assert_agree, run, widen
+from ops.compare import assert_agree, run, tolerance, widen
+level = ops.status()["cpu"].level
 for op, cases in CASES.items():
     for name, build in list(cases.items())[:4]:
         for dtype in (torch.float32, torch.bfloat16):
-            coarse = {torch.float32: 5e-3, torch.bfloat16: 1e-2}
-            tolerance = {torch.float32: 2e-5} if dtype == torch.float32 else coarse
             arguments = build(dtype)
-            assert_agree(run(getattr(ops, op), arguments), run(getattr(reference, op), widen(arguments)), tolerance)
-print(ops.status()["cpu"].level)
+            got, want = run(getattr(ops, op), arguments), run(getattr(reference, op), widen(arguments))
+            assert_agree(got, want, tolerance(op, dtype, level))
+print(level)
 """
 
 

@@ -4,11 +4,11 @@
 
 #include "loss.h"
 #include "mdi.h"
-#include "memory_read.h"
+#include "memory_read_backward.h"
 #include "memory_update.h"
 #include "norm.h"
 #include "optimizer.h"
-#include "recurrence.h"
+#include "recurrence_backward.h"
 #include "scan.h"
 
 using namespace mm_rec::MM_LEVEL;
@@ -69,7 +69,7 @@ MM_EXPORT(int, recurrence_backward)
         const RecurrenceInputs<decltype(t)> in{batch, time,  heads,     d,   z,  z_row, as(u, t),
                                                u_row, gamma, gamma_row, w_g, h0, reset};
         const RecurrenceGradients<decltype(t)> out{dz, as(du, t), dgamma, dw_g, dh0};
-        return int(!recurrence_backward(in, out, h, dh, dh_row, dh_last, threads));
+        return int(!recurrence_backward(in, {dh, dh_row, dh_last}, out, h, threads));
     });
 }
 
@@ -160,11 +160,11 @@ MM_EXPORT(void, relu_squared_backward)
     with_type(type, [&](auto t) { relu_squared_backward(n, as(dy, t), as(x, t), as(dx, t), threads); });
 }
 
-MM_EXPORT(void, cross_entropy)
+MM_EXPORT(int, cross_entropy)
 (int type, int64_t rows, int64_t columns, void* logits, const int64_t* target, const float* weight, float* nll,
  int gradient, int threads) {
-    with_type(type, [&](auto t) {
-        cross_entropy(rows, columns, as(logits, t), target, weight, nll, gradient != 0, threads);
+    return with_type(type, [&](auto t) {
+        return int(!cross_entropy(rows, columns, as(logits, t), target, weight, nll, gradient != 0, threads));
     });
 }
 
@@ -233,6 +233,7 @@ MM_EXPORT(int, memory_read_backward)
         const ReadInputs<T> in{shape, {as(q, t), q_row}, {as(k, t), k_row}, {as(v, t), v_row}, {key, value, mass},
                                cosine, sine};
         const ReadGradients<T> to{as(dq, t), as(dk, t), as(dv, t), {dkey, dvalue, dmass}};
-        return memory_read_backward(in, to, {as(dout, t), dout_row}, as(static_cast<const void*>(out), t), lse, threads);
+        const ReadFromAbove<T> above{{as(dout, t), dout_row}, {as(out, t), heads * d}, lse};
+        return memory_read_backward(in, above, to, threads);
     });
 }

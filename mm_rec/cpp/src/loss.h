@@ -1,7 +1,7 @@
 // Cross entropy of rows of logits, and its gradient in their place.
 #pragma once
 
-#include "vec.h"
+#include "scratch.h"
 
 extern "C" {
 float logf(float);
@@ -14,40 +14,60 @@ namespace MM_LEVEL {
 MM_INLINE float value(float x) { return x; }
 MM_INLINE float value(bf16 x) { return widen(x); }
 
+// The largest of `columns` logits.
+template <class T>
+static float largest(int64_t columns, const T* row) {
+    vf top = splat(value(row[0]));
+    int64_t i = 0;
+    for (; i + W <= columns; i += W) top = max(load(row + i), top);
+    float result = max(top);
+    for (; i < columns; ++i) result = value(row[i]) > result ? value(row[i]) : result;
+    return result;
+}
+
+// e^(logit - top) of a row, to `exponentials` if that is not null; returns their sum.
+template <class T>
+static float sum_exponentials(int64_t columns, const T* row, float top, float* exponentials) {
+    vf sums = {};
+    for (int64_t i = 0; i < columns; i += W) {
+        vf e = exp(load(row + i, columns - i) - top);
+        if (exponentials) store(exponentials + i, e);
+        for (int64_t lane = columns - i; lane < W; ++lane) e[lane] = 0.0f;  // past the end of the row
+        sums += e;
+    }
+    return sum(sums);
+}
+
 // nll[r] = log sum exp(logits) - logits[target], 0 where weight[r] is 0. With `gradient`, logits become
 // weight[r] * (softmax - one-hot(target)), the gradient of sum weight * nll. Rows are `columns` apart.
+// False if there is no memory for the scratch.
 template <class T>
-static void cross_entropy(int64_t rows, int64_t columns, T* logits, const int64_t* target, const float* weight,
+static bool cross_entropy(int64_t rows, int64_t columns, T* logits, const int64_t* target, const float* weight,
                           float* nll, bool gradient, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows > 1 && threads > 1)
-    for (int64_t r = 0; r < rows; ++r) {
-        T* row = logits + r * columns;
-        if (weight[r] == 0.0f) {
-            nll[r] = 0.0f;
-            if (gradient) memset(row, 0, columns * sizeof(T));
-            continue;
+    bool done = true;
+#pragma omp parallel num_threads(threads) if (rows > 1 && threads > 1) reduction(&& : done)
+    {
+        const Scratch exponentials(gradient ? round_up(columns, W) : 1);
+        done = exponentials.data != nullptr;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; ++r) {
+            T* row = logits + r * columns;
+            if (!exponentials.data) continue;
+            if (weight[r] == 0.0f) {
+                nll[r] = 0.0f;
+                if (gradient) memset(row, 0, columns * sizeof(T));
+                continue;
+            }
+            const float top = largest(columns, row), target_logit = value(row[target[r]]);
+            const float sum = sum_exponentials(columns, row, top, gradient ? exponentials.data : nullptr);
+            nll[r] = logf(sum) + top - target_logit;
+            if (!gradient) continue;
+            const vf scale = splat(weight[r] / sum);
+            for (int64_t i = 0; i < columns; i += W) store(row + i, load(exponentials.data + i) * scale, columns - i);
+            store(row + target[r], splat(weight[r] * (expf(target_logit - top) / sum - 1.0f)), 1);
         }
-        vf largest = splat(-3.4e38f);
-        int64_t i = 0;
-        for (; i + W <= columns; i += W) largest = max(load(row + i), largest);
-        float top = max(largest);
-        for (; i < columns; ++i) top = value(row[i]) > top ? value(row[i]) : top;
-        vf sums = {};
-        for (i = 0; i + W <= columns; i += W) sums += exp(load(row + i) - top);
-        float denominator = sum(sums);
-        if (i < columns) {
-            float tail[W];
-            store(tail, exp(load(row + i, columns - i) - top));
-            for (int64_t k = 0; k < columns - i; ++k) denominator += tail[k];
-        }
-        const float target_logit = value(row[target[r]]);
-        nll[r] = logf(denominator) + top - target_logit;
-        if (!gradient) continue;
-        const vf scale = splat(weight[r] / denominator);
-        const float at_target = weight[r] * (expf(target_logit - top) / denominator - 1.0f);
-        for (i = 0; i < columns; i += W) store(row + i, exp(load(row + i, columns - i) - top) * scale, columns - i);
-        store(row + target[r], splat(at_target), 1);
     }
+    return done;
 }
 
 }  // namespace MM_LEVEL

@@ -15,16 +15,19 @@ constexpr int64_t MDI_CHUNKS = 64;  // most chunks of rows that bias gradients a
 
 struct Decay {
     vf p, q;  // sigmoid(logit) and 1 - sigmoid(logit), each to full precision
-    vf gamma, c;
+    vf gamma;
+    vf c, inverse_c;
 };
 
 MM_INLINE Decay decay_of(vf logit) {
     Decay d;
     const vf e = exp(-at_least(logit, -80.0f));  // below, p is far under the clamp and e near overflow
-    d.p = 1.0f / (1.0f + e);
+    d.p = reciprocal(1.0f + e);
     d.q = e * d.p;
     d.gamma = at_most(at_least(d.p, GAMMA_MIN), GAMMA_MAX);
-    d.c = sqrt(at_least(d.q, ONE_MINUS_GAMMA_MAX) * (1.0f + d.gamma));
+    const vf c_squared = at_least(d.q, ONE_MINUS_GAMMA_MAX) * (1.0f + d.gamma);
+    d.inverse_c = reciprocal_sqrt(c_squared);
+    d.c = c_squared * d.inverse_c;
     return d;
 }
 
@@ -82,7 +85,7 @@ static void mdi_backward(int64_t rows, int64_t columns, const float* dgamma, int
                     store(gate_sum + i, load(gate_sum + i, left) + dlogit, left);
                 }
                 store(dcandidate + row * columns + i, g * d.c * open, left);
-                vf dp = -(g * z * open) * d.gamma / d.c;
+                vf dp = -(g * z * open) * (d.gamma * d.inverse_c);
                 if (dgamma) dp += load(dgamma + row * dgamma_row + i, left);
                 const vf dlogit = (d.p >= GAMMA_MIN) & (d.p <= GAMMA_MAX) ? dp * d.p * d.q : vf{};
                 store(ddecay + row * columns + i, dlogit, left);

@@ -63,36 +63,52 @@ template <class T>
 struct HeadRows {
     T* data;
     int64_t row;
+
+    // The row of one head, asking for the one that will be wanted `AHEAD` rows later if that is before `end`.
+    T* at(int64_t index, int64_t end, int64_t head, int64_t d) const {
+        constexpr int64_t AHEAD = 10;
+        if (index + AHEAD < end) prefetch_row(data + (index + AHEAD) * row + head * d, d);
+        return data + index * row + head * d;
+    }
 };
 
+// A row of d elements to a row of floats, filled up with zeros to whole vectors.
 template <class T>
-MM_INLINE void widen_row(int64_t d, const T* from, float* to) {
+MM_INLINE void load_row(int64_t d, const T* from, float* to) {
     for (int64_t i = 0; i < d; i += W) store(to + i, load(from + i, d - i));
 }
-template <class T>
-MM_INLINE void narrow_row(int64_t d, const float* from, T* to) {
-    for (int64_t i = 0; i < d; i += W) store(to + i, load(from + i), d - i);
+// The first d elements of a row, times scale.
+template <class T, class U>
+MM_INLINE void store_row(int64_t d, const T* from, U* to, float scale = 1) {
+    for (int64_t i = 0; i < d; i += W) store(to + i, load(from + i, d - i) * scale, d - i);
 }
 
-// Rotate the two halves of a row of d by the angles whose cosines and sines are given, and scale it. The
-// gradient is the rotation back: sign = -1.
-MM_INLINE void rotate_row(int64_t d, const float* cosine, const float* sine, float sign, float scale, float* x) {
+// to = x with its two halves rotated by the angles whose cosines and sines are given, times scale. The gradient is
+// the rotation back: sign = -1. May be in place.
+template <class T>
+MM_INLINE void rotate_row(int64_t d, const float* cosine, const float* sine, float sign, float scale, const float* x,
+                          T* to) {
     const int64_t half = d / 2;
     for (int64_t i = 0; i < half; i += W) {
         const int64_t left = half - i;
         const vf c = load(cosine + i, left) * scale, s = load(sine + i, left) * (sign * scale);
         const vf first = load(x + i, left), second = load(x + half + i, left);
-        store(x + i, first * c - second * s, left);
-        store(x + half + i, first * s + second * c, left);
+        store(to + i, first * c - second * s, left);
+        store(to + half + i, first * s + second * c, left);
     }
 }
 
-// to[c][r] = from[r][c] for r < rows, c < columns; columns of `to` past `rows`, up to to_pitch, are 0.
-static void transpose(int64_t rows, int64_t columns, const float* from, int64_t from_pitch, float* to, int64_t to_pitch) {
-    for (int64_t c = 0; c < columns; ++c) {
-        for (int64_t r = 0; r < rows; ++r) to[c * to_pitch + r] = from[r * from_pitch + c];
-        for (int64_t r = rows; r < to_pitch; ++r) to[c * to_pitch + r] = 0.0f;
-    }
+// to[c][r] = from[r][c] for r < rows, c < columns; columns of `to` past `rows`, up to to_pitch, are 0. The rows of
+// both are whole vectors of cells of 4 bytes: `columns` is rounded up to one.
+template <class Cell>
+static void transpose(int64_t rows, int64_t columns, const Cell* from, int64_t from_pitch, Cell* to, int64_t to_pitch) {
+    for (int64_t r = 0; r < to_pitch; r += W)
+        for (int64_t c = 0; c < columns; c += W) {
+            vu block[W] = {};
+            for (int64_t i = 0; i < min64(W, rows - r); ++i) memcpy(&block[i], from + (r + i) * from_pitch + c, sizeof(vu));
+            transpose(block);
+            for (int64_t i = 0; i < W; ++i) memcpy(to + (c + i) * to_pitch + r, &block[i], sizeof(vu));
+        }
 }
 
 }  // namespace MM_LEVEL

@@ -1,9 +1,12 @@
-// One softmax over the window and the slots, forward and backward; one task is one head of one sequence.
+// One softmax over the window and the slots; one task is one head of one sequence.
 //
 // Queries go in runs of up to RUN consecutive tokens of one document that see the same version of the memory.
 // All that a run can see are rows: its window first, then the slots. Scores are kept transposed, a row per key
 // and a column per query, so that the softmax is plain arithmetic across queries and no buffer is larger than
 // (W + RUN + S) x RUN.
+//
+// Matrix products take elements and cells (product.h), everything else is float32. Where cells are pairs of rows, a
+// window begins and ends at an even row, and what it must not see in them is masked.
 #pragma once
 
 #include "memory.h"
@@ -16,21 +19,22 @@ constexpr int64_t RUN = 64;
 template <class T>
 struct ReadInputs {
     MemoryShape shape;
-    HeadRows<const T> q, k, v;      // (batch, time, heads, d) and (batch, context, heads, d)
-    Memory<const float> memory;     // all versions
-    const float *cosine, *sine;     // (context, d / 2)
+    HeadRows<const T> q, k, v;   // (batch, time, heads, d) and (batch, context, heads, d)
+    Memory<const float> memory;  // all versions
+    const float *cosine, *sine;  // (context, d / 2)
 };
 
-// Tokens [begin, end) of the chunk, what they see, and how much of it.
+// Tokens [begin, end) of the chunk and what they see.
 struct Run {
     int64_t begin, end, version;
-    int64_t key_begin, keys;  // context rows [key_begin, key_begin + keys)
+    int64_t first_key;        // the first row of the context that any of them sees
+    int64_t key_begin, keys;  // rows [key_begin, key_begin + keys) of the context, whole cells
     bool slots;               // whether the long-term memory is read
     int64_t queries() const { return end - begin; }
 };
 
 // The run that starts at token `begin`, where `version` writes have happened before it.
-static Run next_run(const MemoryShape& s, int64_t b, int64_t begin, int64_t version) {
+static Run next_run(const MemoryShape& s, int64_t b, int64_t begin, int64_t version, int64_t depth) {
     Run run;
     run.begin = begin;
     run.version = version + s.writes(b, begin);
@@ -40,65 +44,85 @@ static Run next_run(const MemoryShape& s, int64_t b, int64_t begin, int64_t vers
            (s.at(b, t) >= s.window) == run.slots)
         ++t;
     run.end = t;
-    run.key_begin = max64(max64(begin + 1, s.window + begin - s.at(b, begin)), 0);
-    run.keys = s.window + t - run.key_begin;
+    run.first_key = max64(max64(begin + 1, s.window + begin - s.at(b, begin)), 0);
+    run.key_begin = run.first_key / depth * depth;
+    run.keys = round_up(s.window + t - run.key_begin, depth);
     return run;
 }
 
-// Buffers of one task. Rows of d are `pitch` apart, rows of scores RUN.
+// Buffers of one task. Rows of d are `pitch` elements apart, rows of scores RUN. Of the operands, `_rows` are as in
+// memory, `_pairs` are rows of B and `_columns` are transposed; with floats as cells, pairs are the rows themselves.
+template <class T>
 struct ReadScratch {
-    float *k, *v;                       // (context, pitch): rotated keys, values
-    float *slot_key, *slot_value;       // (slots, pitch): normed keys, values over mass
-    float *q, *q_rotated;               // (RUN, pitch), scaled by 1 / sqrt(d)
-    float *q_columns, *rotated_columns; // (d, RUN), the same transposed
-    float *scores;                      // (window + RUN + slots, RUN)
-    float *out;                         // (RUN, pitch)
-    float *sums;                        // (RUN)
-    float *slot_rms;                    // (slots): inverse root mean square of the keys
-    float *dk, *dv, *dq;                // backward, as k, v, out
-    float *dslot_key, *dslot_value;     // backward
-    float *dout_columns, *dscores;      // backward, as q_columns, scores
-    int64_t pitch;
+    typedef typename Operand<T>::Cell Cell;
+    typedef typename Operand<T>::Element Element;
+    static constexpr int64_t depth = DEPTH<Cell>;
 
-    ReadScratch(const MemoryShape& s, bool backward, Parts& parts) : pitch(s.pitch()) {
-        const int64_t scored = (s.window + RUN + s.slots) * RUN;
-        k = parts.take(s.context() * pitch);
-        v = parts.take(s.context() * pitch);
+    int64_t pitch, scored;                        // scored: rows of scores at most
+    Element *k, *v;                               // (context + 1, pitch): rotated keys, values, a row of zeros
+    Element *slot_key_rows, *slot_value_rows;     // (slots, pitch)
+    Element *q, *q_rotated;                       // (RUN, pitch), scaled by 1 / sqrt(d)
+    Element* score_rows;                          // (scored, RUN): weights
+    Cell *v_pairs, *slot_value_pairs, *score_pairs;
+    Cell *q_columns, *q_rotated_columns;          // (d / depth, RUN)
+    float *slot_key, *slot_value;                 // (slots, pitch): normed keys, values over mass
+    float *scores, *out, *line;                   // (scored, RUN), (RUN, pitch), (pitch)
+    float *sums, *slot_rms;                       // (RUN) and (slots): inverse root mean square of the keys
+
+    ReadScratch(const MemoryShape& s, Parts& parts) : pitch(s.pitch()), scored(s.window + RUN + s.slots + 4) {
+        k = rows(s.context() + 1, pitch, parts);
+        v = rows(s.context() + 1, pitch, parts);
+        q = rows(RUN, pitch, parts);
+        q_rotated = rows(RUN, pitch, parts);
         slot_key = parts.take(s.slots * pitch);
         slot_value = parts.take(s.slots * pitch);
-        q = parts.take(RUN * pitch);
-        q_rotated = parts.take(RUN * pitch);
-        q_columns = parts.take(s.d * RUN);
-        rotated_columns = parts.take(s.d * RUN);
-        scores = parts.take(scored);
+        scores = parts.take(scored * RUN);
         out = parts.take(RUN * pitch);
+        line = parts.take(pitch);
         sums = parts.take(RUN);
         slot_rms = parts.take(s.slots);
-        if (!backward) return;
-        dk = parts.take(s.context() * pitch);
-        dv = parts.take(s.context() * pitch);
-        dq = parts.take(RUN * pitch);
-        dslot_key = parts.take(s.slots * pitch);
-        dslot_value = parts.take(s.slots * pitch);
-        dout_columns = parts.take(s.d * RUN);
-        dscores = parts.take(scored);
+        slot_key_rows = narrowed(slot_key, s.slots, pitch, parts);
+        slot_value_rows = narrowed(slot_value, s.slots, pitch, parts);
+        score_rows = narrowed(scores, scored, RUN, parts);
+        v_pairs = paired(v, s.context() + 1, pitch, parts);
+        slot_value_pairs = paired(slot_value_rows, s.slots, pitch, parts);
+        score_pairs = paired(score_rows, scored, RUN, parts);
+        q_columns = reinterpret_cast<Cell*>(parts.take(pitch * RUN));
+        q_rotated_columns = reinterpret_cast<Cell*>(parts.take(pitch * RUN));
     }
+
+    static Element* rows(int64_t n, int64_t pitch, Parts& parts) {
+        return reinterpret_cast<Element*>(parts.take(n * pitch / depth + W));  // a transposition reads whole vectors
+    }
+    // Rows of elements beside rows of floats, and rows of B beside rows of elements: the same where types are.
+    static Element* narrowed(float* same, int64_t n, int64_t pitch, Parts& parts) {
+        return depth == 1 ? reinterpret_cast<Element*>(same) : rows(n, pitch, parts);
+    }
+    static Cell* paired(Element* same, int64_t n, int64_t pitch, Parts& parts) {
+        return reinterpret_cast<Cell*>(depth == 1 ? reinterpret_cast<float*>(same) : parts.take((n + 1) / 2 * pitch));
+    }
+
+    static int64_t cells(int64_t n) { return (n + depth - 1) / depth; }  // that n elements take
+    static const Cell* as_cells(const Element* rows) { return reinterpret_cast<const Cell*>(rows); }
 };
 
 template <class T>
-static void read_context(const ReadInputs<T>& in, int64_t b, int64_t head, ReadScratch& w) {
+static void read_context(const ReadInputs<T>& in, int64_t b, int64_t head, ReadScratch<T>& w) {
     const MemoryShape& s = in.shape;
     for (int64_t c = 0; c < s.context(); ++c) {
-        const int64_t row = b * s.context() + c;
-        widen_row(s.d, in.k.data + row * in.k.row + head * s.d, w.k + c * w.pitch);
-        rotate_row(s.d, in.cosine + c * (s.d / 2), in.sine + c * (s.d / 2), 1, 1, w.k + c * w.pitch);
-        widen_row(s.d, in.v.data + row * in.v.row + head * s.d, w.v + c * w.pitch);
+        const int64_t row = b * s.context() + c, end = s.batch * s.context();
+        load_row(s.d, in.k.at(row, end, head, s.d), w.line);
+        rotate_row(s.d, in.cosine + c * (s.d / 2), in.sine + c * (s.d / 2), 1, 1, w.line, w.k + c * w.pitch);
+        store_row(s.d, in.v.at(row, end, head, s.d), w.v + c * w.pitch);
     }
+    memset(w.k + s.context() * w.pitch, 0, w.pitch * sizeof *w.k);
+    memset(w.v + s.context() * w.pitch, 0, w.pitch * sizeof *w.v);
+    pack_pairs(s.context() + 1, w.pitch, w.v, w.v_pairs);
 }
 
 // Normed keys and averaged values of the slots of one version. Empty slots become zeros.
 template <class T>
-static void read_slots(const ReadInputs<T>& in, int64_t at, ReadScratch& w) {
+static void read_slots(const ReadInputs<T>& in, int64_t at, ReadScratch<T>& w) {
     const MemoryShape& s = in.shape;
     for (int64_t slot = 0; slot < s.slots; ++slot) {
         const float* key = in.memory.key + (at + slot) * s.d;
@@ -108,43 +132,53 @@ static void read_slots(const ReadInputs<T>& in, int64_t at, ReadScratch& w) {
         for (int64_t i = 0; i < s.d; i += W) squares += load(key + i, s.d - i) * load(key + i, s.d - i);
         w.slot_rms[slot] = 1.0f / __builtin_sqrtf(sum(squares) / float(s.d) + 1e-6f);
         for (int64_t i = 0; i < s.d; i += W) {
-            store(w.slot_key + slot * w.pitch + i, load(key + i, s.d - i) * w.slot_rms[slot]);
-            store(w.slot_value + slot * w.pitch + i, mass > 0 ? load(value + i, s.d - i) * inverse_mass : vf{});
+            const int64_t to = slot * w.pitch + i;
+            const vf normed = load(key + i, s.d - i) * w.slot_rms[slot];
+            const vf mean = mass > 0 ? load(value + i, s.d - i) * inverse_mass : vf{};
+            store(w.slot_key + to, normed);
+            store(w.slot_value + to, mean);
+            if (w.depth > 1) store(w.slot_key_rows + to, normed);
+            if (w.depth > 1) store(w.slot_value_rows + to, mean);
         }
     }
+    pack_pairs(s.slots, w.pitch, w.slot_value_rows, w.slot_value_pairs);
 }
 
 template <class T>
-static void read_queries(const ReadInputs<T>& in, const Run& run, int64_t b, int64_t head, ReadScratch& w) {
+static void read_queries(const ReadInputs<T>& in, const Run& run, int64_t b, int64_t head, ReadScratch<T>& w) {
     const MemoryShape& s = in.shape;
     const float scale = 1.0f / __builtin_sqrtf(float(s.d));
     for (int64_t i = 0; i < run.queries(); ++i) {
-        const int64_t t = run.begin + i;
-        float *q = w.q + i * w.pitch, *rotated = w.q_rotated + i * w.pitch;
-        widen_row(s.d, in.q.data + (b * s.time + t) * in.q.row + head * s.d, rotated);
-        for (int64_t j = 0; j < w.pitch; j += W) store(q + j, load(rotated + j) * scale);
-        const int64_t angle = (s.window + t) * (s.d / 2);
-        rotate_row(s.d, in.cosine + angle, in.sine + angle, 1, scale, rotated);
+        const int64_t t = run.begin + i, angle = (s.window + t) * (s.d / 2);
+        load_row(s.d, in.q.at(b * s.time + t, s.batch * s.time, head, s.d), w.line);
+        rotate_row(s.d, in.cosine + angle, in.sine + angle, 1, scale, w.line, w.q_rotated + i * w.pitch);
+        store_row(s.d, w.line, w.q + i * w.pitch, scale);
     }
-    transpose(run.queries(), s.d, w.q_rotated, w.pitch, w.rotated_columns, RUN);
-    if (run.slots) transpose(run.queries(), s.d, w.q, w.pitch, w.q_columns, RUN);
+    const int64_t row = w.pitch / w.depth;
+    transpose(run.queries(), w.cells(s.d), w.as_cells(w.q_rotated), row, w.q_rotated_columns, RUN);
+    if (run.slots) transpose(run.queries(), w.cells(s.d), w.as_cells(w.q), row, w.q_columns, RUN);
+}
+
+MM_INLINE void fill(float* x, int64_t begin, int64_t end, float value) {
+    for (int64_t i = begin; i < end; ++i) x[i] = value;
 }
 
 // Scores of a run: a row per key of its window, then a row per slot, masked with -inf. Returns the rows.
 template <class T>
-static int64_t read_scores(const ReadInputs<T>& in, const Run& run, int64_t at, ReadScratch& w) {
+static int64_t read_scores(const ReadInputs<T>& in, const Run& run, int64_t at, ReadScratch<T>& w) {
     const MemoryShape& s = in.shape;
-    const int64_t columns = round_up(run.queries(), W);
-    product<false>(run.keys, columns, s.d, w.k + run.key_begin * w.pitch, w.pitch, 1, w.rotated_columns, RUN, w.scores, RUN);
-    for (int64_t r = 0; r < run.keys; ++r) {  // query i sees context rows (begin + i, window + begin + i]
-        const int64_t key = run.key_begin + r, first = key - s.window - run.begin, last = key - run.begin - 1;
-        float* line = w.scores + r * RUN;
-        for (int64_t i = 0; i < min64(first, columns); ++i) line[i] = -__builtin_inff();
-        for (int64_t i = last + 1; i < columns; ++i) line[i] = -__builtin_inff();
+    const int64_t columns = round_up(run.queries(), W), depth = w.cells(s.d), row = w.pitch / w.depth;
+    product<false>(run.keys, columns, depth, w.as_cells(w.k + run.key_begin * w.pitch), row, 1, w.q_rotated_columns, RUN,
+                   w.scores, RUN);
+    for (int64_t r = 0; r < run.keys; ++r) {  // query i sees rows (begin + i, window + begin + i] of the context
+        const int64_t key = run.key_begin + r;
+        const int64_t first = key < run.first_key ? columns : min64(key - s.window - run.begin, columns);
+        fill(w.scores + r * RUN, 0, first, -__builtin_inff());
+        fill(w.scores + r * RUN, key - run.begin, columns, -__builtin_inff());
     }
     if (!run.slots) return run.keys;
     float* slots = w.scores + run.keys * RUN;
-    product<false>(s.slots, columns, s.d, w.slot_key, w.pitch, 1, w.q_columns, RUN, slots, RUN);
+    product<false>(s.slots, columns, depth, w.as_cells(w.slot_key_rows), row, 1, w.q_columns, RUN, slots, RUN);
     for (int64_t slot = 0; slot < s.slots; ++slot) {
         const float mass = in.memory.mass[at + slot];
         const float bias = mass > 0 ? logf(mass) : -__builtin_inff();
@@ -153,44 +187,50 @@ static int64_t read_scores(const ReadInputs<T>& in, const Run& run, int64_t at, 
     return run.keys + s.slots;
 }
 
-// Scores to exponentials in place; sums (columns) of them, and the log of the softmax's denominators to lse.
-static void read_softmax(int64_t rows, int64_t queries, float* scores, float* sums, float* lse) {
+// Scores to exponentials in score_rows; sums (columns) of them, and the log of the softmax's denominators to lse.
+template <class T>
+static void read_softmax(int64_t rows, int64_t queries, float* lse, ReadScratch<T>& w) {
     for (int64_t i = 0; i < queries; i += W) {
-        vf top = load(scores + i);
-        for (int64_t r = 1; r < rows; ++r) top = max(load(scores + r * RUN + i), top);
+        vf top = load(w.scores + i);
+        for (int64_t r = 1; r < rows; ++r) top = max(load(w.scores + r * RUN + i), top);
         vf total = {};
         for (int64_t r = 0; r < rows; ++r) {
-            const vf e = exp(load(scores + r * RUN + i) - top);
+            const vf e = exp(load(w.scores + r * RUN + i) - top);
             total += e;
-            store(scores + r * RUN + i, e);
+            store(w.score_rows + r * RUN + i, e);
         }
-        store(sums + i, total);
-        for (int64_t lane = i; lane < min64(i + W, queries); ++lane) lse[lane] = logf(sums[lane]) + top[lane - i];
+        store(w.sums + i, total);
+        for (int64_t lane = i; lane < min64(i + W, queries); ++lane) lse[lane] = logf(w.sums[lane]) + top[lane - i];
     }
 }
 
 template <class T>
-static void read_task(const ReadInputs<T>& in, int64_t b, int64_t head, T* out, float* lse, ReadScratch& w) {
+static void read_task(const ReadInputs<T>& in, int64_t b, int64_t head, T* out, float* lse, ReadScratch<T>& w) {
     const MemoryShape& s = in.shape;
     read_context(in, b, head, w);
     int64_t prepared = -1;
-    Run run{0, 0, 0, 0, 0, false};
+    Run run{};
     while (run.end < s.time) {
-        run = next_run(s, b, run.end, run.version);
+        run = next_run(s, b, run.end, run.version, w.depth);
         const int64_t at = slot_index(s, b, run.version, head);
-        if (run.slots && prepared != run.version) read_slots(in, at, w);
-        if (run.slots) prepared = run.version;
-        read_queries(in, run, b, head, w);
-        const int64_t rows = read_scores(in, run, at, w), queries = run.queries();
-        read_softmax(rows, queries, w.scores, w.sums, lse + (b * s.heads + head) * s.time + run.begin);
-        product<false>(queries, w.pitch, run.keys, w.scores, 1, RUN, w.v + run.key_begin * w.pitch, w.pitch, w.out, w.pitch);
-        if (run.slots)
-            product<true>(queries, w.pitch, s.slots, w.scores + run.keys * RUN, 1, RUN, w.slot_value, w.pitch, w.out, w.pitch);
-        for (int64_t i = 0; i < queries; ++i) {
-            T* to = out + ((b * s.time + run.begin + i) * s.heads + head) * s.d;
-            const float scale = 1.0f / w.sums[i];
-            for (int64_t j = 0; j < s.d; j += W) store(to + j, load(w.out + i * w.pitch + j) * scale, s.d - j);
+        if (run.slots && prepared != run.version) {
+            read_slots(in, at, w);
+            prepared = run.version;
         }
+        read_queries(in, run, b, head, w);
+        const int64_t rows = read_scores(in, run, at, w);
+        read_softmax(rows, run.queries(), lse + (b * s.heads + head) * s.time + run.begin, w);
+        pack_pairs(rows, RUN, w.score_rows, w.score_pairs);
+
+        const int64_t queries = run.queries(), keys = run.keys / w.depth;
+        product<false>(queries, w.pitch, keys, w.score_pairs, 1, RUN, w.v_pairs + run.key_begin / w.depth * w.pitch,
+                       w.pitch, w.out, w.pitch);
+        if (run.slots)
+            product<true>(queries, w.pitch, w.cells(s.slots), w.score_pairs + keys * RUN, 1, RUN, w.slot_value_pairs,
+                          w.pitch, w.out, w.pitch);
+        for (int64_t i = 0; i < queries; ++i)
+            store_row(s.d, w.out + i * w.pitch, out + ((b * s.time + run.begin + i) * s.heads + head) * s.d,
+                      1.0f / w.sums[i]);
     }
 }
 
@@ -200,7 +240,7 @@ static int memory_read(const ReadInputs<T>& in, T* out, float* lse, int threads)
     const MemoryShape& s = in.shape;
     if (!s.valid()) return MEMORY_BAD_POSITION;
     Parts size(nullptr);
-    ReadScratch(s, false, size);
+    ReadScratch<T>(s, size);
     bool done = true;
     threads = s.useful_threads(threads);
     const int64_t tasks = s.batch * s.heads;
@@ -208,162 +248,12 @@ static int memory_read(const ReadInputs<T>& in, T* out, float* lse, int threads)
     {
         const Scratch block(size.used);
         Parts parts(block.data);
-        ReadScratch w(s, false, parts);
+        ReadScratch<T> w(s, parts);
         done = block.data != nullptr;
+        if (block.data && s.d != w.pitch) memset(block.data, 0, size.used * sizeof(float));  // the ends of rows
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; ++task)
             if (block.data) read_task(in, task / s.heads, task % s.heads, out, lse, w);
-    }
-    return done ? MEMORY_DONE : MEMORY_NO_SCRATCH;
-}
-
-// Gradients of the inputs: dq (batch, time, heads, d), dk, dv (batch, context, heads, d), dmemory all versions.
-template <class T>
-struct ReadGradients {
-    T *dq, *dk, *dv;
-    Memory<float> dmemory;
-};
-
-// Scores to weights in place (lse is the forward pass's), and dscores = weight * (dweight - dout . out).
-template <class T>
-static void read_softmax_backward(const ReadInputs<T>& in, const Run& run, int64_t rows, int64_t b, int64_t head,
-                                  const T* out, const float* lse, ReadScratch& w) {
-    const MemoryShape& s = in.shape;
-    const int64_t queries = run.queries(), columns = round_up(queries, W);
-    for (int64_t i = 0; i < queries; ++i) {
-        const T* y = out + ((b * s.time + run.begin + i) * s.heads + head) * s.d;
-        vf dot = {};
-        for (int64_t j = 0; j < s.d; j += W) dot += load(y + j, s.d - j) * load(w.out + i * w.pitch + j);
-        w.sums[i] = sum(dot);
-    }
-    for (int64_t i = queries; i < columns; ++i) w.sums[i] = 0.0f;
-    const float* denominator = lse + (b * s.heads + head) * s.time + run.begin;
-    for (int64_t i = 0; i < columns; i += W) {
-        const vf log_sum = load(denominator + i, queries - i), pull = load(w.sums + i);
-        for (int64_t r = 0; r < rows; ++r) {
-            const vf weight = exp(load(w.scores + r * RUN + i) - log_sum);
-            store(w.scores + r * RUN + i, weight);
-            store(w.dscores + r * RUN + i, weight * (load(w.dscores + r * RUN + i) - pull));
-        }
-    }
-}
-
-// Gradients at normed keys and averaged values of the slots to those at one version of the memory.
-template <class T>
-static void read_slots_backward(const ReadInputs<T>& in, const Run& run, int64_t at, const Memory<float>& dmemory,
-                                ReadScratch& w) {
-    const MemoryShape& s = in.shape;
-    for (int64_t slot = 0; slot < s.slots; ++slot) {
-        const float mass = in.memory.mass[at + slot];
-        if (!(mass > 0)) continue;
-        const float inverse_mass = 1.0f / mass, rms = w.slot_rms[slot];
-        const float* dkey = w.dslot_key + slot * w.pitch;
-        const float* dvalue = w.dslot_value + slot * w.pitch;
-        vf key_dot = {}, value_dot = {};
-        for (int64_t i = 0; i < s.d; i += W) {
-            key_dot += load(dkey + i) * load(w.slot_key + slot * w.pitch + i);
-            value_dot += load(dvalue + i) * load(w.slot_value + slot * w.pitch + i);
-        }
-        const float pull = sum(key_dot) / float(s.d);
-        for (int64_t i = 0; i < s.d; i += W) {
-            float *to_key = dmemory.key + (at + slot) * s.d + i, *to_value = dmemory.value + (at + slot) * s.d + i;
-            const vf g = rms * (load(dkey + i) - pull * load(w.slot_key + slot * w.pitch + i));
-            store(to_key, load(to_key, s.d - i) + g, s.d - i);
-            store(to_value, load(to_value, s.d - i) + load(dvalue + i) * inverse_mass, s.d - i);
-        }
-        float dlog_mass = -sum(value_dot);
-        for (int64_t i = 0; i < run.queries(); ++i) dlog_mass += w.dscores[(run.keys + slot) * RUN + i];
-        dmemory.mass[at + slot] += dlog_mass * inverse_mass;
-    }
-}
-
-template <class T>
-static void read_run_backward(const ReadInputs<T>& in, const ReadGradients<T>& to, const Run& run, int64_t b,
-                              int64_t head, const HeadRows<const T>& dout, const T* out, const float* lse, ReadScratch& w) {
-    const MemoryShape& s = in.shape;
-    const int64_t at = slot_index(s, b, run.version, head), pitch = w.pitch;
-    const int64_t queries = run.queries(), columns = round_up(queries, W);
-    read_queries(in, run, b, head, w);
-    const int64_t rows = read_scores(in, run, at, w);
-    for (int64_t i = 0; i < queries; ++i)  // w.out holds the gradient at the result
-        widen_row(s.d, dout.data + (b * s.time + run.begin + i) * dout.row + head * s.d, w.out + i * pitch);
-    transpose(queries, s.d, w.out, pitch, w.dout_columns, RUN);
-    float *slot_scores = w.scores + run.keys * RUN, *slot_dscores = w.dscores + run.keys * RUN;
-    const float *keys = w.k + run.key_begin * pitch, *values = w.v + run.key_begin * pitch;
-    product<false>(run.keys, columns, s.d, values, pitch, 1, w.dout_columns, RUN, w.dscores, RUN);
-    if (run.slots)
-        product<false>(s.slots, columns, s.d, w.slot_value, pitch, 1, w.dout_columns, RUN, slot_dscores, RUN);
-    read_softmax_backward(in, run, rows, b, head, out, lse, w);
-
-    product<true>(run.keys, pitch, queries, w.scores, RUN, 1, w.out, pitch, w.dv + run.key_begin * pitch, pitch);
-    product<true>(run.keys, pitch, queries, w.dscores, RUN, 1, w.q_rotated, pitch, w.dk + run.key_begin * pitch, pitch);
-    product<false>(queries, pitch, run.keys, w.dscores, 1, RUN, keys, pitch, w.dq, pitch);
-    for (int64_t i = 0; i < queries; ++i) {
-        const int64_t angle = (s.window + run.begin + i) * (s.d / 2);
-        rotate_row(s.d, in.cosine + angle, in.sine + angle, -1, 1, w.dq + i * pitch);
-    }
-    if (run.slots) {
-        product<false>(s.slots, pitch, queries, slot_scores, RUN, 1, w.out, pitch, w.dslot_value, pitch);
-        product<false>(s.slots, pitch, queries, slot_dscores, RUN, 1, w.q, pitch, w.dslot_key, pitch);
-        product<true>(queries, pitch, s.slots, slot_dscores, 1, RUN, w.slot_key, pitch, w.dq, pitch);
-        read_slots_backward(in, run, at, to.dmemory, w);
-    }
-    const float scale = 1.0f / __builtin_sqrtf(float(s.d));
-    for (int64_t i = 0; i < queries; ++i) {
-        T* dq = to.dq + ((b * s.time + run.begin + i) * s.heads + head) * s.d;
-        for (int64_t j = 0; j < s.d; j += W) store(dq + j, load(w.dq + i * pitch + j) * scale, s.d - j);
-    }
-}
-
-template <class T>
-static void read_task_backward(const ReadInputs<T>& in, const ReadGradients<T>& to, int64_t b, int64_t head,
-                               const HeadRows<const T>& dout, const T* out, const float* lse, ReadScratch& w) {
-    const MemoryShape& s = in.shape;
-    read_context(in, b, head, w);
-    memset(w.dk, 0, s.context() * w.pitch * sizeof(float));
-    memset(w.dv, 0, s.context() * w.pitch * sizeof(float));
-    for (int64_t version = 0; version < s.versions(); ++version) {
-        const int64_t at = slot_index(s, b, version, head);
-        memset(to.dmemory.key + at * s.d, 0, s.slots * s.d * sizeof(float));
-        memset(to.dmemory.value + at * s.d, 0, s.slots * s.d * sizeof(float));
-        memset(to.dmemory.mass + at, 0, s.slots * sizeof(float));
-    }
-    int64_t prepared = -1;
-    Run run{0, 0, 0, 0, 0, false};
-    while (run.end < s.time) {
-        run = next_run(s, b, run.end, run.version);
-        if (run.slots && prepared != run.version) read_slots(in, slot_index(s, b, run.version, head), w);
-        if (run.slots) prepared = run.version;
-        read_run_backward(in, to, run, b, head, dout, out, lse, w);
-    }
-    for (int64_t c = 0; c < s.context(); ++c) {
-        const int64_t row = ((b * s.context() + c) * s.heads + head) * s.d;
-        rotate_row(s.d, in.cosine + c * (s.d / 2), in.sine + c * (s.d / 2), -1, 1, w.dk + c * w.pitch);
-        narrow_row(s.d, w.dk + c * w.pitch, to.dk + row);
-        narrow_row(s.d, w.dv + c * w.pitch, to.dv + row);
-    }
-}
-
-// out and lse are the results of memory_read, dout the gradient at out.
-template <class T>
-static int memory_read_backward(const ReadInputs<T>& in, const ReadGradients<T>& to, HeadRows<const T> dout,
-                                const T* out, const float* lse, int threads) {
-    const MemoryShape& s = in.shape;
-    if (!s.valid()) return MEMORY_BAD_POSITION;
-    Parts size(nullptr);
-    ReadScratch(s, true, size);
-    bool done = true;
-    threads = s.useful_threads(threads);
-    const int64_t tasks = s.batch * s.heads;
-#pragma omp parallel num_threads(threads) if (tasks > 1 && threads > 1) reduction(&& : done)
-    {
-        const Scratch block(size.used);
-        Parts parts(block.data);
-        ReadScratch w(s, true, parts);
-        done = block.data != nullptr;
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < tasks; ++task)
-            if (block.data) read_task_backward(in, to, task / s.heads, task % s.heads, dout, out, lse, w);
     }
     return done ? MEMORY_DONE : MEMORY_NO_SCRATCH;
 }

@@ -28,7 +28,7 @@ struct UpdateScratch {
     UpdateScratch(const MemoryShape& s, bool backward, Parts& parts) {
         const int64_t slots = s.slots * s.pitch(), tokens = s.block() * s.pitch(), weights = s.block() * s.slot_pitch();
         address = parts.take(slots);
-        transposed = parts.take(s.d * s.slot_pitch());
+        transposed = parts.take(s.pitch() * s.slot_pitch());
         k = parts.take(tokens);
         v = parts.take(tokens);
         weight = parts.take(weights);
@@ -44,7 +44,7 @@ struct UpdateScratch {
         daddress = parts.take(slots);
         dk = parts.take(s.context() * s.pitch());
         dv = parts.take(s.context() * s.pitch());
-        dmemory_transposed = parts.take(s.d * s.slot_pitch());
+        dmemory_transposed = parts.take(s.pitch() * s.slot_pitch());
         dweight = parts.take(weights);
         ddecay = parts.take(s.slot_pitch());
     }
@@ -54,7 +54,7 @@ template <class T>
 static void load_address(const UpdateInputs<T>& in, int64_t head, UpdateScratch& w) {
     const MemoryShape& s = in.shape;
     for (int64_t slot = 0; slot < s.slots; ++slot)
-        widen_row(s.d, in.address + (head * s.slots + slot) * s.d, w.address + slot * s.pitch());
+        load_row(s.d, in.address + (head * s.slots + slot) * s.d, w.address + slot * s.pitch());
     transpose(s.slots, s.d, w.address, s.pitch(), w.transposed, s.slot_pitch());
 }
 
@@ -65,9 +65,9 @@ static void update_weights(const UpdateInputs<T>& in, int64_t b, int64_t t, int6
     const MemoryShape& s = in.shape;
     const int64_t pitch = s.pitch(), slot_pitch = s.slot_pitch();
     for (int64_t p = 0; p < s.block(); ++p) {  // W tokens before token t is row t of the context
-        const int64_t row = b * s.context() + t + p;
-        widen_row(s.d, in.k.data + row * in.k.row + head * s.d, w.k + p * pitch);
-        widen_row(s.d, in.v.data + row * in.v.row + head * s.d, w.v + p * pitch);
+        const int64_t row = b * s.context() + t + p, end = s.batch * s.context();
+        load_row(s.d, in.k.at(row, end, head, s.d), w.k + p * pitch);
+        load_row(s.d, in.v.at(row, end, head, s.d), w.v + p * pitch);
     }
     product<false>(s.block(), slot_pitch, s.d, w.k, pitch, 1, w.transposed, slot_pitch, w.weight, slot_pitch);
     for (int64_t i = 0; i < slot_pitch; i += W) store(w.decay + i, splat(1.0f));
@@ -102,8 +102,8 @@ MM_INLINE void scale_rows(const MemoryShape& s, const float* factor, float* x) {
 // The memory of one head as `version` of the result.
 static void store_version(const MemoryShape& s, const UpdateScratch& w, int64_t at, const Memory<float>& out) {
     for (int64_t slot = 0; slot < s.slots; ++slot) {
-        narrow_row(s.d, w.key + slot * s.pitch(), out.key + (at + slot) * s.d);
-        narrow_row(s.d, w.value + slot * s.pitch(), out.value + (at + slot) * s.d);
+        store_row(s.d, w.key + slot * s.pitch(), out.key + (at + slot) * s.d);
+        store_row(s.d, w.value + slot * s.pitch(), out.value + (at + slot) * s.d);
     }
     memcpy(out.mass + at, w.mass, s.slots * sizeof(float));
 }
@@ -115,8 +115,8 @@ static void update_task(const UpdateInputs<T>& in, const Memory<const float>& in
     const int64_t pitch = s.pitch(), slot_pitch = s.slot_pitch(), first = (b * s.heads + head) * s.slots;
     load_address(in, head, w);
     for (int64_t slot = 0; slot < s.slots; ++slot) {
-        widen_row(s.d, initial.key + (first + slot) * s.d, w.key + slot * pitch);
-        widen_row(s.d, initial.value + (first + slot) * s.d, w.value + slot * pitch);
+        load_row(s.d, initial.key + (first + slot) * s.d, w.key + slot * pitch);
+        load_row(s.d, initial.value + (first + slot) * s.d, w.value + slot * pitch);
     }
     memset(w.mass, 0, slot_pitch * sizeof(float));
     memcpy(w.mass, initial.mass + first, s.slots * sizeof(float));
@@ -276,16 +276,16 @@ static void update_task_backward(const UpdateInputs<T>& in, const Memory<const f
         add_version(s, slot_index(s, b, --version, head), dmemory, w);
     }
     for (int64_t slot = 0; slot < s.slots; ++slot) {
-        narrow_row(s.d, w.dkey + slot * pitch, out.dinitial.key + (first + slot) * s.d);
-        narrow_row(s.d, w.dvalue + slot * pitch, out.dinitial.value + (first + slot) * s.d);
-        narrow_row(s.d, w.daddress + slot * pitch, out.daddress + (first + slot) * s.d);
+        store_row(s.d, w.dkey + slot * pitch, out.dinitial.key + (first + slot) * s.d);
+        store_row(s.d, w.dvalue + slot * pitch, out.dinitial.value + (first + slot) * s.d);
+        store_row(s.d, w.daddress + slot * pitch, out.daddress + (first + slot) * s.d);
     }
     memcpy(out.dinitial.mass + first, w.dmass, s.slots * sizeof(float));
     out.drate[b * s.heads + head] = drate;
     for (int64_t c = 0; c < s.context(); ++c) {
         const int64_t to = ((b * s.context() + c) * s.heads + head) * s.d;
-        narrow_row(s.d, w.dk + c * pitch, out.dk + to);
-        narrow_row(s.d, w.dv + c * pitch, out.dv + to);
+        store_row(s.d, w.dk + c * pitch, out.dk + to);
+        store_row(s.d, w.dv + c * pitch, out.dv + to);
     }
 }
 

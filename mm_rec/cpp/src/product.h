@@ -1,4 +1,8 @@
-// Small matrix products on float32 buffers that fit a cache: C = or += A B, register-blocked.
+// Small matrix products on buffers that fit a cache: C = or += A B in float32, register-blocked.
+//
+// A and B are made of cells of 4 bytes: a float, or where the processor multiplies pairs of bfloat16 (AVX-512-BF16) a
+// pair, which is two steps along the inner dimension k at once. A cell of A holds elements (i, DEPTH * p ...) and one
+// of B elements (DEPTH * p ..., j), so rows of A are as in memory and rows of B are interleaved (`pack_pairs`).
 #pragma once
 
 #include "vec.h"
@@ -6,26 +10,51 @@
 namespace mm_rec {
 namespace MM_LEVEL {
 
-template <bool ADD, int ROWS, int VECS>
-MM_INLINE void product_tile(int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
+// The cells that products of activations of type T are made of, and the elements in those.
+template <class T>
+struct Operand {
+    typedef float Cell;
+    typedef float Element;
+};
+template <class Cell>
+constexpr int DEPTH = 1;
+
+MM_INLINE vf multiply_add(float a, const float* b, vf sum) { return sum + splat(a) * load(b); }
+
+#if defined(__AVX512BF16__)
+struct Pair {
+    uint32_t bits;
+};
+template <>
+struct Operand<bf16> {
+    typedef Pair Cell;
+    typedef bf16 Element;
+};
+template <>
+constexpr int DEPTH<Pair> = 2;
+
+MM_INLINE vf multiply_add(Pair a, const Pair* b, vf sum) {
+    const __m512bh pairs = (__m512bh)_mm512_loadu_si512(b);
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a.bits)), pairs);
+}
+#endif
+
+template <bool ADD, int ROWS, int VECS, class Cell>
+MM_INLINE void product_tile(int64_t k, const Cell* a, int64_t a_row, int64_t a_col, const Cell* b, int64_t b_row,
                             float* c, int64_t c_row) {
     vf sums[ROWS][VECS];
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < VECS; ++v) sums[r][v] = ADD ? load(c + r * c_row + v * W) : vf{};
-    for (int64_t p = 0; p < k; ++p) {
-        vf line[VECS];
-        for (int v = 0; v < VECS; ++v) line[v] = load(b + p * b_row + v * W);
-        for (int r = 0; r < ROWS; ++r) {
-            const vf factor = splat(a[r * a_row + p * a_col]);
-            for (int v = 0; v < VECS; ++v) sums[r][v] += factor * line[v];
-        }
-    }
+    for (int64_t p = 0; p < k; ++p)
+        for (int r = 0; r < ROWS; ++r)
+            for (int v = 0; v < VECS; ++v)
+                sums[r][v] = multiply_add(a[r * a_row + p * a_col], b + p * b_row + v * W, sums[r][v]);
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < VECS; ++v) store(c + r * c_row + v * W, sums[r][v]);
 }
 
-template <bool ADD, int VECS>
-static void product_columns(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b,
+template <bool ADD, int VECS, class Cell>
+static void product_columns(int64_t m, int64_t k, const Cell* a, int64_t a_row, int64_t a_col, const Cell* b,
                             int64_t b_row, float* c, int64_t c_row) {
     constexpr int ROWS = 6;
     int64_t i = 0;
@@ -42,10 +71,10 @@ static void product_columns(int64_t m, int64_t k, const float* a, int64_t a_row,
     }
 }
 
-// C (m x n) = A (m x k) B (k x n), or += with ADD. Element (i, p) of A is a[i * a_row + p * a_col], so a
-// transposed A is a matter of strides; rows of B and C are b_row and c_row apart, and n is a multiple of W.
-template <bool ADD>
-static void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b,
+// C (m x n) = A (m x k) B (k x n), or += with ADD; k counts cells. Cell (i, p) of A is a[i * a_row + p * a_col], so
+// a transposed A is a matter of strides; rows of B and C are b_row and c_row apart, and n is a multiple of W.
+template <bool ADD, class Cell>
+static void product(int64_t m, int64_t n, int64_t k, const Cell* a, int64_t a_row, int64_t a_col, const Cell* b,
                     int64_t b_row, float* c, int64_t c_row) {
     int64_t j = 0;
     for (; j + TILE_VECS * W <= n; j += TILE_VECS * W)
@@ -56,6 +85,23 @@ static void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_r
         case 3: product_columns<ADD, 3>(m, k, a, a_row, a_col, b + j, b_row, c + j, c_row); break;
     }
 }
+
+// Rows of elements as rows of B: row r / 2 of `to` holds rows r and r + 1 of `from`, a missing one counting as 0;
+// rows are `pitch` long, a multiple of W. With floats as cells a buffer is its own packed form.
+MM_INLINE void pack_pairs(int64_t, int64_t, const float*, float*) {}
+
+#if defined(__AVX512BF16__)
+static void pack_pairs(int64_t rows, int64_t pitch, const bf16* from, Pair* to) {
+    for (int64_t r = 0; r < rows; r += 2)
+        for (int64_t i = 0; i < pitch; i += W) {
+            vh even, odd = {};
+            memcpy(&even, from + r * pitch + i, sizeof even);
+            if (r + 1 < rows) memcpy(&odd, from + (r + 1) * pitch + i, sizeof odd);
+            const vu pairs = __builtin_convertvector(even, vu) | (__builtin_convertvector(odd, vu) << 16);
+            memcpy(to + r / 2 * pitch + i, &pairs, sizeof pairs);
+        }
+}
+#endif
 
 }  // namespace MM_LEVEL
 }  // namespace mm_rec

@@ -16,6 +16,8 @@
 #define MM_LEVEL baseline
 #endif
 
+// Of the AVX-512 intrinsics the masked forms are used, with all lanes on: the plain ones trip a warning in GCC 12.
+
 namespace mm_rec {
 namespace MM_LEVEL {
 
@@ -51,13 +53,29 @@ MM_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 MM_INLINE vf splat(float x) { return vf{} + x; }
 
 // bfloat16 rounds to nearest even; a NaN stays one.
-MM_INLINE vf widen(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
+MM_INLINE vf widen(vh x) {
+#if defined(__AVX512F__)
+    return (vf)((vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x) << 16);
+#else
+    return (vf)(__builtin_convertvector(x, vu) << 16);
+#endif
+}
 MM_INLINE vh narrow(vf x) {
+#if defined(__AVX512BF16__)
+    return (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
     const vu bits = (vu)x;
     const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const vu quiet = (bits >> 16) | 0x40;
     return __builtin_convertvector(x == x ? rounded : quiet, vh);
+#endif
 }
+// Rows of one head are far apart, a pattern that the processor does not foresee.
+template <class T>
+MM_INLINE void prefetch_row(const T* row, int64_t d) {
+    for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i);
+}
+
 MM_INLINE float widen(bf16 x) {
     const uint32_t bits = uint32_t(x.bits) << 16;
     float y;
@@ -97,13 +115,36 @@ MM_INLINE void store(T* p, vf y, int64_t n) {
     for (int64_t i = 0; i < n; ++i) p[i] = x[i];
 }
 
-MM_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
-MM_INLINE vf at_least(vf x, float low) { return x < low ? splat(low) : x; }  // these two keep a NaN
-MM_INLINE vf at_most(vf x, float high) { return x > high ? splat(high) : x; }
+// x86's minimum and maximum return their second argument if either is NaN, so these two keep a NaN in x.
+MM_INLINE vf at_least(vf x, vf low) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_maskz_max_ps(0xffff, (__m512)low, (__m512)x);
+#elif defined(__AVX2__)
+    return (vf)_mm256_max_ps((__m256)low, (__m256)x);
+#elif defined(__x86_64__)
+    return (vf)_mm_max_ps((__m128)low, (__m128)x);
+#else
+    return x < low ? low : x;
+#endif
+}
+MM_INLINE vf at_most(vf x, vf high) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_maskz_min_ps(0xffff, (__m512)high, (__m512)x);
+#elif defined(__AVX2__)
+    return (vf)_mm256_min_ps((__m256)high, (__m256)x);
+#elif defined(__x86_64__)
+    return (vf)_mm_min_ps((__m128)high, (__m128)x);
+#else
+    return x > high ? high : x;
+#endif
+}
+MM_INLINE vf at_least(vf x, float low) { return at_least(x, splat(low)); }
+MM_INLINE vf at_most(vf x, float high) { return at_most(x, splat(high)); }
+MM_INLINE vf max(vf a, vf b) { return at_least(b, a); }
 
 MM_INLINE vf sqrt(vf x) {
 #if defined(__AVX512F__)
-    return (vf)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);  // the plain form trips a warning inside GCC 12
+    return (vf)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
 #elif defined(__AVX2__)
     return (vf)_mm256_sqrt_ps((__m256)x);
 #elif defined(__x86_64__)
@@ -116,41 +157,126 @@ MM_INLINE vf sqrt(vf x) {
 #endif
 }
 
-// Halves are added pairwise, so the order of additions is fixed per level.
-MM_INLINE float sum(vf x) {
-    float lane[W];
-    store(lane, x);
-    for (int n = W / 2; n; n /= 2)
-        for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
-    return lane[0];
+// 1 / x and 1 / sqrt(x) to about 1e-7, for x in [1e-37, 1e37]: an estimate of the processor and one step of Newton
+// cost a quarter of a division. At x beyond, reciprocal goes to 0 as it should.
+MM_INLINE vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+    const vf r = (vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+    return r * (2.0f - x * r);
+#elif defined(__AVX2__)
+    const vf r = (vf)_mm256_rcp_ps((__m256)x);
+    return r * (2.0f - x * r);
+#elif defined(__x86_64__)
+    const vf r = (vf)_mm_rcp_ps((__m128)x);
+    return r * (2.0f - x * r);
+#else
+    return 1.0f / x;
+#endif
 }
-MM_INLINE float max(vf x) {
-    float lane[W];
-    store(lane, x);
-    for (int n = W / 2; n; n /= 2)
-        for (int i = 0; i < n; ++i) lane[i] = lane[i] > lane[i + n] ? lane[i] : lane[i + n];
-    return lane[0];
+MM_INLINE vf reciprocal_sqrt(vf x) {
+#if defined(__AVX512F__)
+    const vf r = (vf)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)x);
+    return r * (1.5f - 0.5f * x * (r * r));
+#elif defined(__AVX2__)
+    const vf r = (vf)_mm256_rsqrt_ps((__m256)x);
+    return r * (1.5f - 0.5f * x * (r * r));
+#elif defined(__x86_64__)
+    const vf r = (vf)_mm_rsqrt_ps((__m128)x);
+    return r * (1.5f - 0.5f * x * (r * r));
+#else
+    return 1.0f / sqrt(x);
+#endif
 }
 
+// Constant orders of lanes, of blocks of HALF lanes.
+template <int HALF>
+struct LaneOrders {
+    int32_t swapped[W], low[W], high[W];
+    constexpr LaneOrders() : swapped(), low(), high() {
+        for (int i = 0; i < W; ++i) {
+            swapped[i] = i ^ HALF;              // neighbouring blocks change places
+            low[i] = i & HALF ? W + i - HALF : i;   // of two vectors, the even blocks of both
+            high[i] = i & HALF ? W + i : i + HALF;  // and the odd ones
+        }
+    }
+};
+template <int HALF>
+static constexpr LaneOrders<HALF> LANE_ORDERS{};
+
+MM_INLINE vi lane_order(const int32_t (&order)[W]) {
+    vi x;
+    memcpy(&x, order, sizeof x);
+    return x;
+}
+
+// Halves are added pairwise, so the order of additions is fixed per level.
+template <int HALF = W / 2>
+MM_INLINE float sum(vf x) {
+    x += __builtin_shuffle(x, lane_order(LANE_ORDERS<HALF>.swapped));
+    if constexpr (HALF > 1)
+        return sum<HALF / 2>(x);
+    else
+        return x[0];
+}
+template <int HALF = W / 2>
+MM_INLINE float max(vf x) {
+    x = max(x, __builtin_shuffle(x, lane_order(LANE_ORDERS<HALF>.swapped)));
+    if constexpr (HALF > 1)
+        return max<HALF / 2>(x);
+    else
+        return x[0];
+}
+
+// Transposes W vectors of W lanes in place, larger and larger blocks.
+template <int HALF = 1>
+MM_INLINE void transpose(vu (&x)[W]) {
+    const vi low = lane_order(LANE_ORDERS<HALF>.low), high = lane_order(LANE_ORDERS<HALF>.high);
+    for (int i = 0; i < W; ++i) {
+        if (i & HALF) continue;
+        const vu a = x[i], b = x[i + HALF];
+        x[i] = __builtin_shuffle(a, b, low);
+        x[i + HALF] = __builtin_shuffle(a, b, high);
+    }
+    if constexpr (HALF < W / 2) transpose<HALF * 2>(x);
+}
+
+#if defined(__AVX512F__)
+constexpr float EXP_ZERO = -104.0f;  // scalef goes through the denormals down to 0
+#else
+constexpr float EXP_ZERO = -87.0f;
+#endif
+
 // e^x by x = n ln 2 + r, |r| <= ln 2 / 2, and 1 + r + r^2 q(r) with q of degree 4 (minimax, error 3e-9).
-// Arguments under -87.3 give 0 exactly, as masks need, and those over 88.3 about 2e38; NaN stays NaN.
+// Arguments under EXP_ZERO give 0 exactly, as masks need, and those over 88.3 about 2e38; NaN stays NaN.
 MM_INLINE vf exp(vf x) {
+    const vf y = at_least(at_most(x, 88.3f), EXP_ZERO);
+#if defined(__AVX512F__)
+    const vf n = (vf)_mm512_maskz_roundscale_ps(0xffff, (__m512)(y * 1.44269504f), 8);
+#else
     const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
-    const vf y = at_most(x, 88.3f);
     const vf shifted = y * 1.44269504f + magic;
     const vf n = shifted - magic;
+#endif
+#if defined(__FMA__) || defined(__aarch64__)
+    const vf r = y - n * 0.693147181f;
+#else
     const vf r = y - n * 0.693359375f - n * -2.12194440e-4f;  // ln 2 in two parts, the first exact times n
+#endif
     vf q = splat(0.00138143194f);
     q = q * r + 0.00836885162f;
     q = q * r + 0.0416684002f;
     q = q * r + 0.166665196f;
     q = q * r + 0.49999994f;
     const vf p = q * (r * r) + r + 1.0f;
-    const vu two_to_n = ((vu)shifted << 23) + 0x3f800000;
-    return x < -87.3f ? vf{} : p * (vf)two_to_n;
+#if defined(__AVX512F__)
+    return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+#else
+    const vf scaled = p * (vf)(((vu)shifted << 23) + 0x3f800000);
+    return x < EXP_ZERO ? vf{} : scaled;
+#endif
 }
 
-MM_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+MM_INLINE vf sigmoid(vf x) { return reciprocal(1.0f + exp(-x)); }
 
 }  // namespace MM_LEVEL
 }  // namespace mm_rec
