@@ -20,44 +20,10 @@ from mm_rec.data import download_data
 from mm_rec.data.hub import UnreachableError
 from mm_rec.data.sources import Source
 
-# The first words of each line say what the guide expects to be there after it.
 COMMANDS = [
-    ("checkpoints_cpu/stage1", "python3 -m mm_rec.scripts.auto_train"),
-    (
-        "data/text/wikitext.jsonl",
-        "python3 -m mm_rec.data.download_data --output_dir ./data --text_samples 500 --code_samples 500",
-    ),
-    (
-        "checkpoints_cpu/stage1",
-        "python3 -m mm_rec.scripts.train_cpu --stage stage1 --batch_size 2 --data_dir ./data "
-        "--download_data  # Veri yoksa otomatik indirir",
-    ),
-    ("data/text/wikitext.jsonl", "python3 -m mm_rec.data.download_data --text_samples 1000 --no_code"),
-    ("data/code/code.jsonl", "python3 -m mm_rec.data.download_data --code_samples 1000 --no_wikitext"),
-    ("data/code/code.jsonl", "python3 -m mm_rec.data.download_data --text_samples 1000 --code_samples 1000"),
-    (
-        "checkpoints_cpu/stage1",
-        "python3 -m mm_rec.scripts.train_cpu --stage stage1 --batch_size 2 --checkpoint_dir ./checkpoints_cpu "
-        "--data_dir ./data",
-    ),
-    ("checkpoints_cpu/stage3", "python3 -m mm_rec.scripts.train_cpu --stage all --batch_size 2 --data_dir ./data"),
-    ("checkpoints_cpu/stage1-2", "python3 -m mm_rec.scripts.train_cpu --stage stage1 --use_synthetic --batch_size 2"),
-    (
-        "checkpoints_cpu/stage1-3",
-        "python3 -m mm_rec.scripts.train_cpu --stage stage1 --batch_size 1 --checkpoint_interval 25 "
-        "--max_samples 100 --use_synthetic  # Hızlı test için",
-    ),
-    ("data/code/code.jsonl", "python3 -m mm_rec.data.download_data --text_samples 100 --code_samples 100"),
-    ("checkpoints_cpu/stage1-2", "python3 -m mm_rec.scripts.train_cpu --use_synthetic"),
-    ("data/code/code.jsonl", "python3 -m mm_rec.data.download_data"),
-    (
-        "checkpoints_cpu/stage1-4",
-        "python3 -m mm_rec.scripts.train_cpu --stage stage1 --use_synthetic --batch_size 2 --max_samples 10",
-    ),
-    ("checkpoints_cpu/stage1", "python3 -m mm_rec.scripts.train_cpu --stage stage1 --data_dir ./data --batch_size 2"),
-    ("checkpoints_cpu/stage1", "python3 -m mm_rec.scripts.train_cpu --download_data --stage stage1"),
-    ("checkpoints_cpu/stage1-2", "python3 -m mm_rec.scripts.train_cpu --use_synthetic --stage stage1 --batch_size 2"),
-    ("checkpoints_pretrain/stage3", "python mm_rec/scripts/pretrain.py --data_dir ./data/pretrain"),
+    tuple(line.split("\t"))
+    for line in Path(__file__).with_name("guide_commands.txt").read_text().splitlines()
+    if not line.startswith("#")
 ]
 QUICK = ["--preset", "tiny", "--seq_len", "32", "--valid_bytes", "100", "--threads", "1"]
 
