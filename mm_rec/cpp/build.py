@@ -14,7 +14,10 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-__all__ = ["CPU_LIBRARY", "CUDA_LIBRARY", "BuildError", "build_all", "build_cpu", "build_cuda", "cuda_compiler"]
+__all__ = [
+    "CPU_LIBRARY", "CUDA_LIBRARY", "BuildError",
+    "build_all", "build_cpu", "build_cuda", "cpu_compiler", "cuda_compiler",
+]  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
 CPU_LIBRARY = "libmm_rec_cpu.so"
@@ -58,8 +61,13 @@ def _run(command: list[str]) -> None:
         print(result.stderr, end="")  # noqa: T201 - compiler warnings belong to the build's output
 
 
-def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+def cpu_compiler() -> str:
+    """The C++ compiler: what CXX names, or the first one found.
+
+    Raises:
+        BuildError: there is none.
+    """
+    for name in (os.environ.get("CXX"), "g++", "c++"):
         if name and shutil.which(name):
             return name
     raise BuildError("no C++ compiler found; install g++ (Debian, Ubuntu: apt-get install g++) or set CXX")
@@ -71,7 +79,7 @@ def build_cpu(folder: Path = HERE) -> Path:
     Raises:
         BuildError: no compiler, or it failed.
     """
-    compiler = _compiler()
+    compiler = cpu_compiler()
     target = folder / CPU_LIBRARY
     jobs = [([compiler, *COMPILE_FLAGS], "level.cpp")]
     jobs += [

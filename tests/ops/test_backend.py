@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -67,9 +69,9 @@ def test_one_openmp_runtime() -> None:
     assert len(openmp_runtimes()) == 1
 
 
-def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def _python(code: str, emulator: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [*emulator, sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
@@ -100,6 +102,19 @@ def test_every_level_agrees_with_the_reference(level: str) -> None:
     if LEVELS.index(level) > best:
         pytest.skip(f"this processor stops at {LEVELS[best]}")
     result = _python(AGREEMENT, MM_REC_CPU_LEVEL=level, MM_REC_BACKEND="native")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == level
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("qemu-x86_64"), reason="needs qemu-x86_64 (Debian: qemu-user)")
+@pytest.mark.parametrize(("processor", "level"), [("SandyBridge", "baseline"), ("Haswell", "avx2")])
+def test_older_processors_run_the_level_they_have(processor: str, level: str) -> None:
+    code = (
+        "import torch; from mm_rec import ops; from mm_rec.ops import reference; a = torch.rand(2, 9, 40);"
+        "torch.testing.assert_close(ops.scan(a, a), reference.scan(a, a)); print(ops.status()['cpu'].level)"
+    )
+    result = _python(code, ["qemu-x86_64", "-cpu", processor])
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == level
 

@@ -5,7 +5,7 @@
 #define MM_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Raised with every change of the C interface, so that an old library is told from a broken one.
-MM_EXPORT int mm_rec_interface() { return 1; }
+MM_EXPORT int mm_rec_interface() { return 2; }
 
 // Index into {baseline, avx2, avx512, avx512bf16}: the best level that processor and operating system support.
 MM_EXPORT int mm_rec_best_level() {

@@ -87,7 +87,7 @@ static void mdi_backward(int64_t rows, int64_t columns, const float* dgamma, int
                 store(dcandidate + row * columns + i, g * d.c * open, left);
                 vf dp = -(g * z * open) * (d.gamma * d.inverse_c);
                 if (dgamma) dp += load(dgamma + row * dgamma_row + i, left);
-                const vf dlogit = (d.p >= GAMMA_MIN) & (d.p <= GAMMA_MAX) ? dp * d.p * d.q : vf{};
+                const vf dlogit = ((d.p >= GAMMA_MIN) & (d.p <= GAMMA_MAX)) ? dp * d.p * d.q : vf{};
                 store(ddecay + row * columns + i, dlogit, left);
                 store(decay_sum + i, load(decay_sum + i, left) + dlogit, left);
             }

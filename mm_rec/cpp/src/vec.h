@@ -203,16 +203,24 @@ struct LaneOrders {
 template <int HALF>
 static constexpr LaneOrders<HALF> LANE_ORDERS{};
 
-MM_INLINE vi lane_order(const int32_t (&order)[W]) {
-    vi x;
-    memcpy(&x, order, sizeof x);
+// Lanes of a, and past W those of b, in a constant order.
+template <class V>
+MM_INLINE V shuffle(V a, V b, const int32_t (&order)[W]) {
+    V x;
+#if defined(__clang__)
+    for (int i = 0; i < W; ++i) x[i] = order[i] < W ? a[order[i]] : b[order[i] - W];
+#else
+    vi lanes;
+    memcpy(&lanes, order, sizeof lanes);
+    x = __builtin_shuffle(a, b, lanes);
+#endif
     return x;
 }
 
 // Halves are added pairwise, so the order of additions is fixed per level.
 template <int HALF = W / 2>
 MM_INLINE float sum(vf x) {
-    x += __builtin_shuffle(x, lane_order(LANE_ORDERS<HALF>.swapped));
+    x += shuffle(x, x, LANE_ORDERS<HALF>.swapped);
     if constexpr (HALF > 1)
         return sum<HALF / 2>(x);
     else
@@ -220,7 +228,7 @@ MM_INLINE float sum(vf x) {
 }
 template <int HALF = W / 2>
 MM_INLINE float max(vf x) {
-    x = max(x, __builtin_shuffle(x, lane_order(LANE_ORDERS<HALF>.swapped)));
+    x = max(x, shuffle(x, x, LANE_ORDERS<HALF>.swapped));
     if constexpr (HALF > 1)
         return max<HALF / 2>(x);
     else
@@ -230,12 +238,11 @@ MM_INLINE float max(vf x) {
 // Transposes W vectors of W lanes in place, larger and larger blocks.
 template <int HALF = 1>
 MM_INLINE void transpose(vu (&x)[W]) {
-    const vi low = lane_order(LANE_ORDERS<HALF>.low), high = lane_order(LANE_ORDERS<HALF>.high);
     for (int i = 0; i < W; ++i) {
         if (i & HALF) continue;
         const vu a = x[i], b = x[i + HALF];
-        x[i] = __builtin_shuffle(a, b, low);
-        x[i + HALF] = __builtin_shuffle(a, b, high);
+        x[i] = shuffle(a, b, LANE_ORDERS<HALF>.low);
+        x[i + HALF] = shuffle(a, b, LANE_ORDERS<HALF>.high);
     }
     if constexpr (HALF < W / 2) transpose<HALF * 2>(x);
 }

@@ -1,0 +1,281 @@
+// Drives every CPU kernel through its raw pointers, on shapes, strides and values taken from a string of bytes. Every
+// buffer is a heap block of exactly the size that the kernel is told, so that the sanitizers see a step beyond it.
+//
+// With libFuzzer: clang++ -fsanitize=fuzzer,address,undefined. On its own (-DMM_STANDALONE): fuzz SECONDS [SEED].
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include <random>
+#include <vector>
+
+#include "loss.h"
+#include "mdi.h"
+#include "memory_read_backward.h"
+#include "memory_update.h"
+#include "norm.h"
+#include "optimizer.h"
+#include "recurrence_backward.h"
+#include "scan.h"
+
+using namespace mm_rec::MM_LEVEL;
+
+// Decisions come from the bytes, then from zeros; values from a generator that the bytes seed.
+struct Source {
+    const uint8_t* data;
+    size_t size;
+    std::minstd_rand values{1};
+    int64_t number(int64_t low, int64_t high) {
+        if (!size) return low;
+        --size;
+        const int64_t byte = *data++;
+        values.seed(unsigned(values() + byte));
+        return low + byte % (high - low + 1);
+    }
+    bool flag() { return number(0, 1) == 1; }
+    float value() { return float(values() % 4001) / 1000.0f - 2.0f; }
+};
+
+// A heap block of n elements, filled: mostly small numbers, now and then an infinity, a NaN or an extreme.
+template <class T>
+struct Block {
+    T* data;
+    int64_t n;
+    Block(Source& from, int64_t n) : data(static_cast<T*>(malloc(n ? n * sizeof(T) : 1))), n(n) {
+        const float odd[] = {0.0f, 3e38f, -3e38f, 1e-40f, __builtin_inff(), __builtin_nanf("")};
+        const bool strange = from.number(0, 15) == 1;
+        for (int64_t i = 0; i < n; ++i) put(i, strange && from.values() % 8 == 0 ? odd[from.values() % 6] : from.value());
+    }
+    ~Block() { free(data); }
+    Block(const Block&) = delete;
+    void put(int64_t i, float x);
+    operator T*() { return data; }
+};
+template <>
+void Block<float>::put(int64_t i, float x) { data[i] = x; }
+template <>
+void Block<bf16>::put(int64_t i, float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    data[i].bits = uint16_t(bits >> 16);
+}
+template <>
+void Block<int64_t>::put(int64_t i, float) { data[i] = 0; }
+template <>
+void Block<uint8_t>::put(int64_t i, float) { data[i] = 0; }
+
+// Evenly spaced rows: the block ends with the last element of the last row.
+template <class T>
+struct Strided : Block<T> {
+    int64_t row;
+    Strided(Source& from, int64_t rows, int64_t columns) : Strided(from, rows, columns, columns + from.number(0, 5)) {}
+    Strided(Source& from, int64_t rows, int64_t columns, int64_t row)
+        : Block<T>(from, (rows - 1) * row + columns), row(row) {}
+};
+
+typedef Block<float> Floats;
+typedef Strided<float> Rows32;
+
+static int threads_of(Source& from) { return int(from.number(1, 3)); }
+
+template <class F>
+static F* maybe(bool given, Block<F>& block) { return given ? block.data : nullptr; }
+
+static void fill_resets(Source& from, Block<uint8_t>& reset) {
+    for (int64_t i = 0; i < reset.n; ++i) reset.data[i] = from.values() % 5 == 0;
+}
+
+static void fuzz_scan(Source& from) {
+    const int64_t batch = from.number(1, 5), time = from.number(1, 20), columns = from.number(1, 70), n = batch * time;
+    const bool has_state = from.flag(), has_reset = from.flag();
+    const int threads = threads_of(from);
+    Rows32 a(from, n, columns), x(from, n, columns), ds(from, n, columns);
+    Floats s0(from, batch * columns), s(from, n * columns), da(from, n * columns), dx(from, n * columns);
+    Floats ds0(from, batch * columns);
+    Block<uint8_t> reset(from, n);
+    fill_resets(from, reset);
+    const float* start = maybe(has_state, s0);
+    const uint8_t* resets = maybe(has_reset, reset);
+    scan_forward(batch, time, columns, a, a.row, x, x.row, start, resets, s, threads);
+    scan_backward(batch, time, columns, ds, ds.row, s, a, a.row, start, resets, da, dx, maybe(from.flag(), ds0), threads);
+}
+
+template <class T>
+static void fuzz_recurrence(Source& from) {
+    const int64_t batch = from.number(1, 9), time = from.number(1, 40), heads = from.number(1, 4), d = from.number(1, 70);
+    const int64_t width = heads * d, n = batch * time;
+    const bool has_state = from.flag(), has_reset = from.flag();
+    const int threads = threads_of(from);
+    Rows32 z(from, n, width), gamma(from, n, width), dh(from, n, width);
+    Strided<T> u(from, n, width);
+    Floats w_g(from, width * d), h0(from, batch * width), h(from, n * width), h_last(from, batch * width);
+    Block<uint8_t> reset(from, n);
+    fill_resets(from, reset);
+    const RecurrenceInputs<T> in{batch, time,  heads,     d,   z,
+                                 z.row, u,     u.row,     gamma, gamma.row,
+                                 w_g,   maybe(has_state, h0), maybe(has_reset, reset)};
+    recurrence_forward(in, h, h_last, threads);
+    const int group = recurrence_group(batch, heads);
+    Floats dh_last(from, batch * width), dz(from, n * width), dgamma(from, n * width), dh0(from, batch * width);
+    Floats dw_g(from, (batch + group - 1) / group * width * d);
+    Block<T> du(from, n * width);
+    const RecurrenceFromAbove above{dh, dh.row, maybe(from.flag(), dh_last)};
+    recurrence_backward(in, above, RecurrenceGradients<T>{dz, du, dgamma, dw_g, dh0}, h, threads);
+}
+
+template <class T>
+static void fuzz_mdi(Source& from) {
+    const int64_t rows = from.number(1, 90), columns = from.number(1, 70);
+    const bool gated = from.flag();
+    const int threads = threads_of(from);
+    Strided<T> decay(from, rows, columns), candidate(from, rows, columns), gate(from, rows, columns);
+    Floats decay_bias(from, columns), gate_bias(from, columns), gamma(from, rows * columns), x(from, rows * columns);
+    T* gate_data = maybe(gated, gate);
+    float* gate_bias_data = maybe(gated, gate_bias);
+    mdi_forward<T>(rows, columns, decay, decay.row, decay_bias, candidate, candidate.row, gate_data, gate.row,
+                   gate_bias_data, gamma, x, threads);
+    Rows32 dgamma(from, rows, columns), dx(from, rows, columns);
+    Block<T> ddecay(from, rows * columns), dcandidate(from, rows * columns), dgate(from, gated ? rows * columns : 0);
+    Floats ddecay_bias(from, columns), dgate_bias(from, gated ? columns : 0);
+    Floats scratch(from, mdi_backward_scratch(rows, columns));
+    mdi_backward<T>(rows, columns, maybe(from.flag(), dgamma), dgamma.row, maybe(from.flag(), dx), dx.row, decay,
+                    decay.row, decay_bias, candidate, candidate.row, gate_data, gate.row, gate_bias_data, ddecay,
+                    ddecay_bias, dcandidate, dgate, dgate_bias, scratch, threads);
+}
+
+template <class T, class U>
+static void fuzz_norm(Source& from) {
+    const int64_t outer = from.number(1, 20), inner = from.number(1, 4), n = from.number(1, 70), rows = outer * inner;
+    const int64_t inner_stride = n + from.number(0, 3), outer_stride = inner * inner_stride + from.number(0, 3);
+    const int threads = threads_of(from);
+    const int64_t span = (outer - 1) * outer_stride + (inner - 1) * inner_stride + n;
+    Block<T> x(from, span), dx(from, rows * n);
+    Block<U> y(from, rows * n), dy(from, span);
+    const Rows<const T> from_rows{x, inner, outer_stride, inner_stride};
+    rms_norm_forward(rows, n, from_rows, y.data, threads);
+    rms_norm_backward(rows, n, Rows<const U>{dy, inner, outer_stride, inner_stride}, from_rows, dx.data, threads);
+}
+
+template <class T>
+static void fuzz_rows(Source& from) {
+    const int64_t rows = from.number(1, 40), heads = from.number(1, 4), d = from.number(1, 40), n = heads * d;
+    const int threads = threads_of(from);
+    Rows32 x(from, rows, n), dtotal(from, rows, n);
+    Strided<T> delta(from, rows, n), dn(from, rows, n);
+    Floats total(from, rows * n), dx(from, rows * n);
+    Block<T> normed(from, rows * n), ddelta(from, rows * n);
+    add_rms_norm_forward<T>(rows, n, x, x.row, delta, delta.row, total, normed, threads);
+    add_rms_norm_backward<T>(rows, n, maybe(from.flag(), dtotal), dtotal.row, dn, dn.row, total, dx, ddelta, threads);
+    readout_forward<T>(rows, heads, d, x, x.row, delta, delta.row, normed, threads);
+    readout_backward<T>(rows, heads, d, dn, dn.row, x, x.row, delta, delta.row, dx, ddelta, threads);
+    relu_squared_forward<T>(rows * n, normed, ddelta, threads);
+    relu_squared_backward<T>(rows * n, ddelta, normed, ddelta, threads);
+}
+
+template <class T>
+static void fuzz_loss(Source& from) {
+    const int64_t rows = from.number(1, 9), columns = from.number(1, 200);
+    Block<T> logits(from, rows * columns);
+    Block<int64_t> target(from, rows);
+    Floats weight(from, rows), nll(from, rows);
+    for (int64_t r = 0; r < rows; ++r) target.data[r] = int64_t(from.values() % columns);
+    if (from.flag()) weight.data[0] = 0.0f;
+    cross_entropy<T>(rows, columns, logits, target, weight, nll, from.flag(), threads_of(from));
+}
+
+template <class T>
+static void fuzz_optimizer(Source& from) {
+    const int64_t n = from.number(0, 255) * from.number(1, 255);
+    const int threads = threads_of(from);
+    Floats master(from, n), m(from, n), v(from, n);
+    Block<T> grad(from, n);
+    Block<bf16> out(from, n);
+    adamw<T>(n, master, m, v, grad, maybe(from.flag(), out), AdamW{0.9f, 0.95f, 1e-8f, 1.0f, 1e-3f, 2.0f, 1.0f}, threads);
+    sum_of_squares<T>(n, grad, threads);
+}
+
+// Positions as documents make them, or anything at all.
+static void fill_positions(Source& from, int64_t batch, int64_t time, int64_t window, Block<int64_t>& position) {
+    const bool wild = from.number(0, 7) == 1;
+    for (int64_t b = 0; b < batch; ++b) {
+        int64_t place = from.number(0, 255) * from.number(0, 3);
+        for (int64_t t = 0; t < time; ++t, ++place) {
+            if (from.values() % 40 == 0) place = 0;
+            position.data[b * time + t] = wild ? int64_t(from.values() % (4 * window)) - window / 2 : place;
+        }
+    }
+}
+
+template <class T>
+static void fuzz_memory(Source& from) {
+    const int64_t batch = from.number(1, 3), time = from.number(1, 100), window = 2 * from.number(1, 40);
+    const int64_t heads = from.number(1, 3), d = 2 * from.number(1, 35), slots = from.number(1, 40);
+    const int64_t width = heads * d, context = window + time;
+    const int threads = threads_of(from);
+    Block<int64_t> position(from, batch * time);
+    fill_positions(from, batch, time, window, position);
+    const MemoryShape s{batch, time, window, heads, d, slots, position};
+    Strided<T> q(from, batch * time, width), k(from, batch * context, width), v(from, batch * context, width);
+    Floats address(from, width * slots), rate(from, heads);
+    const int64_t memory = batch * heads * slots, all = memory * s.versions();
+    Floats key0(from, memory * d), value0(from, memory * d), mass0(from, memory);
+    Floats key(from, all * d), value(from, all * d), mass(from, all);
+    const UpdateInputs<T> update{s, {k, k.row}, {v, v.row}, address, rate};
+    const Memory<const float> initial{key0, value0, mass0}, given{key, value, mass};
+    const int written = memory_update(update, initial, Memory<float>{key, value, mass}, threads);
+
+    Floats cosine(from, context * d / 2), sine(from, context * d / 2), lse(from, batch * heads * time);
+    Block<T> out(from, batch * time * width);
+    const ReadInputs<T> read{s, {q, q.row}, {k, k.row}, {v, v.row}, given, cosine, sine};
+    if (memory_read<T>(read, out, lse, threads) != written) abort();  // both judge the positions
+
+    Block<T> dq(from, batch * time * width), dk(from, batch * context * width), dv(from, batch * context * width);
+    Strided<T> dout(from, batch * time, width);
+    Floats dkey(from, all * d), dvalue(from, all * d), dmass(from, all);
+    const ReadFromAbove<T> above{{dout, dout.row}, {out, width}, lse};
+    memory_read_backward(read, above, ReadGradients<T>{dq, dk, dv, {dkey, dvalue, dmass}}, threads);
+    Floats daddress(from, batch * width * slots), drate(from, batch * heads);
+    Floats dkey0(from, memory * d), dvalue0(from, memory * d), dmass0(from, memory);
+    const UpdateGradients<T> gradients{dk, dv, daddress, drate, {dkey0, dvalue0, dmass0}};
+    memory_update_backward(update, given, Memory<const float>{dkey, dvalue, dmass}, gradients, threads);
+}
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+    Source from{data, size};
+    switch (from.number(0, 15)) {
+        case 0: fuzz_scan(from); break;
+        case 1: fuzz_recurrence<float>(from); break;
+        case 2: fuzz_recurrence<bf16>(from); break;
+        case 3: fuzz_mdi<float>(from); break;
+        case 4: fuzz_mdi<bf16>(from); break;
+        case 5: fuzz_norm<float, float>(from); break;
+        case 6: fuzz_norm<float, bf16>(from); break;
+        case 7: fuzz_norm<bf16, bf16>(from); break;
+        case 8: fuzz_rows<float>(from); break;
+        case 9: fuzz_rows<bf16>(from); break;
+        case 10: fuzz_loss<float>(from); break;
+        case 11: fuzz_loss<bf16>(from); break;
+        case 12: fuzz_optimizer<float>(from); break;
+        case 13: fuzz_optimizer<bf16>(from); break;
+        case 14: fuzz_memory<float>(from); break;
+        case 15: fuzz_memory<bf16>(from); break;
+    }
+    return 0;
+}
+
+#if defined(MM_STANDALONE)
+int main(int count, char** arguments) {
+    const double seconds = count > 1 ? atof(arguments[1]) : 10;
+    std::mt19937 random(count > 2 ? unsigned(atoi(arguments[2])) : 0);
+    const time_t end = time(nullptr) + time_t(seconds);
+    long runs = 0;
+    for (; runs < 16 || time(nullptr) < end; ++runs) {
+        std::vector<uint8_t> bytes(64);
+        for (uint8_t& byte : bytes) byte = uint8_t(random());
+        bytes[0] = uint8_t(runs % 16);  // each kernel in turn
+        LLVMFuzzerTestOneInput(bytes.data(), bytes.size());
+    }
+    printf("%ld runs\n", runs);
+}
+#endif

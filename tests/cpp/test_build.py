@@ -1,0 +1,64 @@
+"""Building the CPU kernels by hand and with the package, with and without a compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mm_rec.cpp import build
+from mm_rec.ops.native import INTERFACE, LEVELS, CpuLibrary
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _exports(library: Path) -> set[str]:
+    lines = subprocess.run(["nm", "-D", "--defined-only", str(library)], check=True, capture_output=True, text=True)
+    return {line.split()[-1] for line in lines.stdout.splitlines()}
+
+
+def test_library_has_every_level_and_nothing_else() -> None:
+    names = _exports(CpuLibrary().path)
+    levels = LEVELS if platform.machine() == "x86_64" else LEVELS[:1]
+    assert {f"mm_rec_scan_forward_{level}" for level in levels} <= names
+    assert all(name.startswith("mm_rec_") for name in names)
+
+
+@pytest.mark.slow
+def test_build_by_hand(tmp_path: Path) -> None:
+    library = build.build_cpu(tmp_path)
+    assert ctypes.CDLL(str(library)).mm_rec_interface() == INTERFACE
+    assert list(tmp_path.iterdir()) == [library]
+
+
+def test_no_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(build.BuildError, match=r"no C\+\+ compiler found"):
+        build.build_cpu(tmp_path)
+
+
+def test_what_the_compiler_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "broken-compiler"
+    broken.write_text("#!/bin/sh\necho 'cannot do it' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(build.BuildError, match="cannot do it"):
+        build.build_cpu(tmp_path)
+
+
+def test_setup_builds_nothing_else() -> None:
+    result = subprocess.run(
+        [sys.executable, "setup.py", "install"],
+        cwd=ROOT / "mm_rec" / "cpp",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert result.returncode != 0
+    assert "build_ext --inplace" in result.stderr
