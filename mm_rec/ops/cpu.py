@@ -436,7 +436,8 @@ def memory_read_backward(
 def _logits_buffer(rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
     kept: Tensor | None = getattr(_kept, "logits", None)
     if kept is None or kept.dtype != dtype or kept.numel() < rows * vocabulary:
-        kept = _kept.logits = _empty((rows * vocabulary,), dtype)
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode later
+            kept = _kept.logits = _empty((rows * vocabulary,), dtype)
     return kept[: rows * vocabulary].view(rows, vocabulary)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -80,3 +82,11 @@ def test_large_logits() -> None:
         run(reference.linear_cross_entropy, widen(arguments)),
         {torch.float32: 1e-5},
     )
+
+
+def test_training_after_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_kept", threading.local())
+    arguments = linear_cross_entropy(63, 20, 130, True, torch.float32)
+    with torch.inference_mode():
+        ops.linear_cross_entropy(*arguments)
+    run(ops.linear_cross_entropy, arguments)
