@@ -107,7 +107,7 @@ def recurrence_backward(
 def scan(a: Tensor, x: Tensor, s0: Tensor | None, reset: Tensor | None) -> Tensor:
     a, x, s0, reset = all_dense(a, x, s0, reset)
     s: Tensor = _empty_like(x)
-    _library.call("scan_forward", x, a, x, s0, reset, s, _workspace("scan", x, *x.shape), *x.shape)
+    _library.call("scan_forward", x, a, x, s0, reset, s, _workspace("scan", x, *x.shape, False), *x.shape)
     return s
 
 
@@ -117,7 +117,7 @@ def scan_backward(
     ds, a, s0, reset = all_dense(ds, a, s0, reset)
     da, dx = _empty_like(a, a)
     ds0 = _empty(a, a.shape[0], a.shape[2])
-    workspace = _workspace("scan", a, *a.shape)
+    workspace = _workspace("scan", a, *a.shape, True)
     _library.call("scan_backward", a, ds, s, a, s0, reset, da, dx, ds0, workspace, *a.shape)
     return da, dx, ds0
 
@@ -399,18 +399,20 @@ def _matrix(x: Tensor) -> tuple[int, int]:
 
 
 def _memory_sizes(k: Tensor, position: Tensor, slots: int) -> tuple[int, int, int, int, int, int]:
-    """B, T, H, d, S and W of the memory ops."""
+    """B, T, H, d, S and W of the memory ops; the kernels are written for even d up to 256."""
     batch, time = position.shape
+    if k.shape[3] % 2 or k.shape[3] > 256:
+        raise ValueError(f"the CUDA kernels take heads of even size up to 256, got {k.shape[3]}")
     return batch, time, k.shape[2], k.shape[3], slots, k.shape[1] - time
 
 
 @functools.lru_cache(maxsize=16)
 def _rotary_table(window: int, dim: int, base: float, device: torch.device) -> Tensor:
-    """Cosine and sine of distance times frequency, (W + 128, d / 2, 2): all that tiles of 64 tokens meet."""
+    """Cosine and sine of distance times frequency, (W + 128, 2, d / 2): all that tiles of 64 tokens meet."""
     half = dim // 2
     frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = torch.arange(window + 128, dtype=torch.float64)[:, None] * frequency
-    return torch.stack([angle.cos(), angle.sin()], dim=-1).float().to(device)
+    return torch.stack([angle.cos(), angle.sin()], dim=1).float().to(device)
 
 
 def _mdi_inputs(

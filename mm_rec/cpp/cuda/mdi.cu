@@ -31,8 +31,23 @@ struct Gradients {
   float* partial;  // (blocks along N, 2, D): sums for the two biases
 };
 
-// NaN stays NaN.
-__device__ __forceinline__ float clamp_gamma(float x) { return x < kGammaMin ? kGammaMin : x > kGammaMax ? kGammaMax : x; }
+// gamma, 1 - gamma and sqrt(1 - gamma^2) at a logit. Near 1 the difference would lose most digits of gamma's; NaN
+// stays NaN.
+struct Decay {
+  float gamma, rest, scale;
+  bool clamped;
+
+  __device__ __forceinline__ explicit Decay(float logit) {
+    gamma = sigmoid(logit);
+    rest = sigmoid(-logit);
+    clamped = gamma < kGammaMin || gamma > kGammaMax;
+    if (clamped) {
+      gamma = gamma < kGammaMin ? kGammaMin : kGammaMax;
+      rest = 1.0f - gamma;
+    }
+    scale = sqrtf(rest * (1.0f + gamma));
+  }
+};
 
 template <typename T, int Size, bool Gate>
 __global__ void __launch_bounds__(kLanes* kLines)
@@ -51,8 +66,9 @@ __global__ void __launch_bounds__(kLanes* kLines)
     if constexpr (Gate) load<Size>(static_cast<const T*>(p.gate) + n * p.gate_stride + column, gate);
 #pragma unroll
     for (int i = 0; i < Size; ++i) {
-      gamma[i] = clamp_gamma(sigmoid(decay[i] + decay_bias[i]));
-      x[i] *= sqrtf(1.0f - gamma[i] * gamma[i]);
+      const Decay at(decay[i] + decay_bias[i]);
+      gamma[i] = at.gamma;
+      x[i] *= at.scale;
       if constexpr (Gate) x[i] *= sigmoid(gate[i] + gate_bias[i]);
     }
     store<Size>(gamma_out + n * p.width + column, gamma);
@@ -80,19 +96,18 @@ __global__ void __launch_bounds__(kLanes* kLines) backward_kernel(const Inputs p
       if (g.dx != nullptr) load<Size>(g.dx + at, dx);
 #pragma unroll
       for (int i = 0; i < Size; ++i) {
-        const float raw = sigmoid(decay[i] + decay_bias[i]), gamma = clamp_gamma(raw);
-        const float scale = sqrtf(1.0f - gamma * gamma);
+        const Decay d(decay[i] + decay_bias[i]);
         float gated = dx[i];  // the gradient at sqrt(1 - gamma^2) candidate
         if constexpr (Gate) {
           const float opened = sigmoid(gate[i] + gate_bias[i]);
           gated *= opened;
-          gate[i] = dx[i] * scale * candidate[i] * opened * (1.0f - opened);
+          gate[i] = dx[i] * d.scale * candidate[i] * opened * (1.0f - opened);
           gate_sum[i] += gate[i];
         }
-        const float at_gamma = dgamma[i] - gated * candidate[i] * gamma / scale;
-        decay[i] = raw >= kGammaMin && raw <= kGammaMax ? at_gamma * raw * (1.0f - raw) : 0.0f;
+        const float at_gamma = dgamma[i] - __fdividef(gated * candidate[i] * d.gamma, d.scale);
+        decay[i] = d.clamped ? 0.0f : at_gamma * d.gamma * d.rest;
         decay_sum[i] += decay[i];
-        candidate[i] = gated * scale;
+        candidate[i] = gated * d.scale;
       }
       store<Size>(static_cast<T*>(g.ddecay) + at, decay);
       store<Size>(static_cast<T*>(g.dcandidate) + at, candidate);

@@ -59,30 +59,40 @@ __device__ __forceinline__ void load_eight(const T* row, int column, int size, f
   }
 }
 
-// A pair of neighbouring elements of a row of `size`; nothing past its end.
-template <typename T>
-__device__ __forceinline__ void store_pair(T* row, int column, int size, float first, float second) {
-  if (size % 2 == 0) {
-    if (column < size) {
-      const float pair[2] = {first, second};
-      store<2>(row + column, pair);
+// Accumulators of 16 rows of `size` elements, `stride` apart, both even, from row `first` on, where `rows` are there; all
+// loads are on their way before the first is needed.
+template <int N>
+__device__ __forceinline__ void load_rows(const float* source, int first, int rows, int stride, int size,
+                                          Fragments<N>& x) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = first + fragment_row(2 * r), column = fragment_column(0, 0);
+    const float* from = source + static_cast<int64_t>(row) * stride + column;
+    const int left = row < rows ? size - column : 0;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      float pair[2] = {0.0f, 0.0f};
+      if (8 * n < left) load<2>(from + 8 * n, pair);
+      x[n][2 * r] = pair[0];
+      x[n][2 * r + 1] = pair[1];
     }
-  } else {
-    if (column < size) row[column] = from_float<T>(first);
-    if (column + 1 < size) row[column + 1] = from_float<T>(second);
   }
 }
 
-template <typename T>
-__device__ __forceinline__ float2 load_pair(const T* row, int column, int size) {
-  float pair[2] = {0.0f, 0.0f};
-  if (size % 2 == 0) {
-    if (column < size) load<2>(row + column, pair);
-  } else {
-    if (column < size) pair[0] = to_float(row[column]);
-    if (column + 1 < size) pair[1] = to_float(row[column + 1]);
+template <int N, typename T>
+__device__ __forceinline__ void store_rows(T* target, int first, int rows, int64_t stride, int size,
+                                           const Fragments<N>& x) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = first + fragment_row(2 * r), column = fragment_column(0, 0);
+    T* to = target + static_cast<int64_t>(row) * stride + column;
+    const int left = row < rows ? size - column : 0;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const float pair[2] = {x[n][2 * r], x[n][2 * r + 1]};
+      if (8 * n < left) store<2>(to + 8 * n, pair);
+    }
   }
-  return make_float2(pair[0], pair[1]);
 }
 
 }  // namespace mm_rec

@@ -22,7 +22,7 @@ struct ReadInputs {
   const float* value;
   const float* mass;
   const int64_t* position;
-  const float2* rotary;  // (W + 128, d / 2): cosine and sine of distance times frequency
+  const float* rotary;  // (W + 128, 2, d / 2): cosines, then sines, of distance times frequency
   WriteIndex index;
 };
 
@@ -30,7 +30,8 @@ template <typename T, int Dim>
 struct ReadPlan {
   static constexpr int kDim = Dim, kThreads = 128, kOwn = 64, kOther = Dim <= 64 ? 64 : 32;
   static constexpr bool kSplit = sizeof(T) == 4;
-  static constexpr int kLanes = Dim / 8;  // for a row of a tile
+  static constexpr int kLanes = Dim / 8;                   // for a row of a tile
+  static constexpr int kBlocks = Dim <= 64 ? 3 : 1;         // on a multiprocessor at least
   using Own = Tile<kOwn, Dim, kSplit>;
   using Other = Tile<kOther, Dim, kSplit>;
   using Scores = Fragments<kOther / 8>;
@@ -44,67 +45,104 @@ struct ReadPlan {
     return j >= half ? dim : column < Dim / 2 ? j : half + j;
   }
 
-  // Eight columns of a row of a head.
-  template <typename Source>
-  static __device__ __forceinline__ void load_columns(const Source* row, int column, int dim, float (&x)[8]) {
-    if (dim % 16 == 0) {
-      const int first = element(column, dim);
-      if (first < dim) {
-        load<8>(row + first, x);
-        return;
-      }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = 0.0f;
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int at = element(column + i, dim);
-        x[i] = at < dim ? to_float(row[at]) : 0.0f;
-      }
-    }
-  }
-
-  // Call body(row, column, x) for each row of a tile with the eight elements of `source + row * stride` that this lane
-  // holds; zeros for rows outside [0, rows). Whole warps take part in each call.
-  template <int Rows, typename Source, typename Body>
-  static __device__ __forceinline__ void each_row(const Source* source, int64_t stride, int rows, int dim,
-                                                  const Body& body) {
+  // `Rows` rows of heads on their way from memory to a tile: first all are asked for, then they are put down, so that
+  // one wait serves for all. A lane holds four elements of each half of a row.
+  template <int Rows, typename Source>
+  class RowLoads {
+   public:
+    static constexpr int kCount = Rows * kLanes / kThreads;
     static_assert(Rows * kLanes % kThreads == 0, "whole warps");
-#pragma unroll
-    for (int i = threadIdx.x; i < Rows * kLanes; i += kThreads) {
-      const int row = i / kLanes, column = i % kLanes * 8;
-      float x[8] = {};
-      if (row < rows) load_columns(source + row * stride, column, dim, x);
-      body(row, column, x);
-    }
-  }
 
-  template <int Rows, bool Split, typename Source>
-  static __device__ __forceinline__ void fill(Tile<Rows, Dim, Split>& tile, const Source* source, int64_t stride,
-                                              int rows, int dim) {
-    each_row<Rows>(source, stride, rows, dim, [&](int row, int column, const float(&x)[8]) { tile.set(row, column, x); });
-  }
-
-  // The same, row r rotated by distance r + `first`.
-  template <int Rows, bool Split, typename Source>
-  static __device__ __forceinline__ void fill_rotated(Tile<Rows, Dim, Split>& tile, const Source* source, int64_t stride,
-                                                      int rows, int dim, const float2* rotary, int first) {
-    each_row<Rows>(source, stride, rows, dim, [&](int row, int column, float(&x)[8]) {
-      const bool second = column >= Dim / 2;
+    // Row r is at source + r * stride; rows outside [0, rows) are zero.
+    __device__ __forceinline__ void fetch(const Source* source, int64_t stride, int rows, int dim) {
+      const int half = dim / 2;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float partner = __shfl_xor_sync(kFullWarp, x[i], kLanes / 2);
-        const int j = column % (Dim / 2) + i;
-        if (row >= rows || j >= dim / 2) continue;
-        const float2 turn = rotary[static_cast<int64_t>(first + row) * (dim / 2) + j];
-        x[i] = x[i] * turn.x + (second ? partner : -partner) * turn.y;
+      for (int i = 0; i < kCount; ++i) {
+        const Source* from = source + row(i) * stride;
+        const bool inside = row(i) < rows;
+        if (dim % 8 == 0) {
+          if (inside && column() < half) {
+            raw_[i][0] = *reinterpret_cast<const Pack<Source, 4>*>(from + column());
+            raw_[i][1] = *reinterpret_cast<const Pack<Source, 4>*>(from + half + column());
+          } else {
+            raw_[i][0] = raw_[i][1] = {};
+          }
+        } else {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const bool real = inside && column() + j < half;
+            raw_[i][0].v[j] = real ? from[column() + j] : from_float<Source>(0.0f);
+            raw_[i][1].v[j] = real ? from[half + column() + j] : from_float<Source>(0.0f);
+          }
+        }
       }
-      tile.set(row, column, x);
-    });
-  }
+    }
 
-  // Turn accumulators of this warp's rows back by the distances of fill_rotated.
-  static __device__ __forceinline__ void rotate_back(Sums& x, int rows, int dim, const float2* rotary, int first) {
+    // Call body(row, column, first, second) for each row: elements column ... column + 3 of both halves. Whole warps take
+    // part in each call.
+    template <typename Body>
+    __device__ __forceinline__ void each(const Body& body) const {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        float first[4], second[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          first[j] = to_float(raw_[i][0].v[j]);
+          second[j] = to_float(raw_[i][1].v[j]);
+        }
+        body(row(i), column(), first, second);
+      }
+    }
+
+    template <bool Split>
+    __device__ __forceinline__ void put(Tile<Rows, Dim, Split>& tile) const {
+      each([&](int row, int column, const float(&first)[4], const float(&second)[4]) {
+        tile.set(row, column, first);
+        tile.set(row, Dim / 2 + column, second);
+      });
+    }
+
+    // The same, row r rotated by distance `nearest` + r.
+    template <bool Split>
+    __device__ __forceinline__ void put_rotated(Tile<Rows, Dim, Split>& tile, int rows, int dim, const float* rotary,
+                                                int nearest) const {
+      const int half = dim / 2;
+      each([&](int row, int column, const float(&first)[4], const float(&second)[4]) {
+        float a[4], b[4], cosine[4] = {}, sine[4] = {};
+        const float* turn = rotary + static_cast<int64_t>(nearest + row) * dim + column;
+        if (row < rows && column < half) {
+          if (half % 4 == 0) {
+            load<4>(turn, cosine);
+            load<4>(turn + half, sine);
+          } else {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              cosine[j] = column + j < half ? turn[j] : 0.0f;
+              sine[j] = column + j < half ? turn[half + j] : 0.0f;
+            }
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          a[j] = first[j] * cosine[j] - second[j] * sine[j];
+          b[j] = second[j] * cosine[j] + first[j] * sine[j];
+        }
+        tile.set(row, column, a);
+        tile.set(row, Dim / 2 + column, b);
+      });
+    }
+
+   private:
+    static __device__ __forceinline__ int row(int i) { return static_cast<int>(threadIdx.x + i * kThreads) / kLanes; }
+    static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) % kLanes * 4; }
+
+    Pack<Source, 4> raw_[kCount][2];
+  };
+  using OwnLoads = RowLoads<kOwn, T>;
+  using OtherLoads = RowLoads<kOther, T>;
+
+  // Turn accumulators of this warp's rows back by the distances of put_rotated.
+  static __device__ __forceinline__ void rotate_back(Sums& x, int rows, int dim, const float* rotary, int nearest) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = own_row() + fragment_row(i);
@@ -113,15 +151,15 @@ struct ReadPlan {
       for (int n = 0; n < Dim / 16; ++n) {
         const int j = fragment_column(n, i);
         if (j >= dim / 2) continue;
-        const float2 turn = rotary[static_cast<int64_t>(first + row) * (dim / 2) + j];
-        const float a = x[n][i], b = x[n + Dim / 16][i];
-        x[n][i] = a * turn.x + b * turn.y;
-        x[n + Dim / 16][i] = b * turn.x - a * turn.y;
+        const float* turn = rotary + static_cast<int64_t>(nearest + row) * dim + j;
+        const float a = x[n][i], b = x[n + Dim / 16][i], cosine = turn[0], sine = turn[dim / 2];
+        x[n][i] = a * cosine + b * sine;
+        x[n + Dim / 16][i] = b * cosine - a * sine;
       }
     }
   }
 
-  // Columns 2 j and 2 j + 1 of fragment n of this warp's row r (0 or 1 of a thread's two) to a row of a head.
+  // Two neighbouring columns of fragment n to a row of a head.
   template <typename Target>
   static __device__ __forceinline__ void store_columns(Target* row, int n, int dim, float first, float second) {
     const int column = fragment_column(n, 0), at = element(column, dim);
@@ -135,28 +173,41 @@ struct ReadPlan {
     }
   }
 
-  // Slots of one version, rows r = 0 ... of `keys` normed and of `values` divided by their mass, and `bias`, log2 of the
-  // masses, -inf for slots without mass.
+  // Slots of one version from row `first` on: keys normed, values divided by their mass, and `bias`, log2 of the masses,
+  // -inf for slots without mass.
   template <int Rows, bool Split>
   static __device__ __forceinline__ void fill_slots(Tile<Rows, Dim, Split>& keys, Tile<Rows, Dim, Split>& values,
                                                     float* bias, const ReadInputs& in, int64_t first, int rows,
                                                     int dim) {
-    each_row<Rows>(in.key + first * dim, dim, rows, dim, [&](int row, int column, float(&x)[8]) {
+    RowLoads<Rows, float> key, value;
+    key.fetch(in.key + first * dim, dim, rows, dim);
+    value.fetch(in.value + first * dim, dim, rows, dim);
+    for (int i = threadIdx.x; i < Rows; i += kThreads) {
+      const float mass = i < rows ? in.mass[first + i] : 0.0f;
+      bias[i] = mass > 0.0f ? __log2f(mass) : -INFINITY;
+    }
+    key.each([&](int row, int column, float(&a)[4], float(&b)[4]) {
       float squares = 0.0f;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) squares = fmaf(x[i], x[i], squares);
+      for (int j = 0; j < 4; ++j) squares = fmaf(a[j], a[j], fmaf(b[j], b[j], squares));
       const float scale = rsqrtf(group_sum<kLanes>(squares) / dim + kNormEps);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] *= scale;
-      keys.set(row, column, x);
+      for (int j = 0; j < 4; ++j) {
+        a[j] *= scale;
+        b[j] *= scale;
+      }
+      keys.set(row, column, a);
+      keys.set(row, Dim / 2 + column, b);
     });
-    each_row<Rows>(in.value + first * dim, dim, rows, dim, [&](int row, int column, float(&x)[8]) {
-      const float mass = row < rows ? in.mass[first + row] : 0.0f;
-      const float scale = mass > 0.0f ? 1.0f / mass : 1.0f;
+    value.each([&](int row, int column, float(&a)[4], float(&b)[4]) {
+      const float mass = row < rows ? in.mass[first + row] : 0.0f, scale = mass > 0.0f ? 1.0f / mass : 1.0f;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] *= scale;
-      values.set(row, column, x);
-      if (column == 0) bias[row] = mass > 0.0f ? __log2f(mass) : -INFINITY;
+      for (int j = 0; j < 4; ++j) {
+        a[j] *= scale;
+        b[j] *= scale;
+      }
+      values.set(row, column, a);
+      values.set(row, Dim / 2 + column, b);
     });
   }
 };

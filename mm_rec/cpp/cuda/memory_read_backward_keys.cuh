@@ -33,14 +33,15 @@ struct KeyGradients {
     const int dim = extent.dim, tokens = static_cast<int>(min(extent.time - t0, int64_t{Plan::kOther}));
     const float scale = rsqrtf(static_cast<float>(dim));
     const int64_t at = extent.token_at(b, t0, head);
-    const T* q = static_cast<const T*>(p.in.q) + at;
+    typename Plan::OtherLoads q, dout;
+    q.fetch(static_cast<const T*>(p.in.q) + at, extent.width(), tokens, dim);
+    dout.fetch(static_cast<const T*>(p.dout) + at, extent.width(), tokens, dim);
     if constexpr (Rotated) {
-      Plan::fill_rotated(shared.q, q, extent.width(), tokens, dim, p.in.rotary,
-                         static_cast<int>(extent.window + t0 - origin));
+      q.put_rotated(shared.q, tokens, dim, p.in.rotary, static_cast<int>(extent.window + t0 - origin));
     } else {
-      Plan::fill(shared.q, q, extent.width(), tokens, dim);
+      q.put(shared.q);
     }
-    Plan::fill(shared.dout, static_cast<const T*>(p.dout) + at, extent.width(), tokens, dim);
+    dout.put(shared.dout);
     if (threadIdx.x < Plan::kOther) {
       const int64_t token = (b * extent.heads + head) * extent.time + t0 + threadIdx.x;
       const bool real = static_cast<int>(threadIdx.x) < tokens;

@@ -5,19 +5,23 @@
 namespace mm_rec {
 namespace {
 
-// inner = out . dout of each token and head, 32 lanes each.
+// inner = out . dout of each token and head, eight lanes each.
 template <typename T>
 __global__ void __launch_bounds__(256) inner_product_kernel(const ReadBackward p, const MemoryExtent extent) {
-  const int64_t row = (static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x) / 32;  // (b, t, head)
-  if (row >= extent.batch * extent.time * extent.heads) return;
+  const int64_t rows = extent.batch * extent.time * extent.heads;
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x) / 8;  // (b, t, head)
   float sum = 0.0f;
-  for (int i = threadIdx.x % 32; i < extent.dim; i += 32) {
-    const int64_t at = row * extent.dim + i;
-    sum = fmaf(to_float(static_cast<const T*>(p.out)[at]), to_float(static_cast<const T*>(p.dout)[at]), sum);
+  for (int i = threadIdx.x % 8 * 8; i < extent.dim && row < rows; i += 64) {
+    float x[8], y[8];
+    load_eight(static_cast<const T*>(p.out) + row * extent.dim, i, extent.dim, x);
+    load_eight(static_cast<const T*>(p.dout) + row * extent.dim, i, extent.dim, y);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum = fmaf(x[j], y[j], sum);
   }
-  sum = group_sum(sum);
+  sum = group_sum<8>(sum);
+  if (threadIdx.x % 8 != 0 || row >= rows) return;
   const int64_t head = row % extent.heads, t = row / extent.heads % extent.time, b = row / extent.heads / extent.time;
-  if (threadIdx.x % 32 == 0) p.inner[(b * extent.heads + head) * extent.time + t] = sum;
+  p.inner[(b * extent.heads + head) * extent.time + t] = sum;
 }
 
 template <typename Plan>
@@ -29,7 +33,8 @@ struct Shared {
 };
 
 template <typename T, typename Plan>
-__global__ void __launch_bounds__(Plan::kThreads) query_kernel(const ReadBackward p, const MemoryExtent extent) {
+__global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
+    query_kernel(const ReadBackward p, const MemoryExtent extent) {
   auto& shared = *reinterpret_cast<Shared<Plan>*>(dynamic_shared());
   const ReadInputs& in = p.in;
   const int64_t b = blockIdx.z, head = blockIdx.y, t0 = static_cast<int64_t>(blockIdx.x) * Plan::kOwn;
@@ -37,8 +42,11 @@ __global__ void __launch_bounds__(Plan::kThreads) query_kernel(const ReadBackwar
   const float scale = rsqrtf(static_cast<float>(dim));
   const int64_t at = extent.token_at(b, t0, head);
 
-  Plan::fill_rotated(shared.q, static_cast<const T*>(in.q) + at, extent.width(), tokens, dim, in.rotary, window - 1);
-  Plan::fill(shared.dout, static_cast<const T*>(p.dout) + at, extent.width(), tokens, dim);
+  typename Plan::OwnLoads queries, douts;
+  queries.fetch(static_cast<const T*>(in.q) + at, extent.width(), tokens, dim);
+  douts.fetch(static_cast<const T*>(p.dout) + at, extent.width(), tokens, dim);
+  queries.put_rotated(shared.q, tokens, dim, in.rotary, window - 1);
+  douts.put(shared.dout);
   shared.visible.fill(in, extent, b, t0);
   const int row[2] = {Plan::own_row() + fragment_row(0), Plan::own_row() + fragment_row(2)};
   float lse[2] = {}, inner[2] = {};
@@ -71,9 +79,11 @@ __global__ void __launch_bounds__(Plan::kThreads) query_kernel(const ReadBackwar
   for (int c0 = first; c0 < window + t0 + tokens; c0 += Plan::kOther) {
     const int64_t from = extent.context_at(b, c0, head);
     const int count = static_cast<int>(window + t0 + tokens - c0);
-    Plan::fill_rotated(shared.k, static_cast<const T*>(in.k) + from, extent.width(), count, dim, in.rotary,
-                       static_cast<int>(c0 - t0 - 1));
-    Plan::fill(shared.v, static_cast<const T*>(in.v) + from, extent.width(), count, dim);
+    typename Plan::OtherLoads k, v;
+    k.fetch(static_cast<const T*>(in.k) + from, extent.width(), count, dim);
+    v.fetch(static_cast<const T*>(in.v) + from, extent.width(), count, dim);
+    k.put_rotated(shared.k, count, dim, in.rotary, static_cast<int>(c0 - t0 - 1));
+    v.put(shared.v);
     __syncthreads();
     typename Plan::Scores scores = {};
     multiply<false, false, Plan::kDim>(scores, shared.q, Plan::own_row(), shared.k, 0);
@@ -91,7 +101,10 @@ __global__ void __launch_bounds__(Plan::kThreads) query_kernel(const ReadBackwar
   }
   Plan::rotate_back(dq, tokens, dim, in.rotary, window - 1);
 
-  if (newest >= 0) Plan::fill(shared.q, static_cast<const T*>(in.q) + at, extent.width(), tokens, dim);
+  if (newest >= 0) {
+    queries.fetch(static_cast<const T*>(in.q) + at, extent.width(), tokens, dim);
+    queries.put(shared.q);
+  }
   for (int version = oldest; version <= newest; ++version) {
     for (int s0 = 0; s0 < extent.slots; s0 += Plan::kOther) {
       Plan::fill_slots(shared.k, shared.v, shared.bias, in, extent.slots_at(b, version, head) + s0, extent.slots - s0, dim);
@@ -125,7 +138,7 @@ struct QueryGradient {
   static cudaError_t run(const ReadBackward& p, const MemoryExtent& extent, void* stream) {
     using Plan = ReadPlan<T, Dim>;
     const int64_t rows = extent.batch * extent.time * extent.heads;
-    const cudaError_t error = launch(inner_product_kernel<T>, dim3(static_cast<unsigned>(ceil_div(rows, 8))), dim3(256),
+    const cudaError_t error = launch(inner_product_kernel<T>, dim3(static_cast<unsigned>(ceil_div(rows, 32))), dim3(256),
                                      0, stream, p, extent);
     if (error != cudaSuccess) return error;
     const dim3 grid(static_cast<unsigned>(ceil_div(extent.time, Plan::kOwn)), static_cast<unsigned>(extent.heads),
@@ -157,7 +170,7 @@ extern "C" int mm_rec_cuda_memory_read_backward(const void* dout, const void* ou
                                                 int64_t window, void* stream) {
   using namespace mm_rec;
   const MemoryExtent extent{batch, time, heads, static_cast<int>(dim), static_cast<int>(slots), static_cast<int>(window)};
-  ReadBackward p{{q, k, v, key, value, mass, position, reinterpret_cast<const float2*>(rotary), {}},
+  ReadBackward p{{q, k, v, key, value, mass, position, rotary, {}},
                  out, dout, lse, workspace, dq, dk, dv, dkey, dvalue, dmass};
   cudaError_t error = make_write_index(position, extent, workspace + batch * heads * time, &p.in.index, stream);
   if (error == cudaSuccess) error = read_backward_queries(p, dtype, extent, stream);

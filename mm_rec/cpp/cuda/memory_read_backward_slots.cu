@@ -6,7 +6,8 @@ namespace mm_rec {
 namespace {
 
 template <typename T, typename Plan, Side kSide>
-__global__ void __launch_bounds__(Plan::kThreads) slot_kernel(const ReadBackward p, const MemoryExtent extent) {
+__global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
+    slot_kernel(const ReadBackward p, const MemoryExtent extent) {
   auto& shared = *reinterpret_cast<KeysShared<Plan>*>(dynamic_shared());
   const int64_t b = blockIdx.z, head = blockIdx.y, versions = extent.versions();
   const int version = static_cast<int>(blockIdx.x % versions), s0 = static_cast<int>(blockIdx.x / versions) * Plan::kOwn;
@@ -33,36 +34,38 @@ __global__ void __launch_bounds__(Plan::kThreads) slot_kernel(const ReadBackward
   for (int r = 0; r < 2; ++r) {
     const int row = Plan::own_row() + fragment_row(2 * r);
     const bool real = row < count;
-    const float* key = p.in.key + (first + row) * dim;
     const float mass = real ? p.in.mass[first + row] : 0.0f, inverse = mass > 0.0f ? 1.0f / mass : 1.0f;
-    float squares = 0.0f, product = 0.0f;
+    const auto at = [&](int n, int j) { return Plan::element(fragment_column(n, j), dim); };
+    if constexpr (sums.kKeys) {
+      float key[Plan::kDim / 8][2], squares = 0.0f, product = 0.0f;
 #pragma unroll
-    for (int n = 0; n < Plan::kDim / 8; ++n) {
+      for (int n = 0; n < Plan::kDim / 8; ++n) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int at = Plan::element(fragment_column(n, j), dim);
-        if (!sums.kKeys || !real || at >= dim) continue;
-        squares = fmaf(key[at], key[at], squares);
-        product = fmaf(key[at], sums.dk[n][2 * r + j], product);
-      }
-    }
-    const float norm = rsqrtf(group_sum<4>(squares) / dim + kNormEps);
-    const float slope = norm * norm * norm * group_sum<4>(product) / dim;
-    const float inner = group_sum<4>(sums.weighted_inner[r]);
-    if (!real) continue;
-#pragma unroll
-    for (int n = 0; n < Plan::kDim / 8; ++n) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int at = Plan::element(fragment_column(n, j), dim);
-        if (at >= dim) continue;
-        if constexpr (sums.kKeys) {
-          p.dkey[(first + row) * dim + at] = norm * sums.dk[n][2 * r + j] - slope * key[at];
+        for (int j = 0; j < 2; ++j) {
+          key[n][j] = real && at(n, j) < dim ? p.in.key[(first + row) * dim + at(n, j)] : 0.0f;
+          squares = fmaf(key[n][j], key[n][j], squares);
+          product = fmaf(key[n][j], sums.dk[n][2 * r + j], product);
         }
-        if constexpr (sums.kValues) p.dvalue[(first + row) * dim + at] = inverse * sums.dv[n][2 * r + j];
+      }
+      const float norm = rsqrtf(group_sum<4>(squares) / dim + kNormEps);
+      const float slope = norm * norm * norm * group_sum<4>(product) / dim, inner = group_sum<4>(sums.weighted_inner[r]);
+      if (real) {
+        float* dkey = p.dkey + (first + row) * dim;
+#pragma unroll
+        for (int n = 0; n < Plan::kDim / 8; ++n) {
+          Plan::store_columns(dkey, n, dim, norm * sums.dk[n][2 * r] - slope * key[n][0],
+                              norm * sums.dk[n][2 * r + 1] - slope * key[n][1]);
+        }
+        if (threadIdx.x % 4 == 0) p.dmass[first + row] = mass > 0.0f ? -inner * inverse : 0.0f;
       }
     }
-    if (sums.kKeys && threadIdx.x % 4 == 0) p.dmass[first + row] = mass > 0.0f ? -inner * inverse : 0.0f;
+    if constexpr (sums.kValues) {
+      float* dvalue = p.dvalue + (first + row) * dim;
+#pragma unroll
+      for (int n = 0; n < Plan::kDim / 8 && real; ++n) {
+        Plan::store_columns(dvalue, n, dim, inverse * sums.dv[n][2 * r], inverse * sums.dv[n][2 * r + 1]);
+      }
+    }
   }
 }
 

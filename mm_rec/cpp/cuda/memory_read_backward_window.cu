@@ -6,14 +6,20 @@ namespace mm_rec {
 namespace {
 
 template <typename T, typename Plan, Side kSide>
-__global__ void __launch_bounds__(Plan::kThreads) window_kernel(const ReadBackward p, const MemoryExtent extent) {
+__global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
+    window_kernel(const ReadBackward p, const MemoryExtent extent) {
   auto& shared = *reinterpret_cast<KeysShared<Plan>*>(dynamic_shared());
   const int64_t b = blockIdx.z, head = blockIdx.y, c0 = static_cast<int64_t>(blockIdx.x) * Plan::kOwn;
   const int dim = extent.dim, window = extent.window;
   const int count = static_cast<int>(min(extent.context() - c0, int64_t{Plan::kOwn}));
   const int64_t at = extent.context_at(b, c0, head);
-  Plan::fill_rotated(shared.k, static_cast<const T*>(p.in.k) + at, extent.width(), count, dim, p.in.rotary, 0);
-  Plan::fill(shared.v, static_cast<const T*>(p.in.v) + at, extent.width(), count, dim);
+  {
+    typename Plan::OwnLoads k, v;
+    k.fetch(static_cast<const T*>(p.in.k) + at, extent.width(), count, dim);
+    v.fetch(static_cast<const T*>(p.in.v) + at, extent.width(), count, dim);
+    k.put_rotated(shared.k, count, dim, p.in.rotary, 0);
+    v.put(shared.v);
+  }
   for (int i = threadIdx.x; i < Plan::kOwn; i += Plan::kThreads) shared.bias[i] = 0.0f;
 
   KeyGradients<T, Plan, kSide> sums;

@@ -50,7 +50,7 @@ struct Running {
 };
 
 template <typename T, typename Plan>
-__global__ void __launch_bounds__(Plan::kThreads)
+__global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
     forward_kernel(const ReadInputs in, T* __restrict__ out, float* __restrict__ lse, const MemoryExtent extent) {
   auto& shared = *reinterpret_cast<Shared<Plan>*>(dynamic_shared());
   const int64_t b = blockIdx.z, head = blockIdx.y, t0 = static_cast<int64_t>(blockIdx.x) * Plan::kOwn;
@@ -58,8 +58,10 @@ __global__ void __launch_bounds__(Plan::kThreads)
   const float scale = kLog2e * rsqrtf(static_cast<float>(dim));
   const T* q = static_cast<const T*>(in.q) + extent.token_at(b, t0, head);
 
-  // Rotations count from the oldest context that the first token could see, t0 + 1.
-  Plan::fill_rotated(shared.q, q, extent.width(), tokens, dim, in.rotary, window - 1);
+  // Distances count from the oldest context that the first token could see, t0 + 1.
+  typename Plan::OwnLoads queries;
+  queries.fetch(q, extent.width(), tokens, dim);
+  queries.put_rotated(shared.q, tokens, dim, in.rotary, window - 1);
   shared.visible.fill(in, extent, b, t0);
   __syncthreads();
   int first, oldest, newest;
@@ -70,9 +72,11 @@ __global__ void __launch_bounds__(Plan::kThreads)
   for (int c0 = first; c0 < window + t0 + tokens; c0 += Plan::kOther) {
     const int64_t at = extent.context_at(b, c0, head);
     const int count = static_cast<int>(window + t0 + tokens - c0);
-    Plan::fill_rotated(shared.k, static_cast<const T*>(in.k) + at, extent.width(), count, dim, in.rotary,
-                       static_cast<int>(c0 - t0 - 1));
-    Plan::fill(shared.v, static_cast<const T*>(in.v) + at, extent.width(), count, dim);
+    typename Plan::OtherLoads k, v;
+    k.fetch(static_cast<const T*>(in.k) + at, extent.width(), count, dim);
+    v.fetch(static_cast<const T*>(in.v) + at, extent.width(), count, dim);
+    k.put_rotated(shared.k, count, dim, in.rotary, static_cast<int>(c0 - t0 - 1));
+    v.put(shared.v);
     __syncthreads();
     typename Plan::Scores scores = {};
     multiply<false, false, Plan::kDim>(scores, shared.q, Plan::own_row(), shared.k, 0);
@@ -89,7 +93,10 @@ __global__ void __launch_bounds__(Plan::kThreads)
     __syncthreads();
   }
 
-  if (newest >= 0) Plan::fill(shared.q, q, extent.width(), tokens, dim);
+  if (newest >= 0) {  // slots have no place: queries meet them un-rotated
+    queries.fetch(q, extent.width(), tokens, dim);
+    queries.put(shared.q);
+  }
   for (int version = oldest; version <= newest; ++version) {
     for (int s0 = 0; s0 < extent.slots; s0 += Plan::kOther) {
       Plan::fill_slots(shared.k, shared.v, shared.bias, in, extent.slots_at(b, version, head) + s0, extent.slots - s0, dim);
@@ -153,7 +160,7 @@ extern "C" int mm_rec_cuda_memory_read_forward(const void* q, const void* k, con
                                                int64_t slots, int64_t window, void* stream) {
   using namespace mm_rec;
   const MemoryExtent extent{batch, time, heads, static_cast<int>(dim), static_cast<int>(slots), static_cast<int>(window)};
-  ReadInputs in{q, k, v, key, value, mass, position, reinterpret_cast<const float2*>(rotary), {}};
+  ReadInputs in{q, k, v, key, value, mass, position, rotary, {}};
   const cudaError_t error = make_write_index(position, extent, workspace, &in.index, stream);
   if (error != cudaSuccess) return error;
   return dtype == kBFloat16 ? dispatch<bf16>(in, out, lse, extent, stream)

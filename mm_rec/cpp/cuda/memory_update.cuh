@@ -15,43 +15,90 @@ struct UpdateInputs {
   WriteIndex index;
 };
 
-// Sizes of a block of threads: Q tokens times Q slots on Q / 8 warps, each 16 tokens and half of the slots. `Dim` is
-// the head size rounded up. Products are exact to float32 where the operands are: addresses, weights and gradients are
-// split, tokens where they are float32.
-template <typename T, int Dim, int Q>
+// Sizes of a block of threads: Q tokens times Q slots, each warp 16 tokens and one of `Sides` equal parts of the slots.
+// `Dim` is the head size rounded up. Products are exact to float32 where the operands are: addresses, weights and
+// gradients are split, tokens where they are float32.
+template <typename T, int Dim, int Q, int Sides>
 struct UpdatePlan {
-  static constexpr int kDim = Dim, kQ = Q, kThreads = Q * 4, kWarps = Q / 8, kHalf = Q / 2;
+  static constexpr int kDim = Dim, kQ = Q, kSides = Sides, kSpan = Q / Sides;
+  static constexpr int kWarps = Q / 16 * Sides, kThreads = 32 * kWarps;
+  // Rows of keys or values are shared between half of the sides.
+  static constexpr int kParts = Sides / 2, kPart = Dim / kParts;
   using Tokens = Tile<Q, Dim, sizeof(T) == 4>;
   using Slots = Tile<Q, Dim, true>;
   using Weights = Tile<Q, Q, true>;  // (token, slot)
-  using Logits = Fragments<kHalf / 8>;
+  using Logits = Fragments<kSpan / 8>;
+  using Rows = Fragments<kPart / 8>;  // 16 tokens or slots and part of the columns, of keys or of values
 
   static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
+  static __device__ __forceinline__ int side() { return warp() / (Q / 16); }
   // The first token and the first slot of this warp.
   static __device__ __forceinline__ int token() { return warp() % (Q / 16) * 16; }
-  static __device__ __forceinline__ int slot() { return warp() / (Q / 16) * kHalf; }
+  static __device__ __forceinline__ int slot() { return side() * kSpan; }
+  // Whether its rows are of values, and their first column.
+  static __device__ __forceinline__ bool of_value() { return side() >= kParts; }
+  static __device__ __forceinline__ int column() { return side() % kParts * kPart; }
 
-  // Fill a tile with `rows` rows of `dim` elements, `stride` apart; zero outside.
-  template <typename TileType, typename Source>
-  static __device__ __forceinline__ void fill(TileType& tile, const Source* source, int64_t stride, int rows, int dim) {
-    for (int i = threadIdx.x; i < Q * (Dim / 8); i += kThreads) {
-      const int row = i / (Dim / 8), column = i % (Dim / 8) * 8;
-      float x[8] = {};
-      if (row < rows) load_eight(source + row * stride, column, dim, x);
-      tile.set(row, column, x);
+  // Q rows on their way from memory to a tile: first all are asked for, then they are put down, so that one wait serves
+  // for all. Row r is at source + r * stride; what is outside `rows` rows of `dim` elements is zero.
+  template <typename Source>
+  class Loads {
+   public:
+    __device__ __forceinline__ void fetch(const Source* source, int64_t stride, int rows, int dim) {
+      source_ = source;
+      stride_ = stride;
+      rows_ = rows;
+      dim_ = dim;
+      if (dim % 8 != 0) return;  // `put` reads pair by pair
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (row(i) < rows && column(i) < dim) {
+          raw_[i] = *reinterpret_cast<const Pack<Source, 8>*>(source + row(i) * stride + column(i));
+        } else {
+          raw_[i] = {};
+        }
+      }
     }
-  }
+    template <typename TileType>
+    __device__ __forceinline__ void put(TileType& tile) const {
+      if (dim_ % 8 == 0) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          float x[8];
+#pragma unroll
+          for (int j = 0; j < 8; ++j) x[j] = to_float(raw_[i].v[j]);
+          tile.set(row(i), column(i), x);
+        }
+      } else {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < Q * Dim / 2; i += kThreads) {
+          const int row = i / (Dim / 2), column = i % (Dim / 2) * 2;
+          float x[2] = {0.0f, 0.0f};
+          if (row < rows_ && column < dim_) load<2>(source_ + row * stride_ + column, x);
+          tile.set(row, column, x[0], x[1]);
+        }
+      }
+    }
+
+   private:
+    static constexpr int kCount = Q * (Dim / 8) / kThreads;
+    static __device__ __forceinline__ int row(int i) { return static_cast<int>(threadIdx.x + i * kThreads) / (Dim / 8); }
+    static __device__ __forceinline__ int column(int i) {
+      return static_cast<int>(threadIdx.x + i * kThreads) % (Dim / 8) * 8;
+    }
+
+    Pack<Source, 8> raw_[kCount];
+    const Source* source_;
+    int64_t stride_;
+    int rows_, dim_;
+  };
 
   // Logits k . address of this warp's tokens and slots; -inf for slots past the last.
   static __device__ __forceinline__ void logits(const Tokens& k, const Slots& address, int slots, Logits& out) {
-#pragma unroll
-    for (int n = 0; n < kHalf / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out[n][i] = 0.0f;
-    }
+    zero(out);
     multiply<false, false, Dim>(out, k, token(), address, slot());
 #pragma unroll
-    for (int n = 0; n < kHalf / 8; ++n) {
+    for (int n = 0; n < kSpan / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (slot() + fragment_column(n, i) >= slots) out[n][i] = -INFINITY;
@@ -74,15 +121,15 @@ struct UpdatePlan {
       for (int r = 0; r < 2; ++r) {
         float largest = -INFINITY, total = 0.0f;
 #pragma unroll
-        for (int n = 0; n < kHalf / 8; ++n) largest = fmaxf(largest, fmaxf(x[n][2 * r], x[n][2 * r + 1]));
+        for (int n = 0; n < kSpan / 8; ++n) largest = fmaxf(largest, fmaxf(x[n][2 * r], x[n][2 * r + 1]));
         if (largest == -INFINITY) continue;
 #pragma unroll
-        for (int n = 0; n < kHalf / 8; ++n) total += __expf(x[n][2 * r] - largest) + __expf(x[n][2 * r + 1] - largest);
+        for (int n = 0; n < kSpan / 8; ++n) total += __expf(x[n][2 * r] - largest) + __expf(x[n][2 * r + 1] - largest);
         merge(r, largest, total);
       }
     }
-    // ... then of all slots, through shared memory, (2, Q, 2) floats. All threads of the block take part.
-    __device__ __forceinline__ void finish(float* shared) {
+    // ... then of all slots, through shared memory, (Sides, Q) pairs. All threads of the block take part.
+    __device__ __forceinline__ void finish(float2* shared) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
 #pragma unroll
@@ -91,25 +138,33 @@ struct UpdatePlan {
           const float other_sum = __shfl_xor_sync(kFullWarp, sum[r], mask);
           merge(r, other_top, other_sum);
         }
-      }
-      const int side = slot() / kHalf;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (threadIdx.x % 4 == 0) {
-          float* mine = shared + ((side * Q) + token() + fragment_row(2 * r)) * 2;
-          mine[0] = top[r];
-          mine[1] = sum[r];
-        }
+        if (threadIdx.x % 4 == 0) shared[side() * Q + token() + fragment_row(2 * r)] = make_float2(top[r], sum[r]);
       }
       __syncthreads();
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float* other = shared + (((1 - side) * Q) + token() + fragment_row(2 * r)) * 2;
-        merge(r, other[0], other[1]);
+        top[r] = -INFINITY;
+        sum[r] = 0.0f;
+#pragma unroll
+        for (int q = 0; q < Sides; ++q) {
+          const float2 part = shared[q * Q + token() + fragment_row(2 * r)];
+          merge(r, part.x, part.y);
+        }
       }
       __syncthreads();
     }
   };
+
+  // Put this warp's weights, or gradients of their logits, down as a tile.
+  static __device__ __forceinline__ void put(Weights& tile, const Logits& x) {
+#pragma unroll
+    for (int n = 0; n < kSpan / 8; ++n) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        tile.set(token() + fragment_row(2 * r), slot() + fragment_column(n, 0), x[n][2 * r], x[n][2 * r + 1]);
+      }
+    }
+  }
 
   // Turn logits into weights rate * softmax; 0 for tokens past the last.
   static __device__ __forceinline__ void weights(const Softmax& softmax, float rate, int tokens, Logits& x) {
@@ -117,7 +172,7 @@ struct UpdatePlan {
     for (int r = 0; r < 2; ++r) {
       const float scale = token() + fragment_row(2 * r) < tokens ? rate / softmax.sum[r] : 0.0f;
 #pragma unroll
-      for (int n = 0; n < kHalf / 8; ++n) {
+      for (int n = 0; n < kSpan / 8; ++n) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) x[n][2 * r + j] = scale * __expf(x[n][2 * r + j] - softmax.top[r]);
       }
@@ -129,7 +184,7 @@ struct UpdatePlan {
   static __device__ __forceinline__ void accumulate_columns(const Logits& w, float2* scratch, float* factor,
                                                             float* mass) {
 #pragma unroll
-    for (int n = 0; n < kHalf / 8; ++n) {
+    for (int n = 0; n < kSpan / 8; ++n) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         float product = (1.0f - w[n][j]) * (1.0f - w[n][2 + j]), sum = w[n][j] + w[n][2 + j];

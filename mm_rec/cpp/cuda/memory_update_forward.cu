@@ -1,5 +1,5 @@
-// memory_update, forward: a block of threads owns a tile of slots of one head of one sequence and makes all its writes,
-// one after the other: w = rate softmax(k A^T) on the tensor cores, then M <- a M + w^T (k, v).
+// memory_update, forward: a block of threads owns a tile of slots of one head of one sequence, keeps it in registers and
+// makes all its writes, one after the other: w = rate softmax(k A^T) on the tensor cores, then M <- a M + w^T (k, v).
 #include "launch.cuh"
 #include "memory_update.cuh"
 
@@ -20,7 +20,7 @@ struct Shared {
   typename Plan::Tokens k, v;
   typename Plan::Slots address;
   typename Plan::Weights weights;
-  float softmax[4 * Plan::kQ];
+  float2 softmax[Plan::kSides * Plan::kQ];
   float2 columns[Plan::kQ / 16 * Plan::kQ];
   float factor[Plan::kQ], mass[Plan::kQ];
 };
@@ -28,106 +28,93 @@ struct Shared {
 template <typename T, typename Plan>
 __global__ void __launch_bounds__(Plan::kThreads, Plan::kDim <= 64 ? 2 : 1)
     forward_kernel(const UpdateInputs in, const Outputs out, const MemoryExtent extent) {
-  constexpr int Q = Plan::kQ, kDim = Plan::kDim;
+  constexpr int Q = Plan::kQ;
   auto& shared = *reinterpret_cast<Shared<Plan>*>(dynamic_shared());
   const int64_t b = blockIdx.z, head = blockIdx.y;
-  const int dim = extent.dim, tile = blockIdx.x, tiles = static_cast<int>(ceil_div(extent.slots, Q));
+  const int dim = extent.dim, block = extent.block(), tile = blockIdx.x;
+  const int tiles = static_cast<int>(ceil_div(extent.slots, Q)), count = min(Q, extent.slots - tile * Q);
   const float* address = in.address + head * extent.slots * dim;
   const float rate = in.rate[head];
   const auto load_address = [&](int s) {
-    Plan::fill(shared.address, address + static_cast<int64_t>(s) * Q * dim, dim, extent.slots - s * Q, dim);
+    typename Plan::template Loads<float> rows;
+    rows.fetch(address + static_cast<int64_t>(s) * Q * dim, dim, extent.slots - s * Q, dim);
+    __syncthreads();
+    rows.put(shared.address);
     __syncthreads();
   };
   if (tiles == 1) load_address(0);
 
-  const int first = tile * Q, count = min(Q, extent.slots - first);
-  const auto copy = [&](const float* key, const float* value, const float* mass, int64_t from, int64_t to) {
-    for (int i = threadIdx.x; i < count * dim; i += Plan::kThreads) {
-      out.key[(to + first) * dim + i] = key[(from + first) * dim + i];
-      out.value[(to + first) * dim + i] = value[(from + first) * dim + i];
-    }
-    for (int i = threadIdx.x; i < count; i += Plan::kThreads) out.mass[to + first + i] = mass[from + first + i];
-    __syncthreads();
-  };
-  int64_t row = extent.slots_at(b, 0, head);  // of the first slot, in the version written last
-  copy(out.key0, out.value0, out.mass0, (b * extent.heads + head) * extent.slots, row);
+  // A warp holds 16 slots of the key or of the value; thread i the mass of slot i.
+  const bool of_value = Plan::of_value();
+  const int first = Plan::token(), column = Plan::column(), slot = threadIdx.x;
+  int64_t row = (b * extent.heads + head) * extent.slots + tile * Q;  // of the first slot
+  typename Plan::Rows state;
+  load_rows((of_value ? out.value0 : out.key0) + row * dim + column, first, count, dim, dim - column, state);
+  float mass = slot < count ? out.mass0[row + slot] : 0.0f;
 
-  // A warp computes 16 slots of the key (first half of the warps) or of the value.
-  const bool of_value = Plan::warp() >= Plan::kWarps / 2;
-  float* memory = of_value ? out.value : out.key;
-
-  for (int64_t e = 0; e < extent.writes(); ++e) {
-    const int64_t old_row = row;
-    row += extent.heads * extent.slots;
+  row = extent.slots_at(b, 0, head) + tile * Q;
+  for (int64_t e = 0;; ++e, row += extent.heads * extent.slots) {
+    store_rows((of_value ? out.value : out.key) + row * dim + column, first, count, dim, dim - column, state);
+    if (slot < count) out.mass[row + slot] = mass;
+    if (e == extent.writes()) return;
     const int t = in.index.event[b * extent.writes() + e];
-    if (t < 0) {  // no more writes in this row
-      copy(out.key, out.value, out.mass, old_row, row);
-      continue;
+    if (t < 0) continue;  // no more writes in this row: the next version repeats this one
+    if (slot < Q) {
+      shared.factor[slot] = 1.0f;
+      shared.mass[slot] = 0.0f;
     }
-    for (int s = threadIdx.x; s < Q; s += Plan::kThreads) {
-      shared.factor[s] = 1.0f;
-      shared.mass[s] = 0.0f;
-    }
-    Fragments<kDim / 8> sum = {};
-    // W tokens before token t is token t of the context: the tokens written are t .. t + P - 1 there.
-    for (int p0 = 0; p0 < extent.block(); p0 += Q) {
-      const int64_t at = extent.context_at(b, t + p0, head);
-      const int tokens = extent.block() - p0;
-      Plan::fill(shared.k, static_cast<const T*>(in.k) + at, extent.width(), tokens, dim);
-      Plan::fill(shared.v, static_cast<const T*>(in.v) + at, extent.width(), tokens, dim);
-      __syncthreads();
-      typename Plan::Logits w;
-      typename Plan::Softmax softmax;
-      for (int s = 0; s < tiles; ++s) {
-        if (tiles > 1) load_address(s);
-        Plan::logits(shared.k, shared.address, extent.slots - s * Q, w);
-        softmax.add(w);
-        if (tiles > 1) __syncthreads();
-      }
-      softmax.finish(shared.softmax);
-      if (tiles > 1) {
-        load_address(tile);
-        Plan::logits(shared.k, shared.address, extent.slots - tile * Q, w);
-      }
-      Plan::weights(softmax, rate, tokens, w);
+    // The factors come first, since M fades by those of all tokens; tokens of a single tile are weighed only once.
+    for (int pass = 0; pass < 2; ++pass) {
+      if (pass == 1) {
+        // The first write of a document starts from an empty memory.
+        const float keep = in.position[b * extent.time + t] == extent.window ? 0.0f : 1.0f;
 #pragma unroll
-      for (int n = 0; n < Plan::kHalf / 8; ++n) {
+        for (int n = 0; n < Plan::kPart / 8; ++n) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          shared.weights.set(Plan::token() + fragment_row(2 * r), Plan::slot() + fragment_column(n, 0), w[n][2 * r],
-                             w[n][2 * r + 1]);
+          for (int i = 0; i < 4; ++i) state[n][i] *= keep * shared.factor[first + fragment_row(i)];
+        }
+        if (slot < Q) mass = fmaf(keep * shared.factor[slot], mass, shared.mass[slot]);
+      }
+      for (int p0 = 0; p0 < block; p0 += Q) {
+        if (pass == 0 || block > Q) {
+          // W tokens before token t is token t of the context: the tokens written are t .. t + P - 1 there.
+          const int64_t at = extent.context_at(b, t + p0, head);
+          typename Plan::template Loads<T> k, v;
+          k.fetch(static_cast<const T*>(in.k) + at, extent.width(), block - p0, dim);
+          v.fetch(static_cast<const T*>(in.v) + at, extent.width(), block - p0, dim);
+          __syncthreads();
+          k.put(shared.k);
+          v.put(shared.v);
+          __syncthreads();
+          typename Plan::Logits w;
+          typename Plan::Softmax softmax;
+          for (int s = 0; s < tiles; ++s) {
+            if (tiles > 1) load_address(s);
+            Plan::logits(shared.k, shared.address, extent.slots - s * Q, w);
+            softmax.add(w);
+          }
+          softmax.finish(shared.softmax);
+          if (tiles > 1) {
+            load_address(tile);
+            Plan::logits(shared.k, shared.address, extent.slots - tile * Q, w);
+          }
+          Plan::weights(softmax, rate, block - p0, w);
+          Plan::put(shared.weights, w);
+          if (pass == 0) Plan::accumulate_columns(w, shared.columns, shared.factor, shared.mass);
+        }
+        if (pass == 1) {
+          __syncthreads();
+          multiply<true, true, Q>(state, shared.weights, first, of_value ? shared.v : shared.k, column);
         }
       }
-      Plan::accumulate_columns(w, shared.columns, shared.factor, shared.mass);
-      multiply<true, true, Q>(sum, shared.weights, Plan::token(), of_value ? shared.v : shared.k, 0);
-      __syncthreads();
-    }
-    // The first write of a document starts from an empty memory.
-    const float keep = in.position[b * extent.time + t] == extent.window ? 0.0f : 1.0f;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int slot = Plan::token() + fragment_row(2 * r);
-      if (slot >= count) continue;
-      const float a = keep * shared.factor[slot];
-      const float* old = memory + (old_row + first + slot) * dim;
-#pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
-        const int column = fragment_column(n, 0);
-        const float2 x = load_pair(old, column, dim);
-        store_pair(memory + (row + first + slot) * dim, column, dim, fmaf(a, x.x, sum[n][2 * r]),
-                   fmaf(a, x.y, sum[n][2 * r + 1]));
-      }
-    }
-    for (int i = threadIdx.x; i < count; i += Plan::kThreads) {
-      out.mass[row + first + i] = fmaf(keep * shared.factor[i], out.mass[old_row + first + i], shared.mass[i]);
     }
     __syncthreads();
   }
 }
 
-template <typename T, int Dim, int Q>
+template <typename T, int Dim, int Q, int Sides>
 cudaError_t run(const UpdateInputs& in, const Outputs& out, const MemoryExtent& extent, void* stream) {
-  using Plan = UpdatePlan<T, Dim, Q>;
+  using Plan = UpdatePlan<T, Dim, Q, Sides>;
   const dim3 grid(static_cast<unsigned>(ceil_div(extent.slots, Q)), static_cast<unsigned>(extent.heads),
                   static_cast<unsigned>(extent.batch));
   return launch(forward_kernel<T, Plan>, grid, dim3(Plan::kThreads), sizeof(Shared<Plan>), stream, in, out, extent);
@@ -135,10 +122,9 @@ cudaError_t run(const UpdateInputs& in, const Outputs& out, const MemoryExtent& 
 
 template <typename T>
 cudaError_t dispatch(const UpdateInputs& in, const Outputs& out, const MemoryExtent& extent, void* stream) {
-  if (extent.dim <= 32) return run<T, 32, 64>(in, out, extent, stream);
-  if (extent.dim <= 64) return run<T, 64, 64>(in, out, extent, stream);
-  if (extent.dim <= 128) return run<T, 128, 32>(in, out, extent, stream);
-  if (extent.dim <= 256) return run<T, 256, 32>(in, out, extent, stream);
+  if (extent.dim <= 64) return run<T, 64, 64, 2>(in, out, extent, stream);
+  if (extent.dim <= 128) return run<T, 128, 32, 2>(in, out, extent, stream);
+  if (extent.dim <= 256) return run<T, 256, 32, 2>(in, out, extent, stream);
   return cudaErrorInvalidValue;
 }
 

@@ -14,13 +14,14 @@ struct Extent {
 };
 
 // Start copying one head's elements of `Steps` steps, t0, t0 + step, ..., of `Batch` sequences to shared memory as
-// (Steps, Batch, Dim). Rows b * time + t of `source` are `stride` elements apart. What is outside reads as zero.
-template <int Threads, int Steps, int Batch, int Dim, typename T>
+// (Steps, Batch, Dim), rows of it `Pitch` elements apart. Rows b * time + t of `source` are `stride` elements apart. What
+// is outside reads as zero.
+template <int Threads, int Steps, int Batch, int Dim, int Pitch, typename T>
 __device__ __forceinline__ void copy_rows(T* target, const T* source, int64_t stride, int64_t first_sequence, int64_t t0,
                                           int step, const Extent& extent) {
   constexpr int kPiece = 16 / sizeof(T);
   constexpr int kPieces = Dim / kPiece;
-  static_assert(Dim % kPiece == 0, "rows move in pieces of 16 bytes");
+  static_assert(Dim % kPiece == 0 && Pitch % kPiece == 0, "rows move in pieces of 16 bytes");
 #pragma unroll 4
   for (int i = threadIdx.x; i < Steps * Batch * kPieces; i += Threads) {
     const int row = i / kPieces, piece = i % kPieces;
@@ -28,12 +29,12 @@ __device__ __forceinline__ void copy_rows(T* target, const T* source, int64_t st
     const int64_t b = first_sequence + row % Batch;
     const bool valid = t >= 0 && t < extent.time && b < extent.batch;
     const T* from = source + (valid ? (b * extent.time + t) * stride + piece * kPiece : 0);
-    cp_async_16(target + row * Dim + piece * kPiece, from, valid);
+    cp_async_16(target + row * Pitch + piece * kPiece, from, valid);
   }
 }
 
-// Reset flags of up to 32 steps of `Batch` sequences. `load` starts the reads, `bits` waits for them: bit s of the
-// answer is the flag of step t0 + s * step of sequence first_sequence + `mine`, 0 outside the sequence.
+// Reset flags of up to 32 steps of `Batch` sequences. `load` starts the reads, `bits` waits for them: bit s of answer n
+// is the flag of step t0 + s * step of sequence first_sequence + n, 0 outside the sequence.
 template <int Batch>
 class ResetFlags {
  public:
@@ -47,19 +48,23 @@ class ResetFlags {
     }
   }
   // All lanes of a warp take part.
-  __device__ __forceinline__ unsigned bits(int mine) const {
-    unsigned answer = 0;
+  __device__ __forceinline__ void bits(unsigned (&answer)[Batch]) const {
 #pragma unroll
-    for (int n = 0; n < Batch; ++n) {
-      const unsigned of_n = __ballot_sync(kFullWarp, flag_[n]);
-      if (n == mine) answer = of_n;
-    }
-    return answer;
+    for (int n = 0; n < Batch; ++n) answer[n] = __ballot_sync(kFullWarp, flag_[n]);
   }
 
  private:
   bool flag_[Batch];
 };
+
+// Element `i` of an array in registers, which must not be indexed by a variable.
+template <int N>
+__device__ __forceinline__ unsigned pick(const unsigned (&x)[N], int i) {
+  unsigned answer = x[0];
+#pragma unroll
+  for (int n = 1; n < N; ++n) answer = n == i ? x[n] : answer;
+  return answer;
+}
 
 // The matrix of one head for kernels of any head size: element (row, column), from a transposed copy in shared memory
 // (then neighbouring threads read neighbouring rows) or from memory.

@@ -2,9 +2,11 @@
 //
 //   dz_t = g_t i_t;  dgamma_t = g_t h';  du_t = g_t z_t i_t (1 - i_t);  g_{t-1} = dh_{t-1} + gamma_t g_t + W_g^T du_t
 //
-// and dW_g = sum_t du_t h'^T (recurrence_weight.cu). Only the last product is on the path from step to step. Gates are
-// recomputed from h: for heads of 64 a chunk of steps at a time inside the loop, else before it (recurrence_weight.cu).
+// and dW_g = sum_t du_t h'^T (recurrence_weight.cu). Only the last product is on the path from step to step, so it is the
+// only one done with float32 arithmetic one step at a time. Gates are recomputed from h on the tensor cores: for heads of
+// 64 a chunk of 16 rows (steps times sequences) at a time inside the loop, else before it (recurrence_weight.cu).
 #include "device.cuh"
+#include "gate_product.cuh"
 #include "launch.cuh"
 #include "matvec.cuh"
 #include "recurrence.cuh"
@@ -14,19 +16,21 @@ namespace mm_rec {
 namespace {
 
 // A chunk of the inputs of a block, (Steps, Batch, Dim) each. `h` holds h_{t-1}, `u` the gate if it is known.
-template <typename U, int Elements>
+template <typename U, typename Tile, int Steps>
 struct Chunk {
-  float dh[Elements];
-  float h[Elements];
-  float z[Elements];
-  float gamma[Elements];
-  U u[Elements];
+  static constexpr int kElements = Steps * Tile::kBatch * Tile::kDim;
+  static constexpr int kPitch = Tile::kDim + 8;  // of rows of h: rows of a matrix fragment then fall in different banks
+  float dh[kElements];
+  float h[Steps * Tile::kBatch * kPitch];
+  float z[kElements];
+  float gamma[kElements];
+  U u[kElements];
 };
 
 template <typename U, typename Tile, int Steps, int Stages, bool Recompute>
 struct Shared {
-  Chunk<U, Steps * Tile::kBatch * Tile::kDim> stage[Stages];
-  float gate[Recompute ? Steps * Tile::kBatch * Tile::kDim : 4];
+  Chunk<U, Tile, Steps> stage[Stages];
+  float gate[Recompute ? kGateRows * (Tile::kDim + 8) : 4];
   float du[2][Tile::kBatch * Tile::kDim];
   float matrix[Tile::kSharedFloats > 0 ? Tile::kSharedFloats : 4];
 };
@@ -35,7 +39,9 @@ struct Shared {
 template <typename U, typename DU, typename Tile, int Steps, int Stages, int MinBlocks, bool Recompute>
 __global__ void __launch_bounds__(Tile::kThreads, MinBlocks)
     backward_kernel(const RecurrenceBackward p, const Extent extent) {
-  constexpr int kDim = Tile::kDim, kBatch = Tile::kBatch, kOwned = Tile::kOwned, kStep = kBatch * kDim;
+  constexpr int kDim = Tile::kDim, kBatch = Tile::kBatch, kOwned = Tile::kOwned;
+  constexpr int kPitch = Chunk<U, Tile, Steps>::kPitch;
+  static_assert(!Recompute || Steps * kBatch == kGateRows, "a chunk is one matrix fragment");
   auto& shared = *reinterpret_cast<Shared<U, Tile, Steps, Stages, Recompute>*>(dynamic_shared());
   const int64_t head = blockIdx.x, first_sequence = static_cast<int64_t>(blockIdx.y) * kBatch;
   const int64_t width = extent.heads * kDim, chunks = ceil_div(extent.time, Steps);
@@ -45,18 +51,19 @@ __global__ void __launch_bounds__(Tile::kThreads, MinBlocks)
     if (chunk < chunks) {
       auto& to = shared.stage[chunk % Stages];
       const int64_t t0 = extent.time - 1 - chunk * Steps;
-      const auto copy = [&](auto* target, const auto* source, int64_t stride, int64_t from) {
-        copy_rows<Tile::kThreads, Steps, kBatch, kDim>(target, source + head * kDim, stride, first_sequence, from, -1,
-                                                       extent);
+      const auto copy = [&](auto* target, const auto* source, int64_t stride) {
+        copy_rows<Tile::kThreads, Steps, kBatch, kDim, kDim>(target, source + head * kDim, stride, first_sequence, t0, -1,
+                                                             extent);
       };
-      copy(to.dh, p.dh, width, t0);
-      copy(to.h, p.h, width, t0 - 1);
-      copy(to.z, p.z, width, t0);
-      copy(to.gamma, p.gamma, width, t0);
+      copy_rows<Tile::kThreads, Steps, kBatch, kDim, kPitch>(to.h, p.h + head * kDim, width, first_sequence, t0 - 1, -1,
+                                                             extent);
+      copy(to.dh, p.dh, width);
+      copy(to.z, p.z, width);
+      copy(to.gamma, p.gamma, width);
       if constexpr (Recompute) {
-        copy(to.u, static_cast<const U*>(p.u), p.u_stride, t0);
+        copy(to.u, static_cast<const U*>(p.u), p.u_stride);
       } else {
-        copy(to.u, p.gate, width, t0);
+        copy(to.u, p.gate, width);
       }
     }
     cp_async_commit();
@@ -65,8 +72,8 @@ __global__ void __launch_bounds__(Tile::kThreads, MinBlocks)
   for (int chunk = 0; chunk < Stages - 1; ++chunk) prefetch(chunk);
 
   const float* w_g = p.w_g + head * kDim * kDim;
-  Tile forward;  // W_g, for the gates; the compiler drops it if they are known
-  if constexpr (Recompute) forward.template load_matrix<false>(w_g, shared.matrix);
+  GateProduct<Tile> product;  // the compiler drops it if gates are known
+  if constexpr (Recompute) product.load_matrix(w_g);
   Tile transposed;
   transposed.template load_matrix<true>(w_g, shared.matrix);
 
@@ -79,7 +86,8 @@ __global__ void __launch_bounds__(Tile::kThreads, MinBlocks)
 
   ResetFlags<kBatch> flags;
   flags.load(p.reset, first_sequence, extent.time - 1, -1, extent);
-  unsigned resets = flags.bits(vector);
+  unsigned resets[kBatch];
+  flags.bits(resets);
   int current = 0;
   int64_t at = (sequence * extent.time + extent.time - 1) * width + column;
 
@@ -91,34 +99,27 @@ __global__ void __launch_bounds__(Tile::kThreads, MinBlocks)
     auto& in = shared.stage[chunk % Stages];
     const int steps = static_cast<int>(min(extent.time - chunk * Steps, static_cast<int64_t>(Steps)));
     if (chunk + 1 == chunks) {  // the step before the first is h0
-      store<kOwned>(in.h + (steps - 1) * kStep + own, h0);
+      store<kOwned>(in.h + ((steps - 1) * kBatch + vector) * kPitch + row, h0);
       if constexpr (Recompute) __syncthreads();
     }
     if constexpr (Recompute) {
-#pragma unroll 2
-      for (int s = 0; s < steps; ++s) {
-        float u[kOwned], fed_back[kOwned];
-        load<kOwned>(in.u + s * kStep + own, u);
-        forward.multiply(in.h + s * kStep, shared.matrix, fed_back);
-        const float keep = (resets >> s) & 1 ? 0.0f : 1.0f;
-#pragma unroll
-        for (int i = 0; i < kOwned; ++i) u[i] = sigmoid(fmaf(keep, fed_back[i], u[i]));
-        store<kOwned>(shared.gate + s * kStep + own, u);  // read by this thread alone
-      }
+      product.gates(in.h, in.u, resets, shared.gate);
+      __syncthreads();
     }
+    const unsigned own_resets = pick(resets, vector);
     for (int s = 0; s < steps; ++s) {
-      const int from = s * kStep + own;
+      const int line = s * kBatch + vector, from = line * kDim + row;
       float g[kOwned], h[kOwned], z[kOwned], gamma[kOwned], gate[kOwned], du[kOwned], fed_back[kOwned];
       load<kOwned>(in.dh + from, g);
-      load<kOwned>(in.h + from, h);
+      load<kOwned>(in.h + line * kPitch + row, h);
       load<kOwned>(in.z + from, z);
       load<kOwned>(in.gamma + from, gamma);
       if constexpr (Recompute) {
-        load<kOwned>(shared.gate + from, gate);
+        load<kOwned>(shared.gate + line * (kDim + 8) + row, gate);
       } else {
         load<kOwned>(in.u + from, gate);
       }
-      const float keep = (resets >> s) & 1 ? 0.0f : 1.0f;
+      const float keep = (own_resets >> s) & 1 ? 0.0f : 1.0f;
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) {
         g[i] += carried[i];
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(Tile::kThreads, MinBlocks)
       for (int i = 0; i < kOwned; ++i) carried[i] = keep * fmaf(gamma[i], g[i], fed_back[i]);
       current ^= 1;
     }
-    resets = flags.bits(vector);
+    flags.bits(resets);
   }
   if (real) store<kOwned>(p.dh0 + sequence * width + column, carried);
 }
@@ -186,11 +187,11 @@ __global__ void backward_any_size_kernel(const RecurrenceBackward p, const Exten
 template <typename U>
 cudaError_t dispatch(const RecurrenceBackward& p, const Extent& extent, int dim, void* stream) {
   if (dim == 64) {
-    // Two sequences a block where blocks must share a multiprocessor, else one for the shorter step.
-    if (extent.batch * extent.heads > 2 * multiprocessors()) {
+    // A block takes one sequence as long as all blocks run at once, four to a multiprocessor, else two.
+    if (extent.batch * extent.heads > 4 * multiprocessors()) {
       return run<U, U, MatrixTile<64, 4, 2, 2, 0>, 8, 2, 4, true>(p, extent, stream);
     }
-    return run<U, U, MatrixTile<64, 4, 4, 1, 0>, 8, 2, 2, true>(p, extent, stream);
+    return run<U, U, MatrixTile<64, 4, 4, 1, 0>, 16, 2, 2, true>(p, extent, stream);
   }
   if (dim == 128) return run<float, U, MatrixTile<128, 4, 4, 2, 0>, 4, 2, 2, false>(p, extent, stream);
   using Tile256 = MatrixTile<256, 8, 4, 2, 16>;

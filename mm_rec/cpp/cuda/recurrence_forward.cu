@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(Tile::kThreads, MinBlocks) forward_kernel(cons
     if (chunk < chunks) {
       auto& to = shared.stage[chunk % Stages];
       const auto copy = [&](auto* target, const auto* source, int64_t stride) {
-        copy_rows<Tile::kThreads, Steps, kBatch, kDim>(target, source + head * kDim, stride, first_sequence,
+        copy_rows<Tile::kThreads, Steps, kBatch, kDim, kDim>(target, source + head * kDim, stride, first_sequence,
                                                        chunk * Steps, 1, extent);
       };
       copy(to.z, p.z, width);
@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(Tile::kThreads, MinBlocks) forward_kernel(cons
   // Bit s of `resets` belongs to step t0 + s + 1, which sees the h that step t0 + s hands over.
   ResetFlags<kBatch> flags;
   flags.load(p.reset, first_sequence, 1, 1, extent);
-  unsigned resets = flags.bits(vector);
+  unsigned resets[kBatch];
+  flags.bits(resets);
 
   float h[kOwned] = {}, last[kOwned] = {};
   if (p.h0 != nullptr && real && !(p.reset != nullptr && p.reset[sequence * extent.time])) {
@@ -87,6 +88,7 @@ __global__ void __launch_bounds__(Tile::kThreads, MinBlocks) forward_kernel(cons
     flags.load(p.reset, first_sequence, (chunk + 1) * Steps + 1, 1, extent);
     const auto& in = shared.stage[chunk % Stages];
     const int steps = static_cast<int>(min(extent.time - chunk * Steps, static_cast<int64_t>(Steps)));
+    const unsigned own_resets = pick(resets, vector);
     for (int s = 0; s < steps; ++s) {
       const int at = s * kBatch * kDim + own;
       float z[kOwned], gamma[kOwned], u[kOwned], fed_back[kOwned];
@@ -97,7 +99,7 @@ __global__ void __launch_bounds__(Tile::kThreads, MinBlocks) forward_kernel(cons
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) {
         last[i] = fmaf(sigmoid(u[i] + fed_back[i]), z[i], gamma[i] * h[i]);
-        h[i] = (resets >> s) & 1 ? 0.0f : last[i];
+        h[i] = (own_resets >> s) & 1 ? 0.0f : last[i];
       }
       current ^= 1;
       store<kOwned>(shared.h[current] + own, h);
@@ -105,7 +107,7 @@ __global__ void __launch_bounds__(Tile::kThreads, MinBlocks) forward_kernel(cons
       out += width;
       __syncthreads();
     }
-    resets = flags.bits(vector);
+    flags.bits(resets);
   }
   if (real) store<kOwned>(p.h_last + sequence * width + column, last);
 }

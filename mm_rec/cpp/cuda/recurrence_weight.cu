@@ -1,4 +1,5 @@
-// recurrence, the parts of the backward pass that all steps can do at once: gates, and the gradient of W_g.
+// recurrence, the parts of the backward pass that all steps can do at once, on the tensor cores: gates, and the gradient
+// of W_g.
 #include "device.cuh"
 #include "launch.cuh"
 #include "recurrence_backward.cuh"
@@ -19,54 +20,44 @@ __device__ __forceinline__ const float* previous_state(const RecurrenceBackward&
   return p.h0 == nullptr ? nullptr : p.h0 + b * width;
 }
 
-// 64 rows of N times 64 rows of W_g a block of 256 threads, four by four a thread.
-template <typename U>
-__global__ void __launch_bounds__(256)
-    gate_kernel(const RecurrenceBackward p, float* __restrict__ gate, const Extent extent, int dim) {
-  constexpr int kDepth = 16;
-  __shared__ float h_tile[kDepth][kTile + 4], w_tile[kDepth][kTile + 4];
-  const int64_t head = blockIdx.z, width = extent.heads * dim, first = static_cast<int64_t>(blockIdx.x) * kTile;
-  const int first_row = static_cast<int>(blockIdx.y) * kTile, lane = threadIdx.x % 16, line = threadIdx.x / 16;
-  const float* w_g = p.w_g + head * dim * dim;
-  float sum[4][4] = {};
-  for (int k = 0; k < dim; k += kDepth) {
-    const int j = k + lane;
-    for (int i = line; i < kTile; i += 16) {
-      const float* h = previous_state(p, extent, width, first + i);
-      h_tile[lane][i] = h != nullptr && j < dim ? h[head * dim + j] : 0.0f;
-      w_tile[lane][i] = first_row + i < dim && j < dim ? w_g[static_cast<int64_t>(first_row + i) * dim + j] : 0.0f;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int q = 0; q < kDepth; ++q) {
-      float h[4], w[4];
-      load<4>(&h_tile[q][4 * line], h);
-      load<4>(&w_tile[q][4 * lane], w);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) sum[i][r] = fmaf(h[i], w[r], sum[i][r]);
-      }
-    }
-    __syncthreads();
-  }
-  for (int i = 0; i < 4; ++i) {
-    const int64_t n = first + 4 * line + i;
-    for (int r = 0; r < 4; ++r) {
-      const int row = first_row + 4 * lane + r;
-      if (n < extent.batch * extent.time && row < dim) {
-        const int64_t column = head * dim + row;
-        gate[n * width + column] = sigmoid(to_float(static_cast<const U*>(p.u)[n * p.u_stride + column]) + sum[i][r]);
-      }
-    }
-  }
-}
-
 // Two neighbouring elements, 0 past the end of the head.
 template <typename T>
 __device__ __forceinline__ float2 load_pair(const T* row, int column, int dim) {
   if (row == nullptr || column >= dim) return make_float2(0.0f, 0.0f);
   return make_float2(to_float(row[column]), column + 1 < dim ? to_float(row[column + 1]) : 0.0f);
+}
+
+// 64 rows of N times 64 elements of their gates a block.
+template <typename U>
+__global__ void __launch_bounds__(128)
+    gate_kernel(const RecurrenceBackward p, float* __restrict__ gate, const Extent extent, int dim) {
+  __shared__ Tile<kTile, kTile, true> h_tile, w_tile;
+  const int64_t head = blockIdx.z, width = extent.heads * dim, first = static_cast<int64_t>(blockIdx.x) * kTile;
+  const int row0 = static_cast<int>(blockIdx.y) * kTile, warp = threadIdx.x / 32, pair = 2 * (threadIdx.x % 32);
+  const float* w_g = p.w_g + head * dim * dim;
+  Fragments<kTile / 8> sum = {};
+  for (int k = 0; k < dim; k += kTile) {
+#pragma unroll 8
+    for (int i = warp; i < kTile; i += 4) {
+      const float* h = previous_state(p, extent, width, first + i);
+      const float* w = row0 + i < dim ? w_g + static_cast<int64_t>(row0 + i) * dim : nullptr;
+      const float2 x = load_pair(h == nullptr ? nullptr : h + head * dim, k + pair, dim), y = load_pair(w, k + pair, dim);
+      h_tile.set(i, pair, x.x, x.y);
+      w_tile.set(i, pair, y.x, y.y);
+    }
+    __syncthreads();
+    multiply<false, false, kTile>(sum, h_tile, 16 * warp, w_tile, 0);
+    __syncthreads();
+  }
+#pragma unroll
+  for (int n = 0; n < kTile / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t line = first + 16 * warp + fragment_row(i), column = head * dim + row0 + fragment_column(n, i);
+      if (line >= extent.batch * extent.time || row0 + fragment_column(n, i) >= dim) continue;
+      gate[line * width + column] = sigmoid(to_float(static_cast<const U*>(p.u)[line * p.u_stride + column]) + sum[n][i]);
+    }
+  }
 }
 
 // 64 x 64 of one head's dW_g over a range of rows of N: partial sums, to be added up. du in bf16 is exact as
@@ -136,7 +127,7 @@ cudaError_t recurrence_gate(const RecurrenceBackward& p, float* gate, const Exte
   const dim3 grid(static_cast<unsigned>(ceil_div(extent.batch * extent.time, kTile)),
                   static_cast<unsigned>(ceil_div(dim, kTile)), static_cast<unsigned>(extent.heads));
   const auto kernel = p.u_dtype == kBFloat16 ? gate_kernel<bf16> : gate_kernel<float>;
-  return launch(kernel, grid, dim3(256), 0, stream, p, gate, extent, static_cast<int>(dim));
+  return launch(kernel, grid, dim3(128), 0, stream, p, gate, extent, static_cast<int>(dim));
 }
 
 int64_t weight_gradient_workspace(const Extent& extent, int64_t dim) {

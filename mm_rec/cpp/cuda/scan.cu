@@ -1,12 +1,13 @@
 // scan: s_t = a_t s_{t-1} + x_t, elementwise in D, cut in time so that short batches fill the device too.
 //
-// One pass over memory. A block of 16 warps takes a tile of 32 columns and 256 steps, 16 steps a thread in registers,
-// and reduces it to one pair (a, x) a column: the pairs compose as (a, x) then (a', x') = (a a', a' x + x'). It
-// publishes that pair, then composes the pairs of all tiles before its own, always in the same order (so equal inputs
-// give equal bits), and runs its steps from the state that comes out. Tiles are handed out in the order of time, so a
-// tile only ever waits for tiles that have begun.
+// One pass over memory. A block of 16 warps takes a tile of 32 columns and 256 steps (128 for the gradient, which holds
+// more), 16 steps a thread in registers, and reduces it to one pair (a, x) a column: the pairs compose as (a, x) then
+// (a', x') = (a a', a' x + x'). It publishes that pair, then composes the pairs of all tiles before its own, always in
+// the same order (so equal inputs give equal bits), and runs its steps from the state that comes out. Tiles are handed
+// out in the order of time, so a tile only ever waits for tiles that have begun.
 //
 // The gradient is the same loop backward in time: g_t = ds_t + a_{t+1} g_{t+1}, dx_t = g_t, da_t = g_t s_{t-1}.
+
 #include "common.cuh"
 #include "launch.cuh"
 #include "ptx.cuh"
@@ -14,7 +15,12 @@
 namespace mm_rec {
 namespace {
 
-constexpr int kLanes = 32, kWarps = 16, kSteps = 16, kTileSteps = kWarps * kSteps;
+constexpr int kLanes = 32, kWarps = 16;
+
+template <bool Backward>
+constexpr int kThreadSteps = Backward ? 8 : 16;
+template <bool Backward>
+constexpr int64_t kTileSteps = kWarps * kThreadSteps<Backward>;
 
 struct Arguments {
   const float* a;
@@ -47,6 +53,7 @@ struct Pair {
 // coefficient of backward step i is a_{t+1} after resets: what happens between t and t + 1.
 template <bool Backward>
 __global__ void __launch_bounds__(kLanes* kWarps, 2) scan_kernel(const Arguments p, const Progress progress) {
+  constexpr int kSteps = kThreadSteps<Backward>;
   __shared__ unsigned shared_tile;
   __shared__ float2 warp_pair[kWarps][kLanes], before_pair[kWarps][kLanes];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
@@ -55,7 +62,7 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2) scan_kernel(const Arguments
   const int64_t column_tiles = ceil_div(p.width, kLanes), tiles_a_chunk = p.batch * column_tiles;
   const int64_t tile = shared_tile, chunk = tile / tiles_a_chunk, place = tile % tiles_a_chunk;
   const int64_t row = place / column_tiles, column = place % column_tiles * kLanes + lane;
-  const int64_t first = chunk * kTileSteps + warp * kSteps;
+  const int64_t first = chunk * kTileSteps<Backward> + warp * kSteps;
   const int steps = column < p.width ? static_cast<int>(max(min(p.time - first, int64_t{kSteps}), int64_t{0})) : 0;
   const int64_t t0 = Backward ? p.time - 1 - first : first, stride = Backward ? -p.width : p.width;
   const int64_t origin = (row * p.time + t0) * p.width + column;  // step i of this thread is at origin + i * stride
@@ -68,13 +75,15 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2) scan_kernel(const Arguments
   }
   const unsigned resets = __ballot_sync(kFullWarp, cut);
 
-  float a[kSteps], x[kSteps];
+  const float s0 = p.s0 != nullptr && column < p.width ? p.s0[row * p.width + column] : 0.0f;
+  float a[kSteps], x[kSteps], previous[kSteps];  // previous: s_{t-1}, for the gradient
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
     const int64_t at = origin + i * stride;
     const bool known = !Backward || first + i > 0;  // nothing comes from after the last step
     a[i] = i < steps && known ? p.a[Backward ? at + p.width : at] : 1.0f;
     x[i] = i < steps ? p.x[at] : 0.0f;
+    if constexpr (Backward) previous[i] = i >= steps ? 0.0f : first + i + 1 == p.time ? s0 : p.s[at - p.width];
   }
   Pair mine;
 #pragma unroll
@@ -108,7 +117,6 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2) scan_kernel(const Arguments
   Pair history;
   for (int w = 0; w < kWarps; ++w) history.then(before_pair[w][lane].x, before_pair[w][lane].y);
   for (int w = 0; w < warp; ++w) history.then(warp_pair[w][lane].x, warp_pair[w][lane].y);
-  const float s0 = p.s0 != nullptr && column < p.width ? p.s0[row * p.width + column] : 0.0f;
   float state = Backward ? history.x : fmaf(history.a, s0, history.x);
 
 #pragma unroll
@@ -119,20 +127,19 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2) scan_kernel(const Arguments
     p.out[at] = state;
     if constexpr (Backward) {
       const float keep = (resets >> (i + 1)) & 1 ? 0.0f : state;
-      const bool start = first + i + 1 == p.time;
-      p.da[at] = keep * (start ? s0 : p.s[at - p.width]);
-      if (start) p.ds0[row * p.width + column] = keep * p.a[at];
+      p.da[at] = keep * previous[i];
+      if (first + i + 1 == p.time) p.ds0[row * p.width + column] = keep * p.a[at];
     }
   }
 }
 
-int64_t tiles(int64_t batch, int64_t time, int64_t width) {
-  return ceil_div(time, kTileSteps) * batch * ceil_div(width, kLanes);
+int64_t tiles(int64_t batch, int64_t time, int64_t width, bool backward) {
+  return ceil_div(time, backward ? kTileSteps<true> : kTileSteps<false>) * batch * ceil_div(width, kLanes);
 }
 
 template <bool Backward>
 cudaError_t run(const Arguments& p, void* workspace, void* stream) {
-  const int64_t count = tiles(p.batch, p.time, p.width);
+  const int64_t count = tiles(p.batch, p.time, p.width, Backward);
   const Progress progress{static_cast<unsigned*>(workspace) + 2 * kLanes * count,
                           static_cast<unsigned*>(workspace) + 2 * kLanes * count + 1, static_cast<float2*>(workspace)};
   const cudaError_t error =
@@ -144,9 +151,9 @@ cudaError_t run(const Arguments& p, void* workspace, void* stream) {
 }  // namespace
 }  // namespace mm_rec
 
-extern "C" int64_t mm_rec_cuda_scan_workspace(int64_t batch, int64_t time, int64_t width) {
-  const int64_t count = mm_rec::tiles(batch, time, width);
-  return static_cast<int64_t>(sizeof(float2)) * mm_rec::kLanes * count + static_cast<int64_t>(sizeof(unsigned)) * (count + 1);
+extern "C" int64_t mm_rec_cuda_scan_workspace(int64_t batch, int64_t time, int64_t width, int64_t backward) {
+  const int64_t count = mm_rec::tiles(batch, time, width, backward != 0);
+  return count * (sizeof(float2) * mm_rec::kLanes + sizeof(unsigned)) + sizeof(unsigned);
 }
 
 extern "C" int mm_rec_cuda_scan_forward(const float* a, const float* x, const float* s0, const bool* reset, float* s,

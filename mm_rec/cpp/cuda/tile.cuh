@@ -27,14 +27,19 @@ struct alignas(16) Tile {
   bf16 hi[Rows * kStride];
   bf16 lo[Split ? Rows * kStride : 8];
 
-  // Elements (row, column) and (row, column + 1); the column is even.
+  // Neighbouring elements from (row, column) on; the column is a multiple of their number.
   __device__ __forceinline__ void set(int row, int column, float first, float second) {
     const int at = row * kStride + column;
     *reinterpret_cast<uint32_t*>(hi + at) = pack_bf16(first, second);
     if constexpr (Split) *reinterpret_cast<uint32_t*>(lo + at) = pack_remainder(first, second);
   }
-
-  // Eight elements from (row, column); the column is a multiple of eight.
+  __device__ __forceinline__ void set(int row, int column, const float (&x)[4]) {
+    const int at = row * kStride + column;
+    *reinterpret_cast<uint2*>(hi + at) = make_uint2(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]));
+    if constexpr (Split) {
+      *reinterpret_cast<uint2*>(lo + at) = make_uint2(pack_remainder(x[0], x[1]), pack_remainder(x[2], x[3]));
+    }
+  }
   __device__ __forceinline__ void set(int row, int column, const float (&x)[8]) {
     const int at = row * kStride + column;
     *reinterpret_cast<uint4*>(hi + at) =
@@ -61,6 +66,15 @@ using Fragments = float[N][4];
 __device__ __forceinline__ int fragment_row(int i) { return static_cast<int>(threadIdx.x) % 32 / 4 + i / 2 * 8; }
 __device__ __forceinline__ int fragment_column(int n, int i) {
   return 8 * n + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
+}
+
+template <int N>
+__device__ __forceinline__ void zero(Fragments<N>& c) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[n][i] = 0.0f;
+  }
 }
 
 // Left operand from a tile that holds it as (m, k), or as (k, m) if `Transposed`.

@@ -1,0 +1,170 @@
+"""CUDA kernels against the reference in float64: every output and every gradient, on odd shapes."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mm_rec import ops
+from mm_rec.ops import cuda, reference
+
+from .cases import CASES, MEMORY_SHAPES, Arguments, Builder, linear_cross_entropy, memory_read, memory_update
+from .cases import recurrence as recurrence_case
+from .cases import scan as scan_case
+from .compare import assert_agree, run, widen
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+# float32 products on the tensor cores are sums of three bfloat16 ones, near 2^-16. bfloat16 results are one rounding
+# (2^-9) from the truth; three ops also compute from something rounded, as their CPU kernels or PyTorch's attention do:
+# memory_read from rotated queries and keys and from weights, the loss from logits, dW_g from du.
+TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 5e-3}
+TOLERANCE_ROUNDED = {torch.float32: 2e-2, torch.bfloat16: 2e-2}
+ROUNDED = ("memory_read", "linear_cross_entropy", "recurrence")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+# Beside the common cases: every head size that a recurrence kernel is written for, with batches that fill its groups
+# of sequences or don't; several tiles of time for scan; heads past 64 and slots past a tile for the memories.
+HEADS = [(1, 1, 64, 1), (5, 21, 128, 2), (40, 19, 512, 8), (3, 37, 256, 2), (3, 26, 512, 2), (2, 13, 80, 1)]
+MEMORIES = {
+    "heads-of-128": (2, 70, 24, 1, 128, 40, [0, 100], {(0, 30)}),
+    "heads-of-256": (1, 45, 12, 1, 256, 33, [50], set()),
+    "many-slots": (2, 90, 20, 2, 32, 150, [7, 30], {(1, 40)}),
+    "wide-window": (1, 400, 180, 1, 32, 70, [500], {(0, 250)}),
+}
+EXTRA: dict[str, dict[str, Builder]] = {
+    "recurrence": {
+        "x".join(map(str, shape)) + f"-{state}": partial(recurrence_case, shape, state)
+        for shape in HEADS
+        for state in (False, True)
+    },
+    "scan": {f"long-{state}": partial(scan_case, (2, 1100, 40, 1), state) for state in (False, True)},
+    "memory_update": {name: partial(memory_update, case) for name, case in MEMORIES.items()},
+    "memory_read": {name: partial(memory_read, case) for name, case in MEMORIES.items()},
+}
+ALL = [
+    pytest.param(op, build, id=f"{op}-{name}")
+    for table in (CASES, EXTRA)
+    for op, cases in table.items()
+    for name, build in cases.items()
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for results starts as NaN, so that an element that a kernel leaves out is seen."""
+    empty = cuda._empty
+
+    def poisoned(*arguments: Any, **options: Any) -> Tensor:
+        result = empty(*arguments, **options)
+        return result.fill_(torch.nan) if result.is_floating_point() else result.fill_(0x7F)
+
+    monkeypatch.setattr(cuda, "_empty", poisoned)
+
+
+def on_device(arguments: Arguments) -> Arguments:
+    return tuple(x.cuda() if isinstance(x, Tensor) else x for x in arguments)
+
+
+def to_host(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in found.items()}
+
+
+@DTYPES
+@pytest.mark.parametrize(("op", "build"), ALL)
+def test_agrees_with_reference(op: str, build: Builder, dtype: torch.dtype) -> None:
+    arguments = build(dtype)
+    with ops.use_backend("native"):
+        got = to_host(run(getattr(ops, op), on_device(arguments)))
+    want = run(getattr(reference, op), widen(arguments))
+    assert_agree(got, want, TOLERANCE_ROUNDED if op in ROUNDED and dtype == torch.bfloat16 else TOLERANCE)
+
+
+@pytest.mark.parametrize("strided", ["slice", "transposed"])
+@pytest.mark.parametrize("op", CASES)
+def test_strided_inputs(op: str, strided: str) -> None:
+    arguments = on_device(list(CASES[op].values())[1](torch.float32))
+    with ops.use_backend("native"):
+        want = run(getattr(ops, op), arguments)
+        got = run(getattr(ops, op), arguments, strided=strided)
+    assert_agree(got, want, {torch.float32: 1e-6})
+
+
+@pytest.mark.parametrize("op", sorted(CASES))
+def test_equal_inputs_give_equal_bits(op: str) -> None:
+    for build in [*CASES[op].values(), *EXTRA.get(op, {}).values()]:
+        arguments = on_device(build(torch.bfloat16))
+        first, second = (run(getattr(ops, op), arguments) for _ in range(2))
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), f"{name} differs"
+
+
+@DTYPES
+def test_loss_in_chunks_of_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "LOGITS_BYTES", 4000)
+    arguments = linear_cross_entropy(63, 20, 130, True, dtype)
+    got = to_host(run(ops.linear_cross_entropy, on_device(arguments)))
+    tolerance = TOLERANCE if dtype == torch.float32 else TOLERANCE_ROUNDED
+    assert_agree(got, run(reference.linear_cross_entropy, widen(arguments)), tolerance)
+
+
+def test_loss_without_gradient_is_exact_for_bfloat16() -> None:
+    arguments = linear_cross_entropy(63, 64, 520, True, torch.bfloat16)
+    with torch.no_grad():
+        got = ops.linear_cross_entropy(*on_device(arguments))
+    want = reference.linear_cross_entropy(*widen(arguments))
+    for value, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(value.cpu().double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["scan", "recurrence", "mdi", "readout", "rms_norm", "add_rms_norm", "relu_squared"])
+def test_nan_is_passed_on(op: str) -> None:
+    """A NaN must reach the loss, where the trainer sees it."""
+    arguments = on_device(list(CASES[op].values())[2](torch.float32))
+    for index, x in enumerate(arguments):
+        if isinstance(x, Tensor) and x.is_floating_point():
+            poisoned = (*arguments[:index], torch.full_like(x, torch.nan), *arguments[index + 1 :])
+            results = getattr(ops, op)(*poisoned)
+            results = results if isinstance(results, tuple) else (results,)
+            assert any(y.isnan().any() for y in results), f"argument {index}"
+
+
+def test_runs_on_the_current_stream_and_in_a_graph() -> None:
+    """A captured graph replays the kernels on new inputs, so no call waits for the device."""
+    arguments = on_device(memory_read(MEMORY_SHAPES["model-sizes"], torch.bfloat16))
+    ops.memory_read(*arguments)  # the table of rotations is made at the first call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.memory_read(*arguments)
+    arguments[0].mul_(0.5)
+    graph.replay()
+    torch.testing.assert_close(captured, ops.memory_read(*arguments), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("count", [1, 7, 4099])
+def test_optimizer_passes(count: int, grad_dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(count)
+    tensors = [torch.randn(count, generator=generator) for _ in range(4)]
+    tensors[2].abs_()
+    tensors[3] = tensors[3].to(grad_dtype)
+    settings = {"lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+    ours, theirs = [x.cuda() for x in tensors], [x.clone() for x in tensors]
+    rounded = torch.empty(count, dtype=torch.bfloat16, device="cuda")
+    with ops.use_backend("native"):
+        ops.adamw_(*ours, rounded, **settings, grad_scale=torch.tensor(0.5, device="cuda"))
+        squares = ops.sum_of_squares(ours)
+    with ops.use_backend("reference"):
+        ops.adamw_(*theirs, **settings, grad_scale=0.5)
+        want = ops.sum_of_squares(theirs)
+    for got, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rounded.cpu(), theirs[0].bfloat16(), rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(squares.cpu(), want, rtol=1e-5, atol=1e-9)
