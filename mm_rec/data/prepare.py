@@ -29,10 +29,10 @@ __all__ = ["DOMAINS", "Prepared", "describe", "make_once", "prepare"]
 
 DOMAINS = ("text", "code")
 
-_FORMAT = 2  # counts up whenever the same input would come out differently
+_FORMAT = 3  # counts up whenever the same input would come out differently
 _TOKENIZER_BYTES = 12_000_000  # of each domain; training a vocabulary of 32,000 on it takes some ten seconds
 _SMALLEST_VOCABULARY = 512
-_BYTES_AN_ENTRY = 720  # of text for each entry of the vocabulary: rarer tokens cost time in every step and learn little
+_BYTES_AN_ENTRY = 1280  # of text for each entry of the vocabulary: rarer tokens cost time in every step and learn little
 _ENCODE_CHARACTERS = 2_000_000  # at a time
 
 
@@ -77,7 +77,7 @@ def prepare(
 
     Args:
         data_dir: has a folder for each domain; or data files, which then are the first domain.
-        vocab_size: upper bound for the tokenizer to train; little text makes it smaller, an entry per 720 bytes.
+        vocab_size: upper bound for the tokenizer to train; little text makes it smaller, an entry per 1,280 bytes.
         max_samples: use the first so many documents of each domain that pass the filters.
         tokenizer: use this one instead of training one.
         filters: leave out documents of low quality and near-duplicates.
