@@ -1,6 +1,6 @@
 # The commands of the house. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test check bench clean
+.PHONY: help setup native demo test check bench soak clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -33,6 +33,9 @@ check: setup  ## lint, format, types, doctests
 
 bench: setup  ## speed of this machine: training step, kernels, limits
 	$(BIN)/mm-rec bench
+
+soak: setup  ## try the promises of docs/reliability.md for hours (ROW=n, SECONDS=n); goes on where it was
+	$(BIN)/python tests/faults/soak.py $(if $(ROW),--row $(ROW)) $(if $(SECONDS),--seconds $(SECONDS))
 
 clean:  ## remove what setup and the build made (no data, no runs)
 	rm -rf $(VENV) build *.egg-info mm_rec/cpp/build

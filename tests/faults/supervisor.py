@@ -4,7 +4,7 @@ A :class:`Supervisor` keeps one process with everything imported and forks a chi
 so that a trial costs milliseconds. The children stop before they begin: until :meth:`Child.go` the supervisor can
 attach ``strace``, which injects a signal or an error at the k-th call of a kind.
 
-How often a trial is repeated is :func:`rounds`; every random choice comes from a seed that a test's name shows.
+Every random choice of a trial comes from its seed.
 """
 
 from __future__ import annotations
@@ -33,15 +33,11 @@ CHANGING = f"{WRITING},unlink,unlinkat,rmdir,chmod,fchmodat,link,linkat,flock,cl
 TIMEOUT = 60.0
 
 
-def rounds(quick: int, soak: int) -> int:
-    """How often to try: ``quick`` in a test run, ``soak`` where MM_REC_SOAK is set."""
-    return soak if os.environ.get("MM_REC_SOAK") else quick
-
-
 class Supervisor:
     """Forks children that call ``module.function(**arguments)`` of a module beside this file.
 
-    A child exits with 0, with 2 after a UserError (its message is in :attr:`Child.log`), with 1 after any other.
+    A child exits with the number that the function returns, else with 0; with 2 after a UserError (its message is in
+    :attr:`Child.log`), with 1 after any other.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -98,6 +94,7 @@ class Child:
     def __init__(self, supervisor: Supervisor, pid: int, log: Path) -> None:
         self.pid, self.status = pid, None
         self._supervisor, self._log = supervisor, log
+        self._ended = 0.0
         self._tracer: subprocess.Popen[str] | None = None
         self._trace = log.with_suffix(".strace")
 
@@ -130,10 +127,15 @@ class Child:
     def wait(self, timeout: float = TIMEOUT) -> int:
         """Wait for the end; returns :attr:`status`. A child that takes too long is killed and fails the test."""
         self.status = self._supervisor.ask(wait=self.pid, timeout=timeout)
+        self._ended = time.monotonic()
         if self._tracer is not None:
             self._tracer.communicate(timeout=TIMEOUT)
         assert self.status is not None, f"process {self.pid} did not end within {timeout} s"
         return int(self.status)
+
+    def seconds(self, since: float) -> float:
+        """Seconds from an instant of the monotonic clock to the end."""
+        return self._ended - since
 
     def faults(self) -> list[str]:
         """The traced calls that were made to fail, as strace writes them."""
@@ -208,7 +210,8 @@ def _call(work: Any, arguments: dict[str, Any]) -> int:
     from mm_rec.errors import UserError
 
     try:
-        work(**arguments)
+        code = work(**arguments)
+        return code if isinstance(code, int) else 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -216,7 +219,6 @@ def _call(work: Any, arguments: dict[str, Any]) -> int:
         traceback.print_exc()
         sys.stderr.flush()
         return 1
-    return 0
 
 
 def _wait(pid: int, timeout: float) -> int | None:

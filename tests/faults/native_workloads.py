@@ -1,0 +1,134 @@
+"""Rows 13, 14: the native library missing, broken or at the level of an older processor; kernels under sanitizers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from workload import Complete, Impossible, Trial, workload
+
+from mm_rec.cpp.build import HERE, LEVEL_FLAGS
+from mm_rec.ops.native import LEVELS, LIBRARY_PATH, CpuLibrary
+
+ROOT = Path(__file__).resolve().parents[2]
+FUZZ = ROOT / "tests" / "cpp"
+FUZZ_SECONDS = 60
+PIECES = 10
+"""For each kernel, so that it comes to ten minutes; the levels of this processor take turns."""
+
+
+def kernels() -> dict[str, list[int]]:
+    """The kernels of fuzz.cpp and the cases of its switch that are theirs, one for each type."""
+    found: dict[str, list[int]] = {}
+    for case, name in re.findall(r"case (\d+): fuzz_(\w+)", (FUZZ / "fuzz.cpp").read_text()):
+        found.setdefault(name, []).append(int(case))
+    return found
+
+
+def _build_fuzzer(level: str) -> Path:
+    """The program for a level; built once for these sources."""
+    sources = [*sorted((HERE / "src").glob("*.h")), FUZZ / "fuzz.cpp", FUZZ / "fuzz_kernel.cpp"]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    program = ROOT / "build" / "fuzz" / f"{level}-{digest}" / "fuzz"
+    if not program.exists():
+        program.parent.mkdir(parents=True, exist_ok=True)
+        flags = [
+            "-std=c++17",
+            "-O1",
+            "-g",
+            "-fopenmp",
+            "-fno-sanitize-recover=all",
+            "-fsanitize=fuzzer,address,undefined",
+        ]
+        command = ["clang++", *flags, *LEVEL_FLAGS[level], f"-DMM_LEVEL={level}", f"-I{HERE / 'src'}"]
+        built = program.with_name(f"fuzz.{os.getpid()}")
+        subprocess.run([*command, str(FUZZ / "fuzz_kernel.cpp"), "-o", str(built)], check=True)
+        built.rename(program)
+    return program
+
+
+@workload(
+    14, "libFuzzer with ASan and UBSan on the kernels' headers", unit=f"runs of {FUZZ_SECONDS} s",
+    quick=0, soak=len(kernels()) * PIECES,
+)  # fmt: skip
+def fuzzed_kernels(folder: Path) -> Iterator[Trial]:
+    if shutil.which("clang++") is None:
+        raise Impossible("clang++ is not installed")
+    names, best = kernels(), LEVELS.index(CpuLibrary().best_level)
+
+    def trial(seed: int) -> Mapping[str, int]:
+        name = list(names)[seed % len(names)]
+        level = LEVELS[best - seed // len(names) % (best + 1)]
+        program = _build_fuzzer(level)
+        corpus = program.with_name(name)
+        corpus.mkdir(exist_ok=True)
+        options = [f"-max_total_time={FUZZ_SECONDS}", "-max_len=128", f"-seed={seed + 1}", "-print_final_stats=1"]
+        options += [f"-artifact_prefix={corpus}-", "-timeout=60", "-rss_limit_mb=3000"]
+        environment = {"MM_REC_FUZZ_CASES": ",".join(map(str, names[name])), "OMP_WAIT_POLICY": "passive"}
+        result = subprocess.run(
+            [str(program), *options, str(corpus)], env={**os.environ, **environment}, capture_output=True, text=True
+        )
+        assert result.returncode == 0, f"{name} at level {level}: {result.stderr[-3000:]}"
+        executed = re.search(r"number_of_executed_units: (\d+)", result.stderr)
+        assert executed is not None, result.stderr[-3000:]
+        return {f"seconds of {name}": FUZZ_SECONDS, "inputs": int(executed[1])}
+
+    yield trial
+
+
+BROKEN = {
+    "no library": None,
+    "an empty library": b"",
+    "a library that is none": b"not a library",
+}
+PYTEST = [
+    "-m",
+    "pytest",
+    "-q",
+    "-x",
+    "-p",
+    "no:cacheprovider",
+    "--ignore=tests/faults",
+    "-m",
+    "not slow and not native",
+]
+
+
+@workload(
+    13, "the whole suite with no native library, a broken one and forced older levels", unit="suites",
+    quick=0, soak=len(BROKEN) + len(LEVELS),
+)  # fmt: skip
+def suites_without_or_with_older_kernels(folder: Path) -> Iterator[Trial]:
+    best = LEVELS.index(CpuLibrary().best_level)
+    kept = folder / LIBRARY_PATH.name
+    shutil.copyfile(LIBRARY_PATH, kept)
+
+    def trial(seed: int) -> str:
+        environment = dict(os.environ)
+        if seed < len(BROKEN):
+            name = list(BROKEN)[seed]
+        elif seed - len(BROKEN) <= best:
+            name = f"level {LEVELS[seed - len(BROKEN)]}"
+            environment["MM_REC_CPU_LEVEL"] = LEVELS[seed - len(BROKEN)]
+        else:
+            raise Complete
+        try:
+            if name in BROKEN:
+                LIBRARY_PATH.unlink()
+                if BROKEN[name] is not None:
+                    LIBRARY_PATH.write_bytes(BROKEN[name] or b"")
+            result = subprocess.run(
+                [sys.executable, *PYTEST], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+            )
+        finally:
+            os.replace(shutil.copyfile(kept, f"{LIBRARY_PATH}.tmp"), LIBRARY_PATH)
+        assert result.returncode == 0, f"{name}: {result.stdout[-3000:]}"
+        return f"{name}: {result.stdout.strip().splitlines()[-1].strip('= ')}"
+
+    yield trial

@@ -1,0 +1,255 @@
+"""Work for the supervisor: commands of ``mm-rec`` in a process of their own, with a model of a few thousand numbers.
+
+What goes wrong, and when, is said by :class:`When` so that it follows from a seed and not from the load of the machine:
+the kernel sends the signal, a time after a function was called for the k-th time or after a share of the processor's
+time that an undisturbed run takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib
+import itertools
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import mm_rec.data.prepare_conversations
+import mm_rec.launch
+import mm_rec.scripts.finetune
+import mm_rec.scripts.training  # noqa: F401 - so that no forked process imports what takes long
+from mm_rec import cli, position, trainer
+from mm_rec.checkpoint import list_checkpoints
+from mm_rec.config import PRESETS, ModelConfig
+from mm_rec.data.batches import Batch
+from mm_rec.data.synthetic import write_synthetic
+from mm_rec.trainer import Trainer
+
+STAGES = ("stage1", "stage2", "stage3", "instruct", "chat")
+CONFIG = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8, slots=2)
+STEPS, SAVE_EVERY, EVALUATE_EVERY = 10, 3, 4
+
+
+@dataclass(frozen=True)
+class When:
+    """Send ``signals`` to this process, one every ``gap`` seconds, ``seconds`` after the ``count``-th call of ``what``.
+
+    ``what`` is "module:function" or "module:Class.method". Empty stands for the start of the command, and then
+    ``seconds`` are of processor time.
+    """
+
+    what: str
+    count: int
+    seconds: float
+    signals: tuple[int, ...] = (signal.SIGKILL,)
+    gap: float = 0.01
+
+
+def write_data(folder: Path, documents: int = 12) -> None:
+    """Data for every stage: documents and conversations."""
+    write_synthetic(folder, documents)
+    for task in ("instruct", "chat"):
+        (folder / task).mkdir()
+        rows = (
+            f'{{"messages": [{{"role": "user", "content": "What is {i}?"}}, '
+            f'{{"role": "assistant", "content": "It is {i * i}."}}]}}\n'
+            for i in range(40)
+        )
+        (folder / task / "rows.jsonl").write_text("".join(rows))
+
+
+def arguments(stage: str, data: Path, root: Path, start: Path | None, **changes: Any) -> list[str]:
+    """The command line that trains ``stage`` in ``root``, from the weights in ``start``."""
+    values = {
+        "data_dir": data, "checkpoint_dir": root, "seq_len": 16, "max_steps": STEPS, "threads": 1, "device": "cpu",
+        "checkpoint_interval": SAVE_EVERY, "eval_interval": EVALUATE_EVERY, "valid_bytes": 200,
+    }  # fmt: skip
+    if start is not None:
+        values["init_from"] = start
+    command = ["finetune", "--task", stage] if stage in STAGES[3:] else ["train", "--stage", stage, "--preset", "tiny"]
+    for name, value in (values | changes).items():
+        command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return command
+
+
+def run(
+    command: list[str],
+    when: dict[str, Any] | None = None,
+    batches: str = "",
+    faults: dict[str, str] | None = None,
+    environment: dict[str, str] | None = None,
+) -> int:
+    """Run ``mm-rec`` with these arguments; returns its exit code.
+
+    Args:
+        command: the arguments.
+        when: a :class:`When` as a dictionary.
+        batches: file to note the SHA-256 of every micro-batch in.
+        faults: what goes wrong in the losses, by step, as for :func:`spoil_losses`.
+        environment: variables to set.
+    """
+    os.environ.update(environment or {})
+    PRESETS["tiny"] = CONFIG
+    trainer.SAMPLE_TOKENS = 3
+    trainer.draw_losses = lambda *_: None  # type: ignore[assignment]
+    if batches:
+        note_batches(batches)
+    if faults:
+        spoil_losses({int(step): kind for step, kind in faults.items()})
+    if when is not None:
+        arm(When(**{**when, "signals": tuple(when["signals"])}))
+    start = time.process_time()
+    code = cli.main(command)
+    print(f"\nprocessor seconds: {time.process_time() - start}", flush=True)
+    return code
+
+
+def run_limited(command: list[str], n_bytes: int) -> int:
+    """As :func:`run`, with ``n_bytes`` of address space left."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + n_bytes, hard))
+    return run(command)
+
+
+def as_argument(when: When) -> dict[str, Any]:
+    return asdict(when)
+
+
+def arm(when: When) -> None:
+    """Make it happen."""
+    if not when.what:
+        send_later(when, time.CLOCK_PROCESS_CPUTIME_ID)
+        return
+    module, _, path = when.what.partition(":")
+    *holders, name = path.split(".")
+    holder = functools.reduce(getattr, holders, importlib.import_module(module))
+    original, calls = getattr(holder, name), 0
+
+    @functools.wraps(original)
+    def counted(*args: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == when.count:
+            print(f"\narmed at {time.monotonic()}", flush=True)
+            send_later(when, time.CLOCK_MONOTONIC)
+        return original(*args, **keywords)
+
+    setattr(holder, name, counted)
+
+
+class _Event(ctypes.Structure):
+    _fields_ = (
+        ("value", ctypes.c_void_p),
+        ("signo", ctypes.c_int),
+        ("notify", ctypes.c_int),
+        ("_", ctypes.c_char * 48),
+    )
+
+
+class _Time(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+class _Timer(ctypes.Structure):
+    _fields_ = (("interval", _Time), ("value", _Time))
+
+
+def send_later(when: When, clock: int) -> None:
+    """Have the kernel send the signals; no thread and no handler of this process is needed for it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for index, signum in enumerate(when.signals):
+        timer = ctypes.c_void_p()
+        nanoseconds = max(int((when.seconds + index * when.gap) * 1e9), 1)
+        event = _Event(None, signum, 0)
+        if libc.timer_create(clock, ctypes.byref(event), ctypes.byref(timer)):
+            raise OSError(ctypes.get_errno(), "timer_create")
+        at = _Timer(_Time(0, 0), _Time(nanoseconds // 10**9, nanoseconds % 10**9))
+        if libc.timer_settime(timer, 0, ctypes.byref(at), None):
+            raise OSError(ctypes.get_errno(), "timer_settime")
+
+
+def note_batches(path: str) -> None:
+    """Append step, part and SHA-256 of every micro-batch that is trained on to a file."""
+    take, compute = Trainer._take_step, Trainer.micro_batch_loss
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    parts = itertools.count()
+
+    def taken(self: Trainer) -> Any:
+        nonlocal parts
+        parts = itertools.count()
+        return take(self)
+
+    def noted(self: Trainer, batch: Batch, *args: Any) -> Any:
+        digest = hashlib.sha256(f"{batch.domain}".encode())
+        for tensor in (batch.tokens, batch.targets, batch.weight, batch.reset):
+            digest.update(tensor.numpy().tobytes())
+        if sys._getframe(1).f_code.co_name == "_take_step":  # not one that is only timed
+            os.write(descriptor, f"{self.at.step + 1} {next(parts)} {digest.hexdigest()}\n".encode())
+        return compute(self, batch, *args)
+
+    Trainer._take_step = taken  # type: ignore[method-assign]
+    Trainer.micro_batch_loss = noted  # type: ignore[method-assign]
+
+
+def spoil_losses(faults: dict[int, str]) -> None:
+    """Make the loss or the gradient of some steps what it must not be, every time they are tried."""
+    position.HISTORY = 1  # a spike shows from the second loss of a domain on
+    compute = Trainer.micro_batch_loss
+
+    def spoiled(self: Trainer, *args: Any) -> Any:
+        loss, state = compute(self, *args)
+        match faults.get(self.at.step + 1):
+            case "nan loss":
+                loss = loss + float("nan")
+            case "inf loss":
+                loss = loss + float("inf")
+            case "spike":
+                loss = loss + 1000.0
+            case "nan gradient":  # of a loss that is finite: 0 / 0 in the derivative of the root
+                some = next(one for one in self.model.parameters() if one.requires_grad)
+                loss = loss + (some.sum() * 0).sqrt()
+        return loss, state
+
+    Trainer.micro_batch_loss = spoiled  # type: ignore[method-assign]
+
+
+# --- what the trials compare ----------------------------------------------------------------------------------------
+
+
+def result(run: Path) -> dict[str, bytes]:
+    """Everything of a run that has to come out the same: records, samples, every file of every checkpoint."""
+    files = [run / "loss_log.txt", run / "metrics.jsonl", *(run / "samples").iterdir()]
+    files += [path for one in list_checkpoints(run / "checkpoints") for path in one.iterdir()]
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+
+def difference(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
+    """Names of the files in which two results differ."""
+    return [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return list(folder.rglob(".tmp-*"))
+
+
+def processor_seconds(log: str) -> float:
+    return float(log.rpartition("processor seconds: ")[2].split()[0])
+
+
+def armed_at(log: str) -> float | None:
+    _, found, rest = log.partition("armed at ")
+    return float(rest.split()[0]) if found else None
+
+
+def clear(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
