@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mm_rec import ops
 from mm_rec.board import Board
-from mm_rec.checkpoint import Checkpoint, list_checkpoints
+from mm_rec.checkpoint import list_checkpoints
 from mm_rec.config import ModelConfig
 from mm_rec.data.batches import Batches
 from mm_rec.data.prepare import Prepared
@@ -40,7 +40,7 @@ from mm_rec.signals import SignalGuard
 from mm_rec.storage import format_bytes, free_bytes
 from mm_rec.trainer import MIXED, Trainer
 
-__all__ = ["assemble"]
+__all__ = ["assemble", "choose_runtime"]
 
 PROBE_PARAMETERS = 4_000_000
 
@@ -73,7 +73,10 @@ def assemble(
     available = available_memory(device)
     parameters = count_parameters(config)
     found = run.rewind()
-    runtime = _choose_runtime(settings, device, found, run)
+    before = found.trainer["runtime"] if found else {}
+    runtime = choose_runtime(settings, device, before)
+    if before and (changes := differences(before, runtime)):
+        run.event(f"not the same machine or choices as before, so not the same rounding: {'; '.join(changes)}")
     training = training_bytes(parameters, runtime["precision"])
     check_memory(
         with_margin(training, 0), available, "that is the model and its optimizer alone: try a smaller --preset"
@@ -127,20 +130,14 @@ def assemble(
     return trainer
 
 
-def _choose_runtime(
-    settings: TrainSettings, device: torch.device, found: Checkpoint | None, run: RunFolder
-) -> dict[str, Any]:
-    """Precision and threads: those asked for, else those that the run has had, else what suits the machine."""
-    before = dict(found.trainer["runtime"]) if found else {}
+def choose_runtime(settings: TrainSettings, device: torch.device, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Precision, threads and kernels: those asked for, else those that the run had ``before``, else what suits here."""
     precision = before.get("precision", "auto") if settings.precision == "auto" else settings.precision
-    runtime = {
+    return {
         "precision": select_precision(precision, device),
         "threads": set_threads(settings.threads or before.get("threads")),
         "ops": _describe_ops(device),
     }
-    if before and (changes := differences(before, runtime)):
-        run.event(f"not the same machine or choices as before, so not the same rounding: {'; '.join(changes)}")
-    return runtime
 
 
 def _describe_ops(device: torch.device) -> str:

@@ -7,17 +7,18 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
 from mm_rec import checkpoint
-from mm_rec.assembly import assemble
+from mm_rec.assembly import assemble, choose_runtime
 from mm_rec.config import ModelConfig
 from mm_rec.data.prepare import Prepared
 from mm_rec.device import select_device
 from mm_rec.errors import UserError
 from mm_rec.plan import Plan, make_plan
-from mm_rec.run_config import list_runs
+from mm_rec.run_config import differences, list_runs
 from mm_rec.run_folder import RunFolder
 from mm_rec.settings import TrainSettings, step_cap
 from mm_rec.signals import SignalGuard
@@ -79,6 +80,8 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
         "starts_from": named.trainer["run"]["identity"]["starts_from"] if named else start and start.sha256,
         "model": config.to_dict(),
     }
+    if named is not None:
+        _check_runtime(settings, named, device)
     with RunFolder.open(
         settings.checkpoint_dir,
         settings.stage,
@@ -96,6 +99,17 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
         path = trainer.fit()
     say(f"{settings.stage}: {trainer.at.step} steps done, saved in {path}")
     return path
+
+
+def _check_runtime(settings: TrainSettings, named: checkpoint.Checkpoint, device: torch.device) -> None:
+    """Refuse to go on with a checkpoint that is asked for by name where the rounding would differ unnoticed."""
+    before = named.trainer["runtime"]
+    changes = differences(before, choose_runtime(settings, device, before))
+    if changes and not settings.allow_changes:
+        raise UserError(
+            f"{settings.resume_from} would not go on with the same rounding: {'; '.join(changes)}. "
+            "--allow_changes accepts that"
+        )
 
 
 def starting_checkpoint(settings: TrainSettings) -> Path | None:
