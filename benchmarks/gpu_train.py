@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_ops import machine, matrix_rate
-from mm_rec.bench.peers import ModernGPT
+from benchmarks.peers import ModernGPT
 from mm_rec.config import PRESETS
 from mm_rec.data.batches import Batch
 from mm_rec.device import apply_precision
