@@ -28,7 +28,7 @@ import mm_rec.data.prepare_conversations
 import mm_rec.launch
 import mm_rec.scripts.finetune
 import mm_rec.scripts.training  # noqa: F401 - so that no forked process imports what takes long
-from mm_rec import cli, position, trainer
+from mm_rec import assembly, cli, position, trainer
 from mm_rec.checkpoint import list_checkpoints
 from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.data.batches import Batch
@@ -101,6 +101,7 @@ def run(
     os.environ.update(environment or {})
     PRESETS["tiny"] = CONFIG
     trainer.SAMPLE_TOKENS = 3
+    assembly.PROBE_PARAMETERS = 1000  # only times an update
     trainer.draw_losses = lambda *_: None  # type: ignore[assignment]
     if batches:
         note_batches(batches)
