@@ -125,10 +125,7 @@ def downloader(folder: Path) -> Iterator[tuple[Hub, Any]]:
                 "downloading.run", command=command, url=one.url, cache=str(folder), when=argument, chunk=CHUNK
             )
 
-        try:
-            yield one, start
-        finally:
-            supervisor.close()
+        yield one, start
 
 
 PLACES = {"mm_rec.data.fetch:_Download._commit": 10, "mm_rec.data.fetch:_Download._line": 900,

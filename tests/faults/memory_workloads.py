@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline_workloads import opened
+from pipeline_workloads import Pipeline
 from tiny_runs import clear
 from workload import Trial, workload
 
@@ -25,28 +25,28 @@ def estimate(log: str) -> float:
 @workload(12, "a limit on memory (RLIMIT_AS) of 25, 50, 75% and random shares of what the run takes", unit="limits",
           quick=3, soak=60)  # fmt: skip
 def little_memory(folder: Path) -> Iterator[Trial]:
-    with opened(folder) as pipeline:
-        command = pipeline.command("stage1", folder / "free", **SIZES)
-        free = pipeline.supervisor.run("tiny_runs.run", command=command)
-        assert free.status == 0, free.log
-        needed = estimate(free.log)
+    pipeline = Pipeline(folder)
+    command = pipeline.command("stage1", folder / "free", **SIZES)
+    free = pipeline.supervisor.run("tiny_runs.run", command=command)
+    assert free.status == 0, free.log
+    needed = estimate(free.log)
 
-        def trial(seed: int) -> str:
-            share = SHARES[seed] if seed < len(SHARES) else random.Random(seed).uniform(0.0, 1.1)
-            root = folder / f"limited{seed}"
-            command = pipeline.command("stage1", root, **SIZES)
-            child = pipeline.supervisor.run("tiny_runs.run_limited", command=command, n_bytes=int(share * needed))
-            assert "Traceback" not in child.log, child.log
-            if child.status == 0:
-                assert share > 0.9, (share, child.log)
-                outcome = "enough: it ran"
-            else:
-                assert child.status == 2, (share, child.status, child.log)
-                message = child.log[child.log.index("error: ") :].splitlines()[0]
-                early = "training would take" in message and "are free; " in message
-                assert early or "out of memory" in message, message
-                outcome = "refused before the start, with the estimate" if early else "ended with a clear message"
-            clear(root)
-            return outcome
+    def trial(seed: int) -> str:
+        share = SHARES[seed] if seed < len(SHARES) else random.Random(seed).uniform(0.0, 1.1)
+        root = folder / f"limited{seed}"
+        command = pipeline.command("stage1", root, **SIZES)
+        child = pipeline.supervisor.run("tiny_runs.run_limited", command=command, n_bytes=int(share * needed))
+        assert "Traceback" not in child.log, child.log
+        if child.status == 0:
+            assert share > 0.9, (share, child.log)
+            outcome = "enough: it ran"
+        else:
+            assert child.status == 2, (share, child.status, child.log)
+            message = child.log[child.log.index("error: ") :].splitlines()[0]
+            early = "training would take" in message and "are free; " in message
+            assert early or "out of memory" in message, message
+            outcome = "refused before the start, with the estimate" if early else "ended with a clear message"
+        clear(root)
+        return outcome
 
-        yield trial
+    yield trial

@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 from supervisor import Child, Supervisor
@@ -42,8 +41,8 @@ PLACES = {
 class Pipeline:
     """Data, and the undisturbed run of each stage, each from the weights of the one before."""
 
-    def __init__(self, folder: Path, supervisor: Supervisor) -> None:
-        self.folder, self.supervisor = folder, supervisor
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.supervisor = folder, Supervisor(folder)
         self.raw, self.data = folder / "raw", folder / "data"
         write_data(self.raw)
         shutil.copytree(self.raw, self.data)
@@ -92,15 +91,6 @@ def read_batches(path: Path) -> dict[str, str]:
     return batches
 
 
-@contextmanager
-def opened(folder: Path) -> Iterator[Pipeline]:
-    supervisor = Supervisor(folder)
-    try:
-        yield Pipeline(folder, supervisor)
-    finally:
-        supervisor.close()
-
-
 def last_step(run: Path) -> int:
     """The last step in the loss log; 0 if there is none."""
     log = run / "loss_log.txt"
@@ -123,37 +113,37 @@ def random_kill(rng: random.Random, seconds: float) -> When:
 
 @workload(1, "kill -9 at random instants, half of them in saves and evaluations", unit="runs", quick=5, soak=200)
 def killed_commands(folder: Path) -> Iterator[Trial]:
-    with opened(folder) as pipeline:
+    pipeline = Pipeline(folder)
 
-        def trial(seed: int) -> Mapping[str, int]:
-            rng, stage = random.Random(seed), STAGES[seed % len(STAGES)]
-            pipeline.undisturbed(stage)
-            root, notes = folder / f"killed{seed}", folder / f"killed{seed}.batches"
-            data = folder / f"data{seed}"
-            shutil.copytree(pipeline.raw if rng.random() < 0.5 else pipeline.data, data)  # prepared anew, or before
-            command, kills = pipeline.command(stage, root, data), 0
-            for _ in range(rng.choice([1, 1, 2, 3])):
-                when = as_argument(random_kill(rng, pipeline.seconds[stage]))
-                reached = last_step(root / stage)
-                child = pipeline.supervisor.run("tiny_runs.run", command=command, when=when, batches=str(notes))
-                if child.status == 0:
-                    break
-                assert child.status == -signal.SIGKILL, child.log
-                kills += 1
-                if "goes on from step_" in child.log:
-                    assert reached - resumed_step(child.log) <= SAVE_EVERY, (reached, child.log)
+    def trial(seed: int) -> Mapping[str, int]:
+        rng, stage = random.Random(seed), STAGES[seed % len(STAGES)]
+        pipeline.undisturbed(stage)
+        root, notes = folder / f"killed{seed}", folder / f"killed{seed}.batches"
+        data = folder / f"data{seed}"
+        shutil.copytree(pipeline.raw if rng.random() < 0.5 else pipeline.data, data)  # prepared anew, or before
+        command, kills = pipeline.command(stage, root, data), 0
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            when = as_argument(random_kill(rng, pipeline.seconds[stage]))
             reached = last_step(root / stage)
-            child = pipeline.supervisor.run("tiny_runs.run", command=command, batches=str(notes))
-            assert child.status == 0, child.log
+            child = pipeline.supervisor.run("tiny_runs.run", command=command, when=when, batches=str(notes))
+            if child.status == 0:
+                break
+            assert child.status == -signal.SIGKILL, child.log
+            kills += 1
             if "goes on from step_" in child.log:
                 assert reached - resumed_step(child.log) <= SAVE_EVERY, (reached, child.log)
-            pipeline.check(stage, root)
-            assert read_batches(notes) == pipeline.batches[stage]
-            for path in (root, data):
-                clear(path)
-            return {f"{stage}: kills": kills, "came out byte for byte": 1}
+        reached = last_step(root / stage)
+        child = pipeline.supervisor.run("tiny_runs.run", command=command, batches=str(notes))
+        assert child.status == 0, child.log
+        if "goes on from step_" in child.log:
+            assert reached - resumed_step(child.log) <= SAVE_EVERY, (reached, child.log)
+        pipeline.check(stage, root)
+        assert read_batches(notes) == pipeline.batches[stage]
+        for path in (root, data):
+            clear(path)
+        return {f"{stage}: kills": kills, "came out byte for byte": 1}
 
-        yield trial
+    yield trial
 
 
 PHASES = {
@@ -172,31 +162,31 @@ DEADLINE = 10.0
 
 @workload(
     4, "SIGTERM, SIGINT and double Ctrl-C in data preparation, warm-up, evaluation and save",
-    unit="signals", quick=8, soak=100 * len(PHASES),
+    unit="signals", quick=4, soak=100 * len(PHASES),
 )  # fmt: skip
 def signalled_commands(folder: Path) -> Iterator[Trial]:
-    with opened(folder) as pipeline:
+    pipeline = Pipeline(folder)
 
-        def trial(seed: int) -> str:
-            rng, phase = random.Random(seed), list(PHASES)[seed % len(PHASES)]
-            stages = STAGES[:1] if phase == "preparation" else STAGES
-            stage, name = rng.choice(stages), rng.choice(list(SIGNALS))
-            pipeline.undisturbed(stage)
-            root, data = folder / f"signalled{seed}", folder / f"data{seed}"
-            shutil.copytree(pipeline.raw if phase == "preparation" else pipeline.data, data)
-            command, place = pipeline.command(stage, root, data), rng.choice(PHASES[phase])
-            delay = rng.choice([0.0, rng.uniform(0, 0.02)])
-            when = When(place, 1, delay, SIGNALS[name], rng.uniform(0.001, 0.02))
-            child = pipeline.supervisor.run("tiny_runs.run", command=command, when=as_argument(when))
-            check_stop(child, when)
-            child = pipeline.supervisor.run("tiny_runs.run", command=command)
-            assert child.status == 0, child.log
-            pipeline.check(stage, root)
-            for path in (root, data):
-                clear(path)
-            return f"{phase}: stopped and went on exactly"
+    def trial(seed: int) -> str:
+        rng, phase = random.Random(seed), list(PHASES)[seed % len(PHASES)]
+        stages = STAGES[:1] if phase == "preparation" else STAGES
+        stage, name = rng.choice(stages), rng.choice(list(SIGNALS))
+        pipeline.undisturbed(stage)
+        root, data = folder / f"signalled{seed}", folder / f"data{seed}"
+        shutil.copytree(pipeline.raw if phase == "preparation" else pipeline.data, data)
+        command, place = pipeline.command(stage, root, data), rng.choice(PHASES[phase])
+        delay = rng.choice([0.0, rng.uniform(0, 0.02)])
+        when = When(place, 1, delay, SIGNALS[name], rng.uniform(0.001, 0.02))
+        child = pipeline.supervisor.run("tiny_runs.run", command=command, when=as_argument(when))
+        check_stop(child, when)
+        child = pipeline.supervisor.run("tiny_runs.run", command=command)
+        assert child.status == 0, child.log
+        pipeline.check(stage, root)
+        for path in (root, data):
+            clear(path)
+        return f"{phase}: stopped and went on exactly"
 
-        yield trial
+    yield trial
 
 
 def check_stop(child: Child, when: When) -> None:
@@ -209,38 +199,38 @@ def check_stop(child: Child, when: When) -> None:
 
 
 @workload(11, "NaN or Inf in loss or gradient, or a spike, in random steps; killed and resumed", unit="runs",
-          quick=4, soak=100)  # fmt: skip
+          quick=2, soak=100)  # fmt: skip
 def spoiled_losses(folder: Path) -> Iterator[Trial]:
-    with opened(folder) as pipeline:
+    pipeline = Pipeline(folder)
 
-        def trial(seed: int) -> str:
-            rng, stage = random.Random(seed), STAGES[seed % len(STAGES)]
-            steps = rng.sample(range(1, STEPS + 1), rng.choice([1, 1, 2, 3]))
-            kinds = ["nan loss", "inf loss", "nan gradient", "spike"]  # a spike shows once there were usual losses
-            faults = {str(step): rng.choice(kinds if step >= 6 else kinds[:3]) for step in steps}
-            results = []
-            for name in ("whole", "killed"):
-                root = folder / f"{name}{seed}"
-                work = {"command": pipeline.command(stage, root), "faults": faults}
-                if name == "killed":
-                    place = rng.choice([*PLACES, "mm_rec.trainer:Trainer._roll_back"])
-                    when = as_argument(When(place, 1 if "roll" in place else rng.randint(1, PLACES[place]), 0.002))
-                    child = pipeline.supervisor.run("tiny_runs.run", when=when, **work)
-                    assert child.status in (0, -signal.SIGKILL), child.log
-                child = pipeline.supervisor.run("tiny_runs.run", **work)
-                assert child.status == 0, child.log
-                results.append(result(root / stage))
-                events = (root / stage / "events.log").read_text()
-                assert all(f" in step {step}: went back to step " in events for step in steps), events
-                clear(root)
-            assert difference(*results) == []
-            metrics = results[0]["metrics.jsonl"].decode()
-            assert all(f'"step": {step}, "skipped": true' in metrics for step in steps), metrics
-            assert "NaN" not in metrics
-            assert "Infinity" not in metrics
-            return f"{stage}: rolled back, batch left out, exact after a kill"
+    def trial(seed: int) -> str:
+        rng, stage = random.Random(seed), STAGES[seed % len(STAGES)]
+        steps = rng.sample(range(1, STEPS + 1), rng.choice([1, 1, 2, 3]))
+        kinds = ["nan loss", "inf loss", "nan gradient", "spike"]  # a spike shows once there were usual losses
+        faults = {str(step): rng.choice(kinds if step >= 6 else kinds[:3]) for step in steps}
+        results = []
+        for name in ("whole", "killed"):
+            root = folder / f"{name}{seed}"
+            work = {"command": pipeline.command(stage, root), "faults": faults}
+            if name == "killed":
+                place = rng.choice([*PLACES, "mm_rec.trainer:Trainer._roll_back"])
+                when = as_argument(When(place, 1 if "roll" in place else rng.randint(1, PLACES[place]), 0.002))
+                child = pipeline.supervisor.run("tiny_runs.run", when=when, **work)
+                assert child.status in (0, -signal.SIGKILL), child.log
+            child = pipeline.supervisor.run("tiny_runs.run", **work)
+            assert child.status == 0, child.log
+            results.append(result(root / stage))
+            events = (root / stage / "events.log").read_text()
+            assert all(f" in step {step}: went back to step " in events for step in steps), events
+            clear(root)
+        assert difference(*results) == []
+        metrics = results[0]["metrics.jsonl"].decode()
+        assert all(f'"step": {step}, "skipped": true' in metrics for step in steps), metrics
+        assert "NaN" not in metrics
+        assert "Infinity" not in metrics
+        return f"{stage}: rolled back, batch left out, exact after a kill"
 
-        yield trial
+    yield trial
 
 
 CHANGES = {
@@ -262,46 +252,46 @@ CHANGES = {
 
 @workload(
     6, "--resume_from with other settings, threads, precision, processor level, data or tokenizer",
-    unit="resumes", quick=4, soak=len(CHANGES) * len(STAGES),
+    unit="resumes", quick=3, soak=len(CHANGES) * len(STAGES),
 )  # fmt: skip
 def changed_resumes(folder: Path) -> Iterator[Trial]:
-    with opened(folder) as pipeline:
-        others = {"data": folder / "other_data", "tokenizer": folder / "other_tokenizer"}
-        for path, documents in zip(others.values(), (13, 30), strict=True):
-            write_data(path, documents)
-            for row in path.glob("*/rows.jsonl"):
-                row.write_text(row.read_text() * 2 + row.read_text()[:200].splitlines()[0] + "\n")
-        order = [(stage, name) for name in CHANGES for stage in STAGES]
-        random.Random(0).shuffle(order)
+    pipeline = Pipeline(folder)
+    others = {"data": folder / "other_data", "tokenizer": folder / "other_tokenizer"}
+    for path, documents in zip(others.values(), (13, 30), strict=True):
+        write_data(path, documents)
+        for row in path.glob("*/rows.jsonl"):
+            row.write_text(row.read_text() * 2 + row.read_text()[:200].splitlines()[0] + "\n")
+    order = [(stage, name) for name in CHANGES for stage in STAGES]
+    random.Random(0).shuffle(order)
 
-        def trial(seed: int) -> str:
-            if seed >= len(order):
-                raise Complete
-            stage, name = order[seed]
-            if stage in STAGES[3:] and name == "tokenizer":
-                return "fine-tuning takes the tokenizer of the model: nothing to change"
-            whole = pipeline.undisturbed(stage)
-            root = folder / f"changed{seed}"
-            (root / stage).parent.mkdir()
-            shutil.copytree(folder / "whole" / stage, root / stage)
-            resume = {"resume_from": root / stage, "max_steps": STEPS + 2, **CHANGES[name]}
-            data = others.get(name)
-            environment = {"MM_REC_CPU_LEVEL": "baseline"} if name == "ops" else {}
+    def trial(seed: int) -> str:
+        if seed >= len(order):
+            raise Complete
+        stage, name = order[seed]
+        if stage in STAGES[3:] and name == "tokenizer":
+            return "fine-tuning takes the tokenizer of the model: nothing to change"
+        whole = pipeline.undisturbed(stage)
+        root = folder / f"changed{seed}"
+        (root / stage).parent.mkdir()
+        shutil.copytree(folder / "whole" / stage, root / stage)
+        resume = {"resume_from": root / stage, "max_steps": STEPS + 2, **CHANGES[name]}
+        data = others.get(name)
+        environment = {"MM_REC_CPU_LEVEL": "baseline"} if name == "ops" else {}
 
-            def run(**flags: object) -> Child:
-                command = pipeline.command(stage, root, data, **resume, **flags)
-                return pipeline.supervisor.run("tiny_runs.run", command=command, environment=environment)
+        def run(**flags: object) -> Child:
+            command = pipeline.command(stage, root, data, **resume, **flags)
+            return pipeline.supervisor.run("tiny_runs.run", command=command, environment=environment)
 
-            refused = run()
-            assert refused.status == 2, (name, stage, refused.log)
-            assert f"{name} was " in refused.log, (name, refused.log)
-            assert "--allow_changes" in refused.log, (name, refused.log)
-            assert difference(result(root / stage), whole) == [], (name, stage)
-            accepted = run(allow_changes=True)
-            assert accepted.status == 0, (name, stage, accepted.log)
-            events = "".join(path.read_text() for path in root.glob(f"{stage}*/events.log"))
-            assert f"{name} was " in events, (name, events)
-            clear(root)
-            return "refused, and with --allow_changes accepted and recorded"
+        refused = run()
+        assert refused.status == 2, (name, stage, refused.log)
+        assert f"{name} was " in refused.log, (name, refused.log)
+        assert "--allow_changes" in refused.log, (name, refused.log)
+        assert difference(result(root / stage), whole) == [], (name, stage)
+        accepted = run(allow_changes=True)
+        assert accepted.status == 0, (name, stage, accepted.log)
+        events = "".join(path.read_text() for path in root.glob(f"{stage}*/events.log"))
+        assert f"{name} was " in events, (name, events)
+        clear(root)
+        return "refused, and with --allow_changes accepted and recorded"
 
-        yield trial
+    yield trial

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import saving
@@ -16,19 +15,14 @@ from mm_rec import checkpoint, storage
 ERRORS = ("ENOSPC", "EIO")
 
 
-@contextmanager
-def opened(folder: Path, *, traced: bool = True) -> Iterator[tuple[Supervisor, Path]]:
+def opened(folder: Path, *, traced: bool = True) -> tuple[Supervisor, Path]:
     """A supervisor, and a folder with the checkpoint of step 50."""
     if traced and (reason := can_trace()):
         raise Impossible(reason)
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir()
     saving.save(str(checkpoints), 50)
-    supervisor = Supervisor(folder)
-    try:
-        yield supervisor, checkpoints
-    finally:
-        supervisor.close()
+    return Supervisor(folder), checkpoints
 
 
 def check_after(folder: Path, context: object) -> int:
@@ -61,25 +55,25 @@ def calls_of_a_save(supervisor: Supervisor, folder: Path, kinds: str) -> list[tu
 
 @workload(2, "kill -9 at every system call of a save", unit="system calls", quick=30, soak=1000)
 def save_killed_at_every_call(folder: Path) -> Iterator[Trial]:
-    with opened(folder) as (supervisor, checkpoints):
-        calls = calls_of_a_save(supervisor, checkpoints, CHANGING)
-        assert len(calls) > 60
-        random.Random(0).shuffle(calls)
+    supervisor, checkpoints = opened(folder)
+    calls = calls_of_a_save(supervisor, checkpoints, CHANGING)
+    assert len(calls) > 60
+    random.Random(0).shuffle(calls)
 
-        def trial(seed: int) -> str:
-            if seed >= len(calls):
-                raise Complete
-            name, k = calls[seed]
-            inject = f"{name}:signal=SIGKILL:when={k}"
-            child = supervisor.run("saving.save", inject=inject, folder=str(checkpoints), step=100)
-            assert child.status == -9, (inject, child.log)
-            storage.remove_leftovers(checkpoints)
-            step = check_after(checkpoints, inject)
-            if (checkpoints / "step_000100").exists():
-                storage.remove_folder(checkpoints / "step_000100")
-            return "the old checkpoint is the newest" if step == 50 else "the new checkpoint is the newest"
+    def trial(seed: int) -> str:
+        if seed >= len(calls):
+            raise Complete
+        name, k = calls[seed]
+        inject = f"{name}:signal=SIGKILL:when={k}"
+        child = supervisor.run("saving.save", inject=inject, folder=str(checkpoints), step=100)
+        assert child.status == -9, (inject, child.log)
+        storage.remove_leftovers(checkpoints)
+        step = check_after(checkpoints, inject)
+        if (checkpoints / "step_000100").exists():
+            storage.remove_folder(checkpoints / "step_000100")
+        return "the old checkpoint is the newest" if step == 50 else "the new checkpoint is the newest"
 
-        yield trial
+    yield trial
 
 
 @workload(
@@ -87,99 +81,99 @@ def save_killed_at_every_call(folder: Path) -> Iterator[Trial]:
     quick=40, soak=1000,
 )  # fmt: skip
 def save_failing_at_every_call(folder: Path) -> Iterator[Trial]:
-    with opened(folder) as (supervisor, checkpoints):
-        calls = calls_of_a_save(supervisor, checkpoints, WRITING)
-        assert len(calls) > 40
-        faults = [(error, *call) for call in calls for error in ERRORS]
-        random.Random(0).shuffle(faults)
-        path = checkpoints / "step_000100"
+    supervisor, checkpoints = opened(folder)
+    calls = calls_of_a_save(supervisor, checkpoints, WRITING)
+    assert len(calls) > 40
+    faults = [(error, *call) for call in calls for error in ERRORS]
+    random.Random(0).shuffle(faults)
+    path = checkpoints / "step_000100"
 
-        def trial(seed: int) -> str:
-            if seed >= len(faults):
-                raise Complete
-            error, name, k = faults[seed]
-            inject = f"{name}:error={error}:when={k}"
-            child = supervisor.run("saving.save", inject=inject, folder=str(checkpoints), step=100)
-            context = (inject, child.faults(), child.log)
-            assert child.faults(), context
-            if child.status != 0:
-                check_refusal(child, path, context)
-            step = check_after(checkpoints, context)
-            if step == 100:
-                storage.remove_folder(path)
-            if child.status == 0:  # some may fail without harm, such as the making of a folder that is there
-                assert step == 100, context
-                return f"{error}: saved all the same"
-            return f"{error}: refused, the old checkpoint is the newest"
+    def trial(seed: int) -> str:
+        if seed >= len(faults):
+            raise Complete
+        error, name, k = faults[seed]
+        inject = f"{name}:error={error}:when={k}"
+        child = supervisor.run("saving.save", inject=inject, folder=str(checkpoints), step=100)
+        context = (inject, child.faults(), child.log)
+        assert child.faults(), context
+        if child.status != 0:
+            check_refusal(child, path, context)
+        step = check_after(checkpoints, context)
+        if step == 100:
+            storage.remove_folder(path)
+        if child.status == 0:  # some may fail without harm, such as the making of a folder that is there
+            assert step == 100, context
+            return f"{error}: saved all the same"
+        return f"{error}: refused, the old checkpoint is the newest"
 
-        yield trial
+    yield trial
 
 
 @workload(3, "a limit on file sizes that cuts a write short", unit="limits", quick=4, soak=100)
 def save_with_short_writes(folder: Path) -> Iterator[Trial]:
-    with opened(folder, traced=False) as (supervisor, checkpoints):
-        path = checkpoints / "step_000100"
+    supervisor, checkpoints = opened(folder, traced=False)
+    path = checkpoints / "step_000100"
 
-        def trial(seed: int) -> str:
-            limit = [0, 100, 4096, 8192][seed] if seed < 4 else random.Random(seed).randrange(8100)
-            child = supervisor.run("saving.save_beyond_limit", folder=str(checkpoints), step=100, limit=limit)
-            check_refusal(child, path, limit)
-            assert "file too large" in child.log, child.log
-            assert check_after(checkpoints, limit) == 50
-            return "refused, the old checkpoint is the newest"
+    def trial(seed: int) -> str:
+        limit = [0, 100, 4096, 8192][seed] if seed < 4 else random.Random(seed).randrange(8100)
+        child = supervisor.run("saving.save_beyond_limit", folder=str(checkpoints), step=100, limit=limit)
+        check_refusal(child, path, limit)
+        assert "file too large" in child.log, child.log
+        assert check_after(checkpoints, limit) == 50
+        return "refused, the old checkpoint is the newest"
 
-        yield trial
+    yield trial
 
 
 @workload(3, "a disk that fills up, before a save and in its midst", unit="disks", quick=4, soak=60)
 def save_on_a_full_disk(folder: Path) -> Iterator[Trial]:
-    with opened(folder, traced=False) as (supervisor, _):
+    supervisor, _ = opened(folder, traced=False)
 
-        def trial(seed: int) -> str:
-            pages = [1, 3, 8, 12][seed % 4] if seed < 4 else random.Random(seed).randint(1, 14)
-            with small_disk(folder / "disk", 4096 * (pages + 40)) as impossible:
-                if impossible:
-                    raise Impossible(f"no file system can be mounted here: {impossible}")
-                checkpoints = folder / "disk" / "checkpoints"
-                checkpoints.mkdir()
-                first = supervisor.run("saving.save_without_check", folder=str(checkpoints), step=50)
-                assert first.status == 0, first.log
-                (folder / "disk" / "other").write_bytes(bytes(storage.free_bytes(checkpoints) - 4096 * pages))
-                for work in ("save_without_check", "save"):
-                    child = supervisor.run(f"saving.{work}", folder=str(checkpoints), step=100)
-                    check_refusal(child, checkpoints / "step_000100", (work, pages))
-                    assert "no space left on device" in child.log
-                    assert check_after(checkpoints, (work, pages)) == 50
-            return "refused, the old checkpoint is the newest"
+    def trial(seed: int) -> str:
+        pages = [1, 3, 8, 12][seed % 4] if seed < 4 else random.Random(seed).randint(1, 14)
+        with small_disk(folder / "disk", 4096 * (pages + 40)) as impossible:
+            if impossible:
+                raise Impossible(f"no file system can be mounted here: {impossible}")
+            checkpoints = folder / "disk" / "checkpoints"
+            checkpoints.mkdir()
+            first = supervisor.run("saving.save_without_check", folder=str(checkpoints), step=50)
+            assert first.status == 0, first.log
+            (folder / "disk" / "other").write_bytes(bytes(storage.free_bytes(checkpoints) - 4096 * pages))
+            for work in ("save_without_check", "save"):
+                child = supervisor.run(f"saving.{work}", folder=str(checkpoints), step=100)
+                check_refusal(child, checkpoints / "step_000100", (work, pages))
+                assert "no space left on device" in child.log
+                assert check_after(checkpoints, (work, pages)) == 50
+        return "refused, the old checkpoint is the newest"
 
-        yield trial
+    yield trial
 
 
 @workload(1, "kill -9 at random system calls of a run that saves and prunes", unit="runs", quick=3, soak=100)
 def runs_killed_at_system_calls(folder: Path) -> Iterator[Trial]:
     steps = 7
-    with opened(folder) as (supervisor, _):
-        straight = supervisor.run("saving.train", inject=CHANGING, root=str(folder / "straight"), steps=steps)
-        assert straight.status == 0, straight.log
-        calls = straight.calls()
+    supervisor, _ = opened(folder)
+    straight = supervisor.run("saving.train", inject=CHANGING, root=str(folder / "straight"), steps=steps)
+    assert straight.status == 0, straight.log
+    calls = straight.calls()
 
-        def trial(seed: int) -> dict[str, int]:
-            rng, root = random.Random(seed), folder / f"killed{seed}"
-            statuses: list[int | None] = []
-            while 0 not in statuses and len(statuses) < 8:
-                name, k = rng.choice(calls)
-                inject = f"{name}:signal=SIGKILL:when={k}"
-                child = supervisor.run("saving.train", inject=inject, root=str(root), steps=steps)
-                statuses.append(child.status)
-            assert statuses[0] == -9
-            assert set(statuses) <= {0, -9}, child.log
-            last = supervisor.run("saving.train", root=str(root), steps=steps)
-            assert last.status == 0, last.log
-            check_run(folder / "straight", root, steps)
-            storage.remove_folder(root)
-            return {"kills": statuses.count(-9), "came out byte for byte": 1}
+    def trial(seed: int) -> dict[str, int]:
+        rng, root = random.Random(seed), folder / f"killed{seed}"
+        statuses: list[int | None] = []
+        while 0 not in statuses and len(statuses) < 8:
+            name, k = rng.choice(calls)
+            inject = f"{name}:signal=SIGKILL:when={k}"
+            child = supervisor.run("saving.train", inject=inject, root=str(root), steps=steps)
+            statuses.append(child.status)
+        assert statuses[0] == -9
+        assert set(statuses) <= {0, -9}, child.log
+        last = supervisor.run("saving.train", root=str(root), steps=steps)
+        assert last.status == 0, last.log
+        check_run(folder / "straight", root, steps)
+        storage.remove_folder(root)
+        return {"kills": statuses.count(-9), "came out byte for byte": 1}
 
-        yield trial
+    yield trial
 
 
 def check_run(straight: Path, killed: Path, steps: int) -> None:

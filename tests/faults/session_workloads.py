@@ -94,7 +94,4 @@ def session_killed_at_every_call(folder: Path) -> Iterator[Trial]:
         assert killed.read_bytes() == after, inject
         return "the turn was not saved; said again it came out bitwise the same"
 
-    try:
-        yield trial
-    finally:
-        supervisor.close()
+    yield trial

@@ -1,7 +1,7 @@
 """Runs work in child processes and makes things go wrong: kills, failing system calls, full disks.
 
-A :class:`Supervisor` keeps one process with everything imported and forks a child of it for each piece of work,
-so that a trial costs milliseconds. The children stop before they begin: until :meth:`Child.go` the supervisor can
+One process has everything imported, and a :class:`Supervisor` forks a child of it for each piece of work, so that a
+trial costs milliseconds. The children stop before they begin: until :meth:`Child.go` the supervisor can
 attach ``strace``, which injects a signal or an error at the k-th call of a kind.
 
 Every random choice of a trial comes from its seed.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import json
 import os
@@ -30,7 +31,7 @@ WRITING = "write,pwrite64,writev,fsync,fdatasync,ftruncate,openat,mkdir,rename,r
 """System calls by which files come into being; at each of them a disk can be full or broken."""
 CHANGING = f"{WRITING},unlink,unlinkat,rmdir,chmod,fchmodat,link,linkat,flock,close"
 """All system calls between which a kill may find a different state of the disk."""
-TIMEOUT = 60.0
+TIMEOUT = 600.0
 
 
 class Supervisor:
@@ -43,13 +44,7 @@ class Supervisor:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._count = 0
-        self._server = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
+        self._server = _fork_server()
 
     def ask(self, **request: Any) -> Any:
         """Send one request to the fork server and return its answer."""
@@ -74,13 +69,17 @@ class Supervisor:
         child.wait()
         return child
 
-    def close(self) -> None:
-        """End the fork server."""
-        self._server.kill()
-        self._server.wait()
-        for pipe in (self._server.stdin, self._server.stdout):
-            if pipe is not None:
-                pipe.close()
+
+@functools.cache
+def _fork_server() -> subprocess.Popen[str]:
+    """The process that all supervisors fork from; it ends when its input does."""
+    return subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
 
 
 class Child:
