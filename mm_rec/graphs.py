@@ -104,4 +104,7 @@ _FIELDS = ("tokens", "targets", "weight", "reset")
 
 def _tensors(batch: Batch, state: ModelState | None) -> list[Tensor]:
     """All tensors of a micro-batch and a state, in a fixed order."""
-    return [*(getattr(batch, name) for name in _FIELDS), *tree_leaves(state)]
+    return [
+        *(getattr(batch, name) for name in _FIELDS),
+        *(one for one in tree_leaves(state) if isinstance(one, Tensor)),
+    ]
