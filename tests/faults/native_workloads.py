@@ -90,52 +90,43 @@ def fuzzed_kernels(folder: Path) -> Iterator[Trial]:
     yield trial
 
 
-BROKEN = {
-    "no library": None,
-    "an empty library": b"",
-    "a library that is none": b"not a library",
-}
-PYTEST = [
-    "-m",
-    "pytest",
-    "-q",
-    "-x",
-    "-p",
-    "no:cacheprovider",
-    "--ignore=tests/faults",
-    "-m",
-    "not slow and not native",
-]
+BROKEN = {"no library": None, "an empty library": b"", "a library that is none": b"not a library"}
+ABOUT_THE_LIBRARY = ["--ignore=tests/ops", "--ignore=tests/cpp"]
 
 
 @workload(
-    13, "the whole suite with no native library, a broken one and forced older levels", unit="suites",
-    quick=0, soak=len(BROKEN) + len(LEVELS),
+    13, "the whole suite with no native library, an empty and a broken one, and each processor level up to this one's",
+    unit="suites", quick=0, soak=len(BROKEN) + len(LEVELS),
 )  # fmt: skip
-def suites_without_or_with_older_kernels(folder: Path) -> Iterator[Trial]:
+def suites_with_other_kernels(folder: Path) -> Iterator[Trial]:
     best = LEVELS.index(CpuLibrary().best_level)
-    kept = folder / LIBRARY_PATH.name
-    shutil.copyfile(LIBRARY_PATH, kept)
+    copy = folder / "copy"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, copy / name)
+    library = copy / LIBRARY_PATH.relative_to(ROOT)
 
     def trial(seed: int) -> str:
-        environment = dict(os.environ)
+        if seed > len(BROKEN) + best:
+            raise Complete
+        environment = {**os.environ, "PYTHONPATH": str(copy)}
+        arguments = ["-q", "-p", "no:cacheprovider", "--ignore=tests/faults"]
+        library.unlink(missing_ok=True)
         if seed < len(BROKEN):
             name = list(BROKEN)[seed]
-        elif seed - len(BROKEN) <= best:
-            name = f"level {LEVELS[seed - len(BROKEN)]}"
-            environment["MM_REC_CPU_LEVEL"] = LEVELS[seed - len(BROKEN)]
+            content = BROKEN[name]
+            if content is not None:
+                library.write_bytes(content)
+            arguments += ABOUT_THE_LIBRARY
         else:
-            raise Complete
-        try:
-            if name in BROKEN:
-                LIBRARY_PATH.unlink()
-                if BROKEN[name] is not None:
-                    LIBRARY_PATH.write_bytes(BROKEN[name] or b"")
-            result = subprocess.run(
-                [sys.executable, *PYTEST], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-            )
-        finally:
-            os.replace(shutil.copyfile(kept, f"{LIBRARY_PATH}.tmp"), LIBRARY_PATH)
+            environment["MM_REC_CPU_LEVEL"] = LEVELS[seed - len(BROKEN)]
+            name = f"level {LEVELS[seed - len(BROKEN)]}"
+            shutil.copyfile(LIBRARY_PATH, library)
+        result = subprocess.run(
+            [sys.executable, "-m", "pytest", *arguments],
+            cwd=copy, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
         assert result.returncode == 0, f"{name}: {result.stdout[-3000:]}"
         return f"{name}: {result.stdout.strip().splitlines()[-1].strip('= ')}"
 

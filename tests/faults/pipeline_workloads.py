@@ -191,10 +191,10 @@ def signalled_commands(folder: Path) -> Iterator[Trial]:
 
 def check_stop(child: Child, when: When) -> None:
     """Assert that a signalled process ended in time with the conventional code, and without a traceback."""
-    armed = armed_at(child.log)
-    assert armed is not None, (when, child.log)
+    (armed, queued), (ended, queued_at_end) = armed_at(child.log), child.ended
     assert child.status == 128 + when.signals[0], (when, child.status, child.log)
-    assert child.seconds(armed) - when.seconds <= DEADLINE, (when, child.log)
+    taken = ended - armed - when.seconds - (queued_at_end - queued)  # a crowded machine is not its fault
+    assert taken <= DEADLINE, (when, taken, child.log)
     assert "Traceback" not in child.log, (when, child.log)
 
 

@@ -88,12 +88,13 @@ class Child:
     Attributes:
         status: exit code, or minus the signal that ended it; None while it runs.
         log: what it printed.
+        ended: :func:`clocks` at its end.
     """
 
     def __init__(self, supervisor: Supervisor, pid: int, log: Path) -> None:
         self.pid, self.status = pid, None
         self._supervisor, self._log = supervisor, log
-        self._ended = 0.0
+        self.ended: tuple[float, float] = 0.0, 0.0
         self._tracer: subprocess.Popen[str] | None = None
         self._trace = log.with_suffix(".strace")
 
@@ -125,16 +126,11 @@ class Child:
 
     def wait(self, timeout: float = TIMEOUT) -> int:
         """Wait for the end; returns :attr:`status`. A child that takes too long is killed and fails the test."""
-        self.status = self._supervisor.ask(wait=self.pid, timeout=timeout)
-        self._ended = time.monotonic()
+        self.status, self.ended = self._supervisor.ask(wait=self.pid, timeout=timeout)
         if self._tracer is not None:
             self._tracer.communicate(timeout=TIMEOUT)
         assert self.status is not None, f"process {self.pid} did not end within {timeout} s"
         return int(self.status)
-
-    def seconds(self, since: float) -> float:
-        """Seconds from an instant of the monotonic clock to the end."""
-        return self._ended - since
 
     def faults(self) -> list[str]:
         """The traced calls that were made to fail, as strace writes them."""
@@ -167,6 +163,11 @@ def small_disk(mount_point: Path, n_bytes: int) -> Iterator[str | None]:
     finally:
         if mounted.returncode == 0:
             subprocess.run(["umount", str(mount_point)], check=True)
+
+
+def clocks(pid: int | str = "self") -> tuple[float, float]:
+    """The monotonic clock, and for how many seconds a process was ready to run and had no processor."""
+    return time.monotonic(), int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
 # --- the fork server ------------------------------------------------------------------------------------------------
@@ -220,16 +221,17 @@ def _call(work: Any, arguments: dict[str, Any]) -> int:
         return 1
 
 
-def _wait(pid: int, timeout: float) -> int | None:
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
+def _wait(pid: int, timeout: float) -> tuple[int | None, tuple[float, float]]:
+    """The exit code of a child, None if it took too long, and its clocks at its end."""
+    deadline, in_time = time.monotonic() + timeout, True
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if in_time and time.monotonic() > deadline:
+            in_time = False
+            os.kill(pid, signal.SIGKILL)
         time.sleep(0.001)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
+    ended = clocks(pid)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return code if in_time else None, ended
 
 
 if __name__ == "__main__":

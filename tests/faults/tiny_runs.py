@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from supervisor import clocks
 
 import mm_rec.data.prepare_conversations
 import mm_rec.launch
@@ -141,7 +142,7 @@ def arm(when: When) -> None:
         nonlocal calls
         calls += 1
         if calls == when.count:
-            print(f"\narmed at {time.monotonic()}", flush=True)
+            print("\narmed at {} {}".format(*clocks()), flush=True)
             send_later(when, time.CLOCK_MONOTONIC)
         return original(*args, **keywords)
 
@@ -247,9 +248,11 @@ def processor_seconds(log: str) -> float:
     return float(log.rpartition("processor seconds: ")[2].split()[0])
 
 
-def armed_at(log: str) -> float | None:
-    _, found, rest = log.partition("armed at ")
-    return float(rest.split()[0]) if found else None
+def armed_at(log: str) -> tuple[float, float]:
+    """The clocks of a process when its signals were set."""
+    assert "armed at " in log, log
+    now, queued = log.partition("armed at ")[2].split()[:2]
+    return float(now), float(queued)
 
 
 def clear(folder: Path) -> None:
