@@ -15,7 +15,7 @@ from mm_rec import ops
 from mm_rec.board import Board
 from mm_rec.checkpoint import list_checkpoints
 from mm_rec.config import ModelConfig
-from mm_rec.data.batches import Batches
+from mm_rec.data.batches import Batches, EvenBatches
 from mm_rec.data.prepare import Prepared
 from mm_rec.device import apply_precision, available_memory, select_device, select_precision, set_threads
 from mm_rec.estimate import (
@@ -92,19 +92,19 @@ def assemble(
         optimizer.load_master_tensors(weights)
     token_bytes = np.array([len(one) for one in data.tokenizer.token_bytes])
     valid = {name: select_documents(store, token_bytes, plan.valid_bytes) for name, store in data.valid.items()}
+    sizes = {"batch_size": plan.batch_size, "seq_len": plan.seq_len, "seed": plan.seed}
     trainer = Trainer(
         plan,
         model=model,
         optimizer=optimizer,
         batches=Batches(
             data.train,
-            batch_size=plan.batch_size,
-            seq_len=plan.seq_len,
-            seed=plan.seed,
+            **sizes,
             layout=plan.stage.layout,
             mixed=plan.stage.mixed,
             document_limit=plan.stage.document_limit,
         ),
+        even_batches=EvenBatches(data.train, **sizes) if plan.fusion_steps else None,
         valid={name: documents for name, documents in valid.items() if documents.tokens},
         bytes_per_token=_bytes_per_token(data),
         tokenizer=data.tokenizer,

@@ -7,12 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mm_rec.settings import TrainSettings, step_cap
-from mm_rec.stages import PEAK_RATE, STAGES, Stage, betas
+from mm_rec.stages import PEAK_RATE, STAGES, Stage, betas, learning_rate
 
 __all__ = ["Plan", "make_plan"]
 
 EPOCHS_OF_A_SAMPLE = 20
 """Where the data is a sample asked for by size, steps follow from it: so many passes, at most the default."""
+
+FEWEST_FUSION_STEPS = 30
+"""After so many of 2 x 512 tokens the fused model is as good as each domain by its own expert (docs/LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Plan:
         steps: the length of the schedule.
         last_step: where this command stops: ``steps``, or less under MM_REC_MAX_STEPS.
         rate: peak learning rate of this stage.
+        fusion_rate: peak learning rate of its steps in which the fusion alone learns.
         weight_decay, clip: of the optimizer.
         seed: of weights, data order and samples.
         checkpoint_interval, keep_checkpoints, eval_interval, valid_bytes: when and how much to save and validate.
@@ -37,6 +41,7 @@ class Plan:
     steps: int
     last_step: int
     rate: float
+    fusion_rate: float
     weight_decay: float
     clip: float
     seed: int
@@ -57,8 +62,15 @@ class Plan:
 
     @property
     def fusion_steps(self) -> int:
-        """How many steps, at the start, train the fusion alone."""
-        return math.ceil(self.stage.fusion_first * self.steps)
+        """How many steps, at the start, train the fusion alone: a share, in a short run as many as it needs."""
+        share = math.ceil(self.stage.fusion_first * self.steps)
+        return max(share, min(FEWEST_FUSION_STEPS, self.steps // 2)) if share else 0
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of optimizer step ``step`` (from 1): a schedule for the fusion alone, then one for all."""
+        if step <= self.fusion_steps:
+            return learning_rate(step, self.fusion_steps, self.fusion_rate)
+        return learning_rate(step - self.fusion_steps, self.steps - self.fusion_steps, self.rate)
 
     def identity(self) -> dict[str, Any]:
         """What decides the result, apart from data, model and device."""
@@ -92,6 +104,7 @@ def make_plan(settings: TrainSettings, device_type: str, tokens_per_epoch: int) 
         steps=steps,
         last_step=min(steps, step_cap() or steps),
         rate=rate * stage.rate_factor,
+        fusion_rate=rate,
         weight_decay=settings.weight_decay,
         clip=settings.clip,
         seed=settings.seed,

@@ -38,7 +38,7 @@ class Stage:
         mixed: rows of all domains in one micro-batch, all experts run and are fused.
         rate_factor: of the peak learning rate.
         document_limit: tokens after which a longer document is cut and starts afresh; None for no cut.
-        fusion_first: share of the steps, at the start, in which the fusion alone learns.
+        fusion_first: share of the steps, at the start, in which the fusion alone learns, at the full peak rate.
         follows: the stage whose final weights this one starts from.
         cpu, gpu: default sizes.
         conversations: the data are conversations, in which only answers count, and all experts learn from them.

@@ -22,7 +22,7 @@ from torch import Tensor
 from mm_rec.board import Board
 from mm_rec.chat import QUESTIONS, ChatSession, transcript
 from mm_rec.checkpoint import Checkpoint, prune
-from mm_rec.data.batches import Batch, Batches
+from mm_rec.data.batches import Batch, Batches, EvenBatches
 from mm_rec.errors import UserError
 from mm_rec.estimate import memory_remedy
 from mm_rec.evaluate import Documents, evaluate
@@ -35,7 +35,6 @@ from mm_rec.position import Position
 from mm_rec.progress import Meter, Progress, StepReport
 from mm_rec.run_folder import METRICS, RunFolder
 from mm_rec.signals import Interrupted, SignalGuard
-from mm_rec.stages import learning_rate
 from mm_rec.state import ModelState, flatten_state, map_state, unflatten_state
 from mm_rec.storage import write_atomic
 from mm_rec.tokenizer import Tokenizer
@@ -57,6 +56,7 @@ class Trainer:
         model: on its device, in its precision.
         optimizer: of its parameters.
         batches: training data.
+        even_batches: the data of the steps in which the fusion alone learns; needed if the plan has such.
         valid: held-out documents by domain; may be empty.
         bytes_per_token: of the training data by domain, to show losses in bits per byte.
         tokenizer: for samples and checkpoints.
@@ -82,11 +82,13 @@ class Trainer:
         guard: SignalGuard,
         console: Console,
         board: Board | None = None,
+        even_batches: EvenBatches | None = None,
     ) -> None:
         self.plan = plan
         self.model = model
         self.optimizer = optimizer
         self.batches = batches
+        self.even_batches = even_batches
         self.valid = dict(valid)
         self.bytes_per_token = bytes_per_token
         self.tokenizer = tokenizer
@@ -144,12 +146,13 @@ class Trainer:
         plan = self.plan
         while True:
             last = self.at.step >= plan.last_step
-            evaluate_now = last or (self.at.step > 0 and self.at.step % plan.eval_interval == 0)
+            evaluate_now = last or self.at.step % plan.eval_interval == 0
             # Saved first: a failed evaluation loses nothing, and one that was stopped is done again from its start.
             if evaluate_now or self.at.step % plan.checkpoint_interval == 0:
                 self._save()
             if evaluate_now:
                 self._evaluate(progress)
+            if evaluate_now and self.at.step > 0:
                 self._sample(progress)
                 draw_losses(self.run.path / METRICS, self.run.path / "loss.png", f"{plan.stage.name}: {self.run.path}")
             if last:
@@ -187,23 +190,27 @@ class Trainer:
             self.at.step = step
             self.run.log_metrics(step, skipped=True)
             return None
-        self._choose_trainable(step)
-        carried = dict(self.carried)
+        fusion_only = step <= plan.fusion_steps
+        self._choose_trainable(fusion_only)
+        batches = self.even_batches if fusion_only else self.batches
+        assert batches is not None, "the plan has steps for the fusion alone and there are no batches for them"
+        carry = plan.stage.layout == "lanes" and not fusion_only
+        carried = dict(self.carried) if carry else {}
         losses: dict[str, list[float]] = defaultdict(list)
         for part in range(plan.accumulation):
             if part and self.guard.requested is not None:
                 self.optimizer.zero_grad()
                 return None
-            batch = self.batches.micro_batch((step - 1) * plan.accumulation + part)
+            batch = batches.micro_batch((step - 1) * plan.accumulation + part)
             key = batch.domain or MIXED
             loss, state = self.micro_batch_loss(batch, carried.get(key))
             (loss / plan.accumulation).backward()
             self.optimizer.accumulate()
             losses[key].append(float(loss.detach()))
-            if plan.stage.layout == "lanes":
+            if carry:
                 carried[key] = map_state(state, _keep)
         means = {key: sum(values) / len(values) for key, values in losses.items()}
-        rate = learning_rate(step, plan.steps, plan.rate) * self.at.rate_scale
+        rate = plan.rate_at(step) * self.at.rate_scale
         trouble, norm = self.at.trouble(means), math.nan
         if trouble is None:
             norm = float(self.optimizer.step(rate, plan.clip or math.inf))
@@ -224,9 +231,8 @@ class Trainer:
         )
         return StepReport(step, total, bits, norm, rate, plan.tokens_per_step, time.monotonic() - start)
 
-    def _choose_trainable(self, step: int) -> None:
-        """In the first phase of fusion only the fusion learns: the experts get no gradients at all."""
-        fusion_only = step <= self.plan.fusion_steps
+    def _choose_trainable(self, fusion_only: bool) -> None:
+        """Where only the fusion learns, the experts get no gradients at all."""
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not fusion_only or name.startswith("fusion."))
 

@@ -5,7 +5,8 @@
 #
 # CORPORA holds books.train, books.valid, code.train and code.valid (one JSON string a line), instruct_* and chat_*
 # (conversations in any format that `mm-rec finetune --help` names), each .jsonl, .jsonl.xz, .jsonl.gz or .json.
-# RUNS gets everything that is made. The same command goes on where it was stopped.
+# RUNS gets everything that is made: a run folder a stage, transcript_PHASE.txt after each phase, evaluation/report.html.
+# The same command goes on where it was stopped.
 # MM_REC names the program if it is not the one in .venv.
 set -eu
 

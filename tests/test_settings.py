@@ -133,6 +133,18 @@ def test_later_stages_take_their_share_of_the_rate() -> None:
     assert make_plan(TrainSettings(), "cpu", 10**6).rate == 2e-3
 
 
+def test_fusion_alone_has_a_schedule_of_its_own_and_steps_enough() -> None:
+    plan = make_plan(TrainSettings(stage="stage3", max_steps=400, lr=0.6), "cpu", 10**6)
+    assert plan.fusion_steps == 80
+    rates = [plan.rate_at(step) for step in range(1, 401)]
+    assert max(rates[:80]) == rates[3] == pytest.approx(0.6)  # the full peak, after a short rise
+    assert rates[79] == pytest.approx(0.06)
+    assert max(rates[80:]) == rates[95] == pytest.approx(0.1)  # risen anew over a twentieth of the 320 steps left
+    short = {steps: make_plan(TrainSettings(stage="stage3", max_steps=steps), "cpu", 10**6) for steps in (1, 20, 100)}
+    assert {steps: plan.fusion_steps for steps, plan in short.items()} == {1: 1, 20: 10, 100: 30}
+    assert make_plan(TrainSettings(stage="chat"), "cpu", 10**6).fusion_steps == 0
+
+
 def test_betas_follow_the_tokens_of_a_step() -> None:
     assert make_plan(TrainSettings(), "cpu", 10**6).betas == (0.7, 0.999)  # 2 x 512
     assert betas(10**9) == betas(65_536) == (0.9, 0.95)

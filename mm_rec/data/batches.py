@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mm_rec.data.pack import TokenStore
 
-__all__ = ["Batch", "Batches"]
+__all__ = ["Batch", "Batches", "EvenBatches"]
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -133,6 +133,30 @@ class Batches:
             name or "mixed": count / stream.batches_per_epoch
             for name, stream, count in zip(self._domains, self._streams, _counts(index, self._shares), strict=True)
         }
+
+
+class EvenBatches:
+    """Micro-batches whose rows are windows of the domains in turn, as many of each however much data it has."""
+
+    def __init__(self, stores: Mapping[str, TokenStore], *, batch_size: int, seq_len: int, seed: int) -> None:
+        """Lay out ``stores``; arguments as of :class:`Batches`."""
+        self._batch_size = batch_size
+        self._rows = [
+            Batches({name: stores[name]}, batch_size=1, seq_len=seq_len, seed=seed, layout="windows")
+            for name in sorted(stores)
+        ]
+
+    def micro_batch(self, index: int) -> Batch:
+        """Micro-batch ``index`` (from 0), as :meth:`Batches.micro_batch`; its weights sum to 1 / B in each row."""
+        first, n = index * self._batch_size, len(self._rows)
+        rows = [self._rows[row % n].micro_batch(row // n) for row in range(first, first + self._batch_size)]
+        return Batch(
+            tokens=torch.cat([row.tokens for row in rows]),
+            targets=torch.cat([row.targets for row in rows]),
+            weight=torch.cat([row.weight for row in rows]) / self._batch_size,
+            reset=torch.cat([row.reset for row in rows]),
+            domain=None,
+        )
 
 
 def _counts(index: int, shares: list[int]) -> list[int]:

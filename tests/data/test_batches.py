@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_rec.data.batches import Batches
+from mm_rec.data.batches import Batches, EvenBatches
 from mm_rec.data.pack import TokenStore
 
 LAYOUTS = ["windows", "lanes"]
@@ -214,3 +214,21 @@ def test_wrong_arguments(changes):
     }
     with pytest.raises(ValueError, match=r"must|need"):
         Batches(arguments.pop("stores"), **arguments)
+
+
+@PROPERTY
+@given(lengths, lengths, sizes, st.integers(0, 2**63), st.integers(0, 10**6))
+def test_even_batches_take_the_domains_in_turn(text, code, size, seed, index):
+    stores = {"text": store(text), "code": store(code, 1000)}
+    n_rows, length = size
+    batch = EvenBatches(stores, batch_size=n_rows, seq_len=length, seed=seed).micro_batch(index)
+    assert batch.domain is None
+    for row in range(n_rows):
+        number = index * n_rows + row
+        name = ("code", "text")[number % 2]
+        alone = Batches({name: stores[name]}, batch_size=1, seq_len=length, seed=seed, layout="windows")
+        one = alone.micro_batch(number // 2)
+        assert torch.equal(batch.tokens[row], one.tokens[0])
+        assert torch.equal(batch.targets[row], one.targets[0])
+        assert torch.equal(batch.reset[row], one.reset[0])
+        assert torch.allclose(batch.weight[row] * n_rows, one.weight[0])
