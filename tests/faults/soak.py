@@ -96,10 +96,11 @@ def machine() -> str:
 
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    kernels = ops.status()["cpu"]
     return (
-        f"{model or platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, "
-        f"Python {platform.python_version()}, PyTorch {torch.__version__}, {ops.status()['cpu']}"
-    )
+        f"{model or platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release().split('-')[0]}, "
+        f"Python {platform.python_version()}, PyTorch {torch.__version__}, {kernels.backend} kernels {kernels.level or ''}"
+    ).strip()
 
 
 def soak(one: Workload, folder: Path, deadline: float) -> Record:
