@@ -97,10 +97,15 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     kernels = ops.status()["cpu"]
-    return (
-        f"{model or platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release().split('-')[0]}, "
-        f"Python {platform.python_version()}, PyTorch {torch.__version__}, {kernels.backend} kernels {kernels.level or ''}"
-    ).strip()
+    parts = [
+        model or platform.machine(),
+        f"{os.cpu_count()} cores",
+        f"{platform.system()} {platform.release().partition('-')[0]}",
+        f"Python {platform.python_version()}",
+        f"PyTorch {torch.__version__}",
+        f"{kernels.backend} kernels {kernels.level or ''}".strip(),
+    ]
+    return ", ".join(parts)
 
 
 def soak(one: Workload, folder: Path, deadline: float) -> Record:
