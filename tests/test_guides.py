@@ -50,7 +50,10 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         path = data_dir / source.path
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            path.write_text("".join(json.dumps(text) + "\n" for text in documents(source.kind, min(samples, 30))))
+            rows: Iterator[object] = documents(source.kind, min(samples, 30))
+            if source.kind in ("instruct", "chat"):
+                rows = ({"prompt": "Go on.", "completion": text} for text in rows)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return path
 
     monkeypatch.chdir(tmp_path)

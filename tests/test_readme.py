@@ -1,17 +1,24 @@
 """Every command of the READMEs, in order, in one folder; both languages give the same ones."""
 
+import io
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import uvicorn
 from test_guides import QUICK, quick, run
 
 from mm_rec import cli
 
 __all__ = ["quick"]  # the fixture: small model, two steps, a hub of a few documents
 
-SHORT = {"train": QUICK, "bench": ["--preset", "tiny", "--seq_len", "32", "--steps", "1"]}
+SHORT = {
+    "train": QUICK,
+    "finetune": QUICK[2:],
+    "eval": ["--distances", "0", "--trials", "1"],
+    "bench": ["--preset", "tiny", "--seq_len", "32", "--steps", "1"],
+}
 ROOT = Path(__file__).parents[1]
 
 
@@ -50,6 +57,8 @@ def test_every_command_of_the_readme_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))  # to chat
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)  # to serve until the end
     for folder, text in (
         ("books", "It was a bright cold day in April. " * 9),
         ("src", "def f(x):\n    return x\n" * 9),
@@ -61,6 +70,8 @@ def test_every_command_of_the_readme_works(
         program, *words = shlex.split(command, comments=True)
         if program == "make":
             assert words[0] in targets
+        elif program == "pip":
+            assert words == ["install", "mm-rec[serve]"]
         elif program == "mm-rec":
             words = [word.replace("~", str(tmp_path / "home")) for word in words]
             assert mm_rec([words[0], *SHORT.get(words[0], []), *words[1:]]) == 0, (
