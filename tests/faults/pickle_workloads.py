@@ -17,7 +17,7 @@ import sys, traceback
 def note(event, arguments):
     if event == "pickle.find_class":
         frames = traceback.extract_stack()[:-1]
-        package = any("/mm_rec/" in frame.filename for frame in frames)
+        package = any(frame.filename.startswith({package!r}) for frame in frames)
         place = "".join(traceback.format_list(frames[-6:])) if package else ""
         with open({path!r}, "a") as file:
             file.write(f"{{'package' if package else 'elsewhere'}} {{arguments}}\\n{{place}}")
@@ -30,7 +30,7 @@ sys.addaudithook(note)
           quick=0, soak=1)  # fmt: skip
 def suite_without_pickle(folder: Path) -> Iterator[Trial]:
     notes = folder / "notes"
-    (folder / "sitecustomize.py").write_text(HOOK.format(path=str(notes)))
+    (folder / "sitecustomize.py").write_text(HOOK.format(path=str(notes), package=f"{ROOT / 'mm_rec'}{os.sep}"))
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", ""), str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": path}
 
