@@ -170,14 +170,15 @@ def read_prompt(
     if not tokens:
         raise ValueError("a prompt has at least one token")
     ids = torch.tensor([list(tokens)], device=model.embedding.weight.device)
-    for chunk in torch.split(ids, PROMPT_CHUNK, dim=1):
-        # All but the last token of a chunk need no logits, which are the larger part of the work.
-        if chunk.shape[1] > 1:
-            no_loss = torch.zeros_like(chunk[:, :-1], dtype=torch.float32)
-            _, state = model(chunk[:, :-1], state, domain, targets=chunk[:, 1:], weight=no_loss)
-        logits, state = model(chunk[:, -1:], state, domain)
-    assert state is not None
-    return logits[0, -1], state
+    if state is None:
+        state = model.initial_state(1, domain)
+    # All but the last token need no logits, which are the larger part of the work.
+    for start in range(0, len(tokens) - 1, PROMPT_CHUNK):
+        chunk = ids[:, start : min(start + PROMPT_CHUNK, len(tokens) - 1)]
+        no_loss = torch.zeros_like(chunk, dtype=torch.float32)
+        _, state = model(chunk, state, domain, targets=chunk, weight=no_loss)
+    logits, state = model.step(ids[:, -1], state, domain)
+    return logits[0], state
 
 
 @torch.inference_mode()

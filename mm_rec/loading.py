@@ -12,11 +12,14 @@ from mm_rec.device import apply_precision, select_device, select_precision
 from mm_rec.errors import UserError
 from mm_rec.hf_folder import default_domain
 from mm_rec.model import MMRecModel
+from mm_rec.quantize import quantize_int8
 from mm_rec.run_config import list_runs
 from mm_rec.stages import STAGES
 from mm_rec.tokenizer import Tokenizer
 
-__all__ = ["Loaded", "find_checkpoint", "load_model"]
+__all__ = ["WEIGHTS", "Loaded", "find_checkpoint", "load_model"]
+
+WEIGHTS = ("full", "int8")
 
 
 class Loaded(NamedTuple):
@@ -66,8 +69,14 @@ def find_checkpoint(path: Path) -> Path:
     return checkpoint.resolve(path)
 
 
-def load_model(path: Path, *, device: str = "auto", precision: str = "auto") -> Loaded:
+def load_model(path: Path, *, device: str = "auto", precision: str = "auto", weights: str = "full") -> Loaded:
     """Load the model that a user means by ``path``; see :func:`find_checkpoint`.
+
+    Args:
+        path: checkpoint, run folder or folder of runs.
+        device: as for :func:`mm_rec.device.select_device`.
+        precision: of the matrices, as for :func:`mm_rec.device.select_precision`.
+        weights: ``full``, or ``int8`` to round the matrices; see :func:`mm_rec.quantize.quantize_int8`.
 
     Raises:
         UserError: if there is no valid checkpoint, or the device or precision is not there.
@@ -78,5 +87,7 @@ def load_model(path: Path, *, device: str = "auto", precision: str = "auto") -> 
         model = MMRecModel(found.config)
     model.load_state_dict(found.weights, assign=True)
     apply_precision(model, select_precision(precision, place))
+    if weights == "int8":
+        quantize_int8(model)
     domain = default_domain(found.config, found.weights)
     return Loaded(model.to(place).eval(), Tokenizer.load(found.tokenizer_dir), domain, found.path)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from mm_rec import ops
 from mm_rec.config import ModelConfig
+from mm_rec.decode import find_decoder
 from mm_rec.experts import Expert, Fusion
+from mm_rec.ops.step import Int8Matrix
 from mm_rec.state import ModelState, initial_state
 
 __all__ = ["LossOutput", "MMRecModel", "document_positions"]
@@ -60,6 +62,7 @@ class MMRecModel(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.int8: dict[str, Int8Matrix] = {}  # by parameter name; filled by mm_rec.quantize
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.experts = nn.ModuleDict({name: Expert(config, use_native) for name in config.experts})
         self.fusion = Fusion(config)
@@ -86,6 +89,12 @@ class MMRecModel(nn.Module):
         if domain not in self.config.experts:
             raise ValueError(f"unknown domain {domain!r}; the experts are {', '.join(self.config.experts)}")
         return (domain,)
+
+    @staticmethod
+    def _require(state: ModelState, names: tuple[str, ...]) -> None:
+        missing = [name for name in names if name not in state.experts]
+        if missing:
+            raise ValueError(f"the state holds {', '.join(state.experts)}, not {', '.join(missing)}")
 
     def initial_state(self, batch_size: int, domain: str | None = None) -> ModelState:
         """The empty state of ``batch_size`` rows; with ``domain``, of that expert alone."""
@@ -141,7 +150,7 @@ class MMRecModel(nn.Module):
         Raises:
             ValueError: for an unknown domain or a state that lacks an expert.
         """
-        y, next_state = self.features(tokens, state, domain, reset)
+        y, next_state = self._run(tokens, state, domain, reset, with_loss=targets is not None)
         if targets is None:
             return F.linear(y, self.embedding.weight), next_state
         loss, nll = ops.linear_cross_entropy(
@@ -159,17 +168,29 @@ class MMRecModel(nn.Module):
 
         The logits are the product with the embedding's transpose.
         """
+        return self._run(tokens, state, domain, reset, with_loss=False)
+
+    def _embed(self, tokens: Tensor, with_loss: bool) -> Tensor:
+        """Rows of the embedding.
+
+        With our loss their gradient is sparse on the CPU: autograd adds it in place to the dense one of the head. A
+        dense one of its own, all but a thousand rows zero, costs a fill and an addition of the whole matrix.
+        """
+        weight = self.embedding.weight
+        sparse = with_loss and weight.device.type == "cpu" and not torch.compiler.is_compiling()
+        return F.embedding(tokens, weight, sparse=sparse)
+
+    def _run(
+        self, tokens: Tensor, state: ModelState | None, domain: str | None, reset: Tensor | None, *, with_loss: bool
+    ) -> tuple[Tensor, ModelState]:
         batch, time = tokens.shape
         names = self._domains(domain)
         if state is None:
             state = self.initial_state(batch, domain)
-        missing = [name for name in names if name not in state.experts]
-        if missing:
-            raise ValueError(f"the state holds {', '.join(state.experts)}, not {', '.join(missing)}")
-
+        self._require(state, names)
         position = document_positions(state.position, reset, time)
         residual_type = torch.promote_types(self.dtype, torch.float32)
-        x = ops.rms_norm(self.embedding(tokens), residual_type)
+        x = ops.rms_norm(self._embed(tokens, with_loss), residual_type)
         outputs, after = [], {}
         for name in names:
             y, after[name] = self.experts[name](
@@ -185,7 +206,28 @@ class MMRecModel(nn.Module):
         return y, ModelState(position[:, -1] + 1, after)
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, state: ModelState, domain: str | None = None) -> tuple[Tensor, ModelState]:
-        """One token per row: tokens (B,) int64 to logits (B, V) and the next state."""
+    def step(
+        self, tokens: Tensor, state: ModelState, domain: str | None = None, *, donate: bool = False
+    ) -> tuple[Tensor, ModelState]:
+        """One token per row, in one native call where the native back end is there.
+
+        What a row gets then depends neither on the other rows nor on the number of threads.
+
+        Args:
+            tokens: (B,) int64.
+            state: what the rows have seen so far; stays as it is unless donated.
+            domain: the expert to run; None runs all and fuses them.
+            donate: ``state`` is not used again, so its memory may become that of the next one.
+
+        Returns:
+            Logits (B, V) float32 (float64 of a float64 model), and the state after the token.
+
+        Raises:
+            ValueError: as :meth:`forward`.
+        """
+        self._require(state, self._domains(domain))
+        decoder = find_decoder(self, domain)
+        if decoder is not None:
+            return decoder.step(tokens, state, donate)
         logits, after = self(tokens[:, None], state, domain)
-        return logits[:, 0], after
+        return logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32)), after

@@ -82,9 +82,9 @@ def build_cpu(folder: Path = HERE) -> Path:
     compiler = cpu_compiler()
     target = folder / CPU_LIBRARY
     jobs = [([compiler, *COMPILE_FLAGS], "level.cpp")]
-    jobs += [
-        ([compiler, *COMPILE_FLAGS, f"-DMM_LEVEL={level}", *LEVEL_FLAGS[level]], "kernels.cpp") for level in _levels()
-    ]
+    for level in _levels():
+        command = [compiler, *COMPILE_FLAGS, f"-DMM_LEVEL={level}", *LEVEL_FLAGS[level]]
+        jobs += [(command, "kernels.cpp"), (command, "step.cpp")]
     _build(
         [(command, HERE / "src" / source) for command, source in jobs],
         [compiler, "-shared", "-fopenmp", "-Wl,--as-needed"],

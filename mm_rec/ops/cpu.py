@@ -43,7 +43,9 @@ def load() -> Native:
         memory_update, memory_update_backward, memory_read, memory_read_backward, linear_cross_entropy, adamw_,
         sum_of_squares,
     ]  # fmt: skip
-    return Native(str(library.path), library.level, {kernel.__name__: kernel for kernel in kernels})
+    functions = {kernel.__name__: kernel for kernel in kernels}
+    plans = {"step": _call.step, "step_scratch": _call.step_scratch}  # raw functions, for mm_rec.ops.step
+    return Native(str(library.path), library.level, functions | plans)
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -53,6 +53,8 @@ _SIGNATURES = {
     "cross_entropy": ("i nn p p p p i i", "i"),
     "adamw": ("i n p p p p p fffffff i", "-"),
     "sum_of_squares": ("n p p p i", "d"),
+    "step_scratch": ("p n i", "n"),
+    "step": ("p p n p p p i", "i"),
 }
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mm_rec.cli import run_program
 from mm_rec.errors import UserError
-from mm_rec.scripts.sampling import add_domain_argument, add_sampling_arguments, given_sampling
+from mm_rec.scripts.sampling import add_domain_argument, add_sampling_arguments, add_weights_argument, given_sampling
 from mm_rec.settings import Parser
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     add_domain_argument(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: CUDA if it is there")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="type of the matrices")
+    add_weights_argument(parser)
     add_sampling_arguments(parser)
     options = parser.parse_args(arguments)
     if options.resume and options.session is None:
@@ -67,7 +68,7 @@ def _open_session(options: argparse.Namespace) -> ChatSession:
     from mm_rec.loading import load_model
 
     given = given_sampling(options)
-    loaded = load_model(options.model, device=options.device, precision=options.precision)
+    loaded = load_model(options.model, device=options.device, precision=options.precision, weights=options.weights)
     model, tokenizer = loaded.model, loaded.tokenizer
     if options.resume:
         session = ChatSession.load(options.session, model, tokenizer)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mm_rec.cli import run_program
 from mm_rec.errors import UserError
-from mm_rec.scripts.sampling import add_domain_argument
+from mm_rec.scripts.sampling import add_domain_argument, add_weights_argument
 from mm_rec.settings import Parser
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     )
     parser.add_argument("--max_bytes", type=int, metavar="INT", help="of each set of documents; all if not given")
     parser.add_argument(
+        "--skip_bad", type=int, default=0, metavar="INT", help="rows that cannot be read to leave out of each set"
+    )
+    parser.add_argument(
         "--distances", type=_distances, default=DISTANCES, metavar="LIST",
         help=f"tokens over which to remember; `none` leaves recall out (default {DISTANCES})",
     )  # fmt: skip
@@ -54,7 +57,11 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of what is to be remembered (default 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: CUDA if it is there")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="type of the matrices")
-    return _evaluate(parser.parse_args(arguments))
+    add_weights_argument(parser)
+    options = parser.parse_args(arguments)
+    if options.tasks and options.weights != "full":
+        parser.error("--tasks are run with full weights; leave one of --tasks and --weights out")
+    return _evaluate(options)
 
 
 def _named_path(text: str) -> tuple[str, Path]:
@@ -84,11 +91,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     from mm_rec.recall import associative_recall, passkey
     from mm_rec.report import Measurements, write_report
 
-    loaded = load_model(options.model, device=options.device, precision=options.precision)
+    loaded = load_model(options.model, device=options.device, precision=options.precision, weights=options.weights)
     model, tokenizer, domain = loaded.model, loaded.tokenizer, loaded.choose_domain(options.domain)
     measured = Measurements(_facts(loaded, domain))
     for name, path in options.documents:
-        documents = _read_documents(path, loaded, options.max_bytes)
+        documents = _read_documents(path, loaded, options.max_bytes, options.skip_bad)
         bits = {one or "fused": evaluate(model, documents, one).bits_per_byte for one in (*model.config.experts, None)}
         measured.bits_per_byte[name] = bits
         print(f"{name}: bits per byte by {', '.join(f'{reader} {score:.4f}' for reader, score in bits.items())}")
@@ -121,12 +128,12 @@ def _facts(loaded: Loaded, domain: str | None) -> dict[str, str]:
         "shape": f"{len(config.experts)} experts of {config.n_layers} blocks, {config.d_model} wide",
         "vocabulary": f"{loaded.tokenizer.vocab_size:,} tokens",
         "answers by": domain or "all experts, fused",
-        "precision": "bf16" if weight.dtype == torch.bfloat16 else "fp32",
+        "precision": ("bf16" if weight.dtype == torch.bfloat16 else "fp32") + (", int8" if loaded.model.int8 else ""),
         "device": str(weight.device),
     }
 
 
-def _read_documents(path: Path, loaded: Loaded, max_bytes: int | None) -> Documents:
+def _read_documents(path: Path, loaded: Loaded, max_bytes: int | None, skip_bad: int) -> Documents:
     """The documents at ``path`` as tokens, of each no more than a part if there is a cap."""
     import numpy as np
 
@@ -135,7 +142,8 @@ def _read_documents(path: Path, loaded: Loaded, max_bytes: int | None) -> Docume
     from mm_rec.evaluate import select_documents
 
     tokenizer = loaded.tokenizer
-    texts = (text for file in find_files(path) for text in read_texts(file, BadRows()) if text)
+    bad = BadRows(skip_bad)
+    texts = (text for file in find_files(path) for text in read_texts(file, bad) if text)
     documents = (Document([tokenizer.bos_id, *tokenizer.encode(text)], len(text.encode())) for text in texts)
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -144,6 +152,8 @@ def _read_documents(path: Path, loaded: Loaded, max_bytes: int | None) -> Docume
             raise UserError(f"there are no documents in {path}") from error
         token_bytes = np.array([len(one) for one in tokenizer.token_bytes])
         chosen = select_documents(store, token_bytes, max_bytes)
+    if bad.found:
+        print(f"{path}: {len(bad.found)} bad rows left out, the first: {bad.found[0]}")
     if not chosen.tokens:
         raise UserError(f"--max_bytes {max_bytes} leaves nothing of the documents in {path}")
     return chosen

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from mm_rec.cli import run_program
-from mm_rec.scripts.sampling import add_domain_argument, add_sampling_arguments, given_sampling
+from mm_rec.scripts.sampling import add_domain_argument, add_sampling_arguments, add_weights_argument, given_sampling
 from mm_rec.settings import Parser
 
 EPILOG = """examples:
@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     add_domain_argument(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: CUDA if it is there")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="type of the matrices")
+    add_weights_argument(parser)
     add_sampling_arguments(parser)
     return _generate(parser.parse_args(arguments))
 
@@ -37,7 +38,7 @@ def _generate(options: argparse.Namespace) -> int:
     prompt = options.prompt
     if prompt is None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read()
-    loaded = load_model(options.model, device=options.device, precision=options.precision)
+    loaded = load_model(options.model, device=options.device, precision=options.precision, weights=options.weights)
     domain = loaded.choose_domain(options.domain)
     sys.stdout.write(prompt)
     for piece in generate(loaded.model, loaded.tokenizer, prompt, sampling, domain):

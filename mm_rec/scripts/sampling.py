@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-__all__ = ["FLAGS", "add_domain_argument", "add_sampling_arguments", "given_sampling"]
+__all__ = [
+    "FLAGS",
+    "WEIGHTS_HELP",
+    "add_domain_argument",
+    "add_sampling_arguments",
+    "add_weights_argument",
+    "given_sampling",
+]
+
+WEIGHTS_HELP = "full, or int8: half the bytes, so faster on the CPU, at a small loss of quality"
 
 # Defaults are those of Sampling, which is not imported here: it brings PyTorch, and --help should be quick.
 FLAGS: dict[str, tuple[int | float, str]] = {
@@ -39,3 +48,8 @@ def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
 def add_domain_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--domain``, for ``Loaded.choose_domain``."""
     parser.add_argument("--domain", help="the expert to use, or `all` to fuse them (default: what training reached)")
+
+
+def add_weights_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--weights``, for ``load_model``."""
+    parser.add_argument("--weights", choices=("full", "int8"), default="full", help=WEIGHTS_HELP)

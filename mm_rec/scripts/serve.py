@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from mm_rec.cli import run_program
 from mm_rec.errors import UserError
+from mm_rec.scripts.sampling import WEIGHTS_HELP
 from mm_rec.settings import Option, Parser, add_arguments, from_arguments
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class ServeSettings:
     time_limit: Annotated[float, Option("seconds for one request", minimum=1)] = 600.0
     device: Annotated[str, Option("cpu, cuda, or auto: CUDA if it is there")] = "auto"
     precision: Annotated[str, Option("type of the matrices", choices=("auto", "bf16", "fp32"))] = "auto"
+    weights: Annotated[str, Option(WEIGHTS_HELP, choices=("full", "int8"))] = "full"
     threads: Annotated[int | None, Option("CPU threads; all if not given", minimum=1)] = None
 
 
@@ -102,7 +104,7 @@ def _build(settings: ServeSettings, path: Path) -> FastAPI:
     from mm_rec.session_file import fingerprint
 
     set_threads(settings.threads)
-    loaded = load_model(path, device=settings.device, precision=settings.precision)
+    loaded = load_model(path, device=settings.device, precision=settings.precision, weights=settings.weights)
     model, tokenizer, _, found = loaded
     domain = loaded.choose_domain(settings.domain)
     identity = fingerprint(model)

@@ -276,7 +276,7 @@ class Engine:
         """One token for every row of the batch."""
         assert self._state is not None
         tokens = torch.tensor([row.pending.pop(0) for row in self._batch], device=self.model.embedding.weight.device)
-        logits, self._state = self.model.step(tokens, self._state, self.domain)
+        logits, self._state = self.model.step(tokens, self._state, self.domain, donate=True)
         drawing = []
         for index, row in enumerate(self._batch):
             if row.pending:

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -18,6 +19,7 @@
 #include "optimizer.h"
 #include "recurrence_backward.h"
 #include "scan.h"
+#include "step.h"
 
 using namespace mm_rec::MM_LEVEL;
 
@@ -62,6 +64,8 @@ void Block<bf16>::put(int64_t i, float x) {
 }
 template <>
 void Block<int64_t>::put(int64_t i, float) { data[i] = 0; }
+template <>
+void Block<int8_t>::put(int64_t i, float x) { data[i] = x > -2.0f && x < 2.0f ? int8_t(x * 60) : 127; }
 template <>
 void Block<uint8_t>::put(int64_t i, float) { data[i] = 0; }
 
@@ -241,9 +245,89 @@ static void fuzz_memory(Source& from) {
     memory_update_backward(update, given, Memory<const float>{dkey, dvalue, dmass}, gradients, threads);
 }
 
+// A model of random sizes, its weights each a block of their own.
+struct StepModel {
+    Source& from;
+    std::vector<std::shared_ptr<void>> kept;
+    std::vector<StepBlock> blocks;
+    StepPlan plan{};
+
+    template <class T>
+    T* block(int64_t n) {
+        auto made = std::make_shared<Block<T>>(from, n);
+        kept.push_back(made);
+        return made->data;
+    }
+    StepMatrix matrix(int64_t rows, int64_t columns) {
+        if (from.flag()) return {block<int8_t>(rows * columns), block<float>(rows), STEP_INT8};
+        if (plan.type == 1) return {block<bf16>(rows * columns), nullptr, STEP_BFLOAT16};
+        return {block<float>(rows * columns), nullptr, STEP_FLOAT32};
+    }
+    explicit StepModel(Source& from, int64_t type) : from(from) {
+        StepPlan& p = plan;
+        p.type = type;
+        p.heads = from.number(1, 3);
+        p.width = p.heads * 2 * from.number(1, 20);
+        p.hidden = from.number(1, 70);
+        p.decay_width = from.number(1, 20);
+        p.vocabulary = from.number(1, 50);
+        p.window = 2 * from.number(1, 20);
+        p.slots = from.number(1, 20);
+        p.blocks = from.number(1, 3);
+        p.experts = from.number(1, 2);
+        const int64_t every = from.number(1, 3), d = p.width / p.heads;
+        p.memory_blocks = p.blocks / every;
+        for (int64_t i = 0; i < p.experts * p.blocks; ++i) {
+            StepBlock b{};
+            b.in_proj = matrix(3 * p.width + p.decay_width, p.width);
+            b.decay_proj = matrix(p.width, p.decay_width);
+            b.out_proj = matrix(p.width, p.width);
+            b.ffn_up = matrix(p.hidden, p.width);
+            b.ffn_down = matrix(p.width, p.hidden);
+            b.decay_bias = block<float>(p.width);
+            b.gate_bias = block<float>(p.width);
+            if ((i % p.blocks + 1) % every == 0) {
+                b.w_g = block<float>(p.width * d);
+                b.qkv_proj = matrix(3 * p.width, p.width);
+                b.attention_out = matrix(p.width, p.width);
+                b.address = block<float>(p.width * p.slots);
+                b.rate_logit = block<float>(p.heads);
+            }
+            blocks.push_back(b);
+        }
+        p.block = blocks.data();
+        p.embedding = matrix(p.vocabulary, p.width);
+        if (p.experts > 1) {
+            p.fusion_gate = matrix(p.experts, p.experts * p.width);
+            p.fusion_mix = matrix(p.width, p.width);
+        }
+        p.cosine = block<float>(p.window * (d / 2));
+        p.sine = block<float>(p.window * (d / 2));
+    }
+};
+
+template <class T>
+static void fuzz_step(Source& from) {
+    const int64_t batch = from.number(1, 9), offset = from.number(0, 3), room = from.number(1, 3);
+    const bool wild = from.number(0, 15) == 1, in_place = from.flag();
+    const int threads = threads_of(from);
+    StepModel model(from, sizeof(T) == 2);
+    const StepPlan& p = model.plan;
+    const int64_t n = p.experts * p.blocks * batch * p.width, capacity = p.window + offset + room;
+    const int64_t memories = p.experts * p.memory_blocks, slots = memories * batch * p.heads * p.slots;
+    Block<int64_t> tokens(from, batch), position(from, batch);
+    fill_positions(from, 1, batch, p.window, position);
+    for (int64_t b = 0; b < batch; ++b) tokens.data[b] = int64_t(from.values() % p.vocabulary) - (wild && b == 0);
+    Floats h(from, n), h_after(from, n), scratch(from, step_scratch(p, batch, threads)), logits(from, batch * p.vocabulary);
+    Block<T> ring(from, memories * 2 * batch * capacity * p.width);
+    Floats key(from, slots * (p.width / p.heads)), value(from, slots * (p.width / p.heads)), mass(from, slots);
+    const StepState state{position, h, in_place ? h.data : h_after.data, ring, capacity, offset, {key, value, mass}};
+    step(p, state, batch, tokens, logits, scratch, threads);
+}
+
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Source from{data, size};
-    switch (from.number(0, 15)) {
+    switch (from.number(0, 17)) {
         case 0: fuzz_scan(from); break;
         case 1: fuzz_recurrence<float>(from); break;
         case 2: fuzz_recurrence<bf16>(from); break;
@@ -260,6 +344,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         case 13: fuzz_optimizer<bf16>(from); break;
         case 14: fuzz_memory<float>(from); break;
         case 15: fuzz_memory<bf16>(from); break;
+        case 16: fuzz_step<float>(from); break;
+        case 17: fuzz_step<bf16>(from); break;
     }
     return 0;
 }
@@ -270,10 +356,10 @@ int main(int count, char** arguments) {
     std::mt19937 random(count > 2 ? unsigned(atoi(arguments[2])) : 0);
     const time_t end = time(nullptr) + time_t(seconds);
     long runs = 0;
-    for (; runs < 16 || time(nullptr) < end; ++runs) {
-        std::vector<uint8_t> bytes(64);
+    for (; runs < 18 || time(nullptr) < end; ++runs) {
+        std::vector<uint8_t> bytes(160);
         for (uint8_t& byte : bytes) byte = uint8_t(random());
-        bytes[0] = uint8_t(runs % 16);  // each kernel in turn
+        bytes[0] = uint8_t(runs % 18);  // each kernel in turn
         LLVMFuzzerTestOneInput(bytes.data(), bytes.size());
     }
     printf("%ld runs\n", runs);

@@ -308,7 +308,7 @@ def test_a_fault_of_the_server_keeps_the_shape(
 ) -> None:
     service = make_service()
     with connect(service) as client:
-        monkeypatch.setattr(service.engine.model, "step", lambda *_: 1 / 0)
+        monkeypatch.setattr(service.engine.model, "step", lambda *_, **__: 1 / 0)
         body = {"model": "tiny", "prompt": "a"}
         reply = client.post("/v1/completions", json=body)
         assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal_error")

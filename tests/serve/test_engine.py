@@ -192,12 +192,13 @@ def test_running_streams_do_not_wait_for_a_long_prompt(
     runner: Runner, model: MMRecModel, monkeypatch: pytest.MonkeyPatch, wait_until: WaitUntil
 ) -> None:
     lengths: list[int] = []
-    forward = model.forward
+    forward, step = model.forward, model.step
     monkeypatch.setattr(
         model,
         "forward",
         lambda tokens, *rest, **more: lengths.append(tokens.shape[1]) or forward(tokens, *rest, **more),
     )
+    monkeypatch.setattr(model, "step", lambda *rest, **more: lengths.append(1) or step(*rest, **more))
     [(ticket, first)] = runner.submit(runner.job("a", Sampling(max_new_tokens=5000)))
     wait_until(lambda: len(first.outputs) > 3)
     del lengths[:]
@@ -271,11 +272,11 @@ def test_a_fault_ends_what_runs_and_nothing_else(
     wait_until(lambda: len(reader.outputs) > 0)
     step, broken = model.step, threading.Event()
 
-    def fail_once(*arguments: object) -> object:
+    def fail_once(*arguments: object, **named: object) -> object:
         if not broken.is_set():
             broken.set()
             raise RuntimeError("no memory")
-        return step(*arguments)  # type: ignore[arg-type]
+        return step(*arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(model, "step", fail_once)
     assert isinstance(reader.wait().events[-1], EngineError)

@@ -91,7 +91,7 @@ def test_a_fault_within_a_stream(
 ) -> None:
     stream = openai_client.completions.create(model="tiny", prompt="a", max_tokens=2000, stream=True)
     next(iter(stream))
-    monkeypatch.setattr(service.engine.model, "step", lambda *_: 1 / 0)
+    monkeypatch.setattr(service.engine.model, "step", lambda *_, **__: 1 / 0)
     with pytest.raises(openai.APIError, match="the engine failed"):
         list(stream)
 

@@ -102,7 +102,7 @@ def test_one_request_at_a_time(
     client: TestClient, service: Service, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, go_on = service.engine.model.step, threading.Event()
-    monkeypatch.setattr(service.engine.model, "step", lambda *rest: go_on.wait(20) and step(*rest))
+    monkeypatch.setattr(service.engine.model, "step", lambda *rest, **more: go_on.wait(20) and step(*rest, **more))
     replies: list[Any] = []
     slow = threading.Thread(target=lambda: replies.append(say(client, "tell me all")))
     slow.start()
@@ -125,7 +125,7 @@ def test_a_request_that_does_not_end_leaves_no_trace(
         path = tmp_path / "sessions" / "talk.safetensors"
         before = path.read_bytes()
         step = service.engine.model.step
-        monkeypatch.setattr(service.engine.model, "step", lambda *_: 1 / 0)
+        monkeypatch.setattr(service.engine.model, "step", lambda *_, **__: 1 / 0)
         assert say(client, "lost").status_code == 500
         monkeypatch.setattr(service.engine.model, "step", step)
         assert path.read_bytes() == before

@@ -108,32 +108,44 @@ static void store_version(const MemoryShape& s, const UpdateScratch& w, int64_t 
     memcpy(out.mass + at, w.mass, s.slots * sizeof(float));
 }
 
+// The memory of one head before any of the writes.
+static void load_memory(const MemoryShape& s, int64_t first, const Memory<const float>& initial, UpdateScratch& w) {
+    for (int64_t slot = 0; slot < s.slots; ++slot) {
+        load_row(s.d, initial.key + (first + slot) * s.d, w.key + slot * s.pitch());
+        load_row(s.d, initial.value + (first + slot) * s.d, w.value + slot * s.pitch());
+    }
+    memset(w.mass, 0, s.slot_pitch() * sizeof(float));
+    memcpy(w.mass, initial.mass + first, s.slots * sizeof(float));
+}
+
+// The write at token t, in w.
+template <class T>
+static void update_write(const UpdateInputs<T>& in, int64_t b, int64_t t, int64_t head, UpdateScratch& w) {
+    const MemoryShape& s = in.shape;
+    const int64_t pitch = s.pitch(), slot_pitch = s.slot_pitch();
+    update_weights(in, b, t, head, w);
+    scale_rows(s, w.decay, w.key);
+    scale_rows(s, w.decay, w.value);
+    product<true>(s.slots, pitch, s.block(), w.weight, 1, slot_pitch, w.k, pitch, w.key, pitch);
+    product<true>(s.slots, pitch, s.block(), w.weight, 1, slot_pitch, w.v, pitch, w.value, pitch);
+    for (int64_t i = 0; i < slot_pitch; i += W) {
+        vf added = {};
+        for (int64_t p = 0; p < s.block(); ++p) added += load(w.weight + p * slot_pitch + i);
+        store(w.mass + i, load(w.decay + i) * load(w.mass + i) + added);
+    }
+}
+
 template <class T>
 static void update_task(const UpdateInputs<T>& in, const Memory<const float>& initial, const Memory<float>& out,
                         int64_t b, int64_t head, UpdateScratch& w) {
     const MemoryShape& s = in.shape;
-    const int64_t pitch = s.pitch(), slot_pitch = s.slot_pitch(), first = (b * s.heads + head) * s.slots;
     load_address(in, head, w);
-    for (int64_t slot = 0; slot < s.slots; ++slot) {
-        load_row(s.d, initial.key + (first + slot) * s.d, w.key + slot * pitch);
-        load_row(s.d, initial.value + (first + slot) * s.d, w.value + slot * pitch);
-    }
-    memset(w.mass, 0, slot_pitch * sizeof(float));
-    memcpy(w.mass, initial.mass + first, s.slots * sizeof(float));
+    load_memory(s, (b * s.heads + head) * s.slots, initial, w);
     store_version(s, w, slot_index(s, b, 0, head), out);
     int64_t version = 0;
     for (int64_t t = 0; t < s.time; ++t) {
         if (!s.writes(b, t)) continue;
-        update_weights(in, b, t, head, w);
-        scale_rows(s, w.decay, w.key);
-        scale_rows(s, w.decay, w.value);
-        product<true>(s.slots, pitch, s.block(), w.weight, 1, slot_pitch, w.k, pitch, w.key, pitch);
-        product<true>(s.slots, pitch, s.block(), w.weight, 1, slot_pitch, w.v, pitch, w.value, pitch);
-        for (int64_t i = 0; i < slot_pitch; i += W) {
-            vf added = {};
-            for (int64_t p = 0; p < s.block(); ++p) added += load(w.weight + p * slot_pitch + i);
-            store(w.mass + i, load(w.decay + i) * load(w.mass + i) + added);
-        }
+        update_write(in, b, t, head, w);
         store_version(s, w, slot_index(s, b, ++version, head), out);
     }
     while (++version < s.versions()) store_version(s, w, slot_index(s, b, version, head), out);

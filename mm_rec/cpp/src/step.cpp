@@ -1,0 +1,21 @@
+// The C interface of the step, compiled once per level like kernels.cpp; its conventions are those.
+
+#include "step.h"
+
+using namespace mm_rec::MM_LEVEL;
+
+#define MM_JOIN(a, b) a##_##b
+#define MM_WITH_LEVEL(name, level) MM_JOIN(name, level)
+#define MM_EXPORT(result, name) \
+    extern "C" __attribute__((visibility("default"))) result MM_WITH_LEVEL(mm_rec_##name, MM_LEVEL)
+
+MM_EXPORT(int64_t, step_scratch)(const StepPlan* plan, int64_t batch, int threads) {
+    return step_scratch(*plan, batch, threads);
+}
+
+// 0, or what StepResult says.
+MM_EXPORT(int, step)
+(const StepPlan* plan, const StepState* state, int64_t batch, const int64_t* tokens, float* logits, float* scratch,
+ int threads) {
+    return step(*plan, *state, batch, tokens, logits, scratch, threads);
+}

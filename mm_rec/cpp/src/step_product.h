@@ -1,0 +1,170 @@
+// Products of a matrix with the few vectors of a step, one per sequence. The weights are read once and in order, as
+// they lie in memory, since reading them is what a step costs.
+//
+// Every result is one chain of additions along the row and one fixed sum over the lanes, however rows and sequences
+// are tiled, so it depends neither on the batch nor on the number of threads.
+#pragma once
+
+#include "vec.h"
+
+namespace mm_rec {
+namespace MM_LEVEL {
+
+constexpr int STEP_ROWS = 4;  // rows of the matrix at once: chains enough to outrun the memory
+#if defined(__AVX512F__)
+constexpr int STEP_BATCH = 4;  // sequences at once: 16 sums, of 32 registers
+#else
+constexpr int STEP_BATCH = 2;
+#endif
+constexpr int64_t STEP_AHEAD = 4096;  // bytes; the processor's own prefetching stops at every page
+
+// A matrix as it lies in memory, rows contiguous: float32, bfloat16, or int8 with a factor for each row.
+enum StepType { STEP_FLOAT32 = 0, STEP_BFLOAT16 = 1, STEP_INT8 = 2 };
+struct StepMatrix {
+    const void* data;
+    const float* scale;  // (rows) of an int8 matrix, else null
+    int64_t type;
+};
+
+MM_INLINE vf load(const int8_t* p) {
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return (vf)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, bytes));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__x86_64__)
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    const __m128i bytes = _mm_cvtsi32_si128(four), pairs = _mm_unpacklo_epi8(bytes, bytes);
+    return (vf)_mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(pairs, pairs), 24));
+#else
+    vf x;
+    for (int i = 0; i < W; ++i) x[i] = p[i];
+    return x;
+#endif
+}
+
+// What a vector is made of when it meets a matrix: floats, or where the processor multiplies pairs of bfloat16, those.
+// SPAN elements make a register; vectors are filled up with zeros to whole ones.
+template <class X>
+constexpr int SPAN = W;
+
+template <class Element>
+MM_INLINE vf step_load(const Element* p, float) {
+    return load(p);
+}
+MM_INLINE vf step_multiply_add(vf a, vf b, vf sum) { return sum + a * b; }
+
+#if defined(__AVX512BF16__)
+template <>
+constexpr int SPAN<bf16> = 2 * W;
+
+MM_INLINE __m512bh step_load(const bf16* p, bf16) { return (__m512bh)_mm512_loadu_si512(p); }
+MM_INLINE __m512bh step_load(const int8_t* p, bf16) {  // exact: bfloat16 has eight bits
+    return _mm512_cvtne2ps_pbh((__m512)load(p + W), (__m512)load(p));
+}
+MM_INLINE __m512bh step_load(const float*, bf16) { return __m512bh{}; }  // no plan pairs float32 weights with bfloat16
+MM_INLINE vf step_multiply_add(__m512bh a, __m512bh b, vf sum) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, a, b);
+}
+#endif
+
+// out[g][r] = row r of w times vector g, for ROWS rows `columns` apart.
+template <int ROWS, int BATCH, class Element, class X>
+MM_INLINE void step_tile(int64_t columns, const Element* w, const float* row_scale, const X* x, int64_t x_pitch,
+                         const float* x_scale, float* out, int64_t out_pitch) {
+    constexpr int64_t span = SPAN<X>;
+    vf sums[ROWS][BATCH] = {};
+    int64_t k = 0;
+    for (; k + span <= columns; k += span)
+        for (int r = 0; r < ROWS; ++r) {
+            const Element* row = w + r * columns + k;
+            if (span * sizeof(Element) >= 32) __builtin_prefetch(reinterpret_cast<const char*>(row) + STEP_AHEAD);
+            const auto weights = step_load(row, X{});
+            for (int g = 0; g < BATCH; ++g)
+                sums[r][g] = step_multiply_add(weights, step_load(x + g * x_pitch + k, X{}), sums[r][g]);
+        }
+    if (k < columns)
+        for (int r = 0; r < ROWS; ++r) {
+            Element rest[span] = {};
+            memcpy(rest, w + r * columns + k, (columns - k) * sizeof(Element));
+            const auto weights = step_load(rest, X{});
+            for (int g = 0; g < BATCH; ++g)
+                sums[r][g] = step_multiply_add(weights, step_load(x + g * x_pitch + k, X{}), sums[r][g]);
+        }
+    for (int r = 0; r < ROWS; ++r)
+        for (int g = 0; g < BATCH; ++g) {
+            const float factor = (row_scale ? row_scale[r] : 1.0f) * (x_scale ? x_scale[g] : 1.0f);
+            out[g * out_pitch + r] = sum(sums[r][g]) * factor;
+        }
+}
+
+template <int ROWS, class Element, class X>
+MM_INLINE void step_row_tile(int64_t batch, int64_t columns, const Element* w, const float* row_scale, const X* x,
+                             int64_t x_pitch, const float* x_scale, float* out, int64_t out_pitch) {
+    int64_t b = 0;
+    for (; b + STEP_BATCH <= batch; b += STEP_BATCH)
+        step_tile<ROWS, STEP_BATCH>(columns, w, row_scale, x + b * x_pitch, x_pitch, x_scale ? x_scale + b : nullptr,
+                                    out + b * out_pitch, out_pitch);
+    for (; b < batch; ++b)
+        step_tile<ROWS, 1>(columns, w, row_scale, x + b * x_pitch, x_pitch, x_scale ? x_scale + b : nullptr,
+                           out + b * out_pitch, out_pitch);
+}
+
+template <class Element, class X>
+static void step_rows(int64_t batch, int64_t begin, int64_t end, int64_t columns, const Element* w,
+                      const float* row_scale, const X* x, int64_t x_pitch, const float* x_scale, float* out,
+                      int64_t out_pitch) {
+    int64_t r = begin;
+    for (; r + STEP_ROWS <= end; r += STEP_ROWS)
+        step_row_tile<STEP_ROWS>(batch, columns, w + r * columns, row_scale ? row_scale + r : nullptr, x, x_pitch,
+                                 x_scale, out + r, out_pitch);
+    for (; r < end; ++r)
+        step_row_tile<1>(batch, columns, w + r * columns, row_scale ? row_scale + r : nullptr, x, x_pitch, x_scale,
+                         out + r, out_pitch);
+}
+
+// out[b * out_pitch + r] = x_scale[b] * (row r of the matrix times x[b]) for begin <= r < end. Rows of x are x_pitch
+// apart, filled up with zeros to whole registers; x_scale may be null.
+template <class X>
+static void step_product(const StepMatrix& m, int64_t batch, int64_t begin, int64_t end, int64_t columns, const X* x,
+                         int64_t x_pitch, const float* x_scale, float* out, int64_t out_pitch) {
+    switch (m.type) {
+        case STEP_FLOAT32:
+            return step_rows(batch, begin, end, columns, static_cast<const float*>(m.data), m.scale, x, x_pitch,
+                             x_scale, out, out_pitch);
+        case STEP_BFLOAT16:
+            return step_rows(batch, begin, end, columns, static_cast<const bf16*>(m.data), m.scale, x, x_pitch,
+                             x_scale, out, out_pitch);
+        case STEP_INT8:
+            return step_rows(batch, begin, end, columns, static_cast<const int8_t*>(m.data), m.scale, x, x_pitch,
+                             x_scale, out, out_pitch);
+    }
+}
+
+// The first n of W elements, the others as 0.
+template <class Element>
+MM_INLINE vf step_load_first(const Element* p, int64_t n) {
+    if (n >= W) return load(p);
+    Element first[W] = {};
+    memcpy(first, p, n * sizeof(Element));
+    return load(first);
+}
+
+// Row `row` of a matrix as floats.
+static void step_read_row(const StepMatrix& m, int64_t row, int64_t columns, float* to) {
+    const int64_t first = row * columns;
+    for (int64_t i = 0; i < columns; i += W) {
+        const int64_t left = columns - i, at = first + i;
+        vf x = {};
+        switch (m.type) {
+            case STEP_FLOAT32: x = step_load_first(static_cast<const float*>(m.data) + at, left); break;
+            case STEP_BFLOAT16: x = step_load_first(static_cast<const bf16*>(m.data) + at, left); break;
+            case STEP_INT8: x = step_load_first(static_cast<const int8_t*>(m.data) + at, left) * m.scale[row]; break;
+        }
+        store(to + i, x, left);
+    }
+}
+
+}  // namespace MM_LEVEL
+}  // namespace mm_rec

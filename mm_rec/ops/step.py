@@ -1,0 +1,216 @@
+"""One token of each sequence through a whole model: the plan that ``mm_rec/cpp/src/step.h`` walks, on tensors.
+
+A plan is a flat table of pointers to the weights, built once; a step is then one call, without Python or PyTorch
+between the layers. It runs on the CPU alone and has no reference of its own: the model's forward pass is that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mm_rec.ops import backend
+
+__all__ = ["Int8Matrix", "StepPlan", "StepShape", "quantize_rows"]
+
+_TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+MATRICES = ("in_proj", "decay_proj", "out_proj", "qkv_proj", "attention_out", "ffn_up", "ffn_down")
+VECTORS = ("decay_bias", "gate_bias", "w_g", "address", "rate_logit")
+
+
+class Int8Matrix(NamedTuple):
+    """A matrix with eight bits a weight.
+
+    Attributes:
+        data: (rows, columns) int8 in [-127, 127].
+        scale: (rows,) float32; row r stands for scale[r] * data[r].
+    """
+
+    data: Tensor
+    scale: Tensor
+
+    def dequantize(self) -> Tensor:
+        """(rows, columns) float32."""
+        return self.data.float() * self.scale[:, None]
+
+
+def quantize_rows(weight: Tensor) -> Int8Matrix:
+    """Round each row of ``weight`` (rows, columns) to 127 steps to either side of zero."""
+    wide = weight.detach().float()
+    scale = wide.abs().amax(dim=1) / 127
+    steps = wide / torch.where(scale > 0, scale, 1.0)[:, None]
+    return Int8Matrix(steps.round().clamp(-127, 127).to(torch.int8).contiguous(), scale)
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What the weights' shapes don't tell: heads, tokens of the window, slots, base of the rotary encoding."""
+
+    heads: int
+    window: int
+    slots: int
+    rotary_base: float
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("type", ctypes.c_int64))
+
+
+class _Block(ctypes.Structure):
+    _fields_ = (*((name, _Matrix) for name in MATRICES), *((name, ctypes.c_void_p) for name in VECTORS))
+
+
+_SIZES = (
+    "type", "width", "heads", "hidden", "decay_width", "vocabulary", "window", "slots", "blocks", "memory_blocks",
+    "experts",
+)  # fmt: skip
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, _Matrix) for name in ("embedding", "fusion_gate", "fusion_mix")),
+        *((name, ctypes.c_void_p) for name in ("block", "cosine", "sine")),
+    )
+
+
+class _State(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("position", "h", "h_after", "ring")),
+        *((name, ctypes.c_int64) for name in ("capacity", "offset")),
+        *((name, ctypes.c_void_p) for name in ("key", "value", "mass")),
+    )
+
+
+Weight = Tensor | Int8Matrix
+
+
+class StepPlan:
+    """The pointers of a model for :meth:`step`; keeps what they point to alive.
+
+    Args:
+        shape: sizes.
+        experts: for each expert its blocks, each a mapping of the names in ``MATRICES`` and ``VECTORS`` to weights,
+            of memory blocks all, of others without those of the memories. Matrices are float32, bfloat16 or
+            :class:`Int8Matrix`, the rest is float32; all contiguous, on the CPU.
+        embedding: (V, D), also the output head.
+        fusion: W_f (E, E D) and W_m (D, D) of more than one expert.
+        dtype: of the activations and of the ring: float32 or bfloat16.
+
+    Raises:
+        NativeUnavailableError: there is no native library.
+    """
+
+    def __init__(
+        self,
+        shape: StepShape,
+        experts: Sequence[Sequence[Mapping[str, Weight]]],
+        embedding: Weight,
+        fusion: tuple[Weight, Weight] | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._kernel = backend.kernel("step", "cpu")
+        self._scratch_size = backend.kernel("step_scratch", "cpu")
+        self._kept: list[object] = []
+        self._scratch = torch.empty(0)
+        blocks = [block for expert in experts for block in expert]
+        table = (_Block * len(blocks))(*map(self._block, blocks))
+        first = blocks[0]
+        vocabulary, width = _shape(embedding)
+        half = width // shape.heads // 2
+        angle = torch.arange(shape.window, dtype=torch.float64)[:, None]
+        angle = angle * shape.rotary_base ** (-torch.arange(half, dtype=torch.float64) / half)
+        self._plan = _Plan(
+            type=_TYPE_CODES[dtype],
+            width=width,
+            heads=shape.heads,
+            hidden=_shape(first["ffn_up"])[0],
+            decay_width=_shape(first["decay_proj"])[1],
+            vocabulary=vocabulary,
+            window=shape.window,
+            slots=shape.slots,
+            blocks=len(experts[0]),
+            memory_blocks=sum("w_g" in block for block in experts[0]),
+            experts=len(experts),
+            embedding=self._matrix(embedding),
+            block=ctypes.addressof(table),
+            cosine=self._pointer(angle.cos().float()),
+            sine=self._pointer(angle.sin().float()),
+        )
+        if fusion is not None:
+            self._plan.fusion_gate, self._plan.fusion_mix = map(self._matrix, fusion)
+        self._kept.append(table)
+
+    def _pointer(self, tensor: Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _matrix(self, weight: Weight) -> _Matrix:
+        if isinstance(weight, Int8Matrix):
+            return _Matrix(self._pointer(weight.data), self._pointer(weight.scale), _TYPE_CODES[torch.int8])
+        return _Matrix(self._pointer(weight), None, _TYPE_CODES[weight.dtype])
+
+    def _block(self, weights: Mapping[str, Weight]) -> _Block:
+        block = _Block()
+        for name, weight in weights.items():
+            if name in VECTORS:
+                assert isinstance(weight, Tensor)
+                setattr(block, name, self._pointer(weight))
+            else:
+                setattr(block, name, self._matrix(weight))
+        return block
+
+    def step(
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        h: Tensor,
+        h_after: Tensor,
+        ring: Tensor,
+        offset: int,
+        slots: tuple[Tensor, Tensor, Tensor],
+    ) -> Tensor:
+        """Read one token of each sequence.
+
+        Args:
+            tokens, position: (B,) int64; a token and its place in its document.
+            h, h_after: (N, B, D) float32, the recurrences of all blocks before, and where they go; may be the same.
+            ring: (M, 2, B, C, H, d) in the activation type, keys and values of all memory blocks. Rows ``offset`` to
+                ``offset`` + W - 1 hold the last W tokens; the new one is written behind them, so C is larger.
+            offset: see ``ring``.
+            slots: key, value (M, B, H, S, d) and mass (M, B, H, S), float32, updated in place where it is time.
+
+        Returns:
+            Logits (B, V) float32.
+
+        Raises:
+            IndexError: for a token that is not in the vocabulary.
+            ValueError: for a negative position.
+        """
+        plan, threads = self._plan, torch.get_num_threads()
+        size = self._scratch_size(ctypes.addressof(plan), len(tokens), threads)
+        if len(self._scratch) < size:
+            self._scratch = torch.empty(size)
+        state = _State(
+            position.data_ptr(), h.data_ptr(), h_after.data_ptr(), ring.data_ptr(), ring.shape[3], offset,
+            *(tensor.data_ptr() for tensor in slots),
+        )  # fmt: skip
+        logits = torch.empty(len(tokens), plan.vocabulary)
+        result = self._kernel(
+            ctypes.addressof(plan), ctypes.addressof(state), len(tokens), tokens.data_ptr(), logits.data_ptr(),
+            self._scratch.data_ptr(), threads,
+        )  # fmt: skip
+        if result == 2:
+            raise ValueError("position must not be negative")
+        if result == 3:
+            raise IndexError(f"a token is not in the vocabulary of {plan.vocabulary}")
+        return logits
+
+
+def _shape(weight: Weight) -> torch.Size:
+    return weight.data.shape if isinstance(weight, Int8Matrix) else weight.shape
