@@ -63,6 +63,11 @@ def read_row(folder: Path, row: int) -> dict[str, Record]:
     return {name: Record(**entry) for name, entry in json.loads(path.read_text())["workloads"].items()}
 
 
+def read_record(folder: Path, one: Workload) -> Record:
+    """The record of a workload; an empty one if it was never run."""
+    return read_row(folder, one.row).get(one.name) or Record(one.what, one.unit, one.soak)
+
+
 def write_row(folder: Path, row: int, records: dict[str, Record]) -> None:
     """Write the records of a row; what other processes wrote of other workloads meanwhile stays."""
     from mm_rec.lock import Lock
@@ -108,12 +113,12 @@ def machine() -> str:
     return ", ".join(parts)
 
 
-def soak(one: Workload, folder: Path, deadline: float) -> Record:
-    """Go on with a workload until its count, the deadline or too many failures; returns its record."""
-    record = read_row(folder, one.row).get(one.name) or Record(one.what, one.unit, one.soak)
+def soak(one: Workload, folder: Path, seconds: float) -> Record:
+    """Go on with a workload until its count, for ``seconds`` or to too many failures; returns its record."""
+    record = read_record(folder, one)
     record.what, record.unit, record.wanted = one.what, one.unit, one.soak
     record.complete = record.complete or record.done >= one.soak
-    if record.complete or time.monotonic() >= deadline:
+    if record.complete or seconds <= 0:
         return record
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     run = {"commit": commit(), "machine": machine(), "date": now, "first_seed": record.done, "trials": 0, "seconds": 0}
@@ -139,7 +144,7 @@ def soak(one: Workload, folder: Path, deadline: float) -> Record:
                 if time.monotonic() > saved + SAVE_SECONDS:
                     write_row(folder, one.row, {one.name: record})
                     saved = time.monotonic()
-                if time.monotonic() >= deadline:
+                if time.monotonic() - start >= seconds:
                     break
     except Impossible as error:
         record.runs.pop()
@@ -153,24 +158,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", type=int, action="append", help="of the promises; all if not given")
     parser.add_argument("--only", action="append", help="name of a workload")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no trial after so long")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of trials, the preparation not counted")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--fresh", action="store_true", help="count from zero again, after a fault was mended")
     parser.add_argument("--list", action="store_true", help="only say what there is and how far it has come")
     arguments = parser.parse_args()
-    deadline = time.monotonic() + arguments.seconds
     rows = arguments.row or ()
     chosen = [one for one in all_workloads(rows) if not arguments.only or one.name in arguments.only]
     if not chosen:
         parser.error("there is no such row or workload; --list names them")
-    left = failed = 0
+    left, failed, seconds = 0, 0, arguments.seconds
     for one in chosen:
         if arguments.list:
-            record = read_row(arguments.results, one.row).get(one.name) or Record(one.what, one.unit, one.soak)
+            record = read_record(arguments.results, one)
         else:
             if arguments.fresh:
                 write_row(arguments.results, one.row, {one.name: Record(one.what, one.unit, one.soak)})
-            record = soak(one, arguments.results, deadline)
+            before = read_record(arguments.results, one).seconds
+            record = soak(one, arguments.results, seconds)
+            seconds -= record.seconds - before
         left += not record.complete
         failed += bool(record.failures)
         print(
