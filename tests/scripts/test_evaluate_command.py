@@ -69,6 +69,17 @@ def test_the_report_holds_what_was_measured(model: Path, tmp_path: Path, capsys:
     assert f"report in {output / 'report.html'}" in capsys.readouterr().out
 
 
+def test_bad_rows_are_left_out_if_asked_for(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documents = tmp_path / "texts.jsonl"
+    documents.write_text("\n".join([*map(json.dumps, TEXTS), '{"neither": 1}', "[", ""]))
+    arguments = ["--documents", f"own={documents}", "--distances", "none"]
+    for skip in (0, 1):
+        assert run(model, tmp_path, *arguments, "--skip_bad", skip) == 2
+        assert f"{documents}:{4 + skip}: " in capsys.readouterr().err
+    assert run(model, tmp_path, *arguments, "--skip_bad", 2) == 0
+    assert f"2 bad rows left out, the first: {documents}:4: " in capsys.readouterr().out
+
+
 def test_what_was_not_measured_is_left_out_and_text_is_escaped(tmp_path: Path) -> None:
     measured = Measurements({"checkpoint": "<script>"}, conversation="<b>bold</b> \ud800")
     page = write_report(tmp_path, measured).read_text()

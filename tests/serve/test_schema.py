@@ -1,12 +1,14 @@
 """The server keeps to its own OpenAPI description, whatever is sent: generated requests, valid and not."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import schemathesis
 from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from schemathesis import Case, GenerationMode
 
@@ -17,6 +19,7 @@ N_CASES = int(os.environ.get("MM_REC_SCHEMA_CASES", "15"))
 """Valid requests to each operation, and as many that are not; all checks of schemathesis run on each of them."""
 
 HOST = {"Host": "localhost"}
+A_SESSION = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1, "session": "talk"}
 OPERATIONS = (
     "GET /health",
     "GET /v1/models",
@@ -70,16 +73,26 @@ def _in_vocabulary(prompt: Any) -> Any:
 def try_requests(app: FastAPI, operation: str, mode: GenerationMode) -> None:
     method, path = operation.split()
     described = load(app)[path][method]
+    answers: Counter[int] = Counter()
 
     @given(case=described.as_strategy(generation_mode=mode))
     @settings(
         max_examples=N_CASES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
     )
     def run(case: Case) -> None:
+        for name, there in (("model", "tiny"), ("session", "talk")):  # what is there, every other time
+            if mode is GenerationMode.POSITIVE and len(str((case.path_parameters or {}).get(name, ""))) % 2:
+                case.path_parameters[name] = there
+                if name == "session":
+                    TestClient(app, headers=HOST).post("/v1/chat/completions", json=A_SESSION).raise_for_status()
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
             case.body["model"] = "tiny"  # another is not found, and nothing else would be tried
             if mode is GenerationMode.POSITIVE:
                 keep_rules(case.body)
-        case.call_and_validate(headers=HOST, timeout=60)
+        answer = case.call_and_validate(headers=HOST, timeout=60)
+        answers[answer.status_code] += 1
 
     run()
+    assert not [status for status in answers if status >= 500]
+    counts = ", ".join(f"{count} x {status}" for status, count in sorted(answers.items()))
+    print(f"\n{operation}, {mode.value}: {sum(answers.values())} requests, {counts}")
