@@ -137,22 +137,14 @@ class AdamW:
         if not norm.isfinite():
             return norm
         scale = min(1.0, max_norm / float(norm)) if max_norm and norm else 1.0
+        updates = []
         for slot, total in zip(slots, _totals(slots), strict=True):
             slot.step += 1
-            ops.adamw_(
-                slot.master,
-                slot.exp_avg,
-                slot.exp_avg_sq,
-                total,
-                slot.parameter.detach() if slot.has_own_master else None,
-                lr=lr,
-                beta1=self.betas[0],
-                beta2=self.betas[1],
-                eps=self.eps,
-                weight_decay=self.weight_decay if slot.decayed else 0.0,
-                step=int(slot.step),
-                grad_scale=scale,
-            )
+            out = slot.parameter.detach() if slot.has_own_master else None
+            decay = self.weight_decay if slot.decayed else 0.0
+            updates.append(ops.Update(slot.master, slot.exp_avg, slot.exp_avg_sq, total, out, decay, int(slot.step)))
+        beta1, beta2 = self.betas
+        ops.adamw_many_(updates, lr=lr, beta1=beta1, beta2=beta2, eps=self.eps, grad_scale=scale)
         return norm
 
     def _update_on_device(self, slots: list[_Slot], lr: float, max_norm: float) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mm_rec.ops.backend import Native
 from mm_rec.ops.native import CpuLibrary
+from mm_rec.ops.optimizer import Update
 
 __all__ = ["load"]
 
@@ -41,7 +42,7 @@ def load() -> Native:
         recurrence, recurrence_backward, scan, scan_backward, mdi, mdi_backward, rms_norm, rms_norm_backward,
         add_rms_norm, add_rms_norm_backward, readout, readout_backward, relu_squared, relu_squared_backward,
         memory_update, memory_update_backward, memory_read, memory_read_backward, linear_cross_entropy, adamw_,
-        sum_of_squares,
+        adamw_many_, sum_of_squares,
     ]  # fmt: skip
     functions = {kernel.__name__: kernel for kernel in kernels}
     plans = {"step": _call.step, "step_scratch": _call.step_scratch}  # raw functions, for mm_rec.ops.step
@@ -522,17 +523,41 @@ def adamw_(
     step: int,
     grad_scale: float | Tensor,
 ) -> None:
-    _call.adamw(
-        _TYPE_CODES[grad.dtype], master.numel(), master.data_ptr(), m.data_ptr(), v.data_ptr(), grad.data_ptr(),
-        _pointer(param_out), beta1, beta2, eps, 1 - lr * weight_decay, lr / (1 - beta1**step), 1 / (1 - beta2**step),
-        float(grad_scale), torch.get_num_threads(),
+    adamw_many_([Update(master, m, v, grad, param_out, weight_decay, step)], lr, beta1, beta2, eps, grad_scale)
+
+
+def adamw_many_(
+    updates: Sequence[Update], lr: float, beta1: float, beta2: float, eps: float, grad_scale: float | Tensor
+) -> None:
+    count, scale = len(updates), float(grad_scale)
+    settings: list[float] = []
+    for one in updates:
+        rate, inverse = lr / (1 - beta1**one.step), 1 / (1 - beta2**one.step)
+        settings += (beta1, beta2, eps, 1 - lr * one.weight_decay, rate, inverse, scale)
+    _call.adamw_many(
+        count, _sizes([one.master for one in updates]), _pointers([one.master for one in updates]),
+        _pointers([one.m for one in updates]), _pointers([one.v for one in updates]),
+        _pointers([one.grad for one in updates]), _types([one.grad for one in updates]),
+        _pointers([one.param_out for one in updates]), (ctypes.c_float * len(settings))(*settings),
+        torch.get_num_threads(),
     )  # fmt: skip
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     tensors = [x.contiguous() for x in tensors]
-    count = len(tensors)
-    data = (ctypes.c_void_p * count)(*[x.data_ptr() for x in tensors])
-    sizes = (ctypes.c_int64 * count)(*[x.numel() for x in tensors])
-    types = (ctypes.c_int32 * count)(*[_TYPE_CODES[x.dtype] for x in tensors])
-    return torch.tensor(_call.sum_of_squares(count, data, sizes, types, torch.get_num_threads()), dtype=torch.float64)
+    total = _call.sum_of_squares(
+        len(tensors), _pointers(tensors), _sizes(tensors), _types(tensors), torch.get_num_threads()
+    )
+    return torch.tensor(total, dtype=torch.float64)
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*map(_pointer, tensors))
+
+
+def _sizes(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(tensors))(*[x.numel() for x in tensors])
+
+
+def _types(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_int32]:
+    return (ctypes.c_int32 * len(tensors))(*[_TYPE_CODES[x.dtype] for x in tensors])

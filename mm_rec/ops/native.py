@@ -51,7 +51,7 @@ _SIGNATURES = {
     "memory_read": ("i nnnnnn p pn pn pn ppp pp p p i", "i"),
     "memory_read_backward": ("i nnnnnn p pn pn pn ppp pp pn p p ppp ppp i", "i"),
     "cross_entropy": ("i nn p p p p i i", "i"),
-    "adamw": ("i n p p p p p fffffff i", "-"),
+    "adamw_many": ("n p ppp pp p p i", "-"),
     "sum_of_squares": ("n p p p i", "d"),
     "step_scratch": ("p n i", "n"),
     "step": ("p p n p p p i", "i"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +12,21 @@ from mm_rec.ops.backend import kernel, runs_native
 from mm_rec.ops.checks import check_type
 from mm_rec.ops.registry import NATIVE_OPS
 
-__all__ = ["adamw_", "sum_of_squares"]
+__all__ = ["Update", "adamw_", "adamw_many_", "sum_of_squares"]
 
 NATIVE_OPS += ["adamw_", "sum_of_squares"]  # in place and outside autograd: called directly, not dispatched
+
+
+class Update(NamedTuple):
+    """One tensor of :func:`adamw_many_`; the fields are those arguments of :func:`adamw_`."""
+
+    master: Tensor
+    m: Tensor
+    v: Tensor
+    grad: Tensor
+    param_out: Tensor | None
+    weight_decay: float
+    step: int
 
 
 def _reference_adamw_(
@@ -72,19 +85,47 @@ def adamw_(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or layout; the message names it.
     """
-    check_type("master", master, master.shape, torch.float32, master)
-    check_type("m", m, master.shape, torch.float32, master)
-    check_type("v", v, master.shape, torch.float32, master)
-    check_type("grad", grad, master.shape, grad.dtype, master)
-    if param_out is not None:
-        check_type("param_out", param_out, master.shape, torch.bfloat16, master)
-    for name, x in (("master", master), ("m", m), ("v", v), ("grad", grad), ("param_out", param_out)):
-        if x is not None and not x.is_contiguous():
-            raise ValueError(f"{name} must be contiguous")
-    if step < 1:
-        raise ValueError(f"step counts from 1, got {step}")
+    _check(Update(master, m, v, grad, param_out, weight_decay, step))
     update = kernel("adamw_", master.device.type) if runs_native("adamw_", master, grad) else _reference_adamw_
     update(master, m, v, grad, param_out, lr, beta1, beta2, eps, weight_decay, step, grad_scale)
+
+
+@torch.no_grad()
+def adamw_many_(
+    updates: Sequence[Update], *, lr: float, beta1: float, beta2: float, eps: float, grad_scale: float | Tensor = 1.0
+) -> None:
+    """:func:`adamw_` of many tensors at once: on the CPU one parallel region for all of them.
+
+    Raises:
+        TypeError, ValueError: a tensor has the wrong type, shape or layout, or there are none; the message names it.
+    """
+    if not updates:
+        raise ValueError("updates is empty")
+    for one in updates:
+        _check(one)
+    master = updates[0].master
+    if master.device.type == "cpu" and runs_native("adamw_", master, *(one.grad for one in updates)):
+        kernel("adamw_many_", "cpu")(updates, lr, beta1, beta2, eps, grad_scale)
+        return
+    for master, m, v, grad, out, weight_decay, step in updates:
+        update = kernel("adamw_", master.device.type) if runs_native("adamw_", master, grad) else _reference_adamw_
+        update(master, m, v, grad, out, lr, beta1, beta2, eps, weight_decay, step, grad_scale)
+
+
+def _check(one: Update) -> None:
+    """Raise unless the tensors of an update fit together."""
+    master = one.master
+    check_type("master", master, master.shape, torch.float32, master)
+    check_type("m", one.m, master.shape, torch.float32, master)
+    check_type("v", one.v, master.shape, torch.float32, master)
+    check_type("grad", one.grad, master.shape, one.grad.dtype, master)
+    if one.param_out is not None:
+        check_type("param_out", one.param_out, master.shape, torch.bfloat16, master)
+    for name, x in one._asdict().items():
+        if isinstance(x, Tensor) and not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")
+    if one.step < 1:
+        raise ValueError(f"step counts from 1, got {one.step}")
 
 
 @torch.no_grad()

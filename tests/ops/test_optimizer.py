@@ -59,6 +59,34 @@ def test_adamw_names_what_is_wrong() -> None:
 
 
 @BACKENDS
+@pytest.mark.parametrize("threads", [1, 3])
+def test_many_tensors_at_once_are_updated_as_each_alone(backend: str, threads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    together, alone = [], []
+    for index, size in enumerate((1, 40_000, 0, 16_384, 77)):
+        grad = torch.randn(size, generator=generator).to(torch.bfloat16 if index % 2 else torch.float32)
+        out = torch.empty(size, dtype=torch.bfloat16) if index != 1 else None
+        for group in (together, alone):
+            tensors = (torch.linspace(-1, 1, size), torch.ones(size), torch.ones(size))
+            group.append(ops.Update(*tensors, grad, None if out is None else out.clone(), 0.1 * index, index + 1))
+    betas = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with ops.use_backend(backend):
+            ops.adamw_many_(together, lr=1e-2, grad_scale=0.5, **betas)
+            for master, m, v, grad, out, decay, step in alone:
+                ops.adamw_(master, m, v, grad, out, lr=1e-2, weight_decay=decay, step=step, grad_scale=0.5, **betas)
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(together, alone, strict=True):
+        for got, want in zip(one, other, strict=True):
+            assert torch.equal(got, want) if isinstance(got, torch.Tensor) else got == want
+    with pytest.raises(ValueError, match="updates"):
+        ops.adamw_many_([], lr=1e-2, **betas)
+
+
+@BACKENDS
 def test_sum_of_squares(backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=generator) for shape in [(1,), (300, 700), (77,)]]

@@ -168,19 +168,17 @@ MM_EXPORT(int, cross_entropy)
     });
 }
 
-MM_EXPORT(void, adamw)
-(int type, int64_t n, float* master, float* m, float* v, const void* grad, void* out, float beta1, float beta2,
- float eps, float decay, float rate, float inverse_bias2, float grad_scale, int threads) {
-    const AdamW p{beta1, beta2, eps, decay, rate, inverse_bias2, grad_scale};
-    with_type(type, [&](auto t) { adamw(n, master, m, v, as(grad, t), static_cast<bf16*>(out), p, threads); });
+MM_EXPORT(void, adamw_many)
+(int64_t tensors, const int64_t* sizes, float* const* master, float* const* m, float* const* v, const void* const* grad,
+ const int32_t* types, void* const* out, const float* settings, int threads) {
+    static_assert(sizeof(AdamW) == 7 * sizeof(float), "settings are seven floats a tensor");
+    const auto outs = reinterpret_cast<bf16* const*>(out);
+    adamw({tensors, sizes, master, m, v, grad, types, outs, reinterpret_cast<const AdamW*>(settings)}, threads);
 }
 
 MM_EXPORT(double, sum_of_squares)
 (int64_t tensors, const void* const* data, const int64_t* sizes, const int32_t* types, int threads) {
-    double total = 0;
-    for (int64_t k = 0; k < tensors; ++k)
-        total += with_type(types[k], [&](auto t) { return sum_of_squares(sizes[k], as(data[k], t), threads); });
-    return total;
+    return sum_of_squares(tensors, data, sizes, types, threads);
 }
 
 MM_EXPORT(int, memory_update)

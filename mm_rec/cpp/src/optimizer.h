@@ -8,6 +8,7 @@ namespace MM_LEVEL {
 
 constexpr int64_t PIECE = 1 << 14;  // elements that one task takes at a time
 
+// Settings of one tensor's update, seven floats also in the C interface.
 struct AdamW {
     float beta1, beta2, eps, decay;  // decay = 1 - lr * weight_decay
     float rate;                      // lr / (1 - beta1^step)
@@ -15,25 +16,71 @@ struct AdamW {
     float grad_scale;
 };
 
+// Many tensors as one row of pieces, so that all of them are one parallel region. A thread's pieces follow each other.
+struct PieceCursor {
+    const int64_t* sizes;
+    int64_t tensor = 0, first = 0;  // and the number of its first piece
+    int64_t begin = 0, end = 0;     // elements of the piece found last
+    explicit PieceCursor(const int64_t* sizes) : sizes(sizes) {}
+    static int64_t pieces(int64_t size) { return (size + PIECE - 1) / PIECE; }
+    void find(int64_t piece) {
+        while (piece >= first + pieces(sizes[tensor])) first += pieces(sizes[tensor++]);
+        begin = (piece - first) * PIECE;
+        end = min64(sizes[tensor], begin + PIECE);
+    }
+};
+
+static int64_t count_pieces(int64_t tensors, const int64_t* sizes) {
+    int64_t total = 0;
+    for (int64_t k = 0; k < tensors; ++k) total += PieceCursor::pieces(sizes[k]);
+    return total;
+}
+
+// Calls `body` with the tensor's data in its type: 0 is float32, 1 bfloat16.
+template <class F>
+MM_INLINE auto with_data(const void* data, int32_t type, F body) {
+    return type == 0 ? body(static_cast<const float*>(data)) : body(static_cast<const bf16*>(data));
+}
+
 // out may be null.
 template <class T>
-static void adamw(int64_t n, float* master, float* m, float* v, const T* grad, bf16* out, AdamW p, int threads) {
-    const int64_t pieces = (n + PIECE - 1) / PIECE;
-#pragma omp parallel for num_threads(threads) schedule(static) if (pieces > 1 && threads > 1)
+MM_INLINE void adamw_piece(int64_t begin, int64_t end, float* master, float* m, float* v, const T* grad, bf16* out,
+                           AdamW p) {
+    for (int64_t i = begin; i < end; i += W) {
+        const int64_t left = end - i;
+        const vf g = load(grad + i, left) * p.grad_scale;
+        const vf m_new = p.beta1 * load(m + i, left) + (1.0f - p.beta1) * g;
+        const vf v_new = p.beta2 * load(v + i, left) + (1.0f - p.beta2) * (g * g);
+        const vf step = p.rate * m_new / (sqrt(v_new * p.inverse_bias2) + p.eps);
+        const vf x = p.decay * load(master + i, left) - step;
+        store(m + i, m_new, left);
+        store(v + i, v_new, left);
+        store(master + i, x, left);
+        if (out) store(out + i, x, left);
+    }
+}
+
+// The tensors of a model and what AdamW keeps for each; out[k] may be null, types are those of the gradients.
+struct AdamWTensors {
+    int64_t count;
+    const int64_t* sizes;
+    float *const *master, *const *m, *const *v;
+    const void* const* grad;
+    const int32_t* types;
+    bf16* const* out;
+    const AdamW* settings;
+};
+
+static void adamw(AdamWTensors all, int threads) {
+    const int64_t pieces = count_pieces(all.count, all.sizes);
+    PieceCursor at(all.sizes);
+#pragma omp parallel for num_threads(threads) schedule(static) firstprivate(at) if (pieces > 1 && threads > 1)
     for (int64_t piece = 0; piece < pieces; ++piece) {
-        const int64_t end = min64(n, (piece + 1) * PIECE);
-        for (int64_t i = piece * PIECE; i < end; i += W) {
-            const int64_t left = end - i;
-            const vf g = load(grad + i, left) * p.grad_scale;
-            const vf m_new = p.beta1 * load(m + i, left) + (1.0f - p.beta1) * g;
-            const vf v_new = p.beta2 * load(v + i, left) + (1.0f - p.beta2) * (g * g);
-            const vf step = p.rate * m_new / (sqrt(v_new * p.inverse_bias2) + p.eps);
-            const vf x = p.decay * load(master + i, left) - step;
-            store(m + i, m_new, left);
-            store(v + i, v_new, left);
-            store(master + i, x, left);
-            if (out) store(out + i, x, left);
-        }
+        at.find(piece);
+        const int64_t k = at.tensor;
+        with_data(all.grad[k], all.types[k], [&](auto grad) {
+            adamw_piece(at.begin, at.end, all.master[k], all.m[k], all.v[k], grad, all.out[k], all.settings[k]);
+        });
     }
 }
 
@@ -53,20 +100,23 @@ MM_INLINE double piece_sum_of_squares(int64_t n, const T* x) {
 }
 
 // The pieces are added in order, a batch of them at a time, whatever the number of threads.
-template <class T>
-static double sum_of_squares(int64_t n, const T* x, int threads) {
-    constexpr int64_t BATCH = 256;
+static double sum_of_squares(int64_t tensors, const void* const* data, const int64_t* sizes, const int32_t* types,
+                             int threads) {
+    constexpr int64_t BATCH = 4096;
     double total = 0;
-    const int64_t pieces = (n + PIECE - 1) / PIECE;
+    const int64_t pieces = count_pieces(tensors, sizes);
     for (int64_t first = 0; first < pieces; first += BATCH) {
         double partial[BATCH];
         const int64_t count = min64(BATCH, pieces - first);
-#pragma omp parallel for num_threads(threads) schedule(static) if (count > 1 && threads > 1)
-        for (int64_t k = 0; k < count; ++k) {
-            const int64_t begin = (first + k) * PIECE;
-            partial[k] = piece_sum_of_squares(min64(PIECE, n - begin), x + begin);
+        PieceCursor at(sizes);
+#pragma omp parallel for num_threads(threads) schedule(static) firstprivate(at) if (count > 1 && threads > 1)
+        for (int64_t i = 0; i < count; ++i) {
+            at.find(first + i);
+            partial[i] = with_data(data[at.tensor], types[at.tensor], [&](auto x) {
+                return piece_sum_of_squares(at.end - at.begin, x + at.begin);
+            });
         }
-        for (int64_t k = 0; k < count; ++k) total += partial[k];
+        for (int64_t i = 0; i < count; ++i) total += partial[i];
     }
     return total;
 }
