@@ -139,7 +139,6 @@ def _load(device_type: str) -> Native | str:
         return _loaded[device_type]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _native_serves(op: str, device_type: str, forced: str | None) -> bool:
     """Whether the native library of ``device_type`` has ``op``; warns once if there is none.
 
@@ -157,6 +156,10 @@ def _native_serves(op: str, device_type: str, forced: str | None) -> bool:
         _warned.add(device_type)
         warnings.warn(f"mm_rec runs its slow reference ops on {device_type}: {loaded}", RuntimeWarning, stacklevel=4)
     return False
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler, two seconds at every start.
+_native_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def runs_native(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> bool:
