@@ -17,7 +17,14 @@ from mm_rec.checkpoint import list_checkpoints
 from mm_rec.config import ModelConfig
 from mm_rec.data.batches import Batches, EvenBatches
 from mm_rec.data.prepare import Prepared
-from mm_rec.device import apply_precision, available_memory, select_device, select_precision, set_threads
+from mm_rec.device import (
+    apply_precision,
+    available_memory,
+    keep_freed_memory,
+    select_device,
+    select_precision,
+    set_threads,
+)
 from mm_rec.estimate import (
     check_disk,
     check_memory,
@@ -84,6 +91,7 @@ def assemble(
     saved = len(list_checkpoints(run.checkpoints))
     check_disk(run.path, checkpoint_bytes(parameters), plan.keep_checkpoints, saved)
 
+    keep_freed_memory()
     model = MMRecModel(config, seed=plan.seed)
     apply_precision(model, runtime["precision"])
     model.to(device)
