@@ -1,5 +1,6 @@
 import importlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -160,7 +161,15 @@ def test_a_tokenizer_is_trained_and_shown(
     assert "2 tokens, 2 bytes" in capsys.readouterr().out
 
 
-def test_bench_reports_speed_and_back_end(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--preset", "tiny", "--seq_len", "32", "--steps", "1"]) == 0
+def test_bench_measures_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--preset", "tiny", "--shapes", "1x32", "--rounds", "1", "--output", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert all(words in text for words in ("cpu: ", "tokens/s", "TFLOP/s"))
+    assert all(words in text for words in ("TFLOP/s", "1x32 MM-Rec, one domain", "generation after 4,096", "adamw_"))
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["shape"] for row in result["training"]] == ["1x32", "1x32"]
+    assert result["limits"]["copy_gb_per_s"] > 0
+    assert result["peak_memory_bytes"] > 50_000_000
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        main(["bench", "--shapes", "512"])
+    assert "as in 2x512" in capsys.readouterr().err

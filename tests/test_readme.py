@@ -17,7 +17,7 @@ SHORT = {
     "train": QUICK,
     "finetune": QUICK[2:],
     "eval": ["--distances", "0", "--trials", "1"],
-    "bench": ["--preset", "tiny", "--seq_len", "32", "--steps", "1"],
+    "bench": ["--preset", "tiny", "--shapes", "1x32", "--rounds", "1"],
 }
 ROOT = Path(__file__).parents[1]
 

@@ -1,16 +1,20 @@
-"""Measure the speed of training on this machine: tokens a second, and what share of its matrix rate they use."""
+"""Measure this machine: training, generation and kernels, against its own matrix products and copies."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 from mm_rec.cli import run_program
 from mm_rec.config import DEFAULT_PRESET, PRESETS
+from mm_rec.errors import UserError
 from mm_rec.settings import Parser
 
 EPILOG = """examples:
   mm-rec bench
-  mm-rec bench --preset small --batch_size 8 --seq_len 512 --precision fp32
+  mm-rec bench --peers --shapes 1x256 2x512 8x512
+  mm-rec bench --preset small --precision fp32 --threads 1 --output ./bench
 """
 
 
@@ -18,12 +22,12 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     """Parse arguments, measure, print."""
     parser = Parser(prog=prog, description=__doc__, epilog=EPILOG)
     parser.add_argument("--preset", choices=tuple(PRESETS), default=DEFAULT_PRESET)
-    parser.add_argument("--batch_size", type=_count, default=2)
-    parser.add_argument("--seq_len", type=_count, default=512)
-    parser.add_argument("--steps", type=_count, default=5, help="steps to time (default 5)")
+    parser.add_argument("--shapes", nargs="+", type=_shape, default=[(1, 256), (2, 512)], metavar="BxT")
+    parser.add_argument("--rounds", type=_count, default=5, help="runs that the medians are of (default 5)")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--threads", type=_count)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--peers", action="store_true", help="GPT-2 110M and a GPT of 56M beside it: transformers")
+    parser.add_argument("--output", type=Path, default=Path("bench"), help="folder for bench.json and roofline.png")
     return _measure(parser.parse_args(arguments))
 
 
@@ -33,25 +37,32 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _measure(options: argparse.Namespace) -> int:
-    from mm_rec import ops
-    from mm_rec.bench import matrix_rate, step_speed
-    from mm_rec.device import select_device, select_precision, set_threads
+def _shape(text: str) -> tuple[int, int]:
+    batch, cross, length = text.partition("x")
+    if not cross:
+        raise argparse.ArgumentTypeError(f"must be batch x length, as in 2x512, got {text!r}")
+    return _count(batch), _count(length)
 
-    device = select_device(options.device)
-    precision = select_precision(options.precision, device)
-    threads = set_threads(options.threads)
-    config = PRESETS[options.preset]
-    print(ops.status())
-    print(f"{options.preset} on {device}, {precision}, {threads} threads")
-    tokens = options.batch_size * options.seq_len
-    rate = matrix_rate(config, precision, tokens, device)
-    speed = step_speed(config, precision, options.batch_size, options.seq_len, options.steps, device)
-    print(f"matrix products alone        {rate / 1e12:8.2f} TFLOP/s")
-    print(f"training, {options.batch_size} x {options.seq_len} tokens, one expert")
-    print(f"  a step                     {speed.seconds:8.3f} s")
-    print(f"  speed                      {speed.tokens_per_second:8,.0f} tokens/s")
-    print(f"  its matrix products        {speed.flops / 1e12:8.2f} TFLOP/s, {speed.flops / rate:.0%} of that rate")
+
+def _measure(options: argparse.Namespace) -> int:
+    import importlib.util
+
+    import torch
+
+    from mm_rec.bench.report import BenchSettings, run_bench
+    from mm_rec.device import select_precision, set_threads
+
+    if options.peers and importlib.util.find_spec("transformers") is None:
+        raise UserError("--peers needs transformers; install it with: pip install transformers")
+    set_threads(options.threads)
+    precision = select_precision(options.precision, torch.device("cpu"))
+    settings = BenchSettings(options.preset, options.shapes, options.rounds, precision, options.peers, options.output)
+
+    def write(line: str) -> None:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    run_bench(settings, write)
     return 0
 
 

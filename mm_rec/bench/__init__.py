@@ -1,0 +1,1 @@
+"""The speed of this machine: training steps, kernels and generation against limits measured beside them."""

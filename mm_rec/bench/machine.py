@@ -1,0 +1,47 @@
+"""What a result was measured on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import psutil
+import torch
+
+from mm_rec import __version__, ops
+
+__all__ = ["describe_machine", "processor_name"]
+
+LIMITS = ("MM_REC_CPU_LEVEL", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
+"""Environment variables that hold libraries back to older instructions."""
+
+
+def processor_name() -> str:
+    """The processor's name, where the system tells it, else its architecture."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe_machine() -> dict[str, object]:
+    """Processor, its cores and features, versions, and the limits set in the environment: for JSON."""
+    features = [name for name, there in torch.cpu.get_capabilities().items() if there is True]
+    versions = {"mm_rec": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("transformers",):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": processor_name(),
+        "cores": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count(),
+        "features": features,
+        "kernels": ops.status()["cpu"].level or ops.status()["cpu"].reason,
+        "limits": {name: os.environ[name] for name in LIMITS if name in os.environ},
+        "versions": versions,
+    }

@@ -1,0 +1,26 @@
+"""Write the most memory, in bytes, that training steps took: run in a process of its own."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+from mm_rec.bench.training import mm_rec, random_batch
+from mm_rec.config import PRESETS
+
+STEPS = 3
+
+
+def main(preset: str, precision: str, batch_size: str, seq_len: str) -> None:
+    """Take some training steps with one expert and print the peak of this process."""
+    config = PRESETS[preset]
+    contender = mm_rec(config, precision)["one_domain"]
+    batch = random_batch(config, int(batch_size), int(seq_len))
+    for _ in range(STEPS):
+        contender.step(*batch)
+    unit = 1 if sys.platform == "darwin" else 1024
+    sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,65 @@
+"""The roofline: operations a second by operations a byte, under what the machine's products and copies allow."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mm_rec.storage import write_atomic
+
+__all__ = ["Point", "draw_roofline"]
+
+COLOURS = {"kernel": "#1f6fb4", "training": "#d9730d", "peer": "#8c564b"}
+
+
+class Point(NamedTuple):
+    """Something measured: ``kind`` is one of ``COLOURS``; operations and bytes of a call, and what it took."""
+
+    label: str
+    kind: str
+    flop: float
+    size: float
+    seconds: float
+
+
+def draw_roofline(points: Sequence[Point], matrix_rate: float, copy_rate: float, picture: Path, title: str) -> None:
+    """Draw a PNG.
+
+    Args:
+        points: with operations; at least one.
+        matrix_rate: operations a second of the machine's matrix products.
+        copy_rate: bytes a second of a large copy.
+        picture: PNG to replace.
+        title: above the picture.
+    """
+    figure = Figure(figsize=(9.6, 6.4), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=13)
+    intensities = [point.flop / point.size for point in points]
+    ridge = matrix_rate / copy_rate
+    x = np.geomspace(min([*intensities, ridge]) / 3, max([*intensities, ridge]) * 3, 200)
+    label = f"products {matrix_rate / 1e12:.2f} TFLOP/s, copy {copy_rate / 1e9:.0f} GB/s"
+    axes.loglog(x, np.minimum(matrix_rate, x * copy_rate) / 1e9, color="#444444", linewidth=2, label=label)
+    for kind, colour in COLOURS.items():
+        chosen = [point for point in points if point.kind == kind]
+        if chosen:
+            rates = [point.flop / point.seconds / 1e9 for point in chosen]
+            axes.scatter([point.flop / point.size for point in chosen], rates, color=colour, s=36, label=kind, zorder=3)
+    for point in points:
+        place = (point.flop / point.size, point.flop / point.seconds / 1e9)
+        axes.annotate(point.label, place, fontsize=9, xytext=(5, 4), textcoords="offset points")
+    axes.set_xlabel("operations a byte", fontsize=12)
+    axes.set_ylabel("GFLOP/s", fontsize=12)
+    axes.grid(alpha=0.3, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=11, loc="lower right")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomic(picture, buffer.getvalue())

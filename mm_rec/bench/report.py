@@ -1,0 +1,132 @@
+"""``mm-rec bench``: the whole table for this machine, as text, JSON and a roofline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mm_rec.bench.generation import compare_generation
+from mm_rec.bench.kernels import KernelTime, measure_kernels, measure_recurrence
+from mm_rec.bench.limits import copy_rate, products_action
+from mm_rec.bench.machine import describe_machine
+from mm_rec.bench.picture import Point, draw_roofline
+from mm_rec.bench.training import Contender, StepTime, compare_steps, contenders, peak_memory, tune_threads
+from mm_rec.config import PRESETS
+from mm_rec.storage import format_bytes, write_atomic
+
+__all__ = ["BenchSettings", "run_bench"]
+
+CONTEXTS = (128, 4096)
+KERNEL_SHAPE = (8, 2048)  # activations that no cache holds
+OPTIMIZER_BYTES = 28  # of AdamW for each bfloat16 weight: master and two moments read and written, gradient, weight
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What to measure.
+
+    Attributes:
+        preset: of the model.
+        shapes: (batch, length) of training steps.
+        rounds: runs that the medians are of.
+        precision: bf16 or fp32.
+        peers: whether GPT-2 and a modern GPT run beside it.
+        output: folder for ``bench.json`` and ``roofline.png``.
+    """
+
+    preset: str
+    shapes: Sequence[tuple[int, int]]
+    rounds: int
+    precision: str
+    peers: bool
+    output: Path
+
+
+def run_bench(settings: BenchSettings, write: Callable[[str], object]) -> dict[str, Any]:
+    """Measure everything, write a line for each as it comes, then the JSON and the picture."""
+    config, precision = PRESETS[settings.preset], settings.precision
+    tokens = max(batch * length for batch, length in settings.shapes)
+    matrix_rate, memory_rate = products_action(config, precision, tokens)(), copy_rate()
+    machine = describe_machine() | {"threads": torch.get_num_threads(), "precision": precision}
+    write(f"{machine['processor']}, {machine['threads']} threads, {precision}, {machine['kernels']} kernels")
+    write(f"limits: matrix products {matrix_rate / 1e12:.2f} TFLOP/s, copies {memory_rate / 1e9:.1f} GB/s")
+
+    steps = _measure_training(settings, write)
+    memory = peak_memory(settings.preset, precision, *max(settings.shapes, key=lambda shape: shape[0] * shape[1]))
+    write(f"  most memory of training steps, one domain: {format_bytes(memory)}")
+    generation = {}
+    for context in CONTEXTS:
+        speeds = compare_generation(config, precision, context, settings.rounds, peers=settings.peers)
+        generation[str(context)] = {name: round(speed, 1) for name, speed in speeds.items()}
+        write(f"generation after {context:,} tokens: {_list_speeds(speeds)}")
+    recurrence = measure_recurrence(config, 2, 512, settings.rounds)
+    write(
+        f"recurrence, forward and backward, {recurrence['shape']}: {recurrence['ms']:.1f} ms, "
+        f"{recurrence['times_faster_than_gru']:.1f} times nn.GRU, "
+        f"{recurrence['times_faster_than_loop']:.0f} times the reference loop"
+    )
+    kernels = measure_kernels(config, *KERNEL_SHAPE, matrix_rate, settings.rounds)
+    write(
+        f"kernels at {KERNEL_SHAPE[0]} x {KERNEL_SHAPE[1]} tokens: bytes a second against a copy, share of their limit"
+    )
+    for one in kernels:
+        write(f"  {one.name:38} {one.seconds * 1e3:8.2f} ms  {one.share_of_copy:5.0%} {one.share_of_limit:5.0%}")
+
+    result = {
+        "settings": machine | {"preset": settings.preset, "rounds": settings.rounds},
+        "limits": {"matrix_tflops": round(matrix_rate / 1e12, 3), "copy_gb_per_s": round(memory_rate / 1e9, 2)},
+        "training": [step.to_dict() for step in steps],
+        "peak_memory_bytes": memory,
+        "generation_tokens_per_second": generation,
+        "recurrence": recurrence,
+        "kernels": [one.to_dict() for one in kernels],
+    }
+    settings.output.mkdir(parents=True, exist_ok=True)
+    write_atomic(settings.output / "bench.json", (json.dumps(result, indent=1) + "\n").encode())
+    points = _points(steps, kernels, settings)
+    picture = settings.output / "roofline.png"
+    draw_roofline(points, matrix_rate, memory_rate, picture, f"{machine['processor']}, {machine['threads']} threads")
+    write(f"written: {settings.output / 'bench.json'}, {picture}")
+    return result
+
+
+def _measure_training(settings: BenchSettings, write: Callable[[str], object]) -> list[StepTime]:
+    config = PRESETS[settings.preset]
+    names = ["one_domain", "fused", *(["gpt2", "gpt_compiled"] if settings.peers else [])]
+    entries: dict[str, Contender] = contenders(config, settings.precision, names)
+    threads = torch.get_num_threads()
+    if settings.peers and threads > 1:
+        tune_threads(entries["gpt2"], config, sorted({1, threads // 2, threads}))
+    found: list[StepTime] = []
+    write("training: seconds a step, tokens a second, share of the rate of the model's own matrix products beside it")
+    for batch, length in settings.shapes:
+        times = compare_steps(config, settings.precision, batch, length, entries, settings.rounds)
+        for one in times.values():
+            ratio = f"  {times['gpt2'].seconds / one.seconds:5.2f} x GPT-2" if "gpt2" in times else ""
+            write(
+                f"  {one.shape:>6} {one.label:26} {one.seconds:8.3f} s {one.tokens_per_second:9,.0f}"
+                f" {one.flops / one.matrix_rate:6.0%}{ratio}"
+            )
+            found.append(one)
+    return found
+
+
+def _list_speeds(speeds: dict[str, float]) -> str:
+    return ", ".join(f"{name} {speed:.1f} tokens/s" for name, speed in speeds.items())
+
+
+def _points(steps: Sequence[StepTime], kernels: Sequence[KernelTime], settings: BenchSettings) -> list[Point]:
+    """Kernels that have products, and training steps; a step has to move its optimizer's bytes at least."""
+    points = [Point(one.name, "kernel", one.flop, one.size, one.seconds) for one in kernels if one.flop]
+    for step in steps:
+        weights = step.flop_per_token / 6
+        flop = step.flop_per_token * step.batch_size * step.seq_len
+        kind = "training" if step.label.startswith("MM-Rec") else "peer"
+        label = f"{step.label} {step.shape}"
+        points.append(Point(label, kind, flop, OPTIMIZER_BYTES * weights, step.seconds))
+    return points
