@@ -263,6 +263,7 @@ def changed_resumes(folder: Path) -> Iterator[Trial]:
             row.write_text(row.read_text() * 2 + row.read_text()[:200].splitlines()[0] + "\n")
     order = [(stage, name) for name in CHANGES for stage in STAGES]
     random.Random(0).shuffle(order)
+    order.sort(key=lambda case: case != ("stage1", "ops"))  # what only this checks comes in every test run
 
     def trial(seed: int) -> str:
         if seed >= len(order):
