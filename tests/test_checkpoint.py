@@ -124,7 +124,7 @@ def test_a_failing_save_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-# --- damage (mutations of every kind are in tests/faults/test_damage.py) ----------------------------------------------
+# --- damage (mutations of every kind are in tests/faults/damage_workloads.py) -----------------------------------------
 
 
 def test_every_part_of_the_manifest_counts(pristine: Path, tmp_path: Path) -> None:

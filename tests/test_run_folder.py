@@ -306,7 +306,7 @@ def test_leftovers_of_a_dead_writer_are_removed(tmp_path: Path, tokenizer: Token
     assert not list(run.path.rglob(".tmp-*"))
 
 
-# --- one owner: many processes at once and the death of one are in tests/faults/test_ownership.py --------------------
+# --- one owner: many processes at once and the death of one are in tests/faults/ownership_workloads.py ----------------
 
 
 def test_a_dead_owner_is_named(tmp_path: Path) -> None:
