@@ -14,6 +14,7 @@ from mm_rec import ops
 from mm_rec.bench.limits import copy_action
 from mm_rec.bench.timing import Action, median_seconds
 from mm_rec.config import ModelConfig
+from mm_rec.device import keep_freed_memory
 from mm_rec.ops import reference
 
 __all__ = ["KernelTime", "measure_kernels", "measure_recurrence"]
@@ -190,6 +191,7 @@ def measure_kernels(
         rounds: runs that the medians are of.
         only: parts of the names of those to measure; None or empty for all.
     """
+    keep_freed_memory()  # as training does: fresh pages would cost more than many a kernel
     found = []
     works = [*_streams(batch, length, config.d_model, config.n_heads), *_products(config, batch, length)]
     for work in works:
