@@ -32,7 +32,7 @@ DOMAINS = ("text", "code")
 _FORMAT = 3  # counts up whenever the same input would come out differently
 _TOKENIZER_BYTES = 12_000_000  # of each domain; training a vocabulary of 32,000 on it takes some ten seconds
 _SMALLEST_VOCABULARY = 512
-_BYTES_AN_ENTRY = 1280  # of text for each entry of the vocabulary: rarer tokens cost time in every step and learn little
+_BYTES_AN_ENTRY = 1280  # of text for each entry of the vocabulary: rarer tokens cost time and learn little
 _ENCODE_CHARACTERS = 2_000_000  # at a time
 
 
