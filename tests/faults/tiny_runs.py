@@ -34,6 +34,7 @@ from mm_rec.checkpoint import list_checkpoints
 from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.data.batches import Batch
 from mm_rec.data.synthetic import write_synthetic
+from mm_rec.ops import backend
 from mm_rec.trainer import Trainer
 
 STAGES = ("stage1", "stage2", "stage3", "instruct", "chat")
@@ -100,6 +101,7 @@ def run(
         environment: variables to set.
     """
     os.environ.update(environment or {})
+    backend._loaded.clear()  # the process that this one was forked from may have chosen another level
     PRESETS["tiny"] = CONFIG
     trainer.SAMPLE_TOKENS = 3
     assembly.PROBE_PARAMETERS = 1000  # only times an update
