@@ -1,5 +1,6 @@
 // The C interface of the step, compiled once per level like kernels.cpp; its conventions are those.
 
+#pragma GCC diagnostic ignored "-Wunused-function"  // the headers hold more than a step needs
 #include "step.h"
 
 using namespace mm_rec::MM_LEVEL;

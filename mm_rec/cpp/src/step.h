@@ -103,12 +103,17 @@ struct StepBuffers {
     }
 };
 
+static int64_t longest_row(const StepPlan& p) { return max64(max64(p.hidden, p.decay_width), p.experts * p.width); }
+
 // What one thread needs for itself.
+template <class X>
 struct StepThreadBuffers {
+    X* widened;  // STEP_ROWS rows of any matrix
     float *rms, *fed_back, *h, *alpha;
     StepAttentionScratch attention;
     StepThreadBuffers(const StepPlan& p, int64_t batch, Parts& parts)
-        : rms(parts.take(batch)), fed_back(parts.take(round_up(p.d(), W))), h(parts.take(round_up(p.d(), W))),
+        : widened(reinterpret_cast<X*>(parts.take(STEP_ROWS * longest_row(p)))),
+          rms(parts.take(batch)), fed_back(parts.take(round_up(p.d(), W))), h(parts.take(round_up(p.d(), W))),
           alpha(parts.take(round_up(p.experts, W))),
           attention({1, 1, p.window, p.heads, p.d(), p.slots, nullptr}, parts) {}
 };
@@ -117,7 +122,7 @@ struct StepThreadBuffers {
 static int64_t step_scratch(const StepPlan& p, int64_t batch, int threads) {
     Parts parts(nullptr);
     StepBuffers<float>(p, batch, parts);
-    for (int thread = 0; thread < threads; ++thread) StepThreadBuffers(p, batch, parts);
+    for (int thread = 0; thread < threads; ++thread) StepThreadBuffers<float>(p, batch, parts);
     return parts.used;
 }
 
@@ -129,10 +134,15 @@ struct StepWorker {
     const int64_t* tokens;
     float* logits;
     const StepBuffers<X>& w;
-    StepThreadBuffers& own;
+    StepThreadBuffers<X>& own;
     const int64_t thread, threads;
 
     Share share(int64_t n, int64_t unit) const { return Share(n, unit, thread, threads); }
+
+    void multiply(const StepMatrix& m, const Share& rows, const Vectors<X>& from, const float* scale, float* out,
+                  int64_t out_row) const {
+        step_product(m, batch, rows.begin, rows.end, from.n, from.data, from.pitch, scale, out, out_row, own.widened);
+    }
 
     // The factors of the norm of the residual stream; every thread computes all of them, which takes no barrier.
     const float* norms() const {
@@ -154,7 +164,7 @@ struct StepWorker {
     // The residual stream += matrix times what was read.
     void add_product(const StepMatrix& m, const Vectors<X>& from) const {
         const Share rows = share(p.width, STEP_UNIT);
-        step_product(m, batch, rows.begin, rows.end, from.n, from.data, from.pitch, nullptr, w.narrow, p.width);
+        multiply(m, rows, from, nullptr, w.narrow, p.width);
         for (int64_t b = 0; b < batch; ++b)
             for (int64_t i = rows.begin; i < rows.end; i += W) {
                 const int64_t left = rows.end - i, at = b * p.width + i;
@@ -169,8 +179,7 @@ struct StepWorker {
     void project(const StepBlock& block) const {
         const int64_t first = 3 * p.width, n = first + p.decay_width;
         const Share rows = share(n, STEP_UNIT);
-        step_product(block.in_proj, batch, rows.begin, rows.end, p.width, w.stream.data, w.stream.pitch, norms(), w.wide,
-                     w.wide_row);
+        multiply(block.in_proj, rows, w.stream, norms(), w.wide, w.wide_row);
         for (int64_t b = 0; b < batch; ++b)
             for (int64_t i = max64(rows.begin, first); i < rows.end; i += W) {
                 const int64_t left = rows.end - i;
@@ -186,7 +195,8 @@ struct StepWorker {
         const float *r = z + p.width, *u = r + p.width;
         load_row(d, state.h + at, own.h);
         if (block.w_g)
-            step_rows(1, 0, d, d, block.w_g + column * d, nullptr, own.h, 0, nullptr, own.fed_back, 0);
+            step_rows(1, 0, d, d, block.w_g + column * d, nullptr, own.h, 0, nullptr, own.fed_back, 0,
+                      static_cast<float*>(nullptr));
         float* h = state.h_after + at;
         for (int64_t i = 0; i < d; i += W) {
             const int64_t left = d - i;
@@ -210,7 +220,8 @@ struct StepWorker {
             const int64_t head = task / groups;
             const Share rows(batch, 1, task % groups, groups);
             step_product(block.decay_proj, rows.end - rows.begin, head * d, (head + 1) * d, p.decay_width,
-                         w.decay[rows.begin], w.decay.pitch, nullptr, w.narrow + rows.begin * p.width, p.width);
+                         w.decay[rows.begin], w.decay.pitch, nullptr, w.narrow + rows.begin * p.width, p.width,
+                         own.widened);
             for (int64_t b = rows.begin; b < rows.end; ++b) recur(block, index, b, head);
         }
 #pragma omp barrier
@@ -218,8 +229,7 @@ struct StepWorker {
 
     void attend(const StepBlock& block, int64_t index) const {
         const Share rows = share(3 * p.width, STEP_UNIT);
-        step_product(block.qkv_proj, batch, rows.begin, rows.end, p.width, w.stream.data, w.stream.pitch, norms(), w.wide,
-                     3 * p.width);
+        multiply(block.qkv_proj, rows, w.stream, norms(), w.wide, 3 * p.width);
 #pragma omp barrier
         const int64_t stride = state.capacity * p.width, memory = index * batch * p.heads * p.slots;
         T* k = static_cast<T*>(state.ring) + 2 * index * batch * stride + state.offset * p.width;
@@ -239,8 +249,7 @@ struct StepWorker {
 
     void feed_forward(const StepBlock& block) const {
         const Share rows = share(p.hidden, STEP_UNIT);
-        step_product(block.ffn_up, batch, rows.begin, rows.end, p.width, w.stream.data, w.stream.pitch, norms(), w.wide,
-                     p.hidden);
+        multiply(block.ffn_up, rows, w.stream, norms(), w.wide, p.hidden);
         for (int64_t b = 0; b < batch; ++b)
             for (int64_t i = rows.begin; i < rows.end; i += W) {
                 const vf r = at_least(load(w.wide + b * p.hidden + i, rows.end - i), 0.0f);
@@ -255,7 +264,7 @@ struct StepWorker {
         const int64_t n = p.experts;
         const Share own_rows = share(batch, 1);
         for (int64_t b = own_rows.begin; b < own_rows.end; ++b) {
-            step_product(p.fusion_gate, 1, 0, n, n * p.width, w.outputs[b], 0, nullptr, own.alpha, 0);
+            step_product(p.fusion_gate, 1, 0, n, n * p.width, w.outputs[b], 0, nullptr, own.alpha, 0, own.widened);
             const float total = step_softmax(n, own.alpha);
             for (int64_t i = 0; i < p.width; i += W) {
                 vf mixed = {};
@@ -266,7 +275,7 @@ struct StepWorker {
         }
 #pragma omp barrier
         const Share rows = share(p.width, STEP_UNIT);
-        step_product(p.fusion_mix, batch, rows.begin, rows.end, p.width, w.read.data, w.read.pitch, nullptr, w.x, p.width);
+        multiply(p.fusion_mix, rows, w.read, nullptr, w.x, p.width);
         for (int64_t b = 0; b < batch; ++b)
             for (int64_t i = rows.begin; i < rows.end; i += W)
                 store(w.stream[b] + i, load(w.x + b * p.width + i, rows.end - i), rows.end - i);
@@ -297,8 +306,7 @@ struct StepWorker {
         for (int64_t e = 0; e < p.experts; ++e) expert(e);
         if (p.experts > 1) fuse();
         const Share rows = share(p.vocabulary, STEP_UNIT);
-        step_product(p.embedding, batch, rows.begin, rows.end, p.width, w.stream.data, w.stream.pitch,
-                     p.experts > 1 ? nullptr : norms(), logits, p.vocabulary);
+        multiply(p.embedding, rows, w.stream, p.experts > 1 ? nullptr : norms(), logits, p.vocabulary);
     }
 };
 
@@ -313,8 +321,8 @@ static void step_run(const StepPlan& p, const StepState& state, int64_t batch, c
         const int64_t thread = omp_get_thread_num();
         Parts mine(scratch);
         mine.used = parts.used;
-        StepThreadBuffers own(p, batch, mine);
-        for (int64_t i = 0; i < thread; ++i) own = StepThreadBuffers(p, batch, mine);
+        StepThreadBuffers<X> own(p, batch, mine);
+        for (int64_t i = 0; i < thread; ++i) own = StepThreadBuffers<X>(p, batch, mine);
         StepWorker<T, X>{p, state, batch, tokens, logits, w, own, thread, omp_get_num_threads()}.run();
     }
 }

@@ -69,6 +69,17 @@ MM_INLINE vf step_multiply_add(__m512bh a, __m512bh b, vf sum) {
 }
 #endif
 
+// Sums over the lanes of W vectors, as a vector of them. Each is added up in the order of `sum`.
+template <int HALF = W / 2>
+MM_INLINE vf step_sums(vf (&x)[W]) {
+    for (int i = 0; i < HALF; ++i)
+        x[i] = shuffle(x[i], x[i + HALF], LANE_ORDERS<HALF>.low) + shuffle(x[i], x[i + HALF], LANE_ORDERS<HALF>.high);
+    if constexpr (HALF > 1)
+        return step_sums<HALF / 2>(x);
+    else
+        return x[0];
+}
+
 // out[g][r] = row r of w times vector g, for ROWS rows `columns` apart.
 template <int ROWS, int BATCH, class Element, class X>
 MM_INLINE void step_tile(int64_t columns, const Element* w, const float* row_scale, const X* x, int64_t x_pitch,
@@ -92,11 +103,39 @@ MM_INLINE void step_tile(int64_t columns, const Element* w, const float* row_sca
             for (int g = 0; g < BATCH; ++g)
                 sums[r][g] = step_multiply_add(weights, step_load(x + g * x_pitch + k, X{}), sums[r][g]);
         }
-    for (int r = 0; r < ROWS; ++r)
-        for (int g = 0; g < BATCH; ++g) {
+    float totals[ROWS * BATCH];
+    constexpr int whole = ROWS * BATCH / W * W;
+    for (int first = 0; first < whole; first += W) {
+        vf some[W];
+        for (int i = 0; i < W; ++i) some[i] = sums[(first + i) % ROWS][(first + i) / ROWS];
+        store(totals + first, step_sums(some));
+    }
+    for (int i = whole; i < ROWS * BATCH; ++i) totals[i] = sum(sums[i % ROWS][i / ROWS]);
+    for (int g = 0; g < BATCH; ++g)
+        for (int r = 0; r < ROWS; ++r) {
             const float factor = (row_scale ? row_scale[r] : 1.0f) * (x_scale ? x_scale[g] : 1.0f);
-            out[g * out_pitch + r] = sum(sums[r][g]) * factor;
+            out[g * out_pitch + r] = totals[g * ROWS + r] * factor;
         }
+}
+
+// The first n of W elements, the others as 0.
+template <class Element>
+MM_INLINE vf step_load_first(const Element* p, int64_t n) {
+    if (n >= W) return load(p);
+    Element first[W] = {};
+    memcpy(first, p, n * sizeof(Element));
+    return load(first);
+}
+
+// Rows of a matrix as what vectors are made of; exact, so that it changes no result.
+template <class Element, class X>
+MM_INLINE void step_widen(int64_t n, const Element* w, X* to) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        __builtin_prefetch(reinterpret_cast<const char*>(w + i) + STEP_AHEAD);
+        store(to + i, load(w + i));
+    }
+    if (i < n) store(to + i, step_load_first(w + i, n - i), n - i);
 }
 
 template <int ROWS, class Element, class X>
@@ -111,44 +150,49 @@ MM_INLINE void step_row_tile(int64_t batch, int64_t columns, const Element* w, c
                            out + b * out_pitch, out_pitch);
 }
 
+// A matrix of another type than the vectors is converted at each load, or, if it meets many, once into `widened`.
+template <int ROWS, class Element, class X>
+MM_INLINE void step_converted_tile(int64_t batch, int64_t columns, const Element* w, const float* row_scale, const X* x,
+                                   int64_t x_pitch, const float* x_scale, float* out, int64_t out_pitch, X* widened) {
+    if constexpr (sizeof(Element) < sizeof(X)) {
+        if (batch > STEP_BATCH) {
+            step_widen(ROWS * columns, w, widened);
+            return step_row_tile<ROWS>(batch, columns, static_cast<const X*>(widened), row_scale, x, x_pitch, x_scale,
+                                       out, out_pitch);
+        }
+    }
+    step_row_tile<ROWS>(batch, columns, w, row_scale, x, x_pitch, x_scale, out, out_pitch);
+}
+
 template <class Element, class X>
 static void step_rows(int64_t batch, int64_t begin, int64_t end, int64_t columns, const Element* w,
                       const float* row_scale, const X* x, int64_t x_pitch, const float* x_scale, float* out,
-                      int64_t out_pitch) {
+                      int64_t out_pitch, X* widened) {
     int64_t r = begin;
     for (; r + STEP_ROWS <= end; r += STEP_ROWS)
-        step_row_tile<STEP_ROWS>(batch, columns, w + r * columns, row_scale ? row_scale + r : nullptr, x, x_pitch,
-                                 x_scale, out + r, out_pitch);
+        step_converted_tile<STEP_ROWS>(batch, columns, w + r * columns, row_scale ? row_scale + r : nullptr, x, x_pitch,
+                                       x_scale, out + r, out_pitch, widened);
     for (; r < end; ++r)
-        step_row_tile<1>(batch, columns, w + r * columns, row_scale ? row_scale + r : nullptr, x, x_pitch, x_scale,
-                         out + r, out_pitch);
+        step_converted_tile<1>(batch, columns, w + r * columns, row_scale ? row_scale + r : nullptr, x, x_pitch,
+                               x_scale, out + r, out_pitch, widened);
 }
 
 // out[b * out_pitch + r] = x_scale[b] * (row r of the matrix times x[b]) for begin <= r < end. Rows of x are x_pitch
-// apart, filled up with zeros to whole registers; x_scale may be null.
+// apart, filled up with zeros to whole registers; x_scale may be null; `widened` has room for STEP_ROWS rows.
 template <class X>
 static void step_product(const StepMatrix& m, int64_t batch, int64_t begin, int64_t end, int64_t columns, const X* x,
-                         int64_t x_pitch, const float* x_scale, float* out, int64_t out_pitch) {
+                         int64_t x_pitch, const float* x_scale, float* out, int64_t out_pitch, X* widened) {
     switch (m.type) {
         case STEP_FLOAT32:
             return step_rows(batch, begin, end, columns, static_cast<const float*>(m.data), m.scale, x, x_pitch,
-                             x_scale, out, out_pitch);
+                             x_scale, out, out_pitch, widened);
         case STEP_BFLOAT16:
             return step_rows(batch, begin, end, columns, static_cast<const bf16*>(m.data), m.scale, x, x_pitch,
-                             x_scale, out, out_pitch);
+                             x_scale, out, out_pitch, widened);
         case STEP_INT8:
             return step_rows(batch, begin, end, columns, static_cast<const int8_t*>(m.data), m.scale, x, x_pitch,
-                             x_scale, out, out_pitch);
+                             x_scale, out, out_pitch, widened);
     }
-}
-
-// The first n of W elements, the others as 0.
-template <class Element>
-MM_INLINE vf step_load_first(const Element* p, int64_t n) {
-    if (n >= W) return load(p);
-    Element first[W] = {};
-    memcpy(first, p, n * sizeof(Element));
-    return load(first);
 }
 
 // Row `row` of a matrix as floats.
