@@ -72,6 +72,13 @@ static void scan_backward(int64_t batch, int64_t time, int64_t columns, const fl
         const float* dx_next = nullptr;
         for (int64_t t = time - 1; t >= 0; --t) {
             const int64_t row = b * time + t;
+            if (t) {  // rows are read from the last to the first, which the processor does not foresee
+                prefetch_row(ds + (row - 1) * ds_row + c, n);
+                prefetch_row(a + row * a_row + c, n);
+                if (t > 1) prefetch_row(s + (row - 2) * columns + c, n);
+                prefetch_row<true>(da + (row - 1) * columns + c, n);
+                prefetch_row<true>(dx + (row - 1) * columns + c, n);
+            }
             const bool starts = reset && reset[row];
             const float* before = t ? s + (row - 1) * columns + c : s0 ? s0 + b * columns + c : nullptr;
             float* dx_now = dx + row * columns + c;

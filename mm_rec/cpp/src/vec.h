@@ -71,9 +71,9 @@ MM_INLINE vh narrow(vf x) {
 #endif
 }
 // Rows of one head are far apart, a pattern that the processor does not foresee.
-template <class T>
+template <bool WRITE = false, class T>
 MM_INLINE void prefetch_row(const T* row, int64_t d) {
-    for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i);
+    for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, WRITE);
 }
 
 MM_INLINE float widen(bf16 x) {
