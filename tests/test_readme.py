@@ -59,12 +59,12 @@ def test_every_command_of_the_readme_works(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))  # to chat
     monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)  # to serve until the end
-    for folder, text in (
-        ("books", "It was a bright cold day in April. " * 9),
-        ("src", "def f(x):\n    return x\n" * 9),
+    for file, text in (
+        ("books/one.txt", "It was a bright cold day in April. " * 9),
+        ("src/one.py", "def f(x):\n    return x\n" * 9),
     ):
-        (tmp_path / "home" / folder).mkdir(parents=True)
-        (tmp_path / "home" / folder / "one.txt").write_text(text)
+        (tmp_path / "home" / file).parent.mkdir(parents=True)
+        (tmp_path / "home" / file).write_text(text)
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for command in commands("README.md"):
         program, *words = shlex.split(command, comments=True)

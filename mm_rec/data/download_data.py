@@ -39,7 +39,8 @@ examples:
 
 The hub is the one of HF_ENDPOINT, if that is set; gated sets need HF_TOKEN. Files come as one JSON string a line, e.g.
 data/text/wikitext.jsonl and data/code/code.jsonl, with data/manifest.json beside them. Files of your own
-(.txt, .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.xz, .parquet) may also be put into data/text and data/code by hand."""
+(.txt, .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.xz, .parquet) may also be put into data/text and data/code by hand;
+--code_dir takes programs (.py, .c, .rs and the like) as well."""
 
 
 @dataclass(frozen=True)

@@ -57,24 +57,30 @@ class Row(NamedTuple):
     value: Any
 
 
-def find_files(path: Path) -> list[Path]:
+def find_files(path: Path, plain: Sequence[str] = ()) -> list[Path]:
     """The data files at ``path``: itself, or those in the folder and its subfolders, in the order of their names.
+
+    ``plain`` are further endings, of files that :func:`read_texts` reads as it does ``.txt``.
 
     Raises UserError if there is nothing at ``path`` or if it is a file of another kind.
     """
+
+    def fits(file: Path) -> bool:
+        return _suffix(file) is not None or file.name.lower().endswith(tuple(plain))
+
     if path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file() and _suffix(file)]
+        files = [file for file in path.rglob("*") if file.is_file() and fits(file)]
         return sorted(file for file in files if not any(p.startswith(".") for p in file.relative_to(path).parts))
     if not path.exists():
         raise UserError(f"there is no file or folder {path}")
-    if not _suffix(path):
-        raise UserError(f"{path} is none of the kinds of files that can be read: {', '.join(SUFFIXES)}")
+    if not fits(path):
+        raise UserError(f"{path} is none of the kinds of files that can be read: {', '.join([*SUFFIXES, *plain])}")
     return [path]
 
 
 def read_texts(path: Path, bad: BadRows) -> Iterator[str]:
     """The documents of one data file, as strings that have a UTF-8 form and no NUL."""
-    if _suffix(path) == ".txt":
+    if _suffix(path) in (".txt", None):
         yield from _read_plain(path, bad)
         return
     for row in read_rows(path, bad, TEXT_FIELDS):

@@ -12,14 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from mm_rec.data.builtin import builtin_code, builtin_text
-from mm_rec.data.files import BadRows, find_files, read_texts
+from mm_rec.data.files import SUFFIXES, BadRows, find_files, read_texts
 from mm_rec.data.manifest import check_files, read_manifest, record_file
 from mm_rec.data.pack import file_sha256
 from mm_rec.data.sources import BUILTIN
 from mm_rec.errors import UserError
 from mm_rec.storage import format_bytes, reporting_errors, sync
 
-__all__ = ["take_builtin", "take_own"]
+__all__ = ["SOURCE_SUFFIXES", "take_builtin", "take_own"]
+
+SOURCE_SUFFIXES = (
+    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt", ".swift", ".js", ".jsx",
+    ".ts", ".tsx", ".rb", ".php", ".sh", ".sql", ".lua", ".r", ".jl", ".scala", ".hs", ".ml", ".cs",
+)  # fmt: skip
+"""Program files that ``--code_dir`` takes as they are, one document each, beside data files."""
 
 
 def take_builtin(kind: str, samples: int | None, data_dir: Path, tell: Callable[[str], None]) -> Path:
@@ -48,11 +54,15 @@ def take_builtin(kind: str, samples: int | None, data_dir: Path, tell: Callable[
 def take_own(kind: str, path: Path, skip_bad: int, data_dir: Path, tell: Callable[[str], None]) -> Path:
     """Copy the documents of the user's file or folder ``path`` to ``data_dir/KIND/own.jsonl``; returns the file.
 
-    Raises UserError if there is nothing to read, or for more than ``skip_bad`` bad rows.
+    For code they may be programs (:data:`SOURCE_SUFFIXES`), too. Raises UserError if there is nothing to read, for more
+    than ``skip_bad`` bad rows, or if ``path`` is in that folder already.
     """
-    files = find_files(path)
+    if path.resolve().is_relative_to((data_dir / kind).resolve()):
+        raise UserError(f"{path} is in the data folder already and is used as it is; leave out --{kind}_dir")
+    plain = SOURCE_SUFFIXES if kind == "code" else ()
+    files = find_files(path, plain)
     if not files:
-        raise UserError(f"there is no data file in {path}")
+        raise UserError(f"there is no data file in {path}; what is read are {', '.join([*SUFFIXES, *plain])}")
     bad = BadRows(skip_bad)
     texts = (text for file in files for text in read_texts(file, bad))
     target = _write(data_dir, f"{kind}/own.jsonl", texts, {"source": "own", "origin": {"path": str(path)}}, tell)
@@ -65,6 +75,8 @@ def _write(data_dir: Path, name: str, texts: Iterable[str], entry: dict[str, Any
     target = data_dir / name
     part = target.with_name(f".{target.name}.part")
     count = 0
+    if target.exists() and name not in read_manifest(data_dir):
+        raise UserError(f"{target} is in the way: this command has not made it; give it another name")
     with reporting_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

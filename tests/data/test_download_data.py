@@ -156,6 +156,32 @@ def test_own_files(tmp_path, fetched):
     assert any("1 bad rows left out" in line for line in told)
 
 
+def test_own_code_is_a_folder_of_programs(tmp_path, fetched):
+    (tmp_path / "src" / "pack").mkdir(parents=True)
+    (tmp_path / "src" / "pack" / "a.py").write_text("print(1)\n")
+    (tmp_path / "src" / "notes.md").write_text("no program\n")
+    download(tmp_path / "data", Request({}, code_dir=tmp_path / "src", text=False))
+    assert list(read_texts(tmp_path / "data" / "code" / "own.jsonl", BadRows())) == ["print(1)\n"]
+    with pytest.raises(UserError, match=r"no data file in .*; what is read are \.txt"):
+        download(tmp_path / "data", Request({}, text_dir=tmp_path / "src", code=False))
+
+
+@pytest.mark.parametrize("source", ["own", "builtin"])
+def test_a_file_put_there_by_hand_is_not_overwritten(tmp_path, fetched, source):
+    other, mine = tmp_path / "other.txt", tmp_path / "data" / "text" / f"{source}.jsonl"
+    other.write_text("Another text.\n")
+    mine.parent.mkdir(parents=True)
+    mine.write_text('"mine"\n')
+    request = (
+        Request({"text": 1}, text_dir=other) if source == "own" else Request({"text": 1}, ("builtin",), code=False)
+    )
+    with pytest.raises(UserError, match="is in the way"):
+        download(tmp_path / "data", request)
+    assert mine.read_text() == '"mine"\n'
+    with pytest.raises(UserError, match="in the data folder already"):
+        download(tmp_path / "data", Request({}, text_dir=mine.parent))
+
+
 def test_own_files_that_are_not_there(tmp_path, fetched):
     (tmp_path / "empty").mkdir()
     for path, message in (("none", "no file or folder"), ("empty", "no data file")):
