@@ -30,12 +30,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Option:
-    """What a setting is for and which values it takes; ``section`` marks one that only the file has."""
+    """What a setting is for and which values it takes.
+
+    ``section`` marks one that only the file has, ``shared`` one that cannot differ between the stages of a command.
+    """
 
     help: str
     minimum: float | None = None
+    maximum: float = float("inf")
     choices: tuple[str, ...] | None = None
     section: bool = False
+    shared: bool = False
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,10 +59,10 @@ class TrainSettings:
     """What a training command takes. None means: derived from the stage, the device and the data."""
 
     stage: Annotated[str, Option("what to train", choices=(*PRETRAINING, "all"))] = "stage1"
-    preset: Annotated[str, Option("size of the model", choices=tuple(PRESETS))] = DEFAULT_PRESET
-    data_dir: Annotated[Path, Option("folder with text/*.jsonl and code/*.jsonl")] = Path("data")
-    download_data: Annotated[bool, Option("download data into --data_dir if none is there")] = False
-    use_synthetic: Annotated[bool, Option("made-up data for a quick test, nothing is downloaded")] = False
+    preset: Annotated[str, Option("size of the model", choices=tuple(PRESETS), shared=True)] = DEFAULT_PRESET
+    data_dir: Annotated[Path, Option("folder with text/*.jsonl and code/*.jsonl", shared=True)] = Path("data")
+    download_data: Annotated[bool, Option("download data into --data_dir if none is there", shared=True)] = False
+    use_synthetic: Annotated[bool, Option("made-up data for a quick test, nothing is downloaded", shared=True)] = False
     max_samples: Annotated[int | None, Option("documents of each domain to use", minimum=1)] = None
     skip_bad: Annotated[int, Option("rows that cannot be read to leave out before giving up", minimum=0)] = 0
     checkpoint_dir: Annotated[Path, Option("folder of run folders")] = Path("checkpoints_cpu")
@@ -68,13 +73,15 @@ class TrainSettings:
     lr: Annotated[float | None, Option("peak learning rate of stage1; later stages take their share", minimum=0)] = None
     weight_decay: Annotated[float, Option("decay of matrices, times the learning rate", minimum=0)] = 0.1
     clip: Annotated[float, Option("largest norm of the gradient", minimum=0)] = 1.0
-    seed: Annotated[int, Option("of the initial weights, the order of the data and the samples", minimum=0)] = 0
+    seed: Annotated[
+        int, Option("of the initial weights, the order of the data and the samples", minimum=0, maximum=2**63 - 1)
+    ] = 0
     checkpoint_interval: Annotated[int | None, Option("steps between two checkpoints", minimum=1)] = None
     keep_checkpoints: Annotated[int, Option("newest checkpoints to keep", minimum=1)] = 3
     eval_interval: Annotated[int | None, Option("steps between two validations and samples", minimum=1)] = None
     valid_bytes: Annotated[int, Option("held-out bytes of each domain to validate on", minimum=1)] = 32_768
     precision: Annotated[str, Option("type of the matrices", choices=("auto", "bf16", "fp32"))] = "auto"
-    threads: Annotated[int | None, Option("CPU threads; all if not given", minimum=1)] = None
+    threads: Annotated[int | None, Option("CPU threads; if not given, as many as pay here", minimum=1)] = None
     device: Annotated[str, Option("cpu, cuda, or auto: CUDA if it is there")] = "auto"
     gradient_checkpointing: Annotated[
         str,
@@ -203,6 +210,10 @@ def _section(where: str, value: Any, fields: Mapping[str, tuple[Any, Option]]) -
     unknown = [name for name in value if name not in STAGES]
     if unknown:
         raise UserError(f"unknown stage {where}.{unknown[0]}{_suggestion(str(unknown[0]), STAGES)}")
+    for name, one in value.items():
+        for key in one:
+            if key in fields and fields[key][1].shared:
+                raise UserError(f"{where}.{name}.{key} cannot differ between stages; set {key} outside of {where}")
     plain = {name: entry for name, entry in fields.items() if not entry[1].section and name != "stage"}
     return {name: _checked(one, plain, f"{where}.{name}.") for name, one in value.items()}
 
@@ -233,6 +244,8 @@ def _convert(where: str, value: Any, hint: Any, option: Option) -> Any:
         raise UserError(f"{where} must be {wanted}, got {value!r}") from None
     if option.minimum is not None and not option.minimum <= converted < float("inf"):
         raise UserError(f"{where} must be at least {option.minimum} and finite, got {value}")
+    if option.minimum is not None and converted > option.maximum:
+        raise UserError(f"{where} must be at most {option.maximum}, got {value}")
     if option.choices and converted not in option.choices:
         raise UserError(f"{where} must be one of {', '.join(option.choices)}, got {value!r}")
     return converted

@@ -62,6 +62,8 @@ def test_a_stage_has_its_section_unless_a_flag_wins(tmp_path: Path) -> None:
         ("stages: {stage9: {lr: 1}}", ["unknown stage", "stage9"]),
         ("stages: {stage1: {lrr: 1}}", ["unknown", "stages.stage1.lrr"]),
         ("stages: {stage1: {stages: {}}}", ["unknown", "stages.stage1.stages"]),
+        ("stages: {stage2: {preset: tiny}}", ["stages.stage2.preset", "outside of"]),
+        ("stages: {stage1: {data_dir: elsewhere}}", ["stages.stage1.data_dir", "outside of"]),
         ("stages: [1]", ["stages"]),
         ("\x00", ["not valid YAML"]),
     ],
@@ -80,7 +82,15 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--batch_size", "0"], ["--seq_len", "x"], ["--lr", "-1"], ["--max_steps", "1e3"], ["--seed", "-1"]]
+    "arguments",
+    [
+        ["--batch_size", "0"],
+        ["--seq_len", "x"],
+        ["--lr", "-1"],
+        ["--max_steps", "1e3"],
+        ["--seed", "-1"],
+        ["--seed", str(2**63)],
+    ],
 )
 def test_a_flag_out_of_range_is_named(arguments: list[str]) -> None:
     with pytest.raises(UserError, match=arguments[0]):

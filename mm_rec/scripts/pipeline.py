@@ -41,8 +41,10 @@ class PipelineSettings(TrainSettings):
     """What ``mm-rec pipeline`` takes."""
 
     stage: str = "all"
-    instruct_data: Annotated[Path | None, Option("file or folder of instructions; --data_dir/instruct")] = None
-    chat_data: Annotated[Path | None, Option("file or folder of conversations; --data_dir/chat")] = None
+    instruct_data: Annotated[
+        Path | None, Option("file or folder of instructions; --data_dir/instruct", shared=True)
+    ] = None
+    chat_data: Annotated[Path | None, Option("file or folder of conversations; --data_dir/chat", shared=True)] = None
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
