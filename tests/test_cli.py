@@ -126,12 +126,14 @@ def test_from_training_to_text(
     ("arguments", "words"),
     [
         (["generate", "--model", "nowhere", "--prompt", "a"], "there is no folder nowhere"),
+        (["generate", "--model", ".", "--prompt", "\udcff"], "not UTF-8 text"),
         (["generate", "--model", ".", "--prompt", "a"], "neither a run folder nor a checkpoint"),
         (["generate", "--model", ".", "--prompt", "a", "--temperature", "-1"], "temperature must be at least 0"),
         (["tokenizer"], "--output"),
         (["tokenizer", "--show", "a"], "--tokenizer"),
         (["tokenizer", "--output", "t", "--vocab_size", "10"], "--vocab_size must be at least"),
         (["tokenizer", "--output", "t"], "there is no data folder"),
+        (["tokenizer", "--output", "."], "nothing is overwritten"),
         (["train"], "there is no data folder"),
     ],
 )

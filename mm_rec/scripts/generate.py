@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from mm_rec.cli import run_program
+from mm_rec.errors import UserError
 from mm_rec.scripts.sampling import add_domain_argument, add_sampling_arguments, add_weights_argument, given_sampling
 from mm_rec.settings import Parser
 
@@ -35,9 +36,7 @@ def _generate(options: argparse.Namespace) -> int:
     from mm_rec.loading import load_model
 
     sampling = Sampling(**given_sampling(options))
-    prompt = options.prompt
-    if prompt is None:
-        prompt = "" if sys.stdin.isatty() else sys.stdin.read()
+    prompt = _read_prompt(options.prompt)
     loaded = load_model(options.model, device=options.device, precision=options.precision, weights=options.weights)
     domain = loaded.choose_domain(options.domain)
     sys.stdout.write(prompt)
@@ -46,6 +45,16 @@ def _generate(options: argparse.Namespace) -> int:
         sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
+
+
+def _read_prompt(given: str | None) -> str:
+    """The prompt that was given, else what standard input holds if that is no terminal."""
+    try:
+        prompt = given if given is not None else "" if sys.stdin.isatty() else sys.stdin.read()
+        prompt.encode()  # an argument that is not UTF-8 comes with surrogates
+    except UnicodeError as error:
+        raise UserError("the prompt is not UTF-8 text; convert it first, for example with iconv") from error
+    return prompt
 
 
 if __name__ == "__main__":

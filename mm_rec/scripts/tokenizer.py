@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     parser = Parser(prog=prog, description=__doc__, epilog=EPILOG)
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="data to train on (default data)")
     parser.add_argument("--vocab_size", type=int, default=32_000, help="tokens at most (default 32000)")
-    parser.add_argument("--output", type=Path, help="folder to write the trained tokenizer to")
+    parser.add_argument("--output", type=Path, help="folder to make for the trained tokenizer")
     parser.add_argument("--show", metavar="TEXT", help="show how a tokenizer cuts this text")
     parser.add_argument("--tokenizer", type=Path, help="for --show: a tokenizer's folder, a checkpoint or a run folder")
     options = parser.parse_args(arguments)
@@ -36,12 +36,18 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from mm_rec.data.prepare import prepare
+    from mm_rec.storage import atomic_folder
     from mm_rec.tokenizer import MIN_VOCAB_SIZE
 
     if options.vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"--vocab_size must be at least {MIN_VOCAB_SIZE}, got {options.vocab_size}")
+    if options.output.exists():
+        raise UserError(
+            f"{options.output} is there already and nothing is overwritten; name a new folder with --output"
+        )
     prepared = prepare(options.data_dir, options.vocab_size, progress=lambda line: print(line, flush=True))
-    prepared.tokenizer.save(options.output)
+    with atomic_folder(options.output, manifest=False) as folder:
+        prepared.tokenizer.save(folder)
     print(f"{prepared.tokenizer.vocab_size:,} tokens, written to {options.output}")
     return 0
 
@@ -54,7 +60,10 @@ def _show(options: argparse.Namespace) -> int:
         raise UserError("name the tokenizer to show with --tokenizer")
     folder = options.tokenizer
     tokenizer = Tokenizer.load(folder if (folder / "tokenizer.json").is_file() else find_checkpoint(folder))
-    ids = tokenizer.encode(options.show)
+    try:
+        ids = tokenizer.encode(options.show)
+    except ValueError as error:
+        raise UserError("--show takes UTF-8 text only") from error
     for token in ids:
         sys.stdout.write(f"{token:>6}  {tokenizer.token_bytes[token].decode('utf-8', 'backslashreplace')!r}\n")
     n_bytes = len(options.show.encode())
