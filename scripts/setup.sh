@@ -24,8 +24,10 @@ if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
     else
         echo "no GPU found: installing the CPU build of $torch"
         pip install --quiet --timeout 10 --retries 0 --constraint constraints.txt \
-            --index-url https://download.pytorch.org/whl/cpu "$torch" 2>/dev/null ||
+            --index-url https://download.pytorch.org/whl/cpu "$torch" 2>/dev/null || {
+            echo "download.pytorch.org cannot be used: taking $torch from the package index, which may bring CUDA along"
             pip install --quiet --constraint constraints.txt "$torch"
+        }
     fi
 fi
 pip install --quiet --constraint constraints.txt --editable '.[dev]'
