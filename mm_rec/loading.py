@@ -64,8 +64,9 @@ def find_checkpoint(path: Path) -> Path:
         raise UserError(f"there is no folder {path}; name a checkpoint, a run folder or a folder of runs")
     for stage in reversed(STAGES):
         for _, run, config in reversed(list_runs(path, stage)):
-            if config is not None and checkpoint.newest_valid(run / "checkpoints") is not None:
-                return checkpoint.resolve(run)
+            newest = checkpoint.newest_valid(run / "checkpoints") if config is not None else None
+            if newest is not None:
+                return newest
     return checkpoint.resolve(path)
 
 
