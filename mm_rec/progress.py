@@ -15,7 +15,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Meter", "Progress", "StepReport", "describe_bytes", "describe_seconds"]
+from mm_rec.storage import format_bytes
+
+__all__ = ["Meter", "Progress", "StepReport", "describe_seconds"]
 
 WINDOW = 20
 """Steps over which the shown loss and speed are averaged."""
@@ -33,18 +35,6 @@ def describe_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def describe_bytes(count: float) -> str:
-    """A size for people.
-
-    >>> describe_bytes(512), describe_bytes(3_400_000), describe_bytes(2.5e9)
-    ('512 B', '3.4 MB', '2.5 GB')
-    """
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
 
 
 @dataclass(frozen=True)
@@ -128,7 +118,7 @@ class Progress:
             f"{sum(one.tokens for one in self._recent) / max(seconds, 1e-9):,.0f} tokens/s",
             f"left {describe_seconds(left)}",
             f"CPU {cpu:.0f}%",
-            f"memory {describe_bytes(memory)}",
+            f"memory {format_bytes(memory)}",
             f"grad {report.grad_norm:.2f}",
             f"lr {report.rate:.1e}",
         ]
