@@ -1,6 +1,6 @@
 """How well the ways to run the model agree, in value and in every gradient.
 
-The state makes five ways to compute the same thing (architecture.md section 4): the whole sequence at
+The state makes five ways to compute the same thing (ARCHITECTURE.md, "State"): the whole sequence at
 once, in chunks of any size with the state carried, token by token, rows with resets and left padding
 against the same documents alone, and native kernels against the reference. Each function here returns
 the worst relative error of a pair; ``tests/test_agreement.py`` bounds it.

@@ -11,7 +11,7 @@ __all__ = ["DEFAULT_PRESET", "PRESETS", "ModelConfig"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of an MM-Rec model (letters as in architecture.md).
+    """Sizes of an MM-Rec model (letters as in CONTRIBUTING.md).
 
     Attributes:
         vocab_size: V, rows of the embedding, a multiple of 64; a tokenizer may use fewer ids.

@@ -47,7 +47,7 @@ def document_positions(start: Tensor, reset: Tensor | None, time: int) -> Tensor
 
 
 class MMRecModel(nn.Module):
-    """MM-Rec as architecture.md defines it.
+    """MM-Rec as ARCHITECTURE.md describes it.
 
     Parameters may be float32 throughout, or matrices bfloat16 and the rest float32; activations take the
     type of the embedding, the state's recurrence and long-term memory stay float32.

@@ -54,7 +54,7 @@ class MMRecBlock(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Initialise as architecture.md section 1 says."""
+        """Initialise all weights; the same generator state gives the same ones."""
         config = self.config
         residual_std = 0.02 / math.sqrt(2 * config.n_layers)
         for weight in (self.in_proj, self.decay_proj, self.ffn_up):

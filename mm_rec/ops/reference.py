@@ -63,7 +63,7 @@ def mdi(
     Args:
         decay_logits: (B, T, D).
         decay_bias: (D,).
-        candidate: (B, T, D), z of architecture.md section 1.
+        candidate: (B, T, D), z of the recurrence.
         gate_logits: (B, T, D) or None.
         gate_bias: (D,), given exactly when ``gate_logits`` is.
 
