@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from mm_rec import ops
+from mm_rec import distributed, ops
 from mm_rec.board import Board
 from mm_rec.checkpoint import list_checkpoints
 from mm_rec.config import ModelConfig
@@ -77,9 +77,9 @@ def assemble(
         UserError: if memory or disk don't suffice.
     """
     device = select_device(settings.device)
-    available = available_memory(device)
+    available = available_memory(device) // (distributed.local_size() if device.type == "cpu" else 1)
     parameters = count_parameters(config)
-    found = run.rewind()
+    found = distributed.shared_checkpoint(run.rewind())
     before = found.trainer["runtime"] if found else {}
     runtime = choose_runtime(settings, device, before)
     if before and (changes := differences(before, runtime)):
@@ -88,8 +88,9 @@ def assemble(
     check_memory(
         with_margin(training, 0), available, "that is the model and its optimizer alone: try a smaller --preset"
     )
-    saved = len(list_checkpoints(run.checkpoints))
-    check_disk(run.path, checkpoint_bytes(parameters), plan.keep_checkpoints, saved)
+    if distributed.is_first():
+        saved = len(list_checkpoints(run.checkpoints))
+        check_disk(run.path, checkpoint_bytes(parameters), plan.keep_checkpoints, saved)
 
     keep_freed_memory()
     model = MMRecModel(config, seed=plan.seed)
@@ -120,20 +121,23 @@ def assemble(
         runtime=runtime,
         guard=guard,
         console=console,
-        board=Board(run.path / "tensorboard", run.step + 1) if settings.tensorboard else None,
+        board=Board(run.path / "tensorboard", run.step + 1)
+        if settings.tensorboard and distributed.is_first()
+        else None,
     )
     if found is not None:
         trainer.restore(found)
 
     activations = measure_activations(model, None if plan.stage.mixed else config.experts[0])
-    tokens = plan.batch_size * plan.seq_len
+    tokens = plan.batch_size // distributed.size() * plan.seq_len
     plain, checkpointed = (with_margin(training, one * tokens) for one in (activations.plain, activations.checkpointed))
     model.gradient_checkpointing = settings.gradient_checkpointing == "on" or (
         settings.gradient_checkpointing == "auto" and checkpointed <= available < plain
     )
     needed = checkpointed if model.gradient_checkpointing else plain
     check_memory(needed, available, memory_remedy(plan.batch_size, plan.seq_len))
-    for line in _describe(trainer, data, parameters, needed, available):
+    seconds = _seconds_per_step(trainer, parameters)
+    for line in _describe(trainer, data, parameters, seconds, needed, available):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return trainer
 
@@ -141,11 +145,17 @@ def assemble(
 def choose_runtime(settings: TrainSettings, device: torch.device, before: Mapping[str, Any]) -> dict[str, Any]:
     """Precision, threads and kernels: those asked for, else those that the run had ``before``, else what suits here."""
     precision = before.get("precision", "auto") if settings.precision == "auto" else settings.precision
-    return {
-        "precision": select_precision(precision, device),
-        "threads": set_threads(settings.threads or before.get("threads")),
+    threads = settings.threads
+    if threads is None and before.get("processes", 1) == distributed.size():
+        threads = before.get("threads")
+    if threads is None and distributed.size() > 1:
+        threads = distributed.default_threads()  # torchrun would have one, whatever there is
+    runtime = {
+        "precision": distributed.shared(select_precision(precision, device)),
+        "threads": set_threads(threads),
         "ops": _describe_ops(device),
     }
+    return runtime if distributed.size() == 1 else {**runtime, "processes": distributed.size()}
 
 
 def _describe_ops(device: torch.device) -> str:
@@ -166,19 +176,21 @@ def _bytes_per_token(data: Prepared) -> dict[str, float]:
     return {name: n_bytes / n_tokens for name, (n_bytes, n_tokens) in sizes.items()}
 
 
-def _describe(trainer: Trainer, data: Prepared, parameters: int, needed: int, available: int) -> list[str]:
+def _describe(
+    trainer: Trainer, data: Prepared, parameters: int, seconds: float, needed: int, available: int
+) -> list[str]:
     """What will be trained, on what, and what it takes."""
     plan, runtime, config = trainer.plan, trainer.runtime, trainer.model.config
     tokens = {name: store.n_tokens for name, store in data.train.items()}
     steps = plan.last_step - trainer.at.step
     passes = plan.steps * plan.tokens_per_step / sum(tokens.values())
-    seconds = _seconds_per_step(trainer, parameters)
+    processes = f"{runtime['processes']} processes of " if "processes" in runtime else ""
     checkpointing = ", gradient checkpointing" if trainer.model.gradient_checkpointing else ""
     return [
         f"{plan.stage.name}: {plan.stage.summary}",
         f"  model   {parameters / 1e6:.1f}M parameters: {len(config.experts)} experts of {config.n_layers} blocks, "
         f"{config.d_model} wide, vocabulary {config.vocab_size:,}",
-        f"  runs    on {trainer.device}, {runtime['precision']}, {runtime['threads']} threads, "
+        f"  runs    on {trainer.device}, {runtime['precision']}, {processes}{runtime['threads']} threads, "
         f"{runtime['ops']} kernels{checkpointing}",
         f"  data    {', '.join(f'{name} {count:,} tokens' for name, count in tokens.items())}",
         f"  steps   {plan.steps} of {plan.accumulation} x {plan.batch_size} x {plan.seq_len} tokens "
@@ -194,7 +206,7 @@ def _describe(trainer: Trainer, data: Prepared, parameters: int, needed: int, av
 
 def _seconds_per_step(trainer: Trainer, parameters: int) -> float:
     """Seconds of a step, from the second of two passes over the next batch and a small update."""
-    batch = trainer.batches.micro_batch(trainer.at.step * trainer.plan.accumulation)
+    batch = trainer.feed.take(trainer.batches, trainer.at.step * trainer.plan.accumulation)
     pass_seconds = update_seconds = 0.0
     probe = nn.Parameter(torch.zeros(PROBE_PARAMETERS, device=trainer.device, dtype=trainer.model.dtype))
     optimizer = AdamW([("probe", probe)])

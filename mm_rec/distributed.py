@@ -31,6 +31,7 @@ from mm_rec.data.batches import Batch
 from mm_rec.errors import UserError
 from mm_rec.model import MMRecModel
 from mm_rec.run_folder import RunFolder
+from mm_rec.signals import Interrupted, SignalGuard
 from mm_rec.state import ModelState, detach_state
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "agree",
     "averaged",
     "check_rows",
+    "check_signals",
     "default_threads",
     "first_goes_ahead",
     "gather_rows",
@@ -182,6 +184,14 @@ def shared_checkpoint(found: Checkpoint | None) -> Checkpoint | None:
     return Checkpoint(path, ModelConfig.from_dict(head["config"]), weights, optimizer, carried, head["trainer"], path)
 
 
+def check_signals(guard: SignalGuard) -> None:
+    """Raise :class:`Interrupted` in all processes if a signal came to any of them; each waits for all."""
+    if size() == 1:
+        guard.check()
+    elif signum := agree(guard.requested or 0):
+        raise Interrupted(signum)
+
+
 def check_rows(batch_size: int) -> None:
     """Refuse micro-batches whose rows the processes cannot share evenly.
 
@@ -249,7 +259,7 @@ def averaged(model: MMRecModel) -> Callable[[Batch, ModelState | None], tuple[Te
     loss = _Loss(model)
     if size() == 1:
         return loss
-    return DistributedDataParallel(loss, broadcast_buffers=False, find_unused_parameters=True)
+    return DistributedDataParallel(loss, find_unused_parameters=True)
 
 
 class Follower(RunFolder):

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from mm_rec import checkpoint
+from mm_rec import checkpoint, distributed
 from mm_rec.assembly import assemble, choose_runtime
 from mm_rec.config import ModelConfig
 from mm_rec.data.prepare import Prepared
@@ -67,6 +67,9 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
 
     device = select_device(settings.device)
     plan = make_plan(settings, device.type, sum(store.n_tokens for store in data.train.values()))
+    distributed.check_rows(plan.batch_size)
+    if not distributed.is_first():
+        return _follow_stage(settings, plan, data, guard, console)
     named = checkpoint.load(checkpoint.resolve(settings.resume_from)) if settings.resume_from else None
     start = None if named else _starting_point(settings, data)
     config = named.config if named else _model_config(settings, data, start)
@@ -94,11 +97,25 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
     ) as run:
         if finished := _finished(run, plan):
             say(f"{settings.stage} is finished: {finished}; more --max_steps continue it, --fresh starts anew")
+            distributed.shared({"finished": str(finished)})
             return finished
+        distributed.shared({"model": config.to_dict()})
+        distributed.shared_tensors(start and start.weights)
         trainer = assemble(settings, plan, config, data, start and start.weights, run, guard, console)
         path = trainer.fit()
+    distributed.shared(str(path))
     say(f"{settings.stage}: {trainer.at.step} steps done, saved in {path}")
     return path
+
+
+def _follow_stage(settings: TrainSettings, plan: Plan, data: Prepared, guard: SignalGuard, console: Console) -> Path:
+    """The part of the other processes in :func:`_run_stage`; what they need to know comes from the first one."""
+    word = distributed.shared(None)
+    if "finished" in word:
+        return Path(word["finished"])
+    config, weights = ModelConfig.from_dict(word["model"]), distributed.shared_tensors(None)
+    assemble(settings, plan, config, data, weights, distributed.Follower(), guard, console).fit()
+    return Path(distributed.shared(None))
 
 
 def _check_runtime(settings: TrainSettings, named: checkpoint.Checkpoint, device: torch.device) -> None:

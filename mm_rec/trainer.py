@@ -19,14 +19,17 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from mm_rec import distributed
 from mm_rec.board import Board
 from mm_rec.chat import QUESTIONS, ChatSession, transcript
 from mm_rec.checkpoint import Checkpoint, prune
 from mm_rec.data.batches import Batch, Batches, EvenBatches
+from mm_rec.data.feed import Feed
 from mm_rec.errors import UserError
 from mm_rec.estimate import memory_remedy
 from mm_rec.evaluate import Documents, evaluate
 from mm_rec.generate import Sampling, generate
+from mm_rec.graphs import GraphedPass
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
 from mm_rec.plan import Plan
@@ -100,6 +103,10 @@ class Trainer:
         self.device = model.embedding.weight.device
         self.at = Position()
         self.carried: dict[str, ModelState] = {}
+        self.feed = Feed(self.device, distributed.own_batch)
+        self._loss = distributed.averaged(model)
+        self._graphs: GraphedPass | None = None
+        self._between = guard.check if distributed.size() == 1 else _nothing
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of this stage."""
@@ -109,7 +116,7 @@ class Trainer:
         flat: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in checkpoint.carried.items():
             key, _, rest = name.partition("/")
-            flat[key][rest] = tensor.to(self.device)
+            flat[key][rest] = distributed.own_rows(tensor).to(self.device)
         self.carried = {key: unflatten_state(tensors, self.model.config) for key, tensors in flat.items()}
 
     def fit(self) -> Path:
@@ -150,14 +157,15 @@ class Trainer:
             # Saved first: a failed evaluation loses nothing, and one that was stopped is done again from its start.
             if evaluate_now or self.at.step % plan.checkpoint_interval == 0:
                 self._save()
-            if evaluate_now:
+            if evaluate_now and distributed.is_first():
                 self._evaluate(progress)
-            if evaluate_now and self.at.step > 0:
-                self._sample(progress)
-                draw_losses(self.run.path / METRICS, self.run.path / "loss.png", f"{plan.stage.name}: {self.run.path}")
+                if self.at.step > 0:
+                    self._sample(progress)
+                    title = f"{plan.stage.name}: {self.run.path}"
+                    draw_losses(self.run.path / METRICS, self.run.path / "loss.png", title)
             if last:
                 return
-            self.guard.check()
+            distributed.check_signals(self.guard)
             report = self._take_step()
             if report is not None:
                 self._show(report, progress)
@@ -172,16 +180,19 @@ class Trainer:
             self.board.add(report.step, {f"train/{name}": value for name, value in values.items()})
 
     def micro_batch_loss(self, batch: Batch, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
-        """Loss of a micro-batch, to be differentiated, and the state after it."""
-        output, after = self.model(
-            batch.tokens.to(self.device),
-            state,
-            batch.domain,
-            batch.reset.to(self.device),
-            targets=batch.targets.to(self.device),
-            weight=batch.weight.to(self.device),
-        )
-        return output.loss, after
+        """Loss of a micro-batch on the device, to be differentiated, and the state after it."""
+        loss, after = self._loss(batch, state)
+        return loss, after
+
+    def _pass_by_graphs(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState] | None:
+        """Forward and backward of a micro-batch in one launch, where that can be: on one GPU, every block run once."""
+        if self.device.type == "cpu" or distributed.size() > 1 or self.model.gradient_checkpointing:
+            return None
+        if self._graphs is None:
+            count = self.plan.accumulation
+            parameters = list(self.model.parameters())
+            self._graphs = GraphedPass(self.micro_batch_loss, parameters, 1 / count, keep=count > 1)
+        return self._graphs(batch, state)
 
     def _take_step(self) -> StepReport | None:
         """One optimizer step; None if it was left out, rolled back or given up half way for a signal."""
@@ -196,25 +207,34 @@ class Trainer:
         assert batches is not None, "the plan has steps for the fusion alone and there are no batches for them"
         carry = plan.stage.layout == "lanes" and not fusion_only
         carried = dict(self.carried) if carry else {}
-        losses: dict[str, list[float]] = defaultdict(list)
-        for part in range(plan.accumulation):
-            if part and self.guard.requested is not None:
+        parts: list[tuple[str, Tensor]] = []
+        for index in range((step - 1) * plan.accumulation, step * plan.accumulation):
+            if parts and distributed.size() == 1 and self.guard.requested is not None:
                 self.optimizer.zero_grad()
                 return None
-            batch = batches.micro_batch((step - 1) * plan.accumulation + part)
+            batch = self.feed.take(batches, index)
             key = batch.domain or MIXED
-            loss, state = self.micro_batch_loss(batch, carried.get(key))
-            (loss / plan.accumulation).backward()
+            done = self._pass_by_graphs(batch, carried.get(key))
+            if done is None:
+                done = self.micro_batch_loss(batch, carried.get(key))
+                (done[0] / plan.accumulation).backward()
+            loss, state = done
             self.optimizer.accumulate()
-            losses[key].append(float(loss.detach()))
+            parts.append((key, loss.detach()))
             if carry:
                 carried[key] = map_state(state, _keep)
-        means = {key: sum(values) / len(values) for key, values in losses.items()}
         rate = plan.rate_at(step) * self.at.rate_scale
-        trouble, norm = self.at.trouble(means), math.nan
-        if trouble is None:
-            norm = float(self.optimizer.step(rate, plan.clip or math.inf))
-            trouble = None if math.isfinite(norm) else f"the norm of the gradient is {norm}"
+        numbers = distributed.mean_(torch.stack([loss for _, loss in parts]))
+        numbers = torch.cat([numbers, self.optimizer.step(rate, plan.clip or math.inf).view(1)])
+        self.feed.prefetch(batches, step * plan.accumulation)
+        *values, norm = numbers.tolist()  # the one time in a step that the device is waited for
+        losses: dict[str, list[float]] = defaultdict(list)
+        for (key, _), value in zip(parts, values, strict=True):
+            losses[key].append(value)
+        means = {key: sum(some) / len(some) for key, some in losses.items()}
+        trouble = self.at.trouble(means)
+        if trouble is None and not math.isfinite(norm):
+            trouble = f"the norm of the gradient is {norm}"
         if trouble is not None:
             self._roll_back(step, trouble)
             return None
@@ -222,7 +242,7 @@ class Trainer:
         self.at.step = step
         self.at.tokens += plan.tokens_per_step
         self.at.remember(means)
-        total = sum(sum(values) for values in losses.values()) / plan.accumulation
+        total = sum(sum(some) for some in losses.values()) / plan.accumulation
         bits = sum(len(losses[key]) * means[key] / self.bytes_per_token[key] for key in means)
         bits /= plan.accumulation * math.log(2)
         self.run.log_loss(step, total)
@@ -246,7 +266,7 @@ class Trainer:
                 f"the last good checkpoint is in {self.run.checkpoints}; start anew with a lower --lr "
                 f"(the peak was {self.plan.rate:.1e})"
             )
-        checkpoint = self.run.rewind()
+        checkpoint = distributed.shared_checkpoint(self.run.rewind())
         assert checkpoint is not None, "a run saves its start"
         self.restore(checkpoint)
         self.at.skipped, self.at.rate_scale = skipped, scale
@@ -259,7 +279,7 @@ class Trainer:
         carried = {
             f"{key}/{name}": tensor
             for key, state in self.carried.items()
-            for name, tensor in flatten_state(state).items()
+            for name, tensor in distributed.gather_rows(flatten_state(state)).items()
         }
         path = self.run.save(
             self.at.step,
@@ -270,7 +290,8 @@ class Trainer:
             trainer={"position": asdict(self.at), "runtime": self.runtime, "steps": self.plan.steps},
             tokenizer=self.tokenizer,
         )
-        prune(self.run.checkpoints, self.plan.keep_checkpoints)
+        if distributed.is_first():
+            prune(self.run.checkpoints, self.plan.keep_checkpoints)
         return path
 
     def _evaluate(self, progress: Progress) -> None:
@@ -290,14 +311,14 @@ class Trainer:
         progress.message(f"validation at step {self.at.step}, bits per byte: {', '.join(shown)}")
 
     def _score(self, name: str, domain: str | None) -> float:
-        return evaluate(self.model, self.valid[name], domain, between=self.guard.check).bits_per_byte
+        return evaluate(self.model, self.valid[name], domain, between=self._between).bits_per_byte
 
     def _sample(self, progress: Progress) -> None:
         """A short text of each domain, or a conversation: the same for the same seed and step."""
         sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, seed=(self.plan.seed * 1_000_003 + self.at.step) % 2**63)
         if self.plan.stage.conversations:
             session = ChatSession.start(self.model, self.tokenizer, sampling=sampling)
-            sample = transcript(session, QUESTIONS, self.guard.check)
+            sample = transcript(session, QUESTIONS, self._between)
         else:
             sample = self._continue_texts(sampling)
         write_atomic(self.run.samples / f"step_{self.at.step:06d}.txt", sample.encode("utf-8", "replace"))
@@ -311,10 +332,14 @@ class Trainer:
             prompt, domain = PROMPTS.get(name, ""), None if self.plan.stage.mixed else name
             pieces = [prompt]
             for piece in generate(self.model, self.tokenizer, prompt, sampling, domain):
-                self.guard.check()
+                self._between()
                 pieces.append(piece)
             texts.append(f"[{name}] {''.join(pieces)}")
         return "\n\n".join(texts) + "\n"
+
+
+def _nothing() -> None:
+    """Not even a look at signals: what one process alone does must not end in it alone."""
 
 
 def _keep(tensor: Tensor) -> Tensor:

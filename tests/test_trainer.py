@@ -159,9 +159,9 @@ def test_half_a_step_is_given_up_for_a_signal(data: Prepared, tmp_path: Path, mo
     assert content(run, 4) == content(tmp_path / "whole" / "stage1", 4)
 
 
-@pytest.mark.parametrize("work", ["evaluate", "generate"])
+@pytest.mark.parametrize(("work", "step"), [("evaluate", 0), ("generate", 4)])
 def test_a_signal_in_the_evaluation_leaves_the_step_before_it(
-    data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str
+    data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str, step: int
 ) -> None:
     wanted = {"eval_interval": 4, "checkpoint_interval": 3}
     train(data, settings(tmp_path / "whole", **wanted))
@@ -176,7 +176,7 @@ def test_a_signal_in_the_evaluation_leaves_the_step_before_it(
         with pytest.raises(Interrupted) as stop:
             train(data, settings(tmp_path / "stopped", **wanted))
     assert stop.value.exit_code == 143
-    assert checkpoint.newest_valid(tmp_path / "stopped" / "stage1" / "checkpoints").name == "step_000004"
+    assert checkpoint.newest_valid(tmp_path / "stopped" / "stage1" / "checkpoints").name == f"step_{step:06d}"
     train(data, settings(tmp_path / "stopped", **wanted))
     assert content(tmp_path / "stopped" / "stage1", 10) == content(tmp_path / "whole" / "stage1", 10)
 

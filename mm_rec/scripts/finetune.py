@@ -45,14 +45,14 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     add_arguments(parser, FinetuneSettings, without=NOT_HERE)
     settings = from_arguments(FinetuneSettings, parser.parse_args(arguments))
 
-    from rich.console import Console
-
+    from mm_rec import distributed
     from mm_rec.finetune import conversations_of, finetune
     from mm_rec.signals import SignalGuard
 
     conversations = conversations_of(settings.task, settings.data, settings.data_dir)
-    with SignalGuard() as guard:
-        finetune(dataclasses.replace(settings, stage=settings.task), conversations, guard, Console())
+    with SignalGuard() as guard, distributed.joined(settings.device):
+        console = distributed.make_console()
+        finetune(dataclasses.replace(settings, stage=settings.task), conversations, guard, console)
     return 0
 
 

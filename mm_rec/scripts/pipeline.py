@@ -57,8 +57,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 
 def run(settings: PipelineSettings) -> int:
     """Run the pipeline; returns the exit code."""
-    from rich.console import Console
-
+    from mm_rec import distributed
     from mm_rec.finetune import conversations_of, finetune
     from mm_rec.launch import train_stages
     from mm_rec.scripts.training import load_data
@@ -66,16 +65,18 @@ def run(settings: PipelineSettings) -> int:
 
     named = {"instruct": settings.instruct_data, "chat": settings.chat_data}
     conversations = {task: conversations_of(task, named[task], settings.data_dir) for task in FINETUNING}
-    console = Console()
-    with SignalGuard() as guard:
+    with SignalGuard() as guard, distributed.joined(settings.device):
+        console = distributed.make_console()
         path = train_stages(settings, load_data(settings, console), guard, console)
-        _write_transcript("pretrain", path, settings, console)
+        if distributed.is_first():
+            _write_transcript("pretrain", path, settings, console)
         for task in FINETUNING:
             guard.check()
             path = finetune(
                 dataclasses.replace(settings, stage=task, init_from=path), conversations[task], guard, console
             )
-            _write_transcript(task, path, settings, console)
+            if distributed.is_first():
+                _write_transcript(task, path, settings, console)
     return 0
 
 

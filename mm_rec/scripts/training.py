@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mm_rec import distributed
 from mm_rec.config import ModelConfig
 from mm_rec.data.download_data import Request, download
 from mm_rec.data.files import find_files
@@ -27,17 +28,17 @@ def train(settings: TrainSettings, request: Request | None = None) -> int:
         settings: of the command.
         request: what to download if that is asked for and nothing is there; None for the default sources.
     """
-    console = Console()
-    with SignalGuard() as guard:
+    with SignalGuard() as guard, distributed.joined(settings.device):
+        console = distributed.make_console()
         path = train_stages(settings, load_data(settings, console, request), guard, console)
-    run = path.parent.parent
-    console.print(
-        f"\nloss picture: {run / 'loss.png'}\nsamples: {run / 'samples'}\n"
-        f'try it: mm-rec generate --model {run} --prompt "The "',
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+        run = path.parent.parent
+        console.print(
+            f"\nloss picture: {run / 'loss.png'}\nsamples: {run / 'samples'}\n"
+            f'try it: mm-rec generate --model {run} --prompt "The "',
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     return 0
 
 
@@ -47,12 +48,12 @@ def load_data(settings: TrainSettings, console: Console, request: Request | None
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    folder = settings.data_dir
-    if settings.use_synthetic:
-        folder = folder / "synthetic"
-        write_synthetic(folder, settings.max_samples or DEFAULT_SAMPLES)
-    elif settings.download_data:
-        _download_missing(folder, settings.max_samples, request or Request({}), say)
+    folder = settings.data_dir / "synthetic" if settings.use_synthetic else settings.data_dir
+    with distributed.first_goes_ahead():
+        if settings.use_synthetic:
+            write_synthetic(folder, settings.max_samples or DEFAULT_SAMPLES)
+        elif settings.download_data:
+            _download_missing(folder, settings.max_samples, request or Request({}), say)
     return prepare(
         folder,
         ModelConfig.preset(settings.preset).vocab_size,
