@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["UserError"]
+__all__ = ["SettingError", "UserError"]
 
 
 class UserError(Exception):
@@ -10,3 +10,7 @@ class UserError(Exception):
 
     Command-line programs print ``error: <message>`` and exit with code 2.
     """
+
+
+class SettingError(UserError, ValueError):
+    """A value that a user set, in the environment say, is not one of those that can be."""

@@ -30,7 +30,7 @@ TOKENS, WIDTH, HIDDEN = 1024, 512, 2048  # the widest product of a block of `100
 FEWER_THREADS_PAY = 1.1
 """By how much fewer threads, or the other precision, have to be faster to be chosen."""
 QUIET_LOAD = 0.5
-"""Busy threads per core up to which what was measured is worth keeping."""
+"""Busy threads per core up to which a measurement says something about the machine."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ def _cores() -> int:
 def tune(has_bf16: bool) -> Tuning:
     """The choice for this machine, from the cache or measured now; threads and precision are left as they are.
 
+    A busy machine is not measured: all threads, and bfloat16 if the processor has it.
+
     Args:
         has_bf16: whether the processor has instructions for bfloat16; if not, it is not tried.
     """
@@ -72,13 +74,12 @@ def tune(has_bf16: bool) -> Tuning:
     kept = _read_cache()
     with contextlib.suppress(KeyError, TypeError):
         return Tuning(**kept[machine])
-    if len(candidates) == 1 and not has_bf16:
-        return Tuning(threads, False, {})
+    if (len(candidates) == 1 and not has_bf16) or os.getloadavg()[0] > QUIET_LOAD * _cores():
+        return Tuning(threads, has_bf16, {})  # the rounding of a run must not hang on what else the machine does
     found = _choose(_measure(candidates, ["fp32", *(["bf16"] if has_bf16 else [])]), candidates, has_bf16)
-    if os.getloadavg()[0] <= QUIET_LOAD * _cores():
-        with contextlib.suppress(OSError):  # a home that cannot be written to costs a second at every start
-            cache_file().parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(cache_file(), (json.dumps({**kept, machine: asdict(found)}, indent=1) + "\n").encode())
+    with contextlib.suppress(OSError):  # a home that cannot be written to costs a second at every start
+        cache_file().parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(cache_file(), (json.dumps({**kept, machine: asdict(found)}, indent=1) + "\n").encode())
     return found
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from mm_rec.errors import SettingError
+
 __all__ = [
     "BACKENDS",
     "DeviceStatus",
@@ -122,7 +124,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 def _from_environment() -> str | None:
     name = os.environ.get("MM_REC_BACKEND") or None
     if name is not None and name not in BACKENDS:
-        raise ValueError(f"MM_REC_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+        raise SettingError(f"MM_REC_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch  # noqa: F401 - loads PyTorch's OpenMP runtime first, which the library then shares
 
 from mm_rec.cpp.build import CPU_LIBRARY
+from mm_rec.errors import SettingError
 from mm_rec.ops.backend import NativeUnavailableError
 
 __all__ = ["LEVELS", "LIBRARY_PATH", "CpuLibrary", "openmp_runtimes"]
@@ -109,9 +110,9 @@ def _choose_level(best: int) -> str:
     if not name:
         return LEVELS[best]
     if name not in LEVELS:
-        raise ValueError(f"MM_REC_CPU_LEVEL must be one of {', '.join(LEVELS)}, got {name!r}")
+        raise SettingError(f"MM_REC_CPU_LEVEL must be one of {', '.join(LEVELS)}, got {name!r}")
     if LEVELS.index(name) > best:
-        raise ValueError(f"MM_REC_CPU_LEVEL={name}: this processor supports at most {LEVELS[best]}")
+        raise SettingError(f"MM_REC_CPU_LEVEL={name}: this processor supports at most {LEVELS[best]}")
     return name
 
 
