@@ -199,7 +199,8 @@ def generate(
     """
     generator = torch.Generator().manual_seed(sampling.seed)
     seen = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    barred = [i for i in tokenizer.control_ids.values() if i != tokenizer.eos_id]
+    ends = (tokenizer.eos_id, tokenizer.end_id)  # as the folder's generation_config.json has it
+    barred = [i for i in tokenizer.control_ids.values() if i not in ends]
     stream = TextStream(tokenizer, sampling.stop)
     logits, state = read_prompt(model, seen, domain)
     for _ in range(sampling.max_new_tokens):
@@ -207,7 +208,7 @@ def generate(
         logits[barred] = -torch.inf
         logits[tokenizer.vocab_size :] = -torch.inf
         token = next_token(logits, sampling, generator, seen)
-        if token == tokenizer.eos_id:
+        if token in ends:
             break
         seen.append(token)
         if piece := stream.push(token):

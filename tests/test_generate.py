@@ -121,7 +121,8 @@ def test_same_seed_same_text_and_another_seed_another(model: MMRecModel, tokeniz
 def test_control_tokens_and_padding_rows_never_come(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig(tokenizer.padded_vocab_size, d_model=32, n_heads=2, n_layers=3, d_ff=32, window=16, slots=4)
     model = MMRecModel(config)
-    barred = [i for i in tokenizer.control_ids.values() if i != tokenizer.eos_id]
+    ends = (tokenizer.eos_id, tokenizer.end_id)
+    barred = [i for i in tokenizer.control_ids.values() if i not in ends]
     barred += range(tokenizer.vocab_size, config.vocab_size)
     with torch.no_grad():
         model.embedding.weight[barred] *= 1000  # one of them is the likeliest by far wherever its sign is right
@@ -133,12 +134,15 @@ def test_control_tokens_and_padding_rows_never_come(tokenizer: Tokenizer, monkey
 
     monkeypatch.setattr("mm_rec.generate.next_token", record)
     list(generate(model, tokenizer, "a", Sampling(max_new_tokens=50, temperature=2), None))
-    assert len(drawn) == 50 or drawn[-1] == tokenizer.eos_id
+    assert len(drawn) == 50 or drawn[-1] in ends
     assert not set(drawn) & set(barred)
 
 
-def test_generation_ends_at_eos(model: MMRecModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mm_rec.generate.next_token", lambda *_: tokenizer.eos_id)
+@pytest.mark.parametrize("end", ["eos_id", "end_id"])
+def test_generation_ends_at_eos_and_where_an_answer_ends(
+    model: MMRecModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr("mm_rec.generate.next_token", lambda *_: getattr(tokenizer, end))
     assert list(generate(model, tokenizer, "a", Sampling(), "text")) == []
 
 

@@ -209,7 +209,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
                 prompt,
                 sampling,
                 deadline,
-                ends=frozenset({tokenizer.eos_id}),
+                ends=frozenset({tokenizer.end_id, tokenizer.eos_id}),
                 n=body.n or 1,
                 penalise_prompt=True,
                 top_logprobs=body.logprobs,

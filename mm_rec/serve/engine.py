@@ -303,7 +303,7 @@ class Engine:
         row.drawn += 1
         scores = () if job.top_logprobs is None else tuple(self._score(logits[None], [token], job.top_logprobs))
         if token in job.ends:
-            row.ticket.listener(Output(row.choice, drawn=1))
+            row.ticket.listener(Output(row.choice, drawn=1, scores=scores))  # as many scores as tokens drawn
             self._finish(row, "stop")
             return
         row.pending = [token]
