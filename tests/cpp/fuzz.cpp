@@ -344,11 +344,12 @@ static void fuzz_step(Source& from) {
     Block<int64_t> tokens(from, batch), position(from, batch);
     fill_positions(from, 1, batch, p.window, position);
     for (int64_t b = 0; b < batch; ++b) tokens.data[b] = int64_t(from.values() % p.vocabulary) - (wild && b == 0);
-    Floats h(from, n), h_after(from, n), scratch(from, step_scratch(p, batch, threads)), logits(from, batch * p.vocabulary);
+    Floats h(from, n), h_after(from, n), logits(from, batch * p.vocabulary);
+    const Scratch scratch(step_scratch(p, batch, threads));
     Block<T> ring(from, memories * 2 * batch * capacity * p.width);
     Floats key(from, slots * (p.width / p.heads)), value(from, slots * (p.width / p.heads)), mass(from, slots);
     const StepState state{position, h, in_place ? h.data : h_after.data, ring, capacity, offset, {key, value, mass}};
-    step(p, state, batch, tokens, logits, scratch, threads);
+    step(p, state, batch, tokens, logits, scratch.data, threads);
 }
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {

@@ -1,7 +1,7 @@
 // One token of each sequence through the whole model: the experts that run, their fusion, the output head.
 //
-// All threads walk through the same phases, each with its own rows of a matrix or its own heads, and meet at a barrier
-// after each; every weight is read once. The residual stream stays float32, and right sides of products are kept as
+// All threads walk through the same phases (step_phases.h) and share the rows of a matrix, or the heads, of each; every
+// weight is read once. The residual stream stays float32, and right sides of products are kept as
 // float32 or, where the processor multiplies pairs of it and the activations are that, bfloat16. The norm before a
 // product has no gain, so it is a factor of the product.
 #pragma once
@@ -10,6 +10,7 @@
 
 #include "mdi.h"
 #include "step_attention.h"
+#include "step_phases.h"
 #include "step_product.h"
 
 namespace mm_rec {
@@ -56,15 +57,6 @@ MM_INLINE vf gelu(vf x) {
     return x < 0.0f ? tail : x - tail;
 }
 
-// A thread's share of n things, in whole units.
-struct Share {
-    int64_t begin, end;
-    Share(int64_t n, int64_t unit, int64_t thread, int64_t threads) {
-        const int64_t units = (n + unit - 1) / unit;
-        begin = min64(n, units * thread / threads * unit);
-        end = min64(n, units * (thread + 1) / threads * unit);
-    }
-};
 constexpr int64_t STEP_UNIT = 16;  // rows: no vector of results has two owners
 
 // Right sides of products: a row of n elements for each sequence, filled up with zeros.
@@ -84,17 +76,22 @@ struct Vectors {
 
 template <class X>
 struct StepBuffers {
+    StepPhase* phases;
     int64_t wide_row;
     float *x, *wide, *narrow;  // (batch, width), the residual stream; results of products, (batch, wide_row or width)
     Vectors<X> stream, read, decay, hidden, outputs;
 
     StepBuffers(const StepPlan& p, int64_t batch, Parts& parts)
-        : wide_row(max64(3 * p.width + p.decay_width, p.hidden)), x(parts.take(batch * p.width)),
+        : phases(reinterpret_cast<StepPhase*>(parts.take(phase_count(p) * int64_t(sizeof(StepPhase) / sizeof(float))))),
+          wide_row(max64(3 * p.width + p.decay_width, p.hidden)), x(parts.take(batch * p.width)),
           wide(parts.take(batch * wide_row)), narrow(parts.take(batch * p.width)), stream(batch, p.width, parts),
           read(batch, p.width, parts), decay(batch, p.decay_width, parts), hidden(batch, p.hidden, parts),
           outputs(batch, p.experts * p.width, parts) {}
 
-    void clear_ends(int64_t batch) const {
+    static int64_t phase_count(const StepPlan& p) { return p.experts * (2 + 8 * p.blocks) + 3; }
+
+    void clear(const StepPlan& p, int64_t batch) const {
+        memset(phases, 0, phase_count(p) * sizeof(StepPhase));
         stream.clear_ends(batch);
         read.clear_ends(batch);
         decay.clear_ends(batch);
@@ -110,6 +107,7 @@ template <class X>
 struct StepThreadBuffers {
     X* widened;  // STEP_ROWS rows of any matrix
     float *rms, *fed_back, *h, *alpha;
+    int64_t rms_phase = 0;  // that rms was computed in; phases count from 1
     StepAttentionScratch attention;
     StepThreadBuffers(const StepPlan& p, int64_t batch, Parts& parts)
         : widened(reinterpret_cast<X*>(parts.take(STEP_ROWS * longest_row(p)))),
@@ -135,57 +133,58 @@ struct StepWorker {
     float* logits;
     const StepBuffers<X>& w;
     StepThreadBuffers<X>& own;
-    const int64_t thread, threads;
-
-    Share share(int64_t n, int64_t unit) const { return Share(n, unit, thread, threads); }
+    StepWalk walk;
 
     void multiply(const StepMatrix& m, const Share& rows, const Vectors<X>& from, const float* scale, float* out,
                   int64_t out_row) const {
         step_product(m, batch, rows.begin, rows.end, from.n, from.data, from.pitch, scale, out, out_row, own.widened);
     }
 
-    // The factors of the norm of the residual stream; every thread computes all of them, which takes no barrier.
-    const float* norms() const {
-        for (int64_t b = 0; b < batch; ++b) own.rms[b] = inverse_rms(p.width, w.x + b * p.width);
+    // The factors of the norm of the residual stream; every thread that needs them computes them, which takes no phase.
+    const float* norms() {
+        if (own.rms_phase != walk.phase) {
+            for (int64_t b = 0; b < batch; ++b) own.rms[b] = inverse_rms(p.width, w.x + b * p.width);
+            own.rms_phase = walk.phase;
+        }
         return own.rms;
     }
 
-    void embed() const {
-        const Share rows = share(batch, 1);
-        for (int64_t b = rows.begin; b < rows.end; ++b) {
-            float* x = w.x + b * p.width;
-            step_read_row(p.embedding, tokens[b], p.width, x);
-            store_row(p.width, x, x, inverse_rms(p.width, x));
-            store_row(p.width, x, w.stream[b]);
-        }
-#pragma omp barrier
+    void embed() {
+        walk.share(batch, 1, [&](Share rows) {
+            for (int64_t b = rows.begin; b < rows.end; ++b) {
+                float* x = w.x + b * p.width;
+                step_read_row(p.embedding, tokens[b], p.width, x);
+                store_row(p.width, x, x, inverse_rms(p.width, x));
+                store_row(p.width, x, w.stream[b]);
+            }
+        });
     }
 
     // The residual stream += matrix times what was read.
-    void add_product(const StepMatrix& m, const Vectors<X>& from) const {
-        const Share rows = share(p.width, STEP_UNIT);
-        multiply(m, rows, from, nullptr, w.narrow, p.width);
-        for (int64_t b = 0; b < batch; ++b)
-            for (int64_t i = rows.begin; i < rows.end; i += W) {
-                const int64_t left = rows.end - i, at = b * p.width + i;
-                const vf x = load(w.x + at, left) + load(w.narrow + at, left);
-                store(w.x + at, x, left);
-                store(w.stream[b] + i, x, left);
-            }
-#pragma omp barrier
+    void add_product(const StepMatrix& m, const Vectors<X>& from) {
+        walk.share(p.width, STEP_UNIT, [&](Share rows) {
+            multiply(m, rows, from, nullptr, w.narrow, p.width);
+            for (int64_t b = 0; b < batch; ++b)
+                for (int64_t i = rows.begin; i < rows.end; i += W) {
+                    const int64_t left = rows.end - i, at = b * p.width + i;
+                    const vf x = load(w.x + at, left) + load(w.narrow + at, left);
+                    store(w.x + at, x, left);
+                    store(w.stream[b] + i, x, left);
+                }
+        });
     }
 
     // The wide product of a block's input; what the decay's hidden layer says goes through gelu at once.
-    void project(const StepBlock& block) const {
-        const int64_t first = 3 * p.width, n = first + p.decay_width;
-        const Share rows = share(n, STEP_UNIT);
-        multiply(block.in_proj, rows, w.stream, norms(), w.wide, w.wide_row);
-        for (int64_t b = 0; b < batch; ++b)
-            for (int64_t i = max64(rows.begin, first); i < rows.end; i += W) {
-                const int64_t left = rows.end - i;
-                store(w.decay[b] + i - first, gelu(load(w.wide + b * w.wide_row + i, left)), left);
-            }
-#pragma omp barrier
+    void project(const StepBlock& block) {
+        const int64_t first = 3 * p.width;
+        walk.share(first + p.decay_width, STEP_UNIT, [&](Share rows) {
+            multiply(block.in_proj, rows, w.stream, norms(), w.wide, w.wide_row);
+            for (int64_t b = 0; b < batch; ++b)
+                for (int64_t i = max64(rows.begin, first); i < rows.end; i += W) {
+                    const int64_t left = rows.end - i;
+                    store(w.decay[b] + i - first, gelu(load(w.wide + b * w.wide_row + i, left)), left);
+                }
+        });
     }
 
     // One head of sequence b: decay, gate, recurrence and the gated readout.
@@ -213,24 +212,23 @@ struct StepWorker {
     }
 
     // All heads; with more threads than heads, several share the sequences of a head.
-    void recur_all(const StepBlock& block, int64_t index) const {
-        const int64_t d = p.d(), groups = min64(batch, (threads + p.heads - 1) / p.heads);
-        const Share tasks = share(p.heads * groups, 1);
-        for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-            const int64_t head = task / groups;
-            const Share rows(batch, 1, task % groups, groups);
-            step_product(block.decay_proj, rows.end - rows.begin, head * d, (head + 1) * d, p.decay_width,
-                         w.decay[rows.begin], w.decay.pitch, nullptr, w.narrow + rows.begin * p.width, p.width,
-                         own.widened);
-            for (int64_t b = rows.begin; b < rows.end; ++b) recur(block, index, b, head);
-        }
-#pragma omp barrier
+    void recur_all(const StepBlock& block, int64_t index) {
+        const int64_t d = p.d(), groups = min64(batch, (walk.threads + p.heads - 1) / p.heads);
+        walk.share(p.heads * groups, 1, [&](Share tasks) {
+            for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+                const int64_t head = task / groups, group = task % groups;
+                const int64_t first = batch * group / groups, end = batch * (group + 1) / groups;
+                step_product(block.decay_proj, end - first, head * d, (head + 1) * d, p.decay_width, w.decay[first],
+                             w.decay.pitch, nullptr, w.narrow + first * p.width, p.width, own.widened);
+                for (int64_t b = first; b < end; ++b) recur(block, index, b, head);
+            }
+        });
     }
 
-    void attend(const StepBlock& block, int64_t index) const {
-        const Share rows = share(3 * p.width, STEP_UNIT);
-        multiply(block.qkv_proj, rows, w.stream, norms(), w.wide, 3 * p.width);
-#pragma omp barrier
+    void attend(const StepBlock& block, int64_t index) {
+        walk.share(3 * p.width, STEP_UNIT, [&](Share rows) {
+            multiply(block.qkv_proj, rows, w.stream, norms(), w.wide, 3 * p.width);
+        });
         const int64_t stride = state.capacity * p.width, memory = index * batch * p.heads * p.slots;
         T* k = static_cast<T*>(state.ring) + 2 * index * batch * stride + state.offset * p.width;
         const Memory<float>& all = state.memory;
@@ -238,51 +236,51 @@ struct StepWorker {
                                   w.wide, k, k + batch * stride, stride,
                                   {all.key + memory * p.d(), all.value + memory * p.d(), all.mass + memory},
                                   state.position};
-        const Share tasks = share(batch * p.heads, 1);
-        for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-            const int64_t b = task / p.heads, head = task % p.heads;
-            step_attend(in, b, head, w.read[b] + head * p.d(), own.attention);
-        }
-#pragma omp barrier
+        walk.share(batch * p.heads, 1, [&](Share tasks) {
+            for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+                const int64_t b = task / p.heads, head = task % p.heads;
+                step_attend(in, b, head, w.read[b] + head * p.d(), own.attention);
+            }
+        });
         add_product(block.attention_out, w.read);
     }
 
-    void feed_forward(const StepBlock& block) const {
-        const Share rows = share(p.hidden, STEP_UNIT);
-        multiply(block.ffn_up, rows, w.stream, norms(), w.wide, p.hidden);
-        for (int64_t b = 0; b < batch; ++b)
-            for (int64_t i = rows.begin; i < rows.end; i += W) {
-                const vf r = at_least(load(w.wide + b * p.hidden + i, rows.end - i), 0.0f);
-                store(w.hidden[b] + i, r * r, rows.end - i);
-            }
-#pragma omp barrier
+    void feed_forward(const StepBlock& block) {
+        walk.share(p.hidden, STEP_UNIT, [&](Share rows) {
+            multiply(block.ffn_up, rows, w.stream, norms(), w.wide, p.hidden);
+            for (int64_t b = 0; b < batch; ++b)
+                for (int64_t i = rows.begin; i < rows.end; i += W) {
+                    const vf r = at_least(load(w.wide + b * p.hidden + i, rows.end - i), 0.0f);
+                    store(w.hidden[b] + i, r * r, rows.end - i);
+                }
+        });
         add_product(block.ffn_down, w.hidden);
     }
 
-    // Mixes the experts' normed outputs and leaves the product with W_m in the residual stream, already normed.
-    void fuse() const {
+    // Mixes the experts' normed outputs and leaves the product with W_m in the stream, which is then normed already.
+    void fuse() {
         const int64_t n = p.experts;
-        const Share own_rows = share(batch, 1);
-        for (int64_t b = own_rows.begin; b < own_rows.end; ++b) {
-            step_product(p.fusion_gate, 1, 0, n, n * p.width, w.outputs[b], 0, nullptr, own.alpha, 0, own.widened);
-            const float total = step_softmax(n, own.alpha);
-            for (int64_t i = 0; i < p.width; i += W) {
-                vf mixed = {};
-                for (int64_t e = 0; e < n; ++e)
-                    mixed += load(w.outputs[b] + e * p.width + i, p.width - i) * (own.alpha[e] / total);
-                store(w.read[b] + i, mixed, p.width - i);
+        walk.share(batch, 1, [&](Share rows) {
+            for (int64_t b = rows.begin; b < rows.end; ++b) {
+                step_product(p.fusion_gate, 1, 0, n, n * p.width, w.outputs[b], 0, nullptr, own.alpha, 0, own.widened);
+                const float total = step_softmax(n, own.alpha);
+                for (int64_t i = 0; i < p.width; i += W) {
+                    vf mixed = {};
+                    for (int64_t e = 0; e < n; ++e)
+                        mixed += load(w.outputs[b] + e * p.width + i, p.width - i) * (own.alpha[e] / total);
+                    store(w.read[b] + i, mixed, p.width - i);
+                }
             }
-        }
-#pragma omp barrier
-        const Share rows = share(p.width, STEP_UNIT);
-        multiply(p.fusion_mix, rows, w.read, nullptr, w.x, p.width);
-        for (int64_t b = 0; b < batch; ++b)
-            for (int64_t i = rows.begin; i < rows.end; i += W)
-                store(w.stream[b] + i, load(w.x + b * p.width + i, rows.end - i), rows.end - i);
-#pragma omp barrier
+        });
+        walk.share(p.width, STEP_UNIT, [&](Share rows) {
+            multiply(p.fusion_mix, rows, w.read, nullptr, w.x, p.width);
+            for (int64_t b = 0; b < batch; ++b)
+                for (int64_t i = rows.begin; i < rows.end; i += W)
+                    store(w.stream[b] + i, load(w.x + b * p.width + i, rows.end - i), rows.end - i);
+        });
     }
 
-    void expert(int64_t e) const {
+    void expert(int64_t e) {
         embed();
         int64_t memory = e * p.memory_blocks;
         for (int64_t i = e * p.blocks; i < (e + 1) * p.blocks; ++i) {
@@ -294,19 +292,20 @@ struct StepWorker {
             feed_forward(block);
         }
         if (p.experts == 1) return;
-        const Share rows = share(batch, 1);
-        for (int64_t b = rows.begin; b < rows.end; ++b) {
-            const float* x = w.x + b * p.width;
-            store_row(p.width, x, w.outputs[b] + e * p.width, inverse_rms(p.width, x));
-        }
-#pragma omp barrier
+        walk.share(batch, 1, [&](Share rows) {
+            for (int64_t b = rows.begin; b < rows.end; ++b) {
+                const float* x = w.x + b * p.width;
+                store_row(p.width, x, w.outputs[b] + e * p.width, inverse_rms(p.width, x));
+            }
+        });
     }
 
-    void run() const {
+    void run() {
         for (int64_t e = 0; e < p.experts; ++e) expert(e);
         if (p.experts > 1) fuse();
-        const Share rows = share(p.vocabulary, STEP_UNIT);
-        multiply(p.embedding, rows, w.stream, p.experts > 1 ? nullptr : norms(), logits, p.vocabulary);
+        walk.share(p.vocabulary, STEP_UNIT, [&](Share rows) {
+            multiply(p.embedding, rows, w.stream, p.experts > 1 ? nullptr : norms(), logits, p.vocabulary);
+        });
     }
 };
 
@@ -315,7 +314,7 @@ static void step_run(const StepPlan& p, const StepState& state, int64_t batch, c
                      float* scratch, int threads) {
     Parts parts(scratch);
     const StepBuffers<X> w(p, batch, parts);
-    w.clear_ends(batch);
+    w.clear(p, batch);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int64_t thread = omp_get_thread_num();
@@ -323,7 +322,7 @@ static void step_run(const StepPlan& p, const StepState& state, int64_t batch, c
         mine.used = parts.used;
         StepThreadBuffers<X> own(p, batch, mine);
         for (int64_t i = 0; i < thread; ++i) own = StepThreadBuffers<X>(p, batch, mine);
-        StepWorker<T, X>{p, state, batch, tokens, logits, w, own, thread, omp_get_num_threads()}.run();
+        StepWorker<T, X>{p, state, batch, tokens, logits, w, own, {w.phases, omp_get_num_threads()}}.run();
     }
 }
 
