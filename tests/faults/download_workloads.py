@@ -177,7 +177,7 @@ def downloads_at_once(folder: Path) -> Iterator[Trial]:
             logs = [child.log for child in children]
             assert all(status in (0, 2, -signal.SIGKILL) for status in statuses), logs
             for status, log in zip(statuses, logs, strict=True):
-                assert status != 2 or "is in use by" in log, log  # "another process" before the owner has written its name
+                assert status != 2 or "is in use by" in log, log  # maybe by one that has not named itself yet
             child = start(target)
             child.go()
             assert child.wait() == 0, child.log
