@@ -183,17 +183,6 @@ def main(argv: list[str] | None = None) -> int:
             models[name] = gpt2_model()
         else:
             models[name] = models["bf16"] if name == "fused" and "bf16" in models else mm_rec_model(name)
-    rows = []
-    for case in options.cases:
-        rows += measure(case, models, options.rounds, options.steps, options.peer_steps)
-        for row in rows[-len(models) :]:
-            share = f"{row['share_of_copy_rate']:4.0%} of the copy rate" if "share_of_copy_rate" in row else ""
-            ratio = f"{row['times_gpt2']:6.2f}x gpt2" if "times_gpt2" in row else ""
-            print(
-                f"{case:>7} {row['model']:5} {1e3 * row['seconds_per_step']:8.2f} ms a step"
-                f" {row['tokens_per_second']:8,.0f} tokens/s {ratio} {share}",
-                flush=True,
-            )
     settings = {
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
@@ -205,7 +194,18 @@ def main(argv: list[str] | None = None) -> int:
         import transformers
 
         settings["transformers"] = transformers.__version__
-    options.output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+    rows = []
+    for case in options.cases:
+        rows += measure(case, models, options.rounds, options.steps, options.peer_steps)
+        for row in rows[-len(models) :]:
+            share = f"{row['share_of_copy_rate']:4.0%} of the copy rate" if "share_of_copy_rate" in row else ""
+            ratio = f"{row['times_gpt2']:6.2f}x gpt2" if "times_gpt2" in row else ""
+            print(
+                f"{case:>7} {row['model']:5} {1e3 * row['seconds_per_step']:8.2f} ms a step"
+                f" {row['tokens_per_second']:8,.0f} tokens/s {ratio} {share}",
+                flush=True,
+            )
+        options.output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
     return 0
 
 
