@@ -44,30 +44,22 @@ static float sum_exponentials(int64_t columns, const T* row, float top, float* e
 template <class T>
 static bool cross_entropy(int64_t rows, int64_t columns, T* logits, const int64_t* target, const float* weight,
                           float* nll, bool gradient, int threads) {
-    bool done = true;
-#pragma omp parallel num_threads(threads) if (rows > 1 && threads > 1) reduction(&& : done)
-    {
-        const Scratch exponentials(gradient ? round_up(columns, W) : 1);
-        done = exponentials.data != nullptr;
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; ++r) {
-            T* row = logits + r * columns;
-            if (!exponentials.data) continue;
-            if (weight[r] == 0.0f) {
-                nll[r] = 0.0f;
-                if (gradient) memset(row, 0, columns * sizeof(T));
-                continue;
-            }
-            const float top = largest(columns, row), target_logit = value(row[target[r]]);
-            const float sum = sum_exponentials(columns, row, top, gradient ? exponentials.data : nullptr);
-            nll[r] = logf(sum) + top - target_logit;
-            if (!gradient) continue;
-            const vf scale = splat(weight[r] / sum);
-            for (int64_t i = 0; i < columns; i += W) store(row + i, load(exponentials.data + i) * scale, columns - i);
-            store(row + target[r], splat(weight[r] * (expf(target_logit - top) / sum - 1.0f)), 1);
+    const auto make = [&](Parts& parts) { return parts.take(gradient ? round_up(columns, W) : 1); };
+    return run_tasks(rows, threads, make, [&](int64_t r, float* exponentials) {
+        T* row = logits + r * columns;
+        if (weight[r] == 0.0f) {
+            nll[r] = 0.0f;
+            if (gradient) memset(row, 0, columns * sizeof(T));
+            return;
         }
-    }
-    return done;
+        const float top = largest(columns, row), target_logit = value(row[target[r]]);
+        const float sum = sum_exponentials(columns, row, top, gradient ? exponentials : nullptr);
+        nll[r] = logf(sum) + top - target_logit;
+        if (!gradient) return;
+        const vf scale = splat(weight[r] / sum);
+        for (int64_t i = 0; i < columns; i += W) store(row + i, load(exponentials + i) * scale, columns - i);
+        store(row + target[r], splat(weight[r] * (expf(target_logit - top) / sum - 1.0f)), 1);
+    });
 }
 
 }  // namespace MM_LEVEL

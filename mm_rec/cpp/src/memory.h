@@ -46,6 +46,14 @@ struct MemoryShape {
     }
 };
 
+// Calls task(b, head, buffers) for every head of every sequence; see run_tasks.
+template <class Make, class Task>
+static int for_each_head(const MemoryShape& s, int threads, Make make, Task task) {
+    if (!s.valid()) return MEMORY_BAD_POSITION;
+    const auto one = [&](int64_t i, auto& buffers) { task(i / s.heads, i % s.heads, buffers); };
+    return run_tasks(s.batch * s.heads, s.useful_threads(threads), make, one) ? MEMORY_DONE : MEMORY_NO_SCRATCH;
+}
+
 // The memory, or its gradient: key, value (batch, versions, heads, slots, d) and mass (batch, versions, heads, slots).
 template <class F>
 struct Memory {
@@ -71,6 +79,21 @@ struct HeadRows {
         return data + index * row + head * d;
     }
 };
+
+// Scores to exponentials, with the highest score taken off, in place; returns their sum. Scores past n, up to a whole vector, become 0.
+MM_INLINE float exponentials(int64_t n, float* scores) {
+    for (int64_t i = n; i < round_up(n, W); ++i) scores[i] = -__builtin_inff();
+    vf top = load(scores);
+    for (int64_t i = W; i < n; i += W) top = max(load(scores + i), top);
+    const float highest = max(top);
+    vf total = {};
+    for (int64_t i = 0; i < n; i += W) {
+        const vf e = exp(load(scores + i) - highest);
+        total += e;
+        store(scores + i, e);
+    }
+    return sum(total);
+}
 
 // A row of d elements to a row of floats, filled up with zeros to whole vectors.
 template <class T>

@@ -234,28 +234,21 @@ static void read_task(const ReadInputs<T>& in, int64_t b, int64_t head, T* out, 
     }
 }
 
+// Makes the buffers of a thread for run_tasks; where rows have ends that are not written, those are 0.
+template <class Buffers>
+static auto make_padded(const MemoryShape& s) {
+    return [&s](Parts& parts) {
+        const Buffers buffers(s, parts);
+        if (parts.base && s.d != s.pitch()) memset(parts.base, 0, parts.used * sizeof(float));
+        return buffers;
+    };
+}
+
 // out (batch, time, heads, d) and lse (batch, heads, time), contiguous.
 template <class T>
 static int memory_read(const ReadInputs<T>& in, T* out, float* lse, int threads) {
-    const MemoryShape& s = in.shape;
-    if (!s.valid()) return MEMORY_BAD_POSITION;
-    Parts size(nullptr);
-    ReadScratch<T>(s, size);
-    bool done = true;
-    threads = s.useful_threads(threads);
-    const int64_t tasks = s.batch * s.heads;
-#pragma omp parallel num_threads(threads) if (tasks > 1 && threads > 1) reduction(&& : done)
-    {
-        const Scratch block(size.used);
-        Parts parts(block.data);
-        ReadScratch<T> w(s, parts);
-        done = block.data != nullptr;
-        if (block.data && s.d != w.pitch) memset(block.data, 0, size.used * sizeof(float));  // the ends of rows
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < tasks; ++task)
-            if (block.data) read_task(in, task / s.heads, task % s.heads, out, lse, w);
-    }
-    return done ? MEMORY_DONE : MEMORY_NO_SCRATCH;
+    return for_each_head(in.shape, threads, make_padded<ReadScratch<T>>(in.shape),
+                         [&](int64_t b, int64_t head, ReadScratch<T>& w) { read_task(in, b, head, out, lse, w); });
 }
 
 }  // namespace MM_LEVEL

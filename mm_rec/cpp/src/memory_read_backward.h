@@ -193,25 +193,9 @@ static void read_task_backward(const ReadInputs<T>& in, const ReadFromAbove<T>& 
 template <class T>
 static int memory_read_backward(const ReadInputs<T>& in, const ReadFromAbove<T>& above, const ReadGradients<T>& to,
                                 int threads) {
-    const MemoryShape& s = in.shape;
-    if (!s.valid()) return MEMORY_BAD_POSITION;
-    Parts size(nullptr);
-    ReadBackwardScratch<T>(s, size);
-    bool done = true;
-    threads = s.useful_threads(threads);
-    const int64_t tasks = s.batch * s.heads;
-#pragma omp parallel num_threads(threads) if (tasks > 1 && threads > 1) reduction(&& : done)
-    {
-        const Scratch block(size.used);
-        Parts parts(block.data);
-        ReadBackwardScratch<T> w(s, parts);
-        done = block.data != nullptr;
-        if (block.data && s.d != w.pitch) memset(block.data, 0, size.used * sizeof(float));  // the ends of rows
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < tasks; ++task)
-            if (block.data) read_task_backward(in, above, to, task / s.heads, task % s.heads, w);
-    }
-    return done ? MEMORY_DONE : MEMORY_NO_SCRATCH;
+    return for_each_head(
+        in.shape, threads, make_padded<ReadBackwardScratch<T>>(in.shape),
+        [&](int64_t b, int64_t head, ReadBackwardScratch<T>& w) { read_task_backward(in, above, to, b, head, w); });
 }
 
 }  // namespace MM_LEVEL

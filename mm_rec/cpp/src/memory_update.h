@@ -73,17 +73,7 @@ static void update_weights(const UpdateInputs<T>& in, int64_t b, int64_t t, int6
     for (int64_t i = 0; i < slot_pitch; i += W) store(w.decay + i, splat(1.0f));
     for (int64_t p = 0; p < s.block(); ++p) {
         float* logit = w.weight + p * slot_pitch;
-        for (int64_t slot = s.slots; slot < slot_pitch; ++slot) logit[slot] = -__builtin_inff();
-        vf top = load(logit);
-        for (int64_t i = W; i < slot_pitch; i += W) top = max(load(logit + i), top);
-        const float highest = max(top);
-        vf sums = {};
-        for (int64_t i = 0; i < slot_pitch; i += W) {
-            const vf e = exp(load(logit + i) - highest);
-            sums += e;
-            store(logit + i, e);
-        }
-        const float scale = in.rate[head] / sum(sums);
+        const float scale = in.rate[head] / exponentials(s.slots, logit);
         for (int64_t i = 0; i < slot_pitch; i += W) {
             const vf weight = load(logit + i) * scale, product = load(w.decay + i);
             store(logit + i, weight);
@@ -155,24 +145,10 @@ static void update_task(const UpdateInputs<T>& in, const Memory<const float>& in
 template <class T>
 static int memory_update(const UpdateInputs<T>& in, const Memory<const float>& initial, const Memory<float>& out,
                          int threads) {
-    const MemoryShape& s = in.shape;
-    if (!s.valid()) return MEMORY_BAD_POSITION;
-    Parts size(nullptr);
-    UpdateScratch(s, false, size);
-    bool done = true;
-    threads = s.useful_threads(threads);
-    const int64_t tasks = s.batch * s.heads;
-#pragma omp parallel num_threads(threads) if (tasks > 1 && threads > 1) reduction(&& : done)
-    {
-        const Scratch block(size.used);
-        Parts parts(block.data);
-        UpdateScratch w(s, false, parts);
-        done = block.data != nullptr;
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < tasks; ++task)
-            if (block.data) update_task(in, initial, out, task / s.heads, task % s.heads, w);
-    }
-    return done ? MEMORY_DONE : MEMORY_NO_SCRATCH;
+    const auto make = [&](Parts& parts) { return UpdateScratch(in.shape, false, parts); };
+    return for_each_head(in.shape, threads, make, [&](int64_t b, int64_t head, UpdateScratch& w) {
+        update_task(in, initial, out, b, head, w);
+    });
 }
 
 // Add the gradient at one version to that at the memory.
@@ -305,24 +281,10 @@ static void update_task_backward(const UpdateInputs<T>& in, const Memory<const f
 template <class T>
 static int memory_update_backward(const UpdateInputs<T>& in, const Memory<const float>& memory,
                                   const Memory<const float>& dmemory, const UpdateGradients<T>& out, int threads) {
-    const MemoryShape& s = in.shape;
-    if (!s.valid()) return MEMORY_BAD_POSITION;
-    Parts size(nullptr);
-    UpdateScratch(s, true, size);
-    bool done = true;
-    threads = s.useful_threads(threads);
-    const int64_t tasks = s.batch * s.heads;
-#pragma omp parallel num_threads(threads) if (tasks > 1 && threads > 1) reduction(&& : done)
-    {
-        const Scratch block(size.used);
-        Parts parts(block.data);
-        UpdateScratch w(s, true, parts);
-        done = block.data != nullptr;
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < tasks; ++task)
-            if (block.data) update_task_backward(in, memory, dmemory, out, task / s.heads, task % s.heads, w);
-    }
-    return done ? MEMORY_DONE : MEMORY_NO_SCRATCH;
+    const auto make = [&](Parts& parts) { return UpdateScratch(in.shape, true, parts); };
+    return for_each_head(in.shape, threads, make, [&](int64_t b, int64_t head, UpdateScratch& w) {
+        update_task_backward(in, memory, dmemory, out, b, head, w);
+    });
 }
 
 }  // namespace MM_LEVEL

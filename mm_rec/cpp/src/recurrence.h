@@ -136,28 +136,25 @@ static bool recurrence_forward(const RecurrenceInputs<T>& in, float* h, float* h
     const int group = recurrence_group(in.batch, in.heads);
     const int64_t groups = (in.batch + group - 1) / group, tasks = groups * in.heads;
     if (in.work() < RECURRENCE_MIN_WORK) threads = 1;
-    bool done = true;
-#pragma omp parallel num_threads(threads) if (tasks > 1 && threads > 1) reduction(&& : done)
-    {
-        Scratch scratch(in.d * pitch + 2 * GROUP * pitch);
-        done = scratch.data != nullptr;
-        int64_t packed_head = -1;
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < tasks; ++task) {
-            if (!scratch.data) continue;
-            const int64_t head = task / groups, first = task % groups * group;
-            float* state = scratch.data + in.d * pitch;
-            if (head != packed_head) pack_columns(in.d, in.w_g + head * in.d * in.d, in.d, 1, scratch.data);
-            packed_head = head;
-            const int64_t end = min64(in.batch, first + group);
-            int64_t b = first;
-            for (; b + GROUP <= end; b += GROUP)
-                recurrence_forward_task<GROUP>(in, b, head, scratch.data, state, h, h_last);
-            for (; b + 2 <= end; b += 2) recurrence_forward_task<2>(in, b, head, scratch.data, state, h, h_last);
-            for (; b < end; ++b) recurrence_forward_task<1>(in, b, head, scratch.data, state, h, h_last);
-        }
-    }
-    return done;
+    struct Buffers {
+        float *packed, *state;
+        int64_t packed_head;
+    };
+    const auto make = [&](Parts& parts) {
+        float* packed = parts.take(in.d * pitch);
+        return Buffers{packed, parts.take(2 * GROUP * pitch), -1};
+    };
+    return run_tasks(tasks, threads, make, [&](int64_t task, Buffers& w) {
+        const int64_t head = task / groups, first = task % groups * group;
+        if (head != w.packed_head) pack_columns(in.d, in.w_g + head * in.d * in.d, in.d, 1, w.packed);
+        w.packed_head = head;
+        const int64_t end = min64(in.batch, first + group);
+        int64_t b = first;
+        for (; b + GROUP <= end; b += GROUP)
+            recurrence_forward_task<GROUP>(in, b, head, w.packed, w.state, h, h_last);
+        for (; b + 2 <= end; b += 2) recurrence_forward_task<2>(in, b, head, w.packed, w.state, h, h_last);
+        for (; b < end; ++b) recurrence_forward_task<1>(in, b, head, w.packed, w.state, h, h_last);
+    });
 }
 
 }  // namespace MM_LEVEL

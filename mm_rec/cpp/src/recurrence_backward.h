@@ -144,36 +144,24 @@ static bool recurrence_backward(const RecurrenceInputs<T>& in, const RecurrenceF
     const int64_t d = in.d;
     const int group = recurrence_group(in.batch, in.heads);
     const int64_t groups = (in.batch + group - 1) / group, tasks = groups * in.heads;
-    Parts size(nullptr);
-    RecurrenceScratch(d, size);
     if (in.work() < RECURRENCE_MIN_WORK) threads = 1;
-    bool done = true;
-#pragma omp parallel num_threads(threads) if (tasks > 1 && threads > 1) reduction(&& : done)
-    {
-        const Scratch block(size.used);
-        Parts parts(block.data);
-        const RecurrenceScratch w(d, parts);
-        done = block.data != nullptr;
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < tasks; ++task) {
-            if (!block.data) continue;
-            const int64_t head = task / groups, first = task % groups * group;
-            const float* w_g = in.w_g + head * d * d;
-            memset(w.transposed, 0, d * w.pitch * sizeof(float));
-            memset(w.dw_g, 0, d * w.pitch * sizeof(float));
-            for (int64_t j = 0; j < d; ++j)
-                for (int64_t i = 0; i < d; ++i) w.transposed[j * w.pitch + i] = w_g[i * d + j];
-            pack_columns(d, w_g, 1, d, w.packed);
-            const int64_t end = min64(in.batch, first + group);
-            int64_t b = first;
-            for (; b + GROUP <= end; b += GROUP) recurrence_backward_task<GROUP>(in, above, out, b, head, h, w);
-            for (; b + 2 <= end; b += 2) recurrence_backward_task<2>(in, above, out, b, head, h, w);
-            for (; b < end; ++b) recurrence_backward_task<1>(in, above, out, b, head, h, w);
-            float* dw_g = out.dw_g + (task % groups * in.heads + head) * d * d;
-            for (int64_t i = 0; i < d; ++i) memcpy(dw_g + i * d, w.dw_g + i * w.pitch, d * sizeof(float));
-        }
-    }
-    return done;
+    const auto make = [&](Parts& parts) { return RecurrenceScratch(d, parts); };
+    return run_tasks(tasks, threads, make, [&](int64_t task, const RecurrenceScratch& w) {
+        const int64_t head = task / groups, first = task % groups * group;
+        const float* w_g = in.w_g + head * d * d;
+        memset(w.transposed, 0, d * w.pitch * sizeof(float));
+        memset(w.dw_g, 0, d * w.pitch * sizeof(float));
+        for (int64_t j = 0; j < d; ++j)
+            for (int64_t i = 0; i < d; ++i) w.transposed[j * w.pitch + i] = w_g[i * d + j];
+        pack_columns(d, w_g, 1, d, w.packed);
+        const int64_t end = min64(in.batch, first + group);
+        int64_t b = first;
+        for (; b + GROUP <= end; b += GROUP) recurrence_backward_task<GROUP>(in, above, out, b, head, h, w);
+        for (; b + 2 <= end; b += 2) recurrence_backward_task<2>(in, above, out, b, head, h, w);
+        for (; b < end; ++b) recurrence_backward_task<1>(in, above, out, b, head, h, w);
+        float* dw_g = out.dw_g + (task % groups * in.heads + head) * d * d;
+        for (int64_t i = 0; i < d; ++i) memcpy(dw_g + i * d, w.dw_g + i * w.pitch, d * sizeof(float));
+    });
 }
 
 }  // namespace MM_LEVEL

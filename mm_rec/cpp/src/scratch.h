@@ -30,5 +30,25 @@ struct Parts {
     }
 };
 
+// Calls task(i, buffers) for i < tasks, dealt out to the threads in order. Every thread has buffers of its own, made
+// by make(parts), which is also called to measure. False if there is no memory for them.
+template <class Make, class Task>
+static bool run_tasks(int64_t tasks, int threads, Make make, Task task) {
+    Parts size(nullptr);
+    make(size);
+    bool done = true;
+#pragma omp parallel num_threads(threads) if (tasks > 1 && threads > 1) reduction(&& : done)
+    {
+        const Scratch block(size.used);
+        Parts parts(block.data);
+        auto buffers = make(parts);
+        done = block.data != nullptr;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < tasks; ++i)
+            if (block.data) task(i, buffers);
+    }
+    return done;
+}
+
 }  // namespace MM_LEVEL
 }  // namespace mm_rec

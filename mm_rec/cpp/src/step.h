@@ -263,7 +263,7 @@ struct StepWorker {
         walk.share(batch, 1, [&](Share rows) {
             for (int64_t b = rows.begin; b < rows.end; ++b) {
                 step_product(p.fusion_gate, 1, 0, n, n * p.width, w.outputs[b], 0, nullptr, own.alpha, 0, own.widened);
-                const float total = step_softmax(n, own.alpha);
+                const float total = exponentials(n, own.alpha);
                 for (int64_t i = 0; i < p.width; i += W) {
                     vf mixed = {};
                     for (int64_t e = 0; e < n; ++e)

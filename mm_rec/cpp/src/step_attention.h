@@ -76,21 +76,6 @@ MM_INLINE float step_slot_score(int64_t d, const float* q, const float* key, flo
     return sum(dot) / __builtin_sqrtf(sum(squares) / float(d) + NORM_EPS) + logf(mass);
 }
 
-// Scores to exponentials, in place; returns their sum. Scores past n, up to a whole vector, become 0.
-MM_INLINE float step_softmax(int64_t n, float* scores) {
-    for (int64_t i = n; i < round_up(n, W); ++i) scores[i] = -__builtin_inff();
-    vf top = load(scores);
-    for (int64_t i = W; i < n; i += W) top = max(load(scores + i), top);
-    const float highest = max(top);
-    vf total = {};
-    for (int64_t i = 0; i < n; i += W) {
-        const vf e = exp(load(scores + i) - highest);
-        total += e;
-        store(scores + i, e);
-    }
-    return sum(total);
-}
-
 // out += sum over n rows of weight[r] / mass[r] times row r, by columns of vectors; mass may be null.
 template <class T>
 MM_INLINE void step_weighted_rows(int64_t n, int64_t d, const float* weight, const float* mass, const T* rows,
@@ -136,7 +121,7 @@ static void step_attend(const StepAttention<T>& in, int64_t b, int64_t head, X* 
     const float* mass = in.memory.mass + at;
     for (int64_t slot = 0; slot < slots; ++slot)
         w.scores[keys + slot] = step_slot_score(d, w.q, in.memory.key + (at + slot) * d, mass[slot]);
-    const float total = step_softmax(keys + slots, w.scores);
+    const float total = exponentials(keys + slots, w.scores);
     memset(w.out, 0, round_up(d, W) * sizeof(float));
     step_weighted_rows(keys, d, w.scores, nullptr, v + first * row, row, w.out);
     step_weighted_rows(slots, d, w.scores + keys, mass, in.memory.value + at * d, d, w.out);
