@@ -20,9 +20,7 @@ import argparse
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,9 @@ import torch
 from torch import Tensor
 
 from mm_rec import ops
+from mm_rec.bench.limits import copy_action
+from mm_rec.bench.peers import gpt2_110m
+from mm_rec.bench.timing import timed
 from mm_rec.config import PRESETS
 from mm_rec.device import apply_precision
 from mm_rec.model import MMRecModel
@@ -39,6 +40,7 @@ from mm_rec.state import ModelState, flatten_state, map_state
 RESULT = Path(__file__).parent / "results" / "generation.json"
 NAMES = ("bf16", "int8", "fused", "gpt2")
 COPY_BYTES = 256_000_000
+POSITIONS = 8192  # that GPT-2 has room for
 Turn = Callable[[], int]  # generates and returns how many steps that took
 
 
@@ -49,14 +51,6 @@ def mm_rec_model(weights: str) -> MMRecModel:
     if weights == "int8":
         quantize_int8(model)
     return model.eval()
-
-
-def gpt2_model() -> Any:
-    """GPT-2 110M with the vocabulary of the preset and room for 8,192 positions."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(vocab_size=32_000, n_positions=8192, bos_token_id=None, eos_token_id=None)
-    return GPT2LMHeadModel(config).to(torch.bfloat16).eval()
 
 
 def context_state(model: MMRecModel, domain: str | None, batch: int, context: int) -> ModelState:
@@ -119,13 +113,6 @@ def bytes_per_step(model: MMRecModel, domain: str | None, batch: int) -> int:
     return read + sum(tensor.nbytes for tensor in flatten_state(model.initial_state(batch, domain)).values())
 
 
-def timed(function: Callable[[], Any]) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def measure(case: str, models: dict[str, Any], rounds: int, steps: int, peer_steps: int) -> list[dict[str, Any]]:
     """Alternate the models' turns on one case."""
     batch, context = (int(part) for part in case.split("x"))
@@ -135,11 +122,11 @@ def measure(case: str, models: dict[str, Any], rounds: int, steps: int, peer_ste
             turns[name] = gpt2_turn(model, batch, context, peer_steps)
         else:
             turns[name] = mm_rec_turn(model, None if name == "fused" else "text", batch, context, steps)
-    source, target = torch.ones(COPY_BYTES, dtype=torch.uint8), torch.ones(COPY_BYTES, dtype=torch.uint8)
+    copy = copy_action(2 * COPY_BYTES)
     times: dict[str, list[float]] = {name: [] for name in turns}
     copies = []
     for round_ in range(rounds + 1):
-        copies.append(2 * COPY_BYTES / timed(partial(target.copy_, source)))
+        copies.append(2 * COPY_BYTES / timed(copy))
         for name, turn in turns.items():
             seconds = timed(turn) / (peer_steps if name == "gpt2" else steps)
             if round_:  # the first one warms up
@@ -180,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     models: dict[str, Any] = {}
     for name in options.models:
         if name == "gpt2":
-            models[name] = gpt2_model()
+            models[name] = gpt2_110m(POSITIONS).to(torch.bfloat16).eval()
         else:
             models[name] = models["bf16"] if name == "fused" and "bf16" in models else mm_rec_model(name)
     settings = {

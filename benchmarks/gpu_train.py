@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_ops import machine, matrix_rate
-from benchmarks.peers import ModernGPT
+from mm_rec.bench.peers import ModernGPT
 from mm_rec.config import PRESETS
 from mm_rec.data.batches import Batch
 from mm_rec.device import apply_precision
@@ -77,7 +77,7 @@ def mm_rec_step(domain: str | None, time_: int, rows: int) -> tuple[nn.Module, S
     chunk = min(time_, CHUNK)
     group = min(rows, MICRO_BATCH // chunk)
     micro_batches = [batch(group, chunk, domain) for _ in range(rows // group * (time_ // chunk))]
-    share = 1 / len(micro_batches)
+    parts = len(micro_batches)
 
     def loss_of(one: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
         output, after = model(one.tokens, state, domain, one.reset, targets=one.targets, weight=one.weight)
@@ -92,12 +92,12 @@ def mm_rec_step(domain: str | None, time_: int, rows: int) -> tuple[nn.Module, S
                 state = map_state(after, lambda tensor: tensor.detach().clone())
         optimizer.step(1e-4, 1.0)
 
-    graphed = GraphedPass(loss_of, list(model.parameters()), share, keep=len(micro_batches) > 1)
+    graphed = GraphedPass(loss_of, list(model.parameters()), parts)
     used = [
         p for name, p in model.named_parameters() if domain is None or f"experts.{domain}." in name or "embed" in name
     ]
     parameters = sum(p.numel() for p in used if p.ndim == 2)
-    return model, lambda: take(graphed), lambda: take(partial(run_pass, loss_of, share=share)), parameters
+    return model, lambda: take(graphed), lambda: take(partial(run_pass, loss_of, parts=parts)), parameters
 
 
 def gpt_step(time_: int, rows: int) -> tuple[nn.Module, Step, int]:

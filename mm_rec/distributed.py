@@ -33,6 +33,7 @@ from mm_rec.model import MMRecModel
 from mm_rec.run_folder import RunFolder
 from mm_rec.signals import Interrupted, SignalGuard
 from mm_rec.state import ModelState, detach_state
+from mm_rec.tuning import cores
 
 __all__ = [
     "Follower",
@@ -111,8 +112,7 @@ def make_console() -> Console:
 
 def default_threads() -> int:
     """CPU threads for this process if nobody asked for a number: its part of the cores that it may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_size())
+    return max(1, cores() // local_size())
 
 
 @contextlib.contextmanager

@@ -23,14 +23,14 @@ LossFunction = Callable[[Batch, ModelState | None], tuple[Tensor, ModelState]]
 """Loss of a micro-batch, to be differentiated, and the state after it."""
 
 
-def run_pass(loss_of: LossFunction, batch: Batch, state: ModelState | None, share: float) -> tuple[Tensor, ModelState]:
-    """Forward and backward: adds the gradients of ``share`` times the loss to ``.grad``.
+def run_pass(loss_of: LossFunction, batch: Batch, state: ModelState | None, parts: int) -> tuple[Tensor, ModelState]:
+    """Forward and backward: adds the gradients of the loss over ``parts``, the micro-batches of a step, to ``.grad``.
 
     Returns:
         The loss, detached, and the state after the micro-batch, still in the graph that made it.
     """
     loss, after = loss_of(batch, state)
-    (loss * share if share != 1.0 else loss).backward()
+    (loss / parts if parts > 1 else loss).backward()
     return loss.detach(), after
 
 
@@ -51,15 +51,13 @@ class GraphedPass:
     Args:
         loss_of: what to differentiate; on a CUDA device, and without any wait for it.
         parameters: all that may get gradients; their ``.grad`` must be None at each call.
-        share: of each loss in the gradients.
-        keep: copy the gradients, so that those of one call survive the next.
+        parts: micro-batches of a step; with more than one, the gradients of a call survive the next.
     """
 
-    def __init__(self, loss_of: LossFunction, parameters: list[nn.Parameter], share: float, *, keep: bool) -> None:
+    def __init__(self, loss_of: LossFunction, parameters: list[nn.Parameter], parts: int) -> None:
         self._loss_of = loss_of
         self._parameters = parameters
-        self._share = share
-        self._keep = keep
+        self._parts = parts
         self._pool = torch.cuda.graph_pool_handle()
         self._captured: dict[Hashable, _Captured] = {}
 
@@ -77,18 +75,18 @@ class GraphedPass:
         torch._foreach_copy_(one.inputs, _tensors(batch, state))
         one.graph.replay()
         for parameter, gradient in one.gradients:
-            parameter.grad = gradient.clone() if self._keep else gradient
+            parameter.grad = gradient.clone() if self._parts > 1 else gradient
         return one.loss.clone(), one.after
 
     def _capture(self, batch: Batch, state: ModelState | None) -> _Captured:
         """Run the pass once as it is, for all that is made at a first time, then record it."""
         batch = replace(batch, **{name: getattr(batch, name).clone() for name in _FIELDS})
         state = None if state is None else map_state(state, torch.clone)
-        run_pass(self._loss_of, batch, state, self._share)
+        run_pass(self._loss_of, batch, state, self._parts)
         self._clear()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            loss, after = run_pass(self._loss_of, batch, state, self._share)
+            loss, after = run_pass(self._loss_of, batch, state, self._parts)
             after = map_state(after, Tensor.detach)
         gradients = [(parameter, parameter.grad) for parameter in self._parameters if parameter.grad is not None]
         self._clear()

@@ -29,7 +29,7 @@ from mm_rec.errors import UserError
 from mm_rec.estimate import memory_remedy
 from mm_rec.evaluate import Documents, evaluate
 from mm_rec.generate import Sampling, generate
-from mm_rec.graphs import GraphedPass
+from mm_rec.graphs import GraphedPass, run_pass
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
 from mm_rec.plan import Plan
@@ -184,14 +184,15 @@ class Trainer:
         loss, after = self._loss(batch, state)
         return loss, after
 
-    def _pass_by_graphs(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState] | None:
-        """Forward and backward of a micro-batch in one launch, where that can be: on one GPU, every block run once."""
+    def _pass(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
+        """Forward and backward of a micro-batch: its loss, and the state after it.
+
+        In one launch, where that can be: on one GPU, every block run once.
+        """
         if self.device.type == "cpu" or distributed.size() > 1 or self.model.gradient_checkpointing:
-            return None
+            return run_pass(self.micro_batch_loss, batch, state, self.plan.accumulation)
         if self._graphs is None:
-            count = self.plan.accumulation
-            parameters = list(self.model.parameters())
-            self._graphs = GraphedPass(self.micro_batch_loss, parameters, 1 / count, keep=count > 1)
+            self._graphs = GraphedPass(self.micro_batch_loss, list(self.model.parameters()), self.plan.accumulation)
         return self._graphs(batch, state)
 
     def _take_step(self) -> StepReport | None:
@@ -214,13 +215,9 @@ class Trainer:
                 return None
             batch = self.feed.take(batches, index)
             key = batch.domain or MIXED
-            done = self._pass_by_graphs(batch, carried.get(key))
-            if done is None:
-                done = self.micro_batch_loss(batch, carried.get(key))
-                (done[0] / plan.accumulation).backward()
-            loss, state = done
+            loss, state = self._pass(batch, carried.get(key))
             self.optimizer.accumulate()
-            parts.append((key, loss.detach()))
+            parts.append((key, loss))
             if carry:
                 carried[key] = map_state(state, _keep)
         rate = plan.rate_at(step) * self.at.rate_scale

@@ -21,7 +21,7 @@ import torch
 
 from mm_rec.storage import write_atomic
 
-__all__ = ["Tuning", "cache_file", "threads_are_given", "tune"]
+__all__ = ["Tuning", "cache_file", "cores", "threads_are_given", "tune"]
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 MACHINE_VARIABLES = (*THREAD_VARIABLES, "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
@@ -52,10 +52,11 @@ def threads_are_given() -> bool:
     """Whether the user has set a number of threads, in the environment or by ``torch.set_num_threads``."""
     if any(os.environ.get(name) for name in THREAD_VARIABLES):
         return True
-    return torch.get_num_threads() not in (_cores(), psutil.cpu_count(logical=False), psutil.cpu_count())
+    return torch.get_num_threads() not in (cores(), psutil.cpu_count(logical=False), psutil.cpu_count())
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -74,7 +75,7 @@ def tune(has_bf16: bool) -> Tuning:
     kept = _read_cache()
     with contextlib.suppress(KeyError, TypeError):
         return Tuning(**kept[machine])
-    if (len(candidates) == 1 and not has_bf16) or os.getloadavg()[0] > QUIET_LOAD * _cores():
+    if (len(candidates) == 1 and not has_bf16) or os.getloadavg()[0] > QUIET_LOAD * cores():
         return Tuning(threads, has_bf16, {})  # the rounding of a run must not hang on what else the machine does
     found = _choose(_measure(candidates, ["fp32", *(["bf16"] if has_bf16 else [])]), candidates, has_bf16)
     with contextlib.suppress(OSError):  # a home that cannot be written to costs a second at every start
@@ -85,7 +86,7 @@ def tune(has_bf16: bool) -> Tuning:
 
 def _machine(candidates: list[int], has_bf16: bool) -> str:
     """What a choice holds for."""
-    facts: dict[str, Any] = {"cores": _cores(), "threads": candidates, "bf16": has_bf16, "torch": torch.__version__}
+    facts: dict[str, Any] = {"cores": cores(), "threads": candidates, "bf16": has_bf16, "torch": torch.__version__}
     facts["capability"] = torch.backends.cpu.get_cpu_capability()
     facts |= {name: os.environ[name] for name in MACHINE_VARIABLES if os.environ.get(name)}
     return json.dumps(facts, sort_keys=True)

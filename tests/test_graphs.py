@@ -42,8 +42,7 @@ def test_training_by_graphs_is_training(precision: str, accumulation: int) -> No
             )
             return output.loss, after
 
-        share = 1 / accumulation
-        graphs = GraphedPass(loss_of, list(model.parameters()), share, keep=accumulation > 1) if graphed else None
+        graphs = GraphedPass(loss_of, list(model.parameters()), accumulation) if graphed else None
         found: list[float] = []
         carried: dict[str | None, ModelState] = {}
         for step in range(6):
@@ -51,7 +50,7 @@ def test_training_by_graphs_is_training(precision: str, accumulation: int) -> No
                 domain = ("text", "code", None)[(step + part) % 3]
                 batch = micro_batch(step * accumulation + part, domain)
                 state = carried.get(domain) or model.initial_state(3, domain)
-                loss, after = graphs(batch, state) if graphs else run_pass(loss_of, batch, state, share)
+                loss, after = graphs(batch, state) if graphs else run_pass(loss_of, batch, state, accumulation)
                 carried[domain] = map_state(after, lambda tensor: tensor.detach().clone())
                 optimizer.accumulate()
                 found.append(float(loss))

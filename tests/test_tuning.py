@@ -28,7 +28,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[l
     for name in tuning.THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(tuning, "_measure", measure)
-    monkeypatch.setattr(tuning, "_cores", lambda: 2)
+    monkeypatch.setattr(tuning, "cores", lambda: 2)
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     before = torch.get_num_threads()
     torch.set_num_threads(2)

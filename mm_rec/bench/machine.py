@@ -7,10 +7,10 @@ import os
 import platform
 from pathlib import Path
 
-import psutil
 import torch
 
 from mm_rec import __version__, ops
+from mm_rec.tuning import cores
 
 __all__ = ["describe_machine", "processor_name"]
 
@@ -39,7 +39,7 @@ def describe_machine() -> dict[str, object]:
             continue
     return {
         "processor": processor_name(),
-        "cores": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count(),
+        "cores": cores(),
         "features": features,
         "kernels": ops.status()["cpu"].level or ops.status()["cpu"].reason,
         "limits": {name: os.environ[name] for name in LIMITS if name in os.environ},

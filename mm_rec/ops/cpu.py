@@ -19,6 +19,7 @@ from torch import Tensor
 from mm_rec.ops.backend import Native
 from mm_rec.ops.native import CpuLibrary
 from mm_rec.ops.optimizer import Update
+from mm_rec.ops.reference import rotary_angles
 
 __all__ = ["load"]
 
@@ -321,9 +322,7 @@ def relu_squared_backward(dy: Tensor, x: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=16)
 def _rotary_tables(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles, (length, d / 2) each, as in :func:`mm_rec.ops.reference.rotate`."""
-    half = head_dim // 2
-    frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
-    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    angle = rotary_angles(torch.arange(length), head_dim, base)
     return angle.cos().float(), angle.sin().float()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mm_rec.ops.backend import Native, NativeUnavailableError
 from mm_rec.ops.cuda_library import CudaLibrary, aligned, all_dense, dense, nested_rows, rows_of
+from mm_rec.ops.reference import rotary_angles
 
 __all__ = ["load"]
 
@@ -409,9 +410,7 @@ def _memory_sizes(k: Tensor, position: Tensor, slots: int) -> tuple[int, int, in
 @functools.lru_cache(maxsize=16)
 def _rotary_table(window: int, dim: int, base: float, device: torch.device) -> Tensor:
     """Cosine and sine of distance times frequency, (W + 128, 2, d / 2): all that tiles of 64 tokens meet."""
-    half = dim // 2
-    frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
-    angle = torch.arange(window + 128, dtype=torch.float64)[:, None] * frequency
+    angle = rotary_angles(torch.arange(window + 128), dim, base)
     return torch.stack([angle.cos(), angle.sin()], dim=1).float().to(device)
 
 

@@ -191,6 +191,13 @@ def relu_squared(x: Tensor) -> Tensor:
     return F.relu(_wide(x)).square().to(x.dtype)
 
 
+def rotary_angles(index: Tensor, head_dim: int, base: float) -> Tensor:
+    """Angles (T, d / 2) float64 by which :func:`rotate` turns what stands at the integer positions ``index`` (T,)."""
+    half = head_dim // 2
+    frequency = base ** (-torch.arange(half, device=index.device, dtype=torch.float64) / half)
+    return index.to(torch.float64)[:, None] * frequency
+
+
 def rotate(x: Tensor, index: Tensor, base: float) -> Tensor:
     """Rotary position encoding (RoFormer, arXiv 2104.09864) of the two halves of the last axis.
 
@@ -200,8 +207,7 @@ def rotate(x: Tensor, index: Tensor, base: float) -> Tensor:
         base: the slowest wavelength is about 2 pi base.
     """
     half = x.shape[-1] // 2
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    angle = index.to(torch.float64)[:, None] * frequency
+    angle = rotary_angles(index, x.shape[-1], base)
     cos, sin = (f(angle).to(x.dtype)[None, :, None, :] for f in (torch.cos, torch.sin))
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mm_rec.ops import backend
+from mm_rec.ops.reference import rotary_angles
 
 __all__ = ["Int8Matrix", "StepPlan", "StepShape", "quantize_rows"]
 
@@ -122,9 +123,7 @@ class StepPlan:
         table = (_Block * len(blocks))(*map(self._block, blocks))
         first = blocks[0]
         vocabulary, width = _shape(embedding)
-        half = width // shape.heads // 2
-        angle = torch.arange(shape.window, dtype=torch.float64)[:, None]
-        angle = angle * shape.rotary_base ** (-torch.arange(half, dtype=torch.float64) / half)
+        angle = rotary_angles(torch.arange(shape.window), width // shape.heads, shape.rotary_base)
         self._plan = _Plan(
             type=_TYPE_CODES[dtype],
             width=width,
