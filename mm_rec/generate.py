@@ -1,116 +1,21 @@
-"""Text from a model: sampling, and a stream of pieces that never splits a character."""
+"""Text from a model: a stream of pieces that never splits a character."""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mm_rec.errors import UserError
 from mm_rec.model import MMRecModel
+from mm_rec.sampling import Sampling, next_token
 from mm_rec.state import ModelState
 from mm_rec.tokenizer import Tokenizer
 
 __all__ = ["Sampling", "TextStream", "generate", "next_token", "read_prompt"]
 
 PROMPT_CHUNK = 512
-FIRST_LIKELIEST = 256
-MIN_TEMPERATURE = 1e-6
-"""Below it float32 overflows; the likeliest token is then all there is anyway."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. The filters apply in the order in which they stand here.
-
-    Attributes:
-        max_new_tokens: to draw at most.
-        repetition_penalty: logits of tokens that occurred are divided by it if positive, else multiplied
-            (CTRL, arXiv 1909.05858); 1 changes nothing.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: keep the likeliest tokens that together have this probability (arXiv 1904.09751).
-        min_p: keep tokens at least this share as likely as the likeliest (arXiv 2407.01082).
-        stop: text ends before the first of these strings.
-        seed: the same seed gives the same text.
-    """
-
-    max_new_tokens: int = 200
-    repetition_penalty: float = 1.0
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 0.95
-    min_p: float = 0.0
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        checks = {
-            "max_new_tokens must be at least 0": self.max_new_tokens >= 0,
-            "repetition_penalty must be above 0": 0 < self.repetition_penalty < float("inf"),
-            "temperature must be at least 0": 0 <= self.temperature < float("inf"),
-            "top_k must be at least 0": self.top_k >= 0,
-            "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
-            "min_p must be at least 0 and at most 1": 0 <= self.min_p <= 1,
-            "stop strings must not be empty": all(self.stop),
-        }
-        for message, holds in checks.items():
-            if not holds:
-                raise UserError(message)
-
-
-def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator, seen: Sequence[int] = ()) -> int:
-    """Draw one token.
-
-    Args:
-        logits: (V,) any floating type, any device; -inf for what must not come.
-        sampling: how to draw.
-        generator: of the CPU; a draw with a temperature above 0 takes one number from it.
-        seen: tokens to penalise.
-    """
-    scores = logits.detach().to("cpu", torch.float32).clone()
-    if sampling.repetition_penalty != 1 and seen:
-        index = torch.tensor(sorted(set(seen)))
-        old = scores[index]
-        scores[index] = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
-    if sampling.temperature == 0:
-        return int(scores.argmax())
-    ids, probability = _kept((scores - scores.max()) / max(sampling.temperature, MIN_TEMPERATURE), sampling)
-    cumulative = probability.double().cumsum(0)
-    draw = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
-    return int(ids[min(int(torch.searchsorted(cumulative, draw, right=True)), len(ids) - 1)])
-
-
-def _kept(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The tokens that the filters of ``sampling`` keep and their probabilities; scores (V,) are float32."""
-    if not sampling.top_k and sampling.top_p == 1:  # nothing asks for an order
-        probability = scores.softmax(0)
-        keep = (probability >= sampling.min_p * probability.max()) & (probability > 0)
-        return keep.nonzero()[:, 0], probability[keep]
-    count = min(sampling.top_k or len(scores), len(scores))
-    # A few tokens usually have all the probability that top_p asks for, and sorting a whole vocabulary takes longer
-    # than a step of a small model.
-    size = count if sampling.top_k else min(FIRST_LIKELIEST, count)
-    while True:
-        ordered, ids = _largest(scores, size)
-        probability = (ordered - (ordered if sampling.top_k else scores).logsumexp(0)).exp()
-        keep = (probability >= sampling.min_p * probability[0]) & (probability > 0)
-        if sampling.top_p < 1:  # a token stays if those before it don't reach top_p yet
-            keep &= probability.cumsum(0) - probability < sampling.top_p
-        keep[0] = True
-        if size == count or not keep[-1]:
-            return ids[keep], probability[keep]
-        size = min(8 * size, count)
-
-
-def _largest(scores: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The first ``size`` values of a stable descending sort of ``scores``, and their places."""
-    candidates = (scores >= scores.topk(size).values[-1]).nonzero()[:, 0]
-    ordered, order = scores[candidates].sort(descending=True, stable=True)
-    return ordered[:size], candidates[order[:size]]
 
 
 class TextStream:

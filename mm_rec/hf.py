@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from mm_rec.blocks.mm_rec_block import MMRecBlock
 from mm_rec.config import DEFAULT_PRESET, ModelConfig
+from mm_rec.decode import find_decoder
 from mm_rec.experts import Fusion
 from mm_rec.hf_folder import AUTO_MAP, MODELING_CODE, MODELING_FILE
 from mm_rec.model import EMBEDDING_STD, MMRecModel
@@ -146,11 +147,15 @@ class MMRecBackbone(MMRecModel):
         if not isinstance(cache, MMRecCache):
             raise ValueError(f"past_key_values must be an MMRecCache, got {type(cache).__name__}")
         reset = _document_starts(input_ids, attention_mask, position_ids, cache.n_seen)
-        domain = self._defaults.domain if domain is None else domain
-        features, state = self.features(input_ids, cache.state, None if domain == "all" else domain, reset)
+        features, state = self.features(input_ids, cache.state, self.chosen(domain), reset)
         if use_cache or past_key_values is not None:
             cache.update_state(state, input_ids.shape[1])
         return BaseModelOutputWithPast(features, past_key_values=cache if use_cache else None)
+
+    def chosen(self, domain: str | None) -> str | None:
+        """The expert to run, None for all, where ``domain`` is as in :meth:`MMRecForCausalLM.forward`."""
+        domain = self._defaults.domain if domain is None else domain
+        return None if domain == "all" else domain
 
 
 class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -227,6 +232,11 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         Raises:
             ValueError: for a mask of another length, or padding between tokens.
         """
+        if labels is None and past_key_values is not None:
+            logits = self._step(input_ids, attention_mask, position_ids, past_key_values, domain)
+            if logits is not None:
+                cached = self.config.use_cache if use_cache is None else use_cache
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values if cached else None)
         base = self.model(input_ids, attention_mask, position_ids, past_key_values, use_cache, domain)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(base.last_hidden_state[:, keep])
@@ -234,6 +244,30 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **loss_settings)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=base.past_key_values)
+
+    def _step(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: MMRecCache,
+        domain: str | None,
+    ) -> Tensor | None:
+        """Logits (B, 1, V) of one more token of each row, read in one native call; None where there is none for it."""
+        if tokens.shape[1] != 1 or not isinstance(cache, MMRecCache) or cache.state is None:
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        weight = self.model.embedding.weight
+        if getattr(self.lm_head, "weight", None) is not weight:  # replaced, as adapters do
+            return None
+        starts = _document_starts(tokens, attention_mask, position_ids, cache.n_seen)
+        domain = self.model.chosen(domain)
+        if starts is not None or find_decoder(self.model, domain) is None:
+            return None
+        logits, state = self.model.step(tokens[:, 0], cache.state, domain)
+        cache.update_state(state, 1)
+        return logits[:, None].to(weight.dtype)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **settings: Any) -> None:
         """Write configuration, weights (named as in a checkpoint) and the modeling file for ``trust_remote_code``."""

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mm_rec import checkpoint
+from mm_rec import checkpoint, ops
 from mm_rec.config import ModelConfig
 from mm_rec.hf import MMRecCache, MMRecConfig, MMRecForCausalLM
 from mm_rec.model import MMRecModel
@@ -102,6 +102,35 @@ def test_trust_remote_code_needs_no_import(folder: Path, model: MMRecForCausalLM
         torch.testing.assert_close(load_file(again / "logits")["logits"], expected)
         assert json.loads((again / "config.json").read_text())["auto_map"] == model.config.auto_map
         assert sorted(path.name for path in again.glob("*.py")) == ["modeling_mm_rec.py"]
+
+
+@pytest.mark.skipif(ops.status()["cpu"].backend != "native", reason="no native library was built")
+@pytest.mark.parametrize("domain", ["text", "all"])
+def test_single_tokens_take_the_native_step(
+    model: MMRecForCausalLM, monkeypatch: pytest.MonkeyPatch, domain: str
+) -> None:
+    steps = []
+    step = MMRecModel.step
+    monkeypatch.setattr(MMRecModel, "step", lambda *given, **named: steps.append(1) or step(*given, **named))
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "domain": domain}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    batch = tokens(3, 30)
+    native = model.generate(batch, **options)
+    assert len(steps) == 19  # the first token follows from the prompt's pass
+    with ops.use_backend("reference"):
+        reference = model.generate(batch, **options)
+    assert len(steps) == 19
+    assert torch.equal(native.sequences, reference.sequences)
+    torch.testing.assert_close(torch.stack(native.logits), torch.stack(reference.logits), rtol=1e-4, atol=1e-5)
+    # With gradients, or at the start of a document, the forward pass reads it.
+    model(batch[:, :1], past_key_values=native.past_key_values, domain=domain).logits.sum().backward()
+    model.zero_grad()
+    cache = MMRecCache()
+    with torch.no_grad():
+        model(batch, past_key_values=cache, domain=domain)
+        fresh = model(batch[:, :1], past_key_values=cache, position_ids=torch.zeros(3, 1), domain=domain).logits
+        torch.testing.assert_close(fresh, model(batch[:, :1], domain=domain).logits)
+    assert len(steps) == 19
 
 
 @pytest.mark.parametrize("rows", [[0], [0, 1], [2, 0, 1, 1, 2]])

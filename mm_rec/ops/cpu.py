@@ -46,8 +46,8 @@ def load() -> Native:
         adamw_many_, sum_of_squares,
     ]  # fmt: skip
     functions = {kernel.__name__: kernel for kernel in kernels}
-    plans = {"step": _call.step, "step_scratch": _call.step_scratch}  # raw functions, for mm_rec.ops.step
-    return Native(str(library.path), library.level, functions | plans)
+    raw = {name: getattr(_call, name) for name in ("step", "step_scratch", "sample", "sample_scratch")}
+    return Native(str(library.path), library.level, functions | raw)  # raw ones for mm_rec.ops.step and .sample
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:

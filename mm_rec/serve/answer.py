@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import secrets
 import time
+import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
@@ -33,6 +36,33 @@ __all__ = ["Answer", "respond"]
 
 _SILENCE_SECONDS = 60.0
 """Longest time after the deadline without a word from the engine; it ends overdue jobs by itself."""
+
+
+class _Outbox:
+    """Brings events from the engine's thread to an event loop, those of one step in one call."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._events: deque[tuple[asyncio.Queue[tuple[int, Event]], int, Event]] = deque()
+        self._called = False
+
+    def put(self, queue: asyncio.Queue[tuple[int, Event]], job: int, event: Event) -> None:
+        """Put ``(job, event)`` into ``queue`` soon; from any thread."""
+        self._events.append((queue, job, event))
+        loop = self._loop()
+        if not self._called and loop is not None:
+            self._called = True
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever would read this
+                loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._called = False  # before the events are taken: one that comes later calls again
+        while self._events:
+            queue, job, event = self._events.popleft()
+            queue.put_nowait((job, event))
+
+
+_outboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Outbox] = weakref.WeakKeyDictionary()
 
 
 class Answer:
@@ -71,16 +101,11 @@ class Answer:
         self._drawn = 0
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-
-        def listener(job: int) -> Callable[[Event], None]:
-            def listen(event: Event) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever would read this
-                    loop.call_soon_threadsafe(self._events.put_nowait, (job, event))
-
-            return listen
-
+        outbox = _outboxes.setdefault(loop, _Outbox(loop))
         try:
-            self._tickets = engine.submit(jobs, [listener(index) for index in range(len(jobs))])
+            self._tickets = engine.submit(
+                jobs, [functools.partial(outbox.put, self._events, index) for index in range(len(jobs))]
+            )
         except (QueueFullError, StoppedError) as error:
             raise ApiError.busy(str(error)) from error
         self._held = (held or contextlib.ExitStack()).pop_all()

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mm_rec.generate import TextStream, next_token
+from mm_rec.generate import TextStream
 from mm_rec.model import MMRecModel
+from mm_rec.sampling import Draws, next_tokens
 from mm_rec.serve.jobs import (
     EngineError,
     Job,
@@ -40,8 +41,11 @@ __all__ = ["Engine"]
 _log = logging.getLogger("mm_rec.serve")
 
 ALONE_CHUNK = 512
-SHARED_CHUNK = 128
+SHARED_CHUNK = 256
 """Tokens of prompts to read between two steps: without running streams, and with them, which wait meanwhile."""
+
+STEPPED_TOKENS = 8
+"""Rests of prompts up to this long are read in steps that are taken anyway, a token in each."""
 
 
 @dataclass(eq=False)
@@ -51,9 +55,8 @@ class _Row:
     ticket: Ticket
     choice: int
     pending: list[int]
-    generator: torch.Generator
+    draws: Draws
     text: TextStream
-    seen: list[int]
     drawn: int = 0
     finish: str | None = None
     gone: bool = False
@@ -86,6 +89,7 @@ class Engine:
         self.max_streams = max_streams
         self.max_queue = max_queue
         self._control = frozenset(tokenizer.control_ids.values())
+        self._padding = range(tokenizer.vocab_size, model.config.vocab_size)
         self._changed = threading.Condition()  # guards the next two
         self._waiting: deque[Ticket] = deque()
         self._stopping = False
@@ -215,18 +219,23 @@ class Engine:
             ticket=ticket,
             choice=choice,
             pending=list(job.prompt),
-            generator=torch.Generator().manual_seed((job.sampling.seed + choice) % 2**64),
+            draws=Draws(
+                job.sampling,
+                torch.Generator().manual_seed((job.sampling.seed + choice) % 2**64),
+                barred=[*sorted(self._control - job.ends), *self._padding],
+                seen=job.prompt if job.penalise_prompt else (),
+            ),
             text=TextStream(self.tokenizer, job.sampling.stop),
-            seen=list(job.prompt) if job.penalise_prompt else [],
             prompt_scores=[TokenScore(job.prompt[0], None, ())],
         )
 
     def _read_on(self, row: _Row, state: ModelState) -> None:
-        """Line a row up for the next chunk or, with one token left, for the batch."""
-        if len(row.pending) > 1:
+        """Line a row up for the next chunk or, with one token left or few beside running streams, for the batch."""
+        scored = row.ticket.job.prompt_logprobs
+        if len(row.pending) > 1 + (STEPPED_TOKENS if self._batch and not scored else 0):
             self._reading.append((row, state))
             return
-        if row.ticket.job.prompt_logprobs:
+        if scored:
             row.ticket.listener(PromptRead(row.prompt_scores))
         self._ready.append((row, state))
 
@@ -246,17 +255,16 @@ class Engine:
 
     def _read_chunk(self) -> None:
         """Read some of the prompts, all but their last token, in chunks of one length and without logits."""
-        first = self._reading[0][0]
-        scored = first.ticket.job.prompt_logprobs
+        scored = self._reading[0][0].ticket.job.prompt_logprobs
         room = SHARED_CHUNK if self._batch or scored else ALONE_CHUNK
-        time_ = min(len(first.pending) - 1, room)
-        if len(self._reading) > 1:
-            time_ = 1 << (time_.bit_length() - 1)  # a length that others are likely to have left, too
-        chosen = [
-            (row, state)
-            for row, state in self._reading
-            if len(row.pending) > time_ and row.ticket.job.prompt_logprobs == scored
-        ][: room // time_]
+        chosen: list[tuple[_Row, ModelState]] = []
+        longest = time_ = min(len(self._reading[0][0].pending) - 1, room)
+        for row, state in self._reading:  # the first one, and those that don't make its chunk much shorter
+            shorter = min(time_, len(row.pending) - 1)
+            fits = shorter * (len(chosen) + 1) <= room and 2 * shorter >= longest
+            if fits and row.ticket.job.prompt_logprobs == scored:
+                chosen.append((row, state))
+                time_ = shorter
         rows = [row for row, _ in chosen]
         tokens = torch.tensor([row.pending[:time_] for row in rows], device=self.model.embedding.weight.device)
         before = _concatenate([state for _, state in chosen])
@@ -281,38 +289,36 @@ class Engine:
         for index, row in enumerate(self._batch):
             if row.pending:
                 continue
-            if row.finish is None:
-                drawing.append(index)
-            else:
+            if row.finish is not None:
                 self._end(row, _select(self._state, [index]))
-        scores = logits[drawing].to("cpu", torch.float32)
-        for index, row_scores in zip(drawing, scores, strict=True):
-            self._draw(self._batch[index], row_scores)
+            elif row.drawn >= row.ticket.job.sampling.max_new_tokens:
+                self._finish(row, "length")
+            else:
+                drawing.append(index)
+        if drawing:
+            scores = logits if len(drawing) == len(self._batch) else logits[drawing]
+            self._draw([self._batch[index] for index in drawing], scores.to("cpu", torch.float32))
         self._compact()
 
-    def _draw(self, row: _Row, logits: Tensor) -> None:
-        """Draw the row's next token from its logits (V,) and give out what it makes certain of the text."""
-        job = row.ticket.job
-        if row.drawn >= job.sampling.max_new_tokens:
-            self._finish(row, "length")
-            return
-        allowed = logits.clone()
-        allowed[sorted(self._control - job.ends)] = -torch.inf
-        allowed[self.tokenizer.vocab_size :] = -torch.inf
-        token = next_token(allowed, job.sampling, row.generator, row.seen)
-        row.drawn += 1
-        scores = () if job.top_logprobs is None else tuple(self._score(logits[None], [token], job.top_logprobs))
-        if token in job.ends:
-            row.ticket.listener(Output(row.choice, drawn=1, scores=scores))  # as many scores as tokens drawn
-            self._finish(row, "stop")
-            return
-        row.pending = [token]
-        row.seen.append(token)
-        row.ticket.listener(Output(row.choice, row.text.push(token), 1, scores))
-        if row.text.stopped:
-            self._finish(row, "stop")
-        elif row.drawn == job.sampling.max_new_tokens:
-            self._finish(row, "length")
+    def _draw(self, rows: Sequence[_Row], logits: Tensor) -> None:
+        """Draw the next token of each row from its logits (B, V) and give out what it makes certain of the text."""
+        tokens = next_tokens(logits, [row.draws for row in rows])
+        for row, token, row_logits in zip(rows, tokens, logits, strict=True):
+            job = row.ticket.job
+            row.drawn += 1
+            top = job.top_logprobs
+            scores = () if top is None else tuple(self._score(row_logits[None], [token], top))
+            if token in job.ends:
+                row.ticket.listener(Output(row.choice, drawn=1, scores=scores))  # as many scores as tokens drawn
+                self._finish(row, "stop")
+                continue
+            row.pending = [token]
+            row.draws.seen.append(token)
+            row.ticket.listener(Output(row.choice, row.text.push(token), 1, scores))
+            if row.text.stopped:
+                self._finish(row, "stop")
+            elif row.drawn == job.sampling.max_new_tokens:
+                self._finish(row, "length")
 
     def _score(self, logits: Tensor, tokens: Sequence[int], top: int | None) -> list[TokenScore]:
         """Log-probabilities of ``tokens`` (T) and of the likeliest ones under ``logits`` (T, V)."""

@@ -18,6 +18,7 @@
 #include "norm.h"
 #include "optimizer.h"
 #include "recurrence_backward.h"
+#include "sample.h"
 #include "scan.h"
 #include "step.h"
 
@@ -334,7 +335,7 @@ struct StepModel {
 
 template <class T>
 static void fuzz_step(Source& from) {
-    const int64_t batch = from.number(1, 9), offset = from.number(0, 3), room = from.number(1, 3);
+    const int64_t batch = from.number(1, 19), offset = from.number(0, 3), room = from.number(1, 3);
     const bool wild = from.number(0, 15) == 1, in_place = from.flag();
     const int threads = threads_of(from);
     StepModel model(from, sizeof(T) == 2);
@@ -352,9 +353,37 @@ static void fuzz_step(Source& from) {
     step(p, state, batch, tokens, logits, scratch.data, threads);
 }
 
+static void fuzz_sample(Source& from) {
+    const int64_t rows = from.number(1, 4), n = from.number(1, 250) * from.number(1, 3);
+    const int threads = threads_of(from);
+    const bool flat = from.flag(), wild = from.number(0, 15) == 1;
+    Rows32 logits(from, rows, n);
+    for (int64_t i = 0; flat && i < logits.n; ++i) logits.data[i] = 1.0f;
+    Block<int64_t> seen(from, from.number(0, 5)), barred(from, from.number(0, 5)), tokens(from, rows);
+    for (int64_t i = 0; i < seen.n; ++i) seen.data[i] = int64_t(from.values() % n) - wild;
+    for (int64_t i = 0; i < barred.n; ++i) barred.data[i] = int64_t(from.values() % n) + wild * n;
+    std::vector<SampleRow> how(rows);
+    std::vector<const SampleRow*> pointers;
+    for (SampleRow& row : how) {
+        row = {double(from.number(0, 255)) / 256, 1.0, 0.0, 1.0f, 1.0f, 0, seen, seen.n, barred, barred.n};
+        if (from.flag()) row.top_p = double(from.number(1, 100)) / 100;
+        if (from.flag()) row.min_p = double(from.number(0, 10)) / 10;
+        if (from.flag()) row.repetition_penalty = float(from.number(1, 20)) / 10;
+        row.temperature = float(from.number(0, 10)) / 5;
+        row.top_k = from.number(0, 255);
+        pointers.push_back(&row);
+    }
+    const Scratch scratch(sample_scratch(n, threads));
+    sample(rows, n, logits, logits.row, pointers.data(), tokens, scratch.data, threads);
+    for (int64_t r = 0; r < rows; ++r)
+        if (tokens.data[r] < 0 || tokens.data[r] >= n) abort();
+}
+
+constexpr int64_t CASES = 18;
+
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Source from{data, size};
-    switch (from.number(0, 14)) {
+    switch (from.number(0, CASES - 1)) {
         case 0: fuzz_scan(from); break;
         case 1: fuzz_recurrence<float>(from); break;
         case 2: fuzz_recurrence<bf16>(from); break;
@@ -370,6 +399,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         case 12: fuzz_optimizer(from); break;
         case 13: fuzz_memory<float>(from); break;
         case 14: fuzz_memory<bf16>(from); break;
+        case 15: fuzz_step<float>(from); break;
+        case 16: fuzz_step<bf16>(from); break;
+        case 17: fuzz_sample(from); break;
     }
     return 0;
 }
@@ -380,10 +412,10 @@ int main(int count, char** arguments) {
     std::mt19937 random(count > 2 ? unsigned(atoi(arguments[2])) : 0);
     const time_t end = time(nullptr) + time_t(seconds);
     long runs = 0;
-    for (; runs < 15 || time(nullptr) < end; ++runs) {
+    for (; runs < CASES || time(nullptr) < end; ++runs) {
         std::vector<uint8_t> bytes(160);
         for (uint8_t& byte : bytes) byte = uint8_t(random());
-        bytes[0] = uint8_t(runs % 15);  // each kernel in turn
+        bytes[0] = uint8_t(runs % CASES);  // each kernel in turn
         LLVMFuzzerTestOneInput(bytes.data(), bytes.size());
     }
     printf("%ld runs\n", runs);

@@ -184,7 +184,7 @@ def test_a_chat_stream_is_the_reply_in_pieces(client: TestClient) -> None:
 def test_an_end_has_a_score_as_every_token_drawn(
     client: TestClient, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mm_rec.serve.engine.next_token", lambda *_: tokenizer.end_id)
+    monkeypatch.setattr("mm_rec.serve.engine.next_tokens", lambda _, rows: [tokenizer.end_id] * len(rows))
     reply = complete(client, prompt="import", echo=True, logprobs=1, max_tokens=1)
     [choice] = reply["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("import", "stop")

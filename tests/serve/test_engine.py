@@ -117,7 +117,8 @@ def runner(make: Callable[..., Runner]) -> Runner:
 )
 def test_a_lone_stream_is_what_generate_gives(runner: Runner, model: MMRecModel, sampling: Sampling) -> None:
     prompt = "def shuffle(self, x):\n    return ışık" * 5
-    [reader] = runner.run(runner.job(prompt, sampling, penalise_prompt=True))
+    ends = frozenset({runner.tokenizer.eos_id, runner.tokenizer.end_id})
+    [reader] = runner.run(runner.job(prompt, sampling, penalise_prompt=True, ends=ends))
     assert reader.text() == "".join(generate(model, runner.tokenizer, prompt, sampling, None))
     assert sum(output.drawn for output in reader.outputs) <= sampling.max_new_tokens
 

@@ -1,6 +1,7 @@
-// The C interface of the step, compiled once per level like kernels.cpp; its conventions are those.
+// The C interface of a step and of the draw after it, compiled once per level like kernels.cpp; its conventions are those.
 
 #pragma GCC diagnostic ignored "-Wunused-function"  // the headers hold more than a step needs
+#include "sample.h"
 #include "step.h"
 
 using namespace mm_rec::MM_LEVEL;
@@ -19,4 +20,12 @@ MM_EXPORT(int, step)
 (const StepPlan* plan, const StepState* state, int64_t batch, const int64_t* tokens, float* logits, float* scratch,
  int threads) {
     return step(*plan, *state, batch, tokens, logits, scratch, threads);
+}
+
+MM_EXPORT(int64_t, sample_scratch)(int64_t columns, int threads) { return sample_scratch(columns, threads); }
+
+MM_EXPORT(void, sample)
+(int64_t rows, int64_t columns, const float* logits, int64_t pitch, const SampleRow* const* how, int64_t* tokens,
+ float* scratch, int threads) {
+    sample(rows, columns, logits, pitch, how, tokens, scratch, threads);
 }

@@ -105,12 +105,12 @@ static int64_t longest_row(const StepPlan& p) { return max64(max64(p.hidden, p.d
 // What one thread needs for itself.
 template <class X>
 struct StepThreadBuffers {
-    X* widened;  // STEP_ROWS rows of any matrix
+    X* widened;  // W rows of any matrix
     float *rms, *fed_back, *h, *alpha;
     int64_t rms_phase = 0;  // that rms was computed in; phases count from 1
     StepAttentionScratch attention;
     StepThreadBuffers(const StepPlan& p, int64_t batch, Parts& parts)
-        : widened(reinterpret_cast<X*>(parts.take(STEP_ROWS * longest_row(p)))),
+        : widened(reinterpret_cast<X*>(parts.take(W * longest_row(p)))),
           rms(parts.take(batch)), fed_back(parts.take(round_up(p.d(), W))), h(parts.take(round_up(p.d(), W))),
           alpha(parts.take(round_up(p.experts, W))),
           attention({1, 1, p.window, p.heads, p.d(), p.slots, nullptr}, parts) {}
@@ -236,10 +236,11 @@ struct StepWorker {
                                   w.wide, k, k + batch * stride, stride,
                                   {all.key + memory * p.d(), all.value + memory * p.d(), all.mass + memory},
                                   state.position};
-        walk.share(batch * p.heads, 1, [&](Share tasks) {
+        const int64_t groups = min64(p.heads, (2 * walk.threads + batch - 1) / batch);  // of a sequence's heads
+        walk.share(batch * groups, 1, [&](Share tasks) {
             for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-                const int64_t b = task / p.heads, head = task % p.heads;
-                step_attend(in, b, head, w.read[b] + head * p.d(), own.attention);
+                const int64_t b = task / groups, group = task % groups;
+                step_attend(in, b, p.heads * group / groups, p.heads * (group + 1) / groups, w.read[b], own.attention);
             }
         });
         add_product(block.attention_out, w.read);

@@ -10,11 +10,10 @@
 namespace mm_rec {
 namespace MM_LEVEL {
 
-constexpr int STEP_ROWS = 4;  // rows of the matrix at once: chains enough to outrun the memory
 #if defined(__AVX512F__)
-constexpr int STEP_BATCH = 4;  // sequences at once: 16 sums, of 32 registers
+constexpr int STEP_BATCH = 8;  // sequences at once, of 32 registers
 #else
-constexpr int STEP_BATCH = 2;
+constexpr int STEP_BATCH = 4;
 #endif
 constexpr int64_t STEP_AHEAD = 4096;  // bytes; the processor's own prefetching stops at every page
 
@@ -69,28 +68,44 @@ MM_INLINE vf step_multiply_add(__m512bh a, __m512bh b, vf sum) {
 }
 #endif
 
+// Orders that take of two vectors the even blocks of HALF lanes from the first and the odd ones from the second,
+// where they lie (`kept`) and each with its neighbour's lanes (`swapped`).
+template <int HALF>
+struct SumOrders {
+    int32_t kept[W], swapped[W];
+    constexpr SumOrders() : kept(), swapped() {
+        for (int i = 0; i < W; ++i) {
+            kept[i] = i & HALF ? W + i : i;
+            swapped[i] = i & HALF ? W + i - HALF : i + HALF;
+        }
+    }
+};
+template <int HALF>
+static constexpr SumOrders<HALF> SUM_ORDERS{};
+
 // Sums over the lanes of W vectors, as a vector of them. Each is added up in the order of `sum`.
 template <int HALF = W / 2>
 MM_INLINE vf step_sums(vf (&x)[W]) {
     for (int i = 0; i < HALF; ++i)
-        x[i] = shuffle(x[i], x[i + HALF], LANE_ORDERS<HALF>.low) + shuffle(x[i], x[i + HALF], LANE_ORDERS<HALF>.high);
+        x[i] = shuffle(x[i], x[i + HALF], SUM_ORDERS<HALF>.kept) + shuffle(x[i], x[i + HALF], SUM_ORDERS<HALF>.swapped);
     if constexpr (HALF > 1)
         return step_sums<HALF / 2>(x);
     else
         return x[0];
 }
 
-// out[g][r] = row r of w times vector g, for ROWS rows `columns` apart.
-template <int ROWS, int BATCH, class Element, class X>
-MM_INLINE void step_tile(int64_t columns, const Element* w, const float* row_scale, const X* x, int64_t x_pitch,
-                         const float* x_scale, float* out, int64_t out_pitch) {
+// out[r][g] = row r of w times vector g, lane by lane, for ROWS rows `columns` apart. FIRST says that they come from
+// memory.
+template <bool FIRST, int ROWS, int BATCH, class Element, class X>
+MM_INLINE void step_tile(int64_t columns, const Element* w, const X* x, int64_t x_pitch, vf (*out)[BATCH]) {
     constexpr int64_t span = SPAN<X>;
     vf sums[ROWS][BATCH] = {};
     int64_t k = 0;
     for (; k + span <= columns; k += span)
         for (int r = 0; r < ROWS; ++r) {
             const Element* row = w + r * columns + k;
-            if (span * sizeof(Element) >= 32) __builtin_prefetch(reinterpret_cast<const char*>(row) + STEP_AHEAD);
+            if (FIRST && span * sizeof(Element) >= 32)
+                __builtin_prefetch(reinterpret_cast<const char*>(row) + STEP_AHEAD);
             const auto weights = step_load(row, X{});
             for (int g = 0; g < BATCH; ++g)
                 sums[r][g] = step_multiply_add(weights, step_load(x + g * x_pitch + k, X{}), sums[r][g]);
@@ -103,19 +118,8 @@ MM_INLINE void step_tile(int64_t columns, const Element* w, const float* row_sca
             for (int g = 0; g < BATCH; ++g)
                 sums[r][g] = step_multiply_add(weights, step_load(x + g * x_pitch + k, X{}), sums[r][g]);
         }
-    float totals[ROWS * BATCH];
-    constexpr int whole = ROWS * BATCH / W * W;
-    for (int first = 0; first < whole; first += W) {
-        vf some[W];
-        for (int i = 0; i < W; ++i) some[i] = sums[(first + i) % ROWS][(first + i) / ROWS];
-        store(totals + first, step_sums(some));
-    }
-    for (int i = whole; i < ROWS * BATCH; ++i) totals[i] = sum(sums[i % ROWS][i / ROWS]);
-    for (int g = 0; g < BATCH; ++g)
-        for (int r = 0; r < ROWS; ++r) {
-            const float factor = (row_scale ? row_scale[r] : 1.0f) * (x_scale ? x_scale[g] : 1.0f);
-            out[g * out_pitch + r] = totals[g * ROWS + r] * factor;
-        }
+    for (int r = 0; r < ROWS; ++r)
+        for (int g = 0; g < BATCH; ++g) out[r][g] = sums[r][g];
 }
 
 // The first n of W elements, the others as 0.
@@ -138,47 +142,72 @@ MM_INLINE void step_widen(int64_t n, const Element* w, X* to) {
     if (i < n) store(to + i, step_load_first(w + i, n - i), n - i);
 }
 
-template <int ROWS, class Element, class X>
-MM_INLINE void step_row_tile(int64_t batch, int64_t columns, const Element* w, const float* row_scale, const X* x,
-                             int64_t x_pitch, const float* x_scale, float* out, int64_t out_pitch) {
-    int64_t b = 0;
-    for (; b + STEP_BATCH <= batch; b += STEP_BATCH)
-        step_tile<ROWS, STEP_BATCH>(columns, w, row_scale, x + b * x_pitch, x_pitch, x_scale ? x_scale + b : nullptr,
-                                    out + b * out_pitch, out_pitch);
-    for (; b < batch; ++b)
-        step_tile<ROWS, 1>(columns, w, row_scale, x + b * x_pitch, x_pitch, x_scale ? x_scale + b : nullptr,
-                           out + b * out_pitch, out_pitch);
+// Up to W rows with BATCH vectors; out[g * out_pitch + r].
+template <bool FIRST, int ROWS, int BATCH, class Element, class X>
+static void step_group(int64_t rows, int64_t columns, const Element* w, const float* row_scale, const X* x,
+                       int64_t x_pitch, const float* x_scale, float* out, int64_t out_pitch) {
+    vf sums[W][BATCH];
+    int64_t r = 0;
+    for (; r + ROWS <= rows; r += ROWS) step_tile<FIRST, ROWS, BATCH>(columns, w + r * columns, x, x_pitch, sums + r);
+    for (; r < rows; ++r) step_tile<FIRST, 1, BATCH>(columns, w + r * columns, x, x_pitch, sums + r);
+    for (; r < W; ++r)
+        for (int g = 0; g < BATCH; ++g) sums[r][g] = vf{};
+    const vf row_factor = row_scale ? load(row_scale, rows) : splat(1.0f);
+    for (int g = 0; g < BATCH; ++g) {
+        vf own[W];
+        for (int i = 0; i < W; ++i) own[i] = sums[i][g];
+        store(out + g * out_pitch, step_sums(own) * (row_factor * (x_scale ? x_scale[g] : 1.0f)), rows);
+    }
+}
+
+// Rows that come from memory are read one after the other, the fastest order; from a cache two at a time, since loads of
+// x are the limit there.
+template <bool FIRST, int BATCH = STEP_BATCH, class Element, class X>
+MM_INLINE void step_some(int64_t batch, int64_t rows, int64_t columns, const Element* w, const float* row_scale,
+                         const X* x, int64_t x_pitch, const float* x_scale, float* out, int64_t out_pitch) {
+    if (batch == BATCH)
+        return step_group<FIRST, FIRST ? 1 : 2, BATCH>(rows, columns, w, row_scale, x, x_pitch, x_scale, out, out_pitch);
+    if constexpr (BATCH > 1)
+        step_some<FIRST, BATCH - 1>(batch, rows, columns, w, row_scale, x, x_pitch, x_scale, out, out_pitch);
+}
+
+// Up to W rows with all vectors, in groups of about the same size.
+template <class Element, class X>
+static void step_row_block(int64_t batch, int64_t rows, int64_t columns, const Element* w, const float* row_scale,
+                           const X* x, int64_t x_pitch, const float* x_scale, float* out, int64_t out_pitch) {
+    const int64_t groups = (batch + STEP_BATCH - 1) / STEP_BATCH;
+    int64_t end = batch / groups;
+    step_some<true>(end, rows, columns, w, row_scale, x, x_pitch, x_scale, out, out_pitch);
+    for (int64_t i = 1; i < groups; ++i) {
+        const int64_t b = end;
+        end = batch * (i + 1) / groups;
+        step_some<false>(end - b, rows, columns, w, row_scale, x + b * x_pitch, x_pitch, x_scale ? x_scale + b : nullptr,
+                         out + b * out_pitch, out_pitch);
+    }
 }
 
 // A matrix of another type than the vectors is converted at each load, or, if it meets many, once into `widened`.
-template <int ROWS, class Element, class X>
-MM_INLINE void step_converted_tile(int64_t batch, int64_t columns, const Element* w, const float* row_scale, const X* x,
-                                   int64_t x_pitch, const float* x_scale, float* out, int64_t out_pitch, X* widened) {
-    if constexpr (sizeof(Element) < sizeof(X)) {
-        if (batch > STEP_BATCH) {
-            step_widen(ROWS * columns, w, widened);
-            return step_row_tile<ROWS>(batch, columns, static_cast<const X*>(widened), row_scale, x, x_pitch, x_scale,
-                                       out, out_pitch);
-        }
-    }
-    step_row_tile<ROWS>(batch, columns, w, row_scale, x, x_pitch, x_scale, out, out_pitch);
-}
-
 template <class Element, class X>
 static void step_rows(int64_t batch, int64_t begin, int64_t end, int64_t columns, const Element* w,
                       const float* row_scale, const X* x, int64_t x_pitch, const float* x_scale, float* out,
                       int64_t out_pitch, X* widened) {
-    int64_t r = begin;
-    for (; r + STEP_ROWS <= end; r += STEP_ROWS)
-        step_converted_tile<STEP_ROWS>(batch, columns, w + r * columns, row_scale ? row_scale + r : nullptr, x, x_pitch,
-                                       x_scale, out + r, out_pitch, widened);
-    for (; r < end; ++r)
-        step_converted_tile<1>(batch, columns, w + r * columns, row_scale ? row_scale + r : nullptr, x, x_pitch,
-                               x_scale, out + r, out_pitch, widened);
+    for (int64_t r = begin; r < end; r += W) {
+        const int64_t rows = min64(W, end - r);
+        const float* scale = row_scale ? row_scale + r : nullptr;
+        if constexpr (sizeof(Element) < sizeof(X)) {
+            if (batch > STEP_BATCH) {
+                step_widen(rows * columns, w + r * columns, widened);
+                step_row_block(batch, rows, columns, static_cast<const X*>(widened), scale, x, x_pitch, x_scale, out + r,
+                               out_pitch);
+                continue;
+            }
+        }
+        step_row_block(batch, rows, columns, w + r * columns, scale, x, x_pitch, x_scale, out + r, out_pitch);
+    }
 }
 
 // out[b * out_pitch + r] = x_scale[b] * (row r of the matrix times x[b]) for begin <= r < end. Rows of x are x_pitch
-// apart, filled up with zeros to whole registers; x_scale may be null; `widened` has room for STEP_ROWS rows.
+// apart, filled up with zeros to whole registers; x_scale may be null; `widened` has room for W rows.
 template <class X>
 static void step_product(const StepMatrix& m, int64_t batch, int64_t begin, int64_t end, int64_t columns, const X* x,
                          int64_t x_pitch, const float* x_scale, float* out, int64_t out_pitch, X* widened) {

@@ -1,0 +1,169 @@
+"""How the next token is drawn, for many texts at once: each from its own logits, generator and settings."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mm_rec.errors import UserError
+from mm_rec.ops import backend
+from mm_rec.ops.sample import SampleRow, sample
+
+__all__ = ["Draws", "Sampling", "next_token", "next_tokens"]
+
+FIRST_LIKELIEST = 256
+MIN_TEMPERATURE = 1e-6
+"""Below it float32 overflows; the likeliest token is then all there is anyway."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The filters apply in the order in which they stand here.
+
+    Attributes:
+        max_new_tokens: to draw at most.
+        repetition_penalty: logits of tokens that occurred are divided by it if positive, else multiplied
+            (CTRL, arXiv 1909.05858); 1 changes nothing.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the likeliest tokens that together have this probability (arXiv 1904.09751).
+        min_p: keep tokens at least this share as likely as the likeliest (arXiv 2407.01082).
+        stop: text ends before the first of these strings.
+        seed: the same seed gives the same text.
+    """
+
+    max_new_tokens: int = 200
+    repetition_penalty: float = 1.0
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_new_tokens must be at least 0": self.max_new_tokens >= 0,
+            "repetition_penalty must be above 0": 0 < self.repetition_penalty < float("inf"),
+            "temperature must be at least 0": 0 <= self.temperature < float("inf"),
+            "top_k must be at least 0": self.top_k >= 0,
+            "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
+            "min_p must be at least 0 and at most 1": 0 <= self.min_p <= 1,
+            "stop strings must not be empty": all(self.stop),
+        }
+        for message, holds in checks.items():
+            if not holds:
+                raise UserError(message)
+
+
+class Draws:
+    """The draws of one text.
+
+    Args:
+        sampling: how to draw.
+        generator: of the CPU; a draw with a temperature above 0 takes one number from it.
+        barred: tokens that must not come.
+        seen: tokens to penalise, see :attr:`seen`.
+
+    Attributes:
+        seen: may grow between draws.
+    """
+
+    def __init__(
+        self, sampling: Sampling, generator: torch.Generator, barred: Iterable[int] = (), seen: Iterable[int] = ()
+    ) -> None:
+        self.sampling = sampling
+        self.generator = generator
+        self.seen = array("q", seen)
+        self.barred = array("q", barred)
+        self._row = SampleRow(
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            temperature=sampling.temperature,
+            top_k=min(sampling.top_k, 2**62),
+            barred=self.barred.buffer_info()[0],
+            n_barred=len(self.barred),
+        )
+
+    def number(self) -> float:
+        """The next one, uniform in [0, 1)."""
+        if self.sampling.temperature == 0:
+            return 0.0
+        return float(torch.rand((), generator=self.generator, dtype=torch.float64))
+
+    def row(self) -> SampleRow:
+        """What the native kernel reads for the next draw; valid until the text goes on."""
+        row = self._row
+        row.number = self.number()
+        if self.sampling.repetition_penalty != 1:
+            row.seen, row.n_seen = self.seen.buffer_info()
+        return row
+
+
+def next_tokens(logits: Tensor, draws: Sequence[Draws]) -> list[int]:
+    """Draw a token for each text; what one gets does not depend on the others.
+
+    Args:
+        logits: (B, V) any floating type, any device; -inf for what must not come.
+        draws: B texts.
+    """
+    scores = logits.detach().to("cpu", torch.float32)
+    if backend.runs_native("sample", scores):
+        return sample(scores, [one.row() for one in draws])
+    return [_draw(row, one) for row, one in zip(scores, draws, strict=True)]
+
+
+def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator, seen: Sequence[int] = ()) -> int:
+    """:func:`next_tokens` for one text: ``logits`` are (V,), ``seen`` the tokens to penalise."""
+    return next_tokens(logits[None], [Draws(sampling, generator, seen=seen)])[0]
+
+
+def _draw(scores: Tensor, draws: Draws) -> int:
+    """A token by ``scores`` (V,) float32: the definition of what the kernel does."""
+    sampling, scores = draws.sampling, scores.clone()
+    if sampling.repetition_penalty != 1 and draws.seen:
+        index = torch.tensor(sorted(set(draws.seen)))
+        old = scores[index]
+        scores[index] = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
+    scores[list(draws.barred)] = -torch.inf
+    if sampling.temperature == 0:
+        return int(scores.argmax())
+    ids, probability = _kept((scores - scores.max()) / max(sampling.temperature, MIN_TEMPERATURE), sampling)
+    ids, order = ids.sort()
+    cumulative = probability[order].double().cumsum(0)
+    draw = draws.number() * cumulative[-1]
+    return int(ids[min(int(torch.searchsorted(cumulative, draw, right=True)), len(ids) - 1)])
+
+
+def _kept(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The tokens that the filters of ``sampling`` keep and their probabilities; scores (V,) are float32."""
+    if not sampling.top_k and sampling.top_p == 1:  # nothing asks for an order
+        probability = scores.softmax(0)
+        keep = (probability >= sampling.min_p * probability.max()) & (probability > 0)
+        return keep.nonzero()[:, 0], probability[keep]
+    count = min(sampling.top_k or len(scores), len(scores))
+    # A few tokens usually have all the probability that top_p asks for, and sorting a whole vocabulary takes longer
+    # than a step of a small model.
+    size = count if sampling.top_k else min(FIRST_LIKELIEST, count)
+    while True:
+        ordered, ids = _largest(scores, size)
+        probability = (ordered - (ordered if sampling.top_k else scores).logsumexp(0)).exp()
+        keep = (probability >= sampling.min_p * probability[0]) & (probability > 0)
+        if sampling.top_p < 1:  # a token stays if those before it don't reach top_p yet
+            keep &= probability.cumsum(0) - probability < sampling.top_p
+        keep[0] = True
+        if size == count or not keep[-1]:
+            return ids[keep], probability[keep]
+        size = min(8 * size, count)
+
+
+def _largest(scores: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The first ``size`` values of a stable descending sort of ``scores``, and their places."""
+    candidates = (scores >= scores.topk(size).values[-1]).nonzero()[:, 0]
+    ordered, order = scores[candidates].sort(descending=True, stable=True)
+    return ordered[:size], candidates[order[:size]]
