@@ -91,6 +91,7 @@ class AdamW:
     ) -> None:
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self._slots: list[_Slot] = []
+        self._norm: Tensor | None = None
         for name, parameter in named_parameters:
             master = parameter.detach().float()  # the parameter itself if it is float32
             step = torch.zeros((), dtype=torch.float32, device=master.device)
@@ -101,13 +102,35 @@ class AdamW:
 
     def accumulate(self) -> None:
         """Add every ``.grad`` to the float32 sum for the next step and clear it; call after each micro-batch."""
+        if any(slot.parameter.grad is not None for slot in self._slots):
+            self._norm = None
         for slot in self._slots:
             slot.add_gradient()
 
     def zero_grad(self) -> None:
         """Forget the gradients, those already accumulated included."""
+        self._norm = None
         for slot in self._slots:
             slot.parameter.grad = slot.total = None
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """The global norm of the gradients of the step that comes, so that it can be judged before it is taken.
+
+        Returns:
+            The norm before clipping, float32 of shape (), on the parameters' device; 0 where there is no gradient.
+        """
+        self.accumulate()
+        active = self._active()
+        if not active:
+            self._norm = torch.zeros((), device=self._slots[0].master.device)
+        elif self._on_cpu:
+            self._norm = ops.sum_of_squares(_totals(active)).sqrt().float()
+        else:
+            for slot, total in zip(active, _totals(active), strict=True):
+                slot.total = total.float()
+            self._norm = nn.utils.get_total_norm(_totals(active))
+        return self._norm
 
     @torch.no_grad()
     def step(self, lr: float, max_norm: float) -> Tensor:
@@ -122,20 +145,27 @@ class AdamW:
             finite nothing was updated.
         """
         self.accumulate()
-        active = [slot for slot in self._slots if slot.total is not None]
-        if not active:
-            return torch.zeros((), device=self._slots[0].master.device)
-        update = self._update if self._slots[0].master.device.type == "cpu" else self._update_on_device
-        norm = update(active, lr, max_norm)
+        norm = self.gradient_norm() if self._norm is None else self._norm
+        active = self._active()
+        if active:
+            update = self._update if self._on_cpu else self._update_on_device
+            update(active, lr, max_norm, norm)
         for slot in active:
             slot.total = None
+        self._norm = None
         return norm
 
-    def _update(self, slots: list[_Slot], lr: float, max_norm: float) -> Tensor:
-        """One pass over memory for the norm, and one to clip, update and round to the type of the model."""
-        norm = ops.sum_of_squares(_totals(slots)).sqrt().float()
+    @property
+    def _on_cpu(self) -> bool:
+        return self._slots[0].master.device.type == "cpu"
+
+    def _active(self) -> list[_Slot]:
+        return [slot for slot in self._slots if slot.total is not None]
+
+    def _update(self, slots: list[_Slot], lr: float, max_norm: float, norm: Tensor) -> None:
+        """One pass over memory to clip, update and round to the type of the model."""
         if not norm.isfinite():
-            return norm
+            return
         scale = min(1.0, max_norm / float(norm)) if max_norm and norm else 1.0
         updates = []
         for slot, total in zip(slots, _totals(slots), strict=True):
@@ -145,13 +175,9 @@ class AdamW:
             updates.append(ops.Update(slot.master, slot.exp_avg, slot.exp_avg_sq, total, out, decay, int(slot.step)))
         beta1, beta2 = self.betas
         ops.adamw_many_(updates, lr=lr, beta1=beta1, beta2=beta2, eps=self.eps, grad_scale=scale)
-        return norm
 
-    def _update_on_device(self, slots: list[_Slot], lr: float, max_norm: float) -> Tensor:
+    def _update_on_device(self, slots: list[_Slot], lr: float, max_norm: float, norm: Tensor) -> None:
         """The same in few launches, with PyTorch's fused kernel: it can skip the update without the host knowing."""
-        for slot, total in zip(slots, _totals(slots), strict=True):
-            slot.total = total.float()
-        norm = nn.utils.get_total_norm(_totals(slots))
         divisor = (norm / max_norm).clamp(min=1.0) if max_norm else torch.ones_like(norm)
         skip = 1.0 - norm.isfinite().float()
         for decayed in (True, False):
@@ -179,7 +205,6 @@ class AdamW:
         for slot in slots:
             if slot.has_own_master:
                 slot.parameter.copy_(slot.master)
-        return norm
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Moments and step counts by name (``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``), not copied."""

@@ -220,9 +220,8 @@ class Trainer:
             parts.append((key, loss))
             if carry:
                 carried[key] = map_state(state, _keep)
-        rate = plan.rate_at(step) * self.at.rate_scale
         numbers = distributed.mean_(torch.stack([loss for _, loss in parts]))
-        numbers = torch.cat([numbers, self.optimizer.step(rate, plan.clip or math.inf).view(1)])
+        numbers = torch.cat([numbers, self.optimizer.gradient_norm().view(1)])
         self.feed.prefetch(batches, step * plan.accumulation)
         *values, norm = numbers.tolist()  # the one time in a step that the device is waited for
         losses: dict[str, list[float]] = defaultdict(list)
@@ -235,6 +234,8 @@ class Trainer:
         if trouble is not None:
             self._roll_back(step, trouble)
             return None
+        rate = plan.rate_at(step) * self.at.rate_scale
+        self.optimizer.step(rate, plan.clip or math.inf)
         self.carried = carried
         self.at.step = step
         self.at.tokens += plan.tokens_per_step

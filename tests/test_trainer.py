@@ -23,6 +23,7 @@ from mm_rec.errors import UserError
 from mm_rec.estimate import FIXED_BYTES, count_parameters, measure_activations, training_bytes, with_margin
 from mm_rec.launch import train_stages
 from mm_rec.model import MMRecModel
+from mm_rec.optim import AdamW
 from mm_rec.run_folder import RunFolder
 from mm_rec.settings import TrainSettings
 from mm_rec.signals import Interrupted, SignalGuard
@@ -360,6 +361,23 @@ def test_a_spike_is_rolled_back(data: Prepared, tmp_path: Path, monkeypatch: pyt
     train(data, settings(tmp_path))
     assert "jumped" in (tmp_path / "stage1" / "events.log").read_text()
     assert checkpoint.load(tmp_path / "stage1" / "checkpoints" / "step_000010").trainer["position"]["skipped"] == [9]
+
+
+@pytest.mark.parametrize("fault", [float("nan"), 1000.0])
+def test_a_step_in_trouble_is_judged_before_its_update(
+    fault: float, data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(position, "HISTORY", 2)
+    inject(monkeypatch, {9: fault})
+    applied: list[int] = []
+    step, take = AdamW.step, Trainer._take_step
+    monkeypatch.setattr(AdamW, "step", lambda self, *values: applied.append(at[-1]) or step(self, *values))
+    monkeypatch.setattr(Trainer, "_take_step", lambda self: at.append(self.at.step + 1) or take(self))
+    at: list[int] = [0]
+    train(data, settings(tmp_path))
+    assert 9 in at
+    assert 9 not in applied
+    assert {8, 10} <= set(applied)
 
 
 def test_training_that_stays_unstable_stops_with_a_remedy(
