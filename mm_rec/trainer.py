@@ -22,10 +22,10 @@ from torch import Tensor
 from mm_rec import distributed
 from mm_rec.board import Board
 from mm_rec.chat import QUESTIONS, ChatSession, transcript
-from mm_rec.checkpoint import Checkpoint, prune
+from mm_rec.checkpoint import Checkpoint, checkpoint_name, prune
 from mm_rec.data.batches import Batch, Batches, EvenBatches
 from mm_rec.data.feed import Feed
-from mm_rec.errors import UserError
+from mm_rec.errors import UserError, is_out_of_memory
 from mm_rec.estimate import memory_remedy
 from mm_rec.evaluate import Documents, evaluate
 from mm_rec.generate import Sampling, generate
@@ -139,7 +139,7 @@ class Trainer:
                 )
                 raise
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self.optimizer.zero_grad()
                 remedy = memory_remedy(self.plan.batch_size, self.plan.seq_len)
@@ -319,7 +319,7 @@ class Trainer:
             sample = transcript(session, QUESTIONS, self._between)
         else:
             sample = self._continue_texts(sampling)
-        write_atomic(self.run.samples / f"step_{self.at.step:06d}.txt", sample.encode("utf-8", "replace"))
+        write_atomic(self.run.samples / f"{checkpoint_name(self.at.step)}.txt", sample.encode("utf-8", "replace"))
         progress.message(f"sample at step {self.at.step}:\n{sample}")
 
     def _continue_texts(self, sampling: Sampling) -> str:
@@ -343,7 +343,3 @@ def _nothing() -> None:
 def _keep(tensor: Tensor) -> Tensor:
     """A tensor of the state cut off from its graph, and from the larger one that it may be a view of."""
     return tensor.detach().clone()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
