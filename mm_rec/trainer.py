@@ -113,11 +113,19 @@ class Trainer:
         self.optimizer.load_master_tensors(checkpoint.weights)
         self.optimizer.load_state_tensors(checkpoint.optimizer)
         self.at = Position(**checkpoint.trainer["position"])
+        self.carried = self._carried_in(checkpoint)
+
+    def _carried_in(self, checkpoint: Checkpoint) -> dict[str, ModelState]:
+        """The states of a checkpoint by domain; none if the user accepted a batch of another number of rows."""
+        rows = {len(tensor) for tensor in checkpoint.carried.values()}
+        if rows - {self.plan.batch_size}:
+            self.run.event(f"the carried state of {max(rows)} rows is left out: a batch has {self.plan.batch_size}")
+            return {}
         flat: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in checkpoint.carried.items():
             key, _, rest = name.partition("/")
             flat[key][rest] = distributed.own_rows(tensor).to(self.device)
-        self.carried = {key: unflatten_state(tensors, self.model.config) for key, tensors in flat.items()}
+        return {key: unflatten_state(tensors, self.model.config) for key, tensors in flat.items()}
 
     def fit(self) -> Path:
         """Train to the last step of the plan; returns the final checkpoint.

@@ -317,6 +317,16 @@ def inject(monkeypatch: pytest.MonkeyPatch, faults: dict[int, float]) -> None:
     monkeypatch.setattr(Trainer, "micro_batch_loss", faulty)
 
 
+def test_the_carried_state_of_another_batch_size_is_left_out(data: Prepared, tmp_path: Path) -> None:
+    start = train(data, settings(tmp_path / "first", max_steps=1))
+    run = train(data, settings(tmp_path, stage="stage2", init_from=start, max_steps=3, batch_size=2))
+    more = {"stage": "stage2", "init_from": start, "max_steps": 5, "resume_from": run, "allow_changes": True}
+    train(data, settings(tmp_path, batch_size=3, **more))
+    events = (tmp_path / "stage2-2" / "events.log").read_text()
+    assert "the carried state of 2 rows is left out: a batch has 3" in events
+    assert "batch_size was 2, is 3" in events
+
+
 def test_a_loss_that_is_not_finite_is_rolled_back_and_its_batch_left_out(
     data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
