@@ -75,9 +75,9 @@ class Checkpoint:
 
     path: Path
     config: ModelConfig
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    carried: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    carried: Mapping[str, Tensor]
     trainer: dict[str, Any]
     tokenizer_dir: Path
 

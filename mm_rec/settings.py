@@ -85,6 +85,14 @@ class TrainSettings:
     precision: Annotated[str, Option("type of the matrices", choices=("auto", "bf16", "fp32"))] = "auto"
     threads: Annotated[int | None, Option("CPU threads; if not given, as many as pay here", minimum=1)] = None
     device: Annotated[str, Option("cpu, cuda, or auto: CUDA if it is there")] = "auto"
+    parallel: Annotated[
+        str,
+        Option(
+            "what each of several processes holds: ddp, the whole model; fsdp, a part; auto: fsdp if the whole "
+            "does not fit",
+            choices=("auto", "ddp", "fsdp"),
+        ),
+    ] = "auto"
     gradient_checkpointing: Annotated[
         str,
         Option("save memory by running blocks twice; auto: if nothing else fits", choices=("auto", "on", "off")),

@@ -7,8 +7,10 @@ if it never had been.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -104,7 +106,8 @@ class Trainer:
         self.at = Position()
         self.carried: dict[str, ModelState] = {}
         self.feed = Feed(self.device, distributed.own_batch)
-        self._loss = distributed.averaged(model)
+        self._sharded = runtime.get("parallel") == "fsdp"
+        self._loss = distributed.averaged(model, sharded=self._sharded)
         self._graphs: GraphedPass | None = None
         self._between = guard.check if distributed.size() == 1 else _nothing
 
@@ -150,9 +153,11 @@ class Trainer:
                 if not is_out_of_memory(error):
                     raise
                 self.optimizer.zero_grad()
+                traceback.clear_frames(error.__traceback__)  # lest they keep tensors and graphs
                 remedy = memory_remedy(self.plan.batch_size, self.plan.seq_len)
                 raise UserError(f"out of memory in step {self.at.step + 1}; {remedy}") from error
             finally:
+                self._graphs = None
                 if self.board is not None:
                     self.board.close()
         return self._save()
@@ -165,10 +170,11 @@ class Trainer:
             # Saved first: a failed evaluation loses nothing, and one that was stopped is done again from its start.
             if evaluate_now or self.at.step % plan.checkpoint_interval == 0:
                 self._save()
-            if evaluate_now and distributed.is_first():
+            if evaluate_now and (distributed.is_first() or self._sharded):  # all have to help with a sharded model
                 self._evaluate(progress)
                 if self.at.step > 0:
                     self._sample(progress)
+                if self.at.step > 0 and distributed.is_first():
                     title = f"{plan.stage.name}: {self.run.path}"
                     draw_losses(self.run.path / METRICS, self.run.path / "loss.png", title)
             if last:
@@ -195,9 +201,9 @@ class Trainer:
     def _pass(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
         """Forward and backward of a micro-batch: its loss, and the state after it.
 
-        In one launch, where that can be: on one GPU, every block run once.
+        In one launch, where that can be: on GPUs that have the whole model, every block run once.
         """
-        if self.device.type == "cpu" or distributed.size() > 1 or self.model.gradient_checkpointing:
+        if self.device.type == "cpu" or self._sharded or self.model.gradient_checkpointing:
             return run_pass(self.micro_batch_loss, batch, state, self.plan.accumulation)
         if self._graphs is None:
             self._graphs = GraphedPass(self.micro_batch_loss, list(self.model.parameters()), self.plan.accumulation)
@@ -322,13 +328,23 @@ class Trainer:
     def _sample(self, progress: Progress) -> None:
         """A short text of each domain, or a conversation: the same for the same seed and step."""
         sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, seed=(self.plan.seed * 1_000_003 + self.at.step) % 2**63)
-        if self.plan.stage.conversations:
-            session = ChatSession.start(self.model, self.tokenizer, sampling=sampling)
-            sample = transcript(session, QUESTIONS, self._between)
-        else:
-            sample = self._continue_texts(sampling)
+        with self._same_logits():
+            if self.plan.stage.conversations:
+                session = ChatSession.start(self.model, self.tokenizer, sampling=sampling)
+                sample = transcript(session, QUESTIONS, self._between)
+            else:
+                sample = self._continue_texts(sampling)
+        if not distributed.is_first():
+            return
         write_atomic(self.run.samples / f"{checkpoint_name(self.at.step)}.txt", sample.encode("utf-8", "replace"))
         progress.message(f"sample at step {self.at.step}:\n{sample}")
+
+    def _same_logits(self) -> contextlib.AbstractContextManager[None]:
+        if not self._sharded:
+            return contextlib.nullcontext()
+        from mm_rec.sharding import same_logits
+
+        return same_logits(self.model)
 
     def _continue_texts(self, sampling: Sampling) -> str:
         texts = []
