@@ -22,4 +22,5 @@ def is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"  # PyTorch's: not imported for this, so that --help is quick
         or "allocate memory" in str(error)
+        or "can't start new thread" in str(error)  # no room for its stack
     )

@@ -87,6 +87,7 @@ def test_what_ends_a_program_becomes_its_exit_code(capsys: pytest.CaptureFixture
         assert capsys.readouterr().err.startswith("error: out of memory; ")
     with pytest.raises(ZeroDivisionError):
         run_program(lambda: 1 // 0)
+        assert run_program(lambda: raise_it(RuntimeError("can't start new thread"))) == 2
     with pytest.raises(RuntimeError, match="a bug"):
         run_program(lambda: raise_it(RuntimeError("a bug")))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

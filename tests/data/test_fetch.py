@@ -76,7 +76,8 @@ def test_what_is_there_is_not_downloaded_again(tmp_path, python_hub):
 
 
 def test_what_a_killed_write_left_over_is_removed(tmp_path, python_hub):
-    left = [tmp_path / ".tmp-manifest.json-0", tmp_path / "code" / ".tmp-.code.jsonl.journal-0"]
+    names = (".tmp-manifest.json-0123456789abcdef", "code/.tmp-.code.jsonl.journal-0123456789abcdef")
+    left = [tmp_path / name for name in names]
     for path in left:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"half")
