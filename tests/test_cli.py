@@ -84,10 +84,10 @@ def test_what_ends_a_program_becomes_its_exit_code(capsys: pytest.CaptureFixture
         assert run_program(warn) == 0
         assert capsys.readouterr().err == "warning: slow\n"
         assert run_program(lambda: torch.empty(2**60).nbytes) == 2
-        assert capsys.readouterr().err.startswith("error: out of memory; ")
+        assert run_program(lambda: raise_it(RuntimeError("can't start new thread"))) == 2
+        assert capsys.readouterr().err.count("error: out of memory; ") == 2
     with pytest.raises(ZeroDivisionError):
         run_program(lambda: 1 // 0)
-        assert run_program(lambda: raise_it(RuntimeError("can't start new thread"))) == 2
     with pytest.raises(RuntimeError, match="a bug"):
         run_program(lambda: raise_it(RuntimeError("a bug")))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
