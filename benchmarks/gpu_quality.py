@@ -48,7 +48,7 @@ from mm_rec.state import ModelState
 
 RESULT = Path(__file__).parent / "results" / "gpu_quality.json"
 VOCABULARY = 32_000
-ROWS, TOKENS = 64, 30_000_000
+ROWS, TOKENS = 32, 16_000_000
 SCORES = 8  # on the way, at shares of the tokens that grow by the square
 SCORED_AT_ONCE = 64  # windows of the GPT
 COLOURS = {"mm-rec": "#1f6fb4", "gpt": "#8c564b"}
@@ -135,13 +135,13 @@ class GPT(Contestant):
 CONTESTANTS = {"mm-rec": MMRec, "gpt": GPT}
 
 
-def train(name: str, rate: float, data: Data, tokens: int) -> dict[str, Any]:
-    """Train one model at one rate for about so many tokens, and score it on the way."""
+def train(name: str, rows: int, rate: float, data: Data, tokens: int) -> dict[str, Any]:
+    """Train one model at one rate for about so many tokens, in steps of so many rows, and score it on the way."""
     start = time.perf_counter()
     contestant = CONTESTANTS[name](data.tokenizer.padded_vocab_size)
-    per_step = ROWS * CONTEXT
+    per_step = rows * CONTEXT
     optimizer = AdamW(contestant.model.named_parameters(), betas=betas(per_step), weight_decay=WEIGHT_DECAY)
-    batches = Batches(data.train, batch_size=ROWS, seq_len=CONTEXT, seed=0, layout="windows", mixed=contestant.mixed)
+    batches = Batches(data.train, batch_size=rows, seq_len=CONTEXT, seed=0, layout="windows", mixed=contestant.mixed)
     feed = Feed(torch.device("cuda"))
     for index in range(4):  # compile, or capture the graph of each domain; nothing is learned
         contestant.learn(feed.take(batches, index))
@@ -151,7 +151,12 @@ def train(name: str, rate: float, data: Data, tokens: int) -> dict[str, Any]:
     steps = tokens // per_step
     marks = {round(steps * (i / SCORES) ** 2) for i in range(1, SCORES + 1)}
     curve, losses, seconds = [], [], 0.0
-    row = {"model": name, "rate": rate, "parameters": sum(p.numel() for p in contestant.model.parameters())}
+    row = {
+        "model": name,
+        "rows": rows,
+        "rate": rate,
+        "parameters": sum(p.numel() for p in contestant.model.parameters()),
+    }
     row |= {"tokens": steps * per_step, "start seconds": begin - start}
     begin = time.perf_counter()
     for step in range(1, steps + 1):
@@ -166,7 +171,7 @@ def train(name: str, rate: float, data: Data, tokens: int) -> dict[str, Any]:
             bits = {DOMAINS[d]: contestant.bits_per_byte(d, store) for d, store in data.valid.items()}
             recent = float(torch.stack(losses[-50:]).mean())
             curve.append({"tokens": step * per_step, "seconds": seconds, "loss": recent, "bits_per_byte": bits})
-            print(f"{name} {rate:g} {json.dumps(curve[-1])}", flush=True)
+            print(f"{name} {rows} {rate:g} {json.dumps(curve[-1])}", flush=True)
             begin = time.perf_counter()
     return {**row, "seconds": seconds, "bits_per_byte": curve[-1]["bits_per_byte"], "curve": curve}
 
@@ -221,6 +226,7 @@ def main() -> None:
     one.add_argument("--data", type=Path, required=True)
     one.add_argument("--model", choices=CONTESTANTS, required=True)
     one.add_argument("--rates", type=float, nargs="+", required=True)
+    one.add_argument("--rows", type=int, default=ROWS, help="of 512 tokens in a step")
     one.add_argument("--tokens", type=int, default=TOKENS)
     one.add_argument("--result", type=Path, required=True)
     one.add_argument("--commit", help="of the code measured, where git does not know")
@@ -241,7 +247,7 @@ def main() -> None:
             "runs": [],
         }
         for rate in options.rates:
-            found["runs"].append(train(options.model, rate, data, options.tokens))
+            found["runs"].append(train(options.model, options.rows, rate, data, options.tokens))
             options.result.write_text(json.dumps(found, indent=1) + "\n")
             torch.cuda.empty_cache()
     else:

@@ -31,9 +31,10 @@ from mm_rec.graphs import GraphedPass, LossFunction, run_pass
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
 from mm_rec.sharding import ShardedAdamW, sharded_model
+from mm_rec.stages import learning_rate
 
 RESULT = Path(__file__).parent / "results" / "gpu_ranks.json"
-LENGTH, STEPS, WARM_UP = 512, 40, 8
+LENGTH, STEPS, WARM_UP = 512, 60, 10
 LARGE = ModelConfig(vocab_size=32_000, d_model=4096, n_heads=32, n_layers=12, d_ff=16_384)
 MODELS = {"100m": (PRESETS["100m"], 128, 1e-3), "large": (LARGE, 16, 1e-4)}
 
@@ -85,7 +86,7 @@ def measure(name: str, parallel: str) -> dict[str, Any]:
         torch.cuda.synchronize()
         start = time.perf_counter()
         loss, _ = graphed(batch, None) if graphed else run_pass(loss_of, batch, None, 1)
-        optimizer.step(rate, 1.0)
+        optimizer.step(learning_rate(step + 1, STEPS, rate), 1.0)
         feed.prefetch(source, step + 1)
         losses.append(float(distributed.mean_(loss.detach().clone())))
         torch.cuda.synchronize()

@@ -282,8 +282,9 @@ class _Averaged:
     what got no gradient, after which it has to wait for the device, and which no CUDA graph could hold.
     """
 
-    def __init__(self, model: MMRecModel) -> None:
+    def __init__(self, model: MMRecModel, parts: int) -> None:
         self._model = model
+        self._parts = parts
         self._reducers: dict[tuple[str, ...], DistributedDataParallel] = {}
 
     def __call__(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
@@ -295,12 +296,17 @@ class _Averaged:
         return loss, after
 
     def _reducer(self, without: list[nn.Parameter]) -> DistributedDataParallel:
-        """DDP that leaves some parameters alone: it takes those that want a gradient when it is made."""
+        """DDP that leaves some parameters alone: it takes those that want a gradient when it is made.
+
+        Where a step has one micro-batch the gradients stay in DDP's buckets; the next pass overwrites them there.
+        """
         for parameter in without:
             parameter.requires_grad_(False)
         try:
             with _side_stream(self._model.embedding.weight.device):
-                return DistributedDataParallel(_Loss(self._model), broadcast_buffers=False)
+                return DistributedDataParallel(
+                    _Loss(self._model), broadcast_buffers=False, gradient_as_bucket_view=self._parts == 1
+                )
         finally:
             for parameter in without:
                 parameter.requires_grad_(True)
@@ -312,6 +318,7 @@ def _side_stream(device: torch.device) -> Iterator[None]:
     if device.type == "cpu":
         yield
         return
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # which is meant
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -325,14 +332,15 @@ def _learns(name: str, domain: str | None) -> bool:
 
 
 def averaged(
-    model: MMRecModel, *, sharded: bool = False
+    model: MMRecModel, *, sharded: bool = False, parts: int = 1
 ) -> Callable[[Batch, ModelState | None], tuple[Tensor, ModelState]]:
     """The loss of a micro-batch and the state after it; its gradients are averaged over the processes.
 
     Args:
         model: whole in each process, for DDP, or ``sharded``, in which case FSDP and the optimizer average.
+        parts: micro-batches of a step; with more than one, the gradients of a call survive the next.
     """
-    return _Loss(model) if sharded or size() == 1 else _Averaged(model)
+    return _Loss(model) if sharded or size() == 1 else _Averaged(model, parts)
 
 
 class Follower(RunFolder):

@@ -103,7 +103,7 @@ def _saved_bytes(model: MMRecModel, domain: str | None) -> int:
         if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own node keeps would keep that node, and so itself, for ever
 
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device=model.embedding.weight.device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

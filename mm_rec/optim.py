@@ -59,10 +59,14 @@ class _Slot:
             self.total = gradient.contiguous()
             return
         if self.total.dtype != torch.float32:
-            if self.buffer is None:
-                self.buffer = torch.empty_like(self.master)
-            self.total = self.buffer.copy_(self.total)
+            self.total = self.wide_buffer().copy_(self.total)
         self.total.add_(gradient)
+
+    def wide_buffer(self) -> Tensor:
+        """Memory for the gradient in float32, made once."""
+        if self.buffer is None:
+            self.buffer = torch.empty_like(self.master)
+        return self.buffer
 
 
 class AdamW:
@@ -131,8 +135,7 @@ class AdamW:
             self._norm = torch.zeros((), device=self._slots[0].master.device)
         else:
             if not self._on_cpu:
-                for slot, total in zip(active, _totals(active), strict=True):
-                    slot.total = total.float()
+                _widen(active)
             self._norm = self._total_norm(active)
         return self._norm
 
@@ -275,9 +278,20 @@ def _own(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def _round(slots: list[_Slot]) -> None:
     """Set the parameters from their masters."""
-    for slot in slots:
-        if slot.has_own_master:
-            slot.own.copy_(slot.master)
+    narrow = [slot for slot in slots if slot.has_own_master]
+    if narrow:
+        torch._foreach_copy_([slot.own for slot in narrow], [slot.master for slot in narrow])
+
+
+@torch.no_grad()
+def _widen(slots: list[_Slot]) -> None:
+    """Turn summed gradients into float32."""
+    narrow = [slot for slot in slots if slot.total is not None and slot.total.dtype != torch.float32]
+    if narrow:
+        wide = [slot.wide_buffer() for slot in narrow]
+        torch._foreach_copy_(wide, _totals(narrow))
+        for slot, total in zip(narrow, wide, strict=True):
+            slot.total = total
 
 
 def _totals(slots: list[_Slot]) -> list[Tensor]:

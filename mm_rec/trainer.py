@@ -107,7 +107,7 @@ class Trainer:
         self.carried: dict[str, ModelState] = {}
         self.feed = Feed(self.device, distributed.own_batch)
         self._sharded = runtime.get("parallel") == "fsdp"
-        self._loss = distributed.averaged(model, sharded=self._sharded)
+        self._loss = distributed.averaged(model, sharded=self._sharded, parts=plan.accumulation)
         self._graphs: GraphedPass | None = None
         self._between = guard.check if distributed.size() == 1 else _nothing
 

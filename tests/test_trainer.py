@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import io
 import itertools
 import json
@@ -451,6 +452,20 @@ def test_gradient_checkpointing_comes_when_nothing_else_fits(
     assert "gradient checkpointing" in output.getvalue()
     with pytest.raises(UserError, match="of memory"):
         train(data, dataclasses.replace(wanted, gradient_checkpointing="off", seed=1))
+
+
+def test_measuring_activations_keeps_nothing() -> None:
+    """What stayed would be nodes of autograd on the default stream, and then no CUDA graph could be recorded."""
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+    model = MMRecModel(PRESETS["tiny"])
+    measure_activations(model, "text")
+    before = tensors()
+    measure_activations(model, "text")
+    assert tensors() == before
 
 
 def test_memory_that_runs_out_is_a_message(data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
