@@ -11,6 +11,7 @@
 #include <random>
 #include <vector>
 
+#include "gated_scan.h"
 #include "loss.h"
 #include "mdi.h"
 #include "memory_read_backward.h"
@@ -148,6 +149,28 @@ static void fuzz_mdi(Source& from) {
     mdi_backward<T>(rows, columns, maybe(from.flag(), dgamma), dgamma.row, maybe(from.flag(), dx), dx.row, decay,
                     decay.row, decay_bias, candidate, candidate.row, gate_data, gate.row, gate_bias_data, ddecay,
                     ddecay_bias, dcandidate, dgate, dgate_bias, scratch, threads);
+}
+
+template <class T>
+static void fuzz_gated_scan(Source& from) {
+    const int64_t batch = from.number(1, 3), time = from.number(1, 12), heads = from.number(1, 11), d = from.number(1, 40);
+    const int64_t width = heads * d, n = batch * time, row = 3 * width + from.number(0, 5);
+    const bool has_state = from.flag(), has_reset = from.flag();
+    const int threads = threads_of(from);
+    Strided<T> z(from, n, width, row), u(from, n, width, row), r(from, n, width, row), decay(from, n, width);
+    Strided<T> dz(from, n, width, row), du(from, n, width, row), dr(from, n, width, row), dy(from, n, width);
+    Floats decay_bias(from, width), gate_bias(from, width), h0(from, batch * width), h(from, n * width);
+    Floats ddecay_bias(from, batch * width), dgate_bias(from, batch * width), dh0(from, batch * width);
+    Floats dh_last(from, batch * width);
+    Block<T> y(from, n * width), ddecay(from, n * width);
+    Block<uint8_t> reset(from, n);
+    fill_resets(from, reset);
+    const GatedScanInputs<T> in{batch, time,      heads,      d,         z,
+                                u,     r,         row,        decay,     decay.row,
+                                decay_bias, gate_bias, maybe(has_state, h0), maybe(has_reset, reset)};
+    gated_scan_forward(in, h.data, y.data, threads);
+    const GatedScanGradients<T> out{dz, du, dr, row, ddecay, ddecay_bias, dgate_bias, dh0};
+    gated_scan_backward(in, GatedScanFromAbove<T>{dy, dy.row, maybe(from.flag(), dh_last)}, out, h.data, threads);
 }
 
 template <class T, class U>
@@ -354,7 +377,7 @@ static void fuzz_step(Source& from) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Source from{data, size};
-    switch (from.number(0, 14)) {
+    switch (from.number(0, 18)) {
         case 0: fuzz_scan(from); break;
         case 1: fuzz_recurrence<float>(from); break;
         case 2: fuzz_recurrence<bf16>(from); break;
@@ -370,6 +393,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         case 12: fuzz_optimizer(from); break;
         case 13: fuzz_memory<float>(from); break;
         case 14: fuzz_memory<bf16>(from); break;
+        case 15: fuzz_gated_scan<float>(from); break;
+        case 16: fuzz_gated_scan<bf16>(from); break;
+        case 17: fuzz_step<float>(from); break;
+        case 18: fuzz_step<bf16>(from); break;
     }
     return 0;
 }
@@ -380,10 +407,10 @@ int main(int count, char** arguments) {
     std::mt19937 random(count > 2 ? unsigned(atoi(arguments[2])) : 0);
     const time_t end = time(nullptr) + time_t(seconds);
     long runs = 0;
-    for (; runs < 15 || time(nullptr) < end; ++runs) {
+    for (; runs < 19 || time(nullptr) < end; ++runs) {
         std::vector<uint8_t> bytes(160);
         for (uint8_t& byte : bytes) byte = uint8_t(random());
-        bytes[0] = uint8_t(runs % 15);  // each kernel in turn
+        bytes[0] = uint8_t(runs % 19);  // each kernel in turn
         LLVMFuzzerTestOneInput(bytes.data(), bytes.size());
     }
     printf("%ld runs\n", runs);
