@@ -6,8 +6,8 @@ runs alternate. What counts is bits per byte on held-out documents.
     python -m benchmarks.quality --corpora DIR
 
 Runs on other cores of one machine may go side by side, one learning rate a call; rows of several results can be put
-into one file. DIR holds ``books`` and ``code`` as ``NAME.train.jsonl`` and ``NAME.valid.jsonl`` (any format that
-mm_rec.data reads), one document a line. Needs `transformers`.
+into one file (``--picture RESULT`` draws such a file alone). DIR holds ``books`` and ``code`` as ``NAME.train.jsonl``
+and ``NAME.valid.jsonl`` (any format that mm_rec.data reads), one document a line. Needs `transformers`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -42,6 +44,7 @@ from mm_rec.stages import betas, learning_rate
 from mm_rec.tokenizer import Tokenizer, train_tokenizer
 
 RESULT = Path(__file__).parent / "results" / "quality.json"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "quality.png"
 DOMAINS = {"text": "books", "code": "code"}
 VOCABULARY = 8192
 TOKENIZER_BYTES = 6_000_000  # of each domain
@@ -49,6 +52,9 @@ CONTEXT = 512
 SCORED_AT_ONCE = 2  # windows; more are slower, their logits leave the cache
 VALID_STRIDE = 3  # every third held-out document is scored
 WEIGHT_DECAY, CLIP = 0.1, 1.0
+CURVE_POINTS = 60
+LABELS = {"small": "MM-Rec small", "gpt2": "GPT-2"}
+COLOURS = {"small": "#1f6fb4", "gpt2": "#d9730d"}
 
 
 class Data(NamedTuple):
@@ -57,7 +63,7 @@ class Data(NamedTuple):
     valid: dict[str, TokenStore]
 
 
-def prepare(corpora: Path, folder: Path) -> Data:
+def prepare(corpora: Path, folder: Path, vocabulary: int = VOCABULARY, valid_stride: int = VALID_STRIDE) -> Data:
     """Train the tokenizer on the training documents and pack both splits, or open what an earlier call packed."""
     if (folder / "tokenizer").exists():
         opened = [{d: TokenStore.open(folder / f"{d}.{split}") for d in DOMAINS} for split in ("train", "valid")]
@@ -76,10 +82,10 @@ def prepare(corpora: Path, folder: Path) -> Data:
                 if not left:
                     break
 
-    tokenizer = train_tokenizer(tokenizer_sample(), VOCABULARY)
+    tokenizer = train_tokenizer(tokenizer_sample(), vocabulary)
 
     def store(domain: str, split: str) -> TokenStore:
-        kept = itertools.islice(texts(domain, split), None, None, VALID_STRIDE if split == "valid" else 1)
+        kept = itertools.islice(texts(domain, split), None, None, valid_stride if split == "valid" else 1)
         documents = (Document([tokenizer.bos_id, *tokenizer.encode(text)], len(text.encode())) for text in kept)
         return write_store(folder / f"{domain}.{split}", documents, vocab_size=tokenizer.vocab_size)
 
@@ -195,7 +201,11 @@ def train_and_score(
     """Train one model for ``cpu_seconds`` of processor time, then score it."""
     contestant = CONTESTANTS[name](data.tokenizer.padded_vocab_size, precision, betas(batch_size * CONTEXT))
     batches = Batches(data.train, batch_size=batch_size, seq_len=CONTEXT, seed=0, layout="windows")
+    bits_of_a_nat = sum(map(len, (one.tokens for one in data.train.values()))) / math.log(2)
+    bits_of_a_nat /= sum(int(one.n_bytes.sum()) for one in data.train.values())
     steps, used, losses = 0, 0.0, []
+    curve: list[tuple[float, int, float]] = []  # CPU seconds, tokens, training loss since the point before
+    drawn = 0
     wall = time.perf_counter()
     start = time.process_time()
     while used < cpu_seconds:
@@ -203,6 +213,10 @@ def train_and_score(
         losses.append(contestant.learn(batches.micro_batch(steps), learning_rate(share, 10_000, rate)))
         steps += 1
         used = time.process_time() - start
+        if used >= cpu_seconds * (len(curve) + 1) / CURVE_POINTS:
+            bits = float(torch.stack(losses[drawn:]).mean()) * bits_of_a_nat
+            curve.append((round(used, 1), steps * batch_size * CONTEXT, round(bits, 4)))
+            drawn = len(losses)
         if steps % 100 == 0:
             recent = torch.stack(losses[-50:]).mean()
             print(f"  {name} {rate:g} step {steps:5d} loss {recent:.3f} {used:6.0f} CPU s", flush=True)
@@ -218,13 +232,38 @@ def train_and_score(
         "wall_seconds": round(wall, 1),
         "final_loss": round(float(torch.stack(losses[-50:]).mean()), 4),
         "bits_per_byte": scores,
+        "curve": curve,
     }
+
+
+def draw(result: dict[str, Any], picture: Path) -> None:
+    """The best run of each model: training loss by minutes and by tokens, with what was reached on held-out text."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in sorted(result["runs"], key=lambda row: -sum(row["bits_per_byte"].values())):
+        best[row["model"]] = row
+    figure = Figure(figsize=(9.6, 4.2), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    by_time, by_tokens = figure.subplots(1, 2, sharey=True)
+    for name, row in sorted(best.items(), reverse=True):
+        seconds, tokens, bits = np.array(row["curve"]).T
+        books, code = row["bits_per_byte"]["books"], row["bits_per_byte"]["code"]
+        label = f"{LABELS[name]}, {row['parameters'] / 1e6:.1f}M; held out: {books:.2f} books, {code:.2f} code"
+        for axes, values in ((by_time, seconds / 60), (by_tokens, tokens / 1e6)):
+            axes.plot(values, bits, color=COLOURS[name], linewidth=2, label=label)
+    by_time.set_xlabel("minutes of one CPU core", fontsize=12)
+    by_tokens.set_xlabel("million tokens", fontsize=12)
+    by_time.set_ylabel("training loss (bits per byte)", fontsize=12)
+    for axes in (by_time, by_tokens):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    by_time.legend(*by_time.get_legend_handles_labels(), fontsize=9.5)
+    figure.savefig(picture)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run all contestants at all rates, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpora", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--corpora", type=Path, metavar="DIR")
     parser.add_argument("--minutes", type=float, default=5.0, help="of all threads together, per run")
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--rates_small", type=float, nargs="*", default=[1e-3, 2e-3, 4e-3])
@@ -234,7 +273,13 @@ def main(argv: list[str] | None = None) -> int:
         "--prepared", type=Path, metavar="DIR", help="keep tokenizer and tokens there, for another call"
     )
     parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--picture", type=Path, metavar="RESULT", help="only draw an earlier result")
     options = parser.parse_args(argv)
+    if options.picture:
+        draw(json.loads(options.picture.read_text()), PICTURE)
+        return 0
+    if options.corpora is None:
+        parser.error("name the folder of --corpora")
     precision = select_precision(options.precision, torch.device("cpu"))
     cpu_seconds = options.minutes * 60 * torch.get_num_threads()
     runs = {"small": options.rates_small, "gpt2": options.rates_gpt2}
@@ -256,7 +301,10 @@ def main(argv: list[str] | None = None) -> int:
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
     }
-    options.output.write_text(json.dumps({"settings": settings, "runs": rows}, indent=2) + "\n")
+    result = {"settings": settings, "runs": rows}
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    if options.output == RESULT:
+        draw(result, PICTURE)
     print(f"\n{'model':6} {'parameters':>11} {'rate':>7} {'tokens':>9} {'books':>7} {'code':>7}")
     for row in sorted(rows, key=lambda row: sum(row["bits_per_byte"].values())):
         bits = row["bits_per_byte"]

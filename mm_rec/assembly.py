@@ -32,6 +32,7 @@ from mm_rec.estimate import (
     count_parameters,
     measure_activations,
     memory_remedy,
+    sharded_bytes,
     training_bytes,
     with_margin,
 )
@@ -82,21 +83,27 @@ def assemble(
     found = distributed.shared_checkpoint(run.rewind())
     before = found.trainer["runtime"] if found else {}
     runtime = choose_runtime(settings, device, before)
+    runtime["precision"] = distributed.shared(runtime["precision"])
+    training = training_bytes(parameters, runtime["precision"])
+    if distributed.size() > 1:
+        too_large = distributed.agree(int(with_margin(training, 0) > available))
+        runtime["parallel"] = _choose_parallel(runtime["parallel"], settings.parallel, bool(too_large))
     if before and (changes := differences(before, runtime)):
         run.event(f"not the same machine or choices as before, so not the same rounding: {'; '.join(changes)}")
-    training = training_bytes(parameters, runtime["precision"])
-    check_memory(
-        with_margin(training, 0), available, "that is the model and its optimizer alone: try a smaller --preset"
-    )
+    sharded = runtime.get("parallel") == "fsdp"
+    if sharded:
+        training = sharded_bytes(config, runtime["precision"], distributed.size())
+    remedy = "try a smaller --preset" + (", or more processes" if sharded else "")
+    check_memory(with_margin(training, 0), available, f"that is the model and its optimizer alone: {remedy}")
     if distributed.is_first():
         saved = len(list_checkpoints(run.checkpoints))
         check_disk(run.path, checkpoint_bytes(parameters), plan.keep_checkpoints, saved)
 
     keep_freed_memory()
-    model = MMRecModel(config, seed=plan.seed)
-    apply_precision(model, runtime["precision"])
-    model.to(device)
-    optimizer = AdamW(model.named_parameters(), betas=plan.betas, weight_decay=plan.weight_decay)
+    model, optimizer = _model_and_optimizer(config, plan, runtime["precision"], device, sharded)
+    if distributed.size() > 1 and weights is None and found is None:
+        # Processors of different kinds may draw different numbers from one seed.
+        weights = distributed.shared_tensors(_first_weights(config, plan.seed) if distributed.is_first() else None)
     if weights is not None:
         optimizer.load_master_tensors(weights)
     token_bytes = np.array([len(one) for one in data.tokenizer.token_bytes])
@@ -136,14 +143,41 @@ def assemble(
     )
     needed = checkpointed if model.gradient_checkpointing else plain
     check_memory(needed, available, memory_remedy(plan.batch_size, plan.seq_len))
-    seconds = _seconds_per_step(trainer, parameters)
+    seconds = _seconds_per_step(trainer, parameters // (distributed.size() if sharded else 1))
     for line in _describe(trainer, data, parameters, seconds, needed, available):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return trainer
 
 
+def _model_and_optimizer(
+    config: ModelConfig, plan: Plan, precision: str, device: torch.device, sharded: bool
+) -> tuple[MMRecModel, AdamW]:
+    """On ``device``; what is ``sharded`` has no values yet."""
+    kind = AdamW
+    if sharded:
+        from mm_rec.sharding import ShardedAdamW, sharded_model  # a second of imports that few runs need
+
+        model, kind = sharded_model(config, precision, device), ShardedAdamW
+    else:
+        model = MMRecModel(config, seed=plan.seed)
+        apply_precision(model, precision)
+        model.to(device)
+    return model, kind(model.named_parameters(), betas=plan.betas, weight_decay=plan.weight_decay)
+
+
+def _first_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in MMRecModel(config, seed=seed).named_parameters()}
+
+
+def _choose_parallel(chosen: str, requested: str, too_large: bool) -> str:
+    """``ddp`` or ``fsdp``; with ``auto``, FSDP if the run had it or a whole model is ``too_large`` for a process."""
+    if requested != "auto":
+        return requested
+    return "fsdp" if too_large or chosen == "fsdp" else "ddp"
+
+
 def choose_runtime(settings: TrainSettings, device: torch.device, before: Mapping[str, Any]) -> dict[str, Any]:
-    """Precision, threads and kernels: those asked for, else those that the run had ``before``, else what suits here."""
+    """Precision, threads, kernels, processes: what is asked for, else what the run had ``before``, else what suits."""
     precision = before.get("precision", "auto") if settings.precision == "auto" else settings.precision
     threads = settings.threads
     if threads is None and before.get("processes", 1) == distributed.size():
@@ -151,11 +185,14 @@ def choose_runtime(settings: TrainSettings, device: torch.device, before: Mappin
     if threads is None and distributed.size() > 1:
         threads = distributed.default_threads()  # torchrun would have one, whatever there is
     runtime = {
-        "precision": distributed.shared(select_precision(precision, device)),
+        "precision": select_precision(precision, device),
         "threads": set_threads(threads),
         "ops": _describe_ops(device),
     }
-    return runtime if distributed.size() == 1 else {**runtime, "processes": distributed.size()}
+    if distributed.size() == 1:
+        return runtime
+    parallel = before.get("parallel", "auto") if settings.parallel == "auto" else settings.parallel
+    return {**runtime, "processes": distributed.size(), "parallel": parallel}
 
 
 def _describe_ops(device: torch.device) -> str:
@@ -184,7 +221,7 @@ def _describe(
     tokens = {name: store.n_tokens for name, store in data.train.items()}
     steps = plan.last_step - trainer.at.step
     passes = plan.steps * plan.tokens_per_step / sum(tokens.values())
-    processes = f"{runtime['processes']} processes of " if "processes" in runtime else ""
+    processes = f"{runtime['processes']} processes ({runtime['parallel']}) of " if "processes" in runtime else ""
     checkpointing = ", gradient checkpointing" if trainer.model.gradient_checkpointing else ""
     return [
         f"{plan.stage.name}: {plan.stage.summary}",

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -52,6 +52,7 @@ SMALL_FILES_BYTES = 16_000_000
 """Room for all files but the tensors; a tokenizer of 32,000 tokens takes 2.5 MB."""
 
 Event = Callable[[str], None]
+T = TypeVar("T")
 
 
 class CheckpointError(UserError):
@@ -74,9 +75,9 @@ class Checkpoint:
 
     path: Path
     config: ModelConfig
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    carried: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    carried: Mapping[str, Tensor]
     trainer: dict[str, Any]
     tokenizer_dir: Path
 
@@ -164,19 +165,27 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def load_newest(folder: Path, on_event: Event | None = None) -> Checkpoint | None:
     """Load the valid checkpoint of the highest step in ``folder``; each one passed over is told to ``on_event``."""
+    return _newest(folder, load, on_event)
+
+
+def newest_valid(folder: Path, on_event: Event | None = None) -> Path | None:
+    """Where the checkpoint of :func:`load_newest` is; its files are compared with the manifest, not loaded."""
+
+    def checked(path: Path) -> Path:
+        _verify(path, weights_only=False)
+        return path
+
+    return _newest(folder, checked, on_event)
+
+
+def _newest(folder: Path, read: Callable[[Path], T], on_event: Event | None) -> T | None:
     for path in reversed(list_checkpoints(folder)):
         try:
-            return load(path)
+            return read(path)
         except CheckpointError as error:
             if on_event is not None:
                 on_event(f"passed over a checkpoint: {error}")
     return None
-
-
-def newest_valid(folder: Path, on_event: Event | None = None) -> Path | None:
-    """Where the checkpoint of :func:`load_newest` is."""
-    newest = load_newest(folder, on_event)
-    return newest.path if newest else None
 
 
 def resolve(path: Path, on_event: Event | None = None) -> Path:
@@ -196,22 +205,21 @@ def resolve(path: Path, on_event: Event | None = None) -> Path:
     return path
 
 
-def prune(folder: Path, keep_last: int, keep_every: int | None = None, in_use: Path | None = None) -> list[Path]:
-    """Remove old checkpoints of ``folder``; returns them.
+def prune(folder: Path, keep_last: int) -> list[Path]:
+    """Remove old checkpoints, and old ones that :func:`set_aside` has renamed; returns them.
 
     Args:
         folder: of checkpoints.
-        keep_last: how many of the highest steps to keep, at least 1.
-        keep_every: keep every step that is a multiple of it; None keeps none of the old ones.
-        in_use: one never to remove.
+        keep_last: how many to keep of either, at least 1.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last must be at least 1, got {keep_last}")
-    removed = []
-    for path in list_checkpoints(folder)[:-keep_last]:
-        if path != in_use and not (keep_every and checkpoint_step(path) % keep_every == 0):
-            storage.remove_folder(path)
-            removed.append(path)
+    aside = sorted(
+        (path for path in folder.glob("step_*.damaged*") if path.is_dir()), key=lambda path: path.stat().st_mtime
+    )
+    removed = [*list_checkpoints(folder)[:-keep_last], *aside[:-keep_last]]
+    for path in removed:
+        storage.remove_folder(path)
     return removed
 
 
@@ -233,6 +241,11 @@ def _verify(path: Path, weights_only: bool) -> None:
         raise CheckpointError(str(error)) from error
     needed = MODEL_FILES if weights_only else MODEL_FILES + TRAINING_FILES
     missing = [name for name in needed if name not in names]
+    if missing and missing[0] in TRAINING_FILES:
+        raise CheckpointError(
+            f"{path} holds a model without the state of its training ({missing[0]} is not in its manifest): "
+            "--init_from starts a new run from its weights"
+        )
     if missing:
         raise CheckpointError(f"{path / missing[0]} is not in the manifest")
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mm_rec.errors import UserError
+from mm_rec.errors import UserError, is_out_of_memory
 from mm_rec.signals import Interrupted, SignalGuard
 
 __all__ = ["COMMANDS", "main", "run_program"]
@@ -93,7 +93,9 @@ def run_program(program: Callable[[], int]) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         sys.stderr.write("error: out of memory; free some, or use less data or a smaller model\n")
         return 2
     except Interrupted as stop:

@@ -37,6 +37,8 @@ def find_decoder(model: MMRecModel, domain: str | None) -> Decoder | None:
         NativeUnavailableError: native kernels are forced and not there.
     """
     weight = model.embedding.weight
+    if hasattr(model, "reshard"):  # FSDP: the weights have no lasting place
+        return None
     if weight.device.type != "cpu" or not _native(model) or not backend.runs_native("step", weight):
         return None
     known = _decoders.setdefault(model, {})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mm_rec.errors import UserError
 from mm_rec.tuning import threads_are_given, tune
@@ -19,6 +19,7 @@ __all__ = [
     "PRECISIONS",
     "apply_precision",
     "available_memory",
+    "changes_precision",
     "has_fast_bf16",
     "keep_freed_memory",
     "select_device",
@@ -103,8 +104,13 @@ def apply_precision(model: nn.Module, precision: str) -> None:
     if precision == "fp32":
         return
     for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and name.rpartition(".")[2] not in KEEP_FLOAT32:
+        if changes_precision(name, parameter):
             parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def changes_precision(name: str, parameter: Tensor) -> bool:
+    """Whether :func:`apply_precision` would convert a parameter, by its full name."""
+    return parameter.ndim >= 2 and name.rpartition(".")[2] not in KEEP_FLOAT32
 
 
 def available_memory(device: torch.device) -> int:

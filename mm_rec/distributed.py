@@ -1,9 +1,9 @@
 """Several processes that train one model, on one host or many, as torchrun starts them.
 
 Every process runs the same command. It reads its rows of each micro-batch, a pure function of seed, step and rank; DDP
-averages the gradients; the first process alone writes the run folder. What is saved doesn't depend on their number:
-a run goes on with any number of processes that divides the rows of a micro-batch. Without torchrun all functions here
-do what suits a single process.
+averages the gradients, or FSDP where a process holds only its part of the model (sharding.py); the first process alone
+writes the run folder. What is saved doesn't depend on their number: a run goes on with any number of processes that
+divides the rows of a micro-batch. Without torchrun all functions here do what suits a single process.
 
 What processes tell each other besides tensors is JSON, never a pickle, and goes through the CPU (gloo).
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +38,7 @@ from mm_rec.tuning import cores
 
 __all__ = [
     "Follower",
+    "SharedTensors",
     "agree",
     "averaged",
     "check_rows",
@@ -87,6 +89,7 @@ def joined(device: str) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()  # NCCL waits for the end of every graph that it is part of
         dist.destroy_process_group()
 
 
@@ -153,22 +156,43 @@ def shared(value: Any) -> Any:
     return json.loads(content.numpy().tobytes())
 
 
-def shared_tensors(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+class SharedTensors(Mapping[str, Tensor]):
+    """The named CPU tensors that the first process comes with, each sent when it is asked for.
+
+    So no other process holds them all. Every process must ask for the same names in the same order.
+
+    Args:
+        tensors: those of the first process; None in the others.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor] | None) -> None:
+        self._tensors = tensors
+        rows = [(name, [*one.shape], str(one.dtype).removeprefix("torch.")) for name, one in (tensors or {}).items()]
+        self._layout = {name: (torch.Size(shape), getattr(torch, dtype)) for name, shape, dtype in shared(rows)}
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of all tensors, without sending them."""
+        return {name: shape for name, (shape, _) in self._layout.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape, dtype = self._layout[name]
+        known = torch.empty(shape, dtype=dtype) if self._tensors is None else self._tensors[name].contiguous()
+        dist.broadcast(known.view(-1).view(torch.uint8), 0)
+        return known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layout)
+
+    def __len__(self) -> int:
+        return len(self._layout)
+
+
+def shared_tensors(tensors: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
     """The named CPU tensors, or the None, that the first process comes with."""
     if size() == 1:
-        return None if tensors is None else dict(tensors)
-    layout = None
-    if tensors is not None:
-        layout = [[name, list(one.shape), str(one.dtype).removeprefix("torch.")] for name, one in tensors.items()]
-    layout = shared(layout)
-    if layout is None:
-        return None
-    found = {}
-    for name, shape, dtype in layout:
-        known = tensors[name].contiguous() if tensors is not None else torch.empty(shape, dtype=getattr(torch, dtype))
-        dist.broadcast(known.view(-1).view(torch.uint8), 0)
-        found[name] = known
-    return found
+        return tensors
+    return SharedTensors(tensors) if shared(tensors is not None) else None
 
 
 def shared_checkpoint(found: Checkpoint | None) -> Checkpoint | None:
@@ -178,8 +202,9 @@ def shared_checkpoint(found: Checkpoint | None) -> Checkpoint | None:
     head = shared(found and {"path": str(found.path), "config": found.config.to_dict(), "trainer": found.trainer})
     if head is None:
         return None
-    groups = [shared_tensors(getattr(found, name, None)) for name in ("weights", "optimizer", "carried")]
-    weights, optimizer, carried = (group or {} for group in groups)
+    weights, optimizer, carried = (
+        SharedTensors(getattr(found, name, None)) for name in ("weights", "optimizer", "carried")
+    )
     path = Path(head["path"])
     return Checkpoint(path, ModelConfig.from_dict(head["config"]), weights, optimizer, carried, head["trainer"], path)
 
@@ -250,16 +275,72 @@ class _Loss(nn.Module):
         return output.loss, detach_state(after)
 
 
-def averaged(model: MMRecModel) -> Callable[[Batch, ModelState | None], tuple[Tensor, ModelState]]:
-    """The loss of a micro-batch and the state after it; its gradients are averaged over the processes by DDP.
+class _Averaged:
+    """The loss by DDP, with one reducer for every set of parameters that learn from a micro-batch.
 
-    A micro-batch has the same domain in all processes, so parameters that learn nothing from it get no gradient in
-    any of them.
+    A micro-batch has the same domain in all processes, so all agree on the set. Knowing it spares DDP a search for
+    what got no gradient, after which it has to wait for the device, and which no CUDA graph could hold.
     """
-    loss = _Loss(model)
-    if size() == 1:
-        return loss
-    return DistributedDataParallel(loss, find_unused_parameters=True)
+
+    def __init__(self, model: MMRecModel, parts: int) -> None:
+        self._model = model
+        self._parts = parts
+        self._reducers: dict[tuple[str, ...], DistributedDataParallel] = {}
+
+    def __call__(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
+        learning = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        names = tuple(name for name in learning if _learns(name, batch.domain))
+        if names not in self._reducers:
+            self._reducers[names] = self._reducer([p for name, p in learning.items() if name not in names])
+        loss, after = self._reducers[names](batch, state)
+        return loss, after
+
+    def _reducer(self, without: list[nn.Parameter]) -> DistributedDataParallel:
+        """DDP that leaves some parameters alone: it takes those that want a gradient when it is made.
+
+        Where a step has one micro-batch the gradients stay in DDP's buckets; the next pass overwrites them there.
+        """
+        for parameter in without:
+            parameter.requires_grad_(False)
+        try:
+            with _side_stream(self._model.embedding.weight.device):
+                return DistributedDataParallel(
+                    _Loss(self._model), broadcast_buffers=False, gradient_as_bucket_view=self._parts == 1
+                )
+        finally:
+            for parameter in without:
+                parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _side_stream(device: torch.device) -> Iterator[None]:
+    """Where DDP has to be made: it adds up gradients on the stream of its making, and no graph has the default one."""
+    if device.type == "cpu":
+        yield
+        return
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # which is meant
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def _learns(name: str, domain: str | None) -> bool:
+    """Whether a parameter learns from micro-batches of a domain."""
+    return domain is None or not name.startswith(("experts.", "fusion.")) or name.startswith(f"experts.{domain}.")
+
+
+def averaged(
+    model: MMRecModel, *, sharded: bool = False, parts: int = 1
+) -> Callable[[Batch, ModelState | None], tuple[Tensor, ModelState]]:
+    """The loss of a micro-batch and the state after it; its gradients are averaged over the processes.
+
+    Args:
+        model: whole in each process, for DDP, or ``sharded``, in which case FSDP and the optimizer average.
+        parts: micro-batches of a step; with more than one, the gradients of a call survive the next.
+    """
+    return _Loss(model) if sharded or size() == 1 else _Averaged(model, parts)
 
 
 class Follower(RunFolder):

@@ -101,6 +101,8 @@ def check_run(run: Path) -> list[Finding]:
 
 def check_data(data_dir: Path) -> list[Finding]:
     """Every file of the data's manifest: there, and with the SHA-256 that it should have."""
+    if not data_dir.is_dir():
+        return [Finding("broken", f"there is no data folder {data_dir}")]
     try:
         entries = read_manifest(data_dir)
         if not entries:

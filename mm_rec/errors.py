@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SettingError", "UserError"]
+__all__ = ["SettingError", "UserError", "is_out_of_memory"]
 
 
 class UserError(Exception):
@@ -14,3 +14,13 @@ class UserError(Exception):
 
 class SettingError(UserError, ValueError):
     """A value that a user set, in the environment say, is not one of those that can be."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, that of Python, of PyTorch on the CPU (which says so in words only) or of a GPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # PyTorch's: not imported for this, so that --help is quick
+        or "allocate memory" in str(error)
+        or "can't start new thread" in str(error)  # no room for its stack
+    )

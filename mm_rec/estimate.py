@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mm_rec.blocks.mm_rec_block import MMRecBlock
 from mm_rec.config import ModelConfig
 from mm_rec.errors import UserError
 from mm_rec.model import MMRecModel
@@ -21,6 +22,7 @@ __all__ = [
     "count_parameters",
     "measure_activations",
     "memory_remedy",
+    "sharded_bytes",
     "training_bytes",
     "with_margin",
 ]
@@ -45,6 +47,19 @@ def training_bytes(parameters: int, precision: str) -> int:
     4 each for the master weight and the widened gradient.
     """
     return parameters * (20 if precision == "bf16" else 16)
+
+
+def sharded_bytes(config: ModelConfig, precision: str, processes: int) -> int:
+    """Bytes that a process takes of what :func:`training_bytes` counts, if FSDP spreads it over all processes.
+
+    On top of its part it has two units (blocks, or the embedding) whole at a time, each with its gradient.
+    """
+    with torch.device("meta"):
+        model = MMRecModel(config)
+    sizes = [sum(p.numel() for p in one.parameters()) for one in model.modules() if isinstance(one, MMRecBlock)]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    largest = max(*sizes, parameters - sum(sizes))
+    return training_bytes(parameters, precision) // processes + 4 * largest * (2 if precision == "bf16" else 4)
 
 
 def checkpoint_bytes(parameters: int) -> int:
@@ -81,14 +96,14 @@ def measure_activations(model: MMRecModel, domain: str | None) -> Activations:
 
 def _saved_bytes(model: MMRecModel, domain: str | None) -> int:
     """Bytes of the distinct storages that a forward pass over PROBE_TOKENS tokens keeps for its backward."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        # By their type, not by where they are: parameters of a sharded model are put together anew in each pass.
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+            storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own node keeps would keep that node, and so itself, for ever
 
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device=model.embedding.weight.device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

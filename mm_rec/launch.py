@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ class _Start(NamedTuple):
 
     path: Path
     config: ModelConfig
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     sha256: str
 
 
@@ -100,8 +101,8 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
             distributed.shared({"finished": str(finished)})
             return finished
         distributed.shared({"model": config.to_dict()})
-        distributed.shared_tensors(start and start.weights)
-        trainer = assemble(settings, plan, config, data, start and start.weights, run, guard, console)
+        weights = distributed.shared_tensors(start and start.weights)
+        trainer = assemble(settings, plan, config, data, weights, run, guard, console)
         path = trainer.fit()
     distributed.shared(str(path))
     say(f"{settings.stage}: {trainer.at.step} steps done, saved in {path}")

@@ -86,7 +86,10 @@ def load_model(path: Path, *, device: str = "auto", precision: str = "auto", wei
     found = checkpoint.load(find_checkpoint(path), weights_only=True)
     with torch.device("meta"):
         model = MMRecModel(found.config)
-    model.load_state_dict(found.weights, assign=True)
+    try:
+        model.load_state_dict(found.weights, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {found.path} are not of the model in its config.json") from error
     apply_precision(model, select_precision(precision, place))
     if weights == "int8":
         quantize_int8(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,27 @@ def document_positions(start: Tensor, reset: Tensor | None, time: int) -> Tensor
         return running
     last_reset = torch.where(reset, index, -1).cummax(dim=1).values
     return torch.where(last_reset >= 0, index - last_reset, running)
+
+
+class _TiedEmbedding(torch.autograd.Function):
+    """Rows of the embedding and the embedding itself, for the head, whose gradient then takes in that of the rows.
+
+    Left to autograd, the two gradients would be added up in new memory, however few rows the one has.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight, tokens)
+        return F.embedding(tokens, weight), weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, drows: Tensor | None, dhead: Tensor | None) -> tuple[Tensor | None, None]:
+        if drows is None:
+            return dhead, None
+        weight, tokens = ctx.saved_tensors
+        dhead = torch.zeros_like(weight) if dhead is None else dhead
+        return dhead.index_add_(0, tokens.flatten(), drows.flatten(0, -2)), None
 
 
 class MMRecModel(nn.Module):
@@ -150,12 +171,12 @@ class MMRecModel(nn.Module):
         Raises:
             ValueError: for an unknown domain or a state that lacks an expert.
         """
-        y, next_state = self._run(tokens, state, domain, reset, with_loss=targets is not None)
+        y, head, next_state = self._run(tokens, state, domain, reset, with_loss=targets is not None)
         if targets is None:
-            return F.linear(y, self.embedding.weight), next_state
+            return F.linear(y, head), next_state
         loss, nll = ops.linear_cross_entropy(
             y.flatten(0, 1),
-            self.embedding.weight,
+            head,
             targets.reshape(-1),
             None if weight is None else weight.reshape(-1),
         )
@@ -168,21 +189,19 @@ class MMRecModel(nn.Module):
 
         The logits are the product with the embedding's transpose.
         """
-        return self._run(tokens, state, domain, reset, with_loss=False)
+        y, _, next_state = self._run(tokens, state, domain, reset, with_loss=False)
+        return y, next_state
 
-    def _embed(self, tokens: Tensor, with_loss: bool) -> Tensor:
-        """Rows of the embedding.
-
-        With our loss their gradient is sparse on the CPU: autograd adds it in place to the dense one of the head. A
-        dense one of its own, all but a thousand rows zero, costs a fill and an addition of the whole matrix.
-        """
+    def _embed(self, tokens: Tensor, with_loss: bool) -> tuple[Tensor, Tensor]:
+        """Rows of the embedding, and the embedding for the head."""
         weight = self.embedding.weight
-        sparse = with_loss and weight.device.type == "cpu" and not torch.compiler.is_compiling()
-        return F.embedding(tokens, weight, sparse=sparse)
+        if with_loss and weight.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _TiedEmbedding.apply(weight, tokens)  # type: ignore[no-any-return, no-untyped-call]
+        return F.embedding(tokens, weight), weight
 
     def _run(
         self, tokens: Tensor, state: ModelState | None, domain: str | None, reset: Tensor | None, *, with_loss: bool
-    ) -> tuple[Tensor, ModelState]:
+    ) -> tuple[Tensor, Tensor, ModelState]:
         batch, time = tokens.shape
         names = self._domains(domain)
         if state is None:
@@ -190,7 +209,8 @@ class MMRecModel(nn.Module):
         self._require(state, names)
         position = document_positions(state.position, reset, time)
         residual_type = torch.promote_types(self.dtype, torch.float32)
-        x = ops.rms_norm(self._embed(tokens, with_loss), residual_type)
+        rows, head = self._embed(tokens, with_loss)
+        x = ops.rms_norm(rows, residual_type)
         outputs, after = [], {}
         for name in names:
             y, after[name] = self.experts[name](
@@ -203,7 +223,7 @@ class MMRecModel(nn.Module):
             )
             outputs.append(y)
         y = outputs[0] if domain is not None else self.fusion(outputs)
-        return y, ModelState(position[:, -1] + 1, after)
+        return y, head, ModelState(position[:, -1] + 1, after)
 
     @torch.no_grad()
     def step(

@@ -40,24 +40,33 @@ class _Slot:
     buffer: Tensor | None = None
 
     @property
+    def own(self) -> Tensor:
+        """What this process holds of the parameter: all of it, unless it is sharded."""
+        return _own(self.parameter.detach())
+
+    @property
     def has_own_master(self) -> bool:
         """Whether the parameter is of lower precision than its master, and not the same tensor."""
         return self.parameter.dtype != self.master.dtype
 
     def add_gradient(self) -> None:
         """Move ``parameter.grad`` into ``total``: the first as it is, in float32 from the second on."""
-        gradient = self.parameter.grad
-        if gradient is None:
+        if self.parameter.grad is None:
             return
+        gradient = _own(self.parameter.grad)
         self.parameter.grad = None
         if self.total is None:
             self.total = gradient.contiguous()
             return
         if self.total.dtype != torch.float32:
-            if self.buffer is None:
-                self.buffer = torch.empty_like(self.master)
-            self.total = self.buffer.copy_(self.total)
+            self.total = self.wide_buffer().copy_(self.total)
         self.total.add_(gradient)
+
+    def wide_buffer(self) -> Tensor:
+        """Memory for the gradient in float32, made once."""
+        if self.buffer is None:
+            self.buffer = torch.empty_like(self.master)
+        return self.buffer
 
 
 class AdamW:
@@ -91,8 +100,9 @@ class AdamW:
     ) -> None:
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self._slots: list[_Slot] = []
+        self._norm: Tensor | None = None
         for name, parameter in named_parameters:
-            master = parameter.detach().float()  # the parameter itself if it is float32
+            master = _own(parameter.detach()).float()  # the parameter itself if it is float32
             step = torch.zeros((), dtype=torch.float32, device=master.device)
             moments = torch.zeros_like(master), torch.zeros_like(master)
             self._slots.append(_Slot(name, parameter, master, *moments, step, decayed(name, parameter)))
@@ -101,13 +111,39 @@ class AdamW:
 
     def accumulate(self) -> None:
         """Add every ``.grad`` to the float32 sum for the next step and clear it; call after each micro-batch."""
+        if any(slot.parameter.grad is not None for slot in self._slots):
+            self._norm = None
         for slot in self._slots:
             slot.add_gradient()
 
     def zero_grad(self) -> None:
         """Forget the gradients, those already accumulated included."""
+        self._norm = None
         for slot in self._slots:
             slot.parameter.grad = slot.total = None
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """The global norm of the gradients of the step that comes, so that it can be judged before it is taken.
+
+        Returns:
+            The norm before clipping, float32 of shape (), on the parameters' device; 0 where there is no gradient.
+        """
+        self.accumulate()
+        active = self._active()
+        if not active:
+            self._norm = torch.zeros((), device=self._slots[0].master.device)
+        else:
+            if not self._on_cpu:
+                _widen(active)
+            self._norm = self._total_norm(active)
+        return self._norm
+
+    def _total_norm(self, slots: list[_Slot]) -> Tensor:
+        """Norm of the summed gradients of ``slots``, float32 of shape ()."""
+        if self._on_cpu:
+            return ops.sum_of_squares(_totals(slots)).sqrt().float()
+        return nn.utils.get_total_norm(_totals(slots))
 
     @torch.no_grad()
     def step(self, lr: float, max_norm: float) -> Tensor:
@@ -122,36 +158,39 @@ class AdamW:
             finite nothing was updated.
         """
         self.accumulate()
-        active = [slot for slot in self._slots if slot.total is not None]
-        if not active:
-            return torch.zeros((), device=self._slots[0].master.device)
-        update = self._update if self._slots[0].master.device.type == "cpu" else self._update_on_device
-        norm = update(active, lr, max_norm)
+        norm = self.gradient_norm() if self._norm is None else self._norm
+        active = self._active()
+        if active:
+            update = self._update if self._on_cpu else self._update_on_device
+            update(active, lr, max_norm, norm)
         for slot in active:
             slot.total = None
+        self._norm = None
         return norm
 
-    def _update(self, slots: list[_Slot], lr: float, max_norm: float) -> Tensor:
-        """One pass over memory for the norm, and one to clip, update and round to the type of the model."""
-        norm = ops.sum_of_squares(_totals(slots)).sqrt().float()
+    @property
+    def _on_cpu(self) -> bool:
+        return self._slots[0].master.device.type == "cpu"
+
+    def _active(self) -> list[_Slot]:
+        return [slot for slot in self._slots if slot.total is not None]
+
+    def _update(self, slots: list[_Slot], lr: float, max_norm: float, norm: Tensor) -> None:
+        """One pass over memory to clip, update and round to the type of the model."""
         if not norm.isfinite():
-            return norm
+            return
         scale = min(1.0, max_norm / float(norm)) if max_norm and norm else 1.0
         updates = []
         for slot, total in zip(slots, _totals(slots), strict=True):
             slot.step += 1
-            out = slot.parameter.detach() if slot.has_own_master else None
+            out = slot.own if slot.has_own_master else None
             decay = self.weight_decay if slot.decayed else 0.0
             updates.append(ops.Update(slot.master, slot.exp_avg, slot.exp_avg_sq, total, out, decay, int(slot.step)))
         beta1, beta2 = self.betas
         ops.adamw_many_(updates, lr=lr, beta1=beta1, beta2=beta2, eps=self.eps, grad_scale=scale)
-        return norm
 
-    def _update_on_device(self, slots: list[_Slot], lr: float, max_norm: float) -> Tensor:
+    def _update_on_device(self, slots: list[_Slot], lr: float, max_norm: float, norm: Tensor) -> None:
         """The same in few launches, with PyTorch's fused kernel: it can skip the update without the host knowing."""
-        for slot, total in zip(slots, _totals(slots), strict=True):
-            slot.total = total.float()
-        norm = nn.utils.get_total_norm(_totals(slots))
         divisor = (norm / max_norm).clamp(min=1.0) if max_norm else torch.ones_like(norm)
         skip = 1.0 - norm.isfinite().float()
         for decayed in (True, False):
@@ -176,47 +215,84 @@ class AdamW:
                 eps=self.eps,
                 maximize=False,
             )
-        for slot in slots:
-            if slot.has_own_master:
-                slot.parameter.copy_(slot.master)
-        return norm
+        _round(slots)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Moments and step counts by name (``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``), not copied."""
-        state: dict[str, Tensor] = {}
-        for slot in self._slots:
-            state[f"exp_avg.{slot.name}"] = slot.exp_avg
-            state[f"exp_avg_sq.{slot.name}"] = slot.exp_avg_sq
-            state[f"step.{slot.name}"] = slot.step
-        return state
+        return {name: self._whole(slot, held) for name, (slot, held) in self._state().items()}
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state_tensors` gave; a ValueError if it is of other parameters."""
-        _copy_all(self.state_tensors(), state, "optimizer state")
+        self._copy_all(self._state(), state, "optimizer state")
 
     def master_tensors(self) -> dict[str, Tensor]:
         """The weights in full precision by parameter name, not copied: what a checkpoint stores."""
-        return {slot.name: slot.master for slot in self._slots}
+        return {name: self._whole(slot, held) for name, (slot, held) in self._masters().items()}
 
-    @torch.no_grad()
     def load_master_tensors(self, weights: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`master_tensors` gave, and set the parameters from it."""
-        _copy_all(self.master_tensors(), weights, "weights")
-        for slot in self._slots:
-            if slot.has_own_master:
-                slot.parameter.copy_(slot.master)
+        self._copy_all(self._masters(), weights, "weights")
+        _round(self._slots)
+
+    def _state(self) -> dict[str, tuple[_Slot, Tensor]]:
+        return {
+            f"{kind}.{slot.name}": (slot, getattr(slot, kind))
+            for slot in self._slots
+            for kind in ("exp_avg", "exp_avg_sq", "step")
+        }
+
+    def _masters(self) -> dict[str, tuple[_Slot, Tensor]]:
+        return {slot.name: (slot, slot.master) for slot in self._slots}
+
+    @torch.no_grad()
+    def _copy_all(self, targets: Mapping[str, tuple[_Slot, Tensor]], sources: Mapping[str, Tensor], what: str) -> None:
+        """Copy tensors by name; nothing is copied unless all names and shapes agree."""
+        wrong = sorted(targets.keys() ^ sources.keys())
+        if not wrong:
+            shapes = getattr(sources, "shapes", None) or {name: tensor.shape for name, tensor in sources.items()}
+            wrong = [
+                name
+                for name, (slot, held) in targets.items()
+                if shapes[name] != (slot.parameter.shape if held.ndim else held.shape)
+            ]
+        if wrong:
+            raise ValueError(f"the {what} does not fit the model: {', '.join(wrong[:5])}")
+        for name, (slot, held) in targets.items():
+            held.copy_(self._part(slot, sources[name]))
+
+    def _whole(self, slot: _Slot, held: Tensor) -> Tensor:
+        """The tensor of a parameter of which this process holds ``held``."""
+        return held
+
+    def _part(self, slot: _Slot, whole: Tensor) -> Tensor:
+        """What this process holds of the tensor ``whole`` of a parameter."""
+        return whole
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this process holds; a plain tensor as it is."""
+    own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return own
+
+
+@torch.no_grad()
+def _round(slots: list[_Slot]) -> None:
+    """Set the parameters from their masters."""
+    narrow = [slot for slot in slots if slot.has_own_master]
+    if narrow:
+        torch._foreach_copy_([slot.own for slot in narrow], [slot.master for slot in narrow])
+
+
+@torch.no_grad()
+def _widen(slots: list[_Slot]) -> None:
+    """Turn summed gradients into float32."""
+    narrow = [slot for slot in slots if slot.total is not None and slot.total.dtype != torch.float32]
+    if narrow:
+        wide = [slot.wide_buffer() for slot in narrow]
+        torch._foreach_copy_(wide, _totals(narrow))
+        for slot, total in zip(narrow, wide, strict=True):
+            slot.total = total
 
 
 def _totals(slots: list[_Slot]) -> list[Tensor]:
     return [slot.total for slot in slots if slot.total is not None]
-
-
-@torch.no_grad()
-def _copy_all(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor], what: str) -> None:
-    """Copy tensors by name; nothing is copied unless all names and shapes agree."""
-    wrong = sorted(targets.keys() ^ sources.keys())
-    wrong = wrong or [name for name in targets if targets[name].shape != sources[name].shape]
-    if wrong:
-        raise ValueError(f"the {what} does not fit the model: {', '.join(wrong[:5])}")
-    for name, target in targets.items():
-        target.copy_(sources[name])

@@ -286,6 +286,7 @@ def _choosing(root: Path) -> Iterator[None]:
     """Keep other processes from choosing or making a run in ``root`` at the same time."""
     lock = Lock(root / ".lock", wait=True)
     try:
+        storage.remove_leftovers(root)
         yield
     finally:
         lock.release()

@@ -54,6 +54,7 @@ class Sampling:
             "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
             "min_p must be at least 0 and at most 1": 0 <= self.min_p <= 1,
             "stop strings must not be empty": all(self.stop),
+            "seed must be a number of at most 64 bits": -(2**63) <= self.seed < 2**64,
         }
         for message, holds in checks.items():
             if not holds:

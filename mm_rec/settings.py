@@ -63,8 +63,10 @@ class TrainSettings:
     data_dir: Annotated[Path, Option("folder with text/*.jsonl and code/*.jsonl", shared=True)] = Path("data")
     download_data: Annotated[bool, Option("download data into --data_dir if none is there", shared=True)] = False
     use_synthetic: Annotated[bool, Option("made-up data for a quick test, nothing is downloaded", shared=True)] = False
-    max_samples: Annotated[int | None, Option("documents of each domain to use", minimum=1)] = None
-    skip_bad: Annotated[int, Option("rows that cannot be read to leave out before giving up", minimum=0)] = 0
+    max_samples: Annotated[int | None, Option("documents of each domain to use", minimum=1, shared=True)] = None
+    skip_bad: Annotated[
+        int, Option("rows that cannot be read to leave out before giving up", minimum=0, shared=True)
+    ] = 0
     checkpoint_dir: Annotated[Path, Option("folder of run folders")] = Path("checkpoints_cpu")
     batch_size: Annotated[int | None, Option("rows of a micro-batch", minimum=1)] = None
     seq_len: Annotated[int | None, Option("tokens of a row", minimum=2)] = None
@@ -83,6 +85,14 @@ class TrainSettings:
     precision: Annotated[str, Option("type of the matrices", choices=("auto", "bf16", "fp32"))] = "auto"
     threads: Annotated[int | None, Option("CPU threads; if not given, as many as pay here", minimum=1)] = None
     device: Annotated[str, Option("cpu, cuda, or auto: CUDA if it is there")] = "auto"
+    parallel: Annotated[
+        str,
+        Option(
+            "what each of several processes holds: ddp, the whole model; fsdp, a part; auto: fsdp if the whole "
+            "does not fit",
+            choices=("auto", "ddp", "fsdp"),
+        ),
+    ] = "auto"
     gradient_checkpointing: Annotated[
         str,
         Option("save memory by running blocks twice; auto: if nothing else fits", choices=("auto", "on", "off")),

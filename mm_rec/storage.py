@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterator
@@ -42,6 +43,7 @@ __all__ = [
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 TEMPORARY_PREFIX = ".tmp-"
+_TEMPORARY = re.compile(r"\.tmp-.+-[0-9a-f]{16}", re.DOTALL)
 HASH_THREADS = 4
 
 _REMEDIES = {
@@ -151,6 +153,8 @@ def remove_leftovers(folder: Path) -> list[Path]:
     """Remove temporaries in ``folder`` whose writer is dead; returns them."""
     removed = []
     for temporary in sorted(Path(folder).glob(f"{TEMPORARY_PREFIX}*")):
+        if not _TEMPORARY.fullmatch(temporary.name):  # the user's
+            continue
         lock = _try_lock(temporary, required=True)
         if lock is not None:
             _remove(temporary)

@@ -7,8 +7,10 @@ if it never had been.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -22,10 +24,10 @@ from torch import Tensor
 from mm_rec import distributed
 from mm_rec.board import Board
 from mm_rec.chat import QUESTIONS, ChatSession, transcript
-from mm_rec.checkpoint import Checkpoint, prune
+from mm_rec.checkpoint import Checkpoint, checkpoint_name, prune
 from mm_rec.data.batches import Batch, Batches, EvenBatches
 from mm_rec.data.feed import Feed
-from mm_rec.errors import UserError
+from mm_rec.errors import UserError, is_out_of_memory
 from mm_rec.estimate import memory_remedy
 from mm_rec.evaluate import Documents, evaluate
 from mm_rec.generate import Sampling, generate
@@ -104,7 +106,8 @@ class Trainer:
         self.at = Position()
         self.carried: dict[str, ModelState] = {}
         self.feed = Feed(self.device, distributed.own_batch)
-        self._loss = distributed.averaged(model)
+        self._sharded = runtime.get("parallel") == "fsdp"
+        self._loss = distributed.averaged(model, sharded=self._sharded, parts=plan.accumulation)
         self._graphs: GraphedPass | None = None
         self._between = guard.check if distributed.size() == 1 else _nothing
 
@@ -113,11 +116,19 @@ class Trainer:
         self.optimizer.load_master_tensors(checkpoint.weights)
         self.optimizer.load_state_tensors(checkpoint.optimizer)
         self.at = Position(**checkpoint.trainer["position"])
+        self.carried = self._carried_in(checkpoint)
+
+    def _carried_in(self, checkpoint: Checkpoint) -> dict[str, ModelState]:
+        """The states of a checkpoint by domain; none if the user accepted a batch of another number of rows."""
+        rows = {len(tensor) for tensor in checkpoint.carried.values()}
+        if rows - {self.plan.batch_size}:
+            self.run.event(f"the carried state of {max(rows)} rows is left out: a batch has {self.plan.batch_size}")
+            return {}
         flat: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in checkpoint.carried.items():
             key, _, rest = name.partition("/")
             flat[key][rest] = distributed.own_rows(tensor).to(self.device)
-        self.carried = {key: unflatten_state(tensors, self.model.config) for key, tensors in flat.items()}
+        return {key: unflatten_state(tensors, self.model.config) for key, tensors in flat.items()}
 
     def fit(self) -> Path:
         """Train to the last step of the plan; returns the final checkpoint.
@@ -139,12 +150,14 @@ class Trainer:
                 )
                 raise
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self.optimizer.zero_grad()
+                traceback.clear_frames(error.__traceback__)  # lest they keep tensors and graphs
                 remedy = memory_remedy(self.plan.batch_size, self.plan.seq_len)
                 raise UserError(f"out of memory in step {self.at.step + 1}; {remedy}") from error
             finally:
+                self._graphs = None
                 if self.board is not None:
                     self.board.close()
         return self._save()
@@ -157,10 +170,11 @@ class Trainer:
             # Saved first: a failed evaluation loses nothing, and one that was stopped is done again from its start.
             if evaluate_now or self.at.step % plan.checkpoint_interval == 0:
                 self._save()
-            if evaluate_now and distributed.is_first():
+            if evaluate_now and (distributed.is_first() or self._sharded):  # all have to help with a sharded model
                 self._evaluate(progress)
                 if self.at.step > 0:
                     self._sample(progress)
+                if self.at.step > 0 and distributed.is_first():
                     title = f"{plan.stage.name}: {self.run.path}"
                     draw_losses(self.run.path / METRICS, self.run.path / "loss.png", title)
             if last:
@@ -187,9 +201,9 @@ class Trainer:
     def _pass(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
         """Forward and backward of a micro-batch: its loss, and the state after it.
 
-        In one launch, where that can be: on one GPU, every block run once.
+        In one launch, where that can be: on GPUs that have the whole model, every block run once.
         """
-        if self.device.type == "cpu" or distributed.size() > 1 or self.model.gradient_checkpointing:
+        if self.device.type == "cpu" or self._sharded or self.model.gradient_checkpointing:
             return run_pass(self.micro_batch_loss, batch, state, self.plan.accumulation)
         if self._graphs is None:
             self._graphs = GraphedPass(self.micro_batch_loss, list(self.model.parameters()), self.plan.accumulation)
@@ -220,9 +234,8 @@ class Trainer:
             parts.append((key, loss))
             if carry:
                 carried[key] = map_state(state, _keep)
-        rate = plan.rate_at(step) * self.at.rate_scale
         numbers = distributed.mean_(torch.stack([loss for _, loss in parts]))
-        numbers = torch.cat([numbers, self.optimizer.step(rate, plan.clip or math.inf).view(1)])
+        numbers = torch.cat([numbers, self.optimizer.gradient_norm().view(1)])
         self.feed.prefetch(batches, step * plan.accumulation)
         *values, norm = numbers.tolist()  # the one time in a step that the device is waited for
         losses: dict[str, list[float]] = defaultdict(list)
@@ -235,6 +248,8 @@ class Trainer:
         if trouble is not None:
             self._roll_back(step, trouble)
             return None
+        rate = plan.rate_at(step) * self.at.rate_scale
+        self.optimizer.step(rate, plan.clip or math.inf)
         self.carried = carried
         self.at.step = step
         self.at.tokens += plan.tokens_per_step
@@ -313,13 +328,23 @@ class Trainer:
     def _sample(self, progress: Progress) -> None:
         """A short text of each domain, or a conversation: the same for the same seed and step."""
         sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, seed=(self.plan.seed * 1_000_003 + self.at.step) % 2**63)
-        if self.plan.stage.conversations:
-            session = ChatSession.start(self.model, self.tokenizer, sampling=sampling)
-            sample = transcript(session, QUESTIONS, self._between)
-        else:
-            sample = self._continue_texts(sampling)
-        write_atomic(self.run.samples / f"step_{self.at.step:06d}.txt", sample.encode("utf-8", "replace"))
+        with self._same_logits():
+            if self.plan.stage.conversations:
+                session = ChatSession.start(self.model, self.tokenizer, sampling=sampling)
+                sample = transcript(session, QUESTIONS, self._between)
+            else:
+                sample = self._continue_texts(sampling)
+        if not distributed.is_first():
+            return
+        write_atomic(self.run.samples / f"{checkpoint_name(self.at.step)}.txt", sample.encode("utf-8", "replace"))
         progress.message(f"sample at step {self.at.step}:\n{sample}")
+
+    def _same_logits(self) -> contextlib.AbstractContextManager[None]:
+        if not self._sharded:
+            return contextlib.nullcontext()
+        from mm_rec.sharding import same_logits
+
+        return same_logits(self.model)
 
     def _continue_texts(self, sampling: Sampling) -> str:
         texts = []
@@ -342,7 +367,3 @@ def _nothing() -> None:
 def _keep(tensor: Tensor) -> Tensor:
     """A tensor of the state cut off from its graph, and from the larger one that it may be a view of."""
     return tensor.detach().clone()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import stat
 import subprocess
@@ -170,25 +171,24 @@ def test_the_newest_is_that_of_the_highest_step(pristine: Path, tmp_path: Path) 
     assert checkpoint.newest_valid(tmp_path) == tmp_path / "step_1000000"
 
 
-@pytest.mark.parametrize(
-    ("keep_last", "keep_every", "in_use", "kept"),
-    [
-        (3, None, None, [80, 90, 100]),
-        (1, None, None, [100]),
-        (2, 40, None, [40, 80, 90, 100]),
-        (2, None, 30, [30, 90, 100]),
-        (20, None, None, list(range(10, 101, 10))),
-    ],
-)
-def test_prune(tmp_path: Path, keep_last: int, keep_every: int | None, in_use: int | None, kept: list[int]) -> None:
+@pytest.mark.parametrize(("keep_last", "kept"), [(3, [80, 90, 100]), (1, [100]), (20, list(range(10, 101, 10)))])
+def test_prune(tmp_path: Path, keep_last: int, kept: list[int]) -> None:
     for step in range(10, 101, 10):
         (tmp_path / checkpoint.checkpoint_name(step)).mkdir()
     (tmp_path / "notes").mkdir()
-    used = tmp_path / checkpoint.checkpoint_name(in_use) if in_use else None
-    removed = checkpoint.prune(tmp_path, keep_last, keep_every, used)
+    removed = checkpoint.prune(tmp_path, keep_last)
     assert [checkpoint.checkpoint_step(path) for path in checkpoint.list_checkpoints(tmp_path)] == kept
     assert len(removed) == 10 - len(kept)
     assert {path.name for path in tmp_path.iterdir()} == {"notes", *(checkpoint.checkpoint_name(step) for step in kept)}
+
+
+def test_prune_keeps_as_many_damaged_ones_aside(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        (tmp_path / checkpoint.checkpoint_name(step)).mkdir()
+        os.utime(tmp_path / checkpoint.checkpoint_name(step), (step, step))
+        checkpoint.set_aside(tmp_path / checkpoint.checkpoint_name(step))
+    checkpoint.prune(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000030.damaged", "step_000040.damaged"]
 
 
 def test_prune_always_keeps_one(tmp_path: Path) -> None:

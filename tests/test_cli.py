@@ -58,6 +58,10 @@ def test_each_command_explains_itself_with_examples(name: str, capsys: pytest.Ca
     assert "examples:" in text
 
 
+def raise_it(error: Exception) -> int:
+    raise error
+
+
 def test_what_ends_a_program_becomes_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> int:
         raise UserError("the disk is full; free some space")
@@ -79,8 +83,13 @@ def test_what_ends_a_program_becomes_its_exit_code(capsys: pytest.CaptureFixture
         warnings.simplefilter("always")
         assert run_program(warn) == 0
         assert capsys.readouterr().err == "warning: slow\n"
+        assert run_program(lambda: torch.empty(2**60).nbytes) == 2
+        assert run_program(lambda: raise_it(RuntimeError("can't start new thread"))) == 2
+        assert capsys.readouterr().err.count("error: out of memory; ") == 2
     with pytest.raises(ZeroDivisionError):
         run_program(lambda: 1 // 0)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_program(lambda: raise_it(RuntimeError("a bug")))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

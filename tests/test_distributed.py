@@ -1,15 +1,19 @@
-"""Training in several processes: the losses of one, the same checkpoints, exact resume."""
+"""Training in several processes, by DDP and by FSDP: the losses of one, the same checkpoints, exact resume."""
 
 from __future__ import annotations
 
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from mm_rec import checkpoint
+from mm_rec.config import ModelConfig
+from mm_rec.estimate import count_parameters, training_bytes, with_margin
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = [
@@ -17,15 +21,19 @@ FLAGS = [
     "--batch_size", "4", "--seq_len", "32", "--accumulation", "2", "--eval_interval", "100", "--valid_bytes", "200",
     "--checkpoint_interval", "2", "--keep_checkpoints", "9", "--max_steps", "4",
 ]  # fmt: skip
+FSDP = ["--parallel", "fsdp"]
+LAST = Path("stage1/checkpoints/step_000004")
 
 # One interpreter imports everything once; its children, forked before PyTorch has a thread, are the processes.
 RANKS = """
 import os, sys
-import mm_rec.scripts.train, mm_rec.scripts.training
-from mm_rec import trainer
+import mm_rec.scripts.train, mm_rec.scripts.training, mm_rec.sharding
+from mm_rec import assembly, trainer
 from mm_rec.cli import run_program
 trainer.SAMPLE_TOKENS, trainer.draw_losses = 2, lambda *_: None
-for size, port, last, arguments in eval(sys.argv[1]):
+measured = assembly.available_memory
+for size, port, last, memory, arguments in eval(sys.argv[1]):
+    assembly.available_memory = (lambda _, bytes=memory * size: bytes) if memory else measured
     children = []
     for rank in range(size):
         if child := os.fork():
@@ -50,23 +58,48 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def train(folder: Path, *runs: tuple[int, str, int]) -> str:
-    """Train one run after the other: number of processes, folder of runs, where to stop. Returns what was printed."""
+class Run(NamedTuple):
+    """One call: number of processes, folder of runs, where to stop, further flags, memory of a process if not all."""
+
+    size: int
+    folder: str
+    last: int
+    flags: Sequence[str] = ()
+    memory: int | None = None
+
+
+def train(folder: Path, *runs: Run) -> str:
+    """Train one run after the other; returns what was printed."""
     flags = [*FLAGS, "--data_dir", str(folder / "data")]
-    calls = [(size, free_port(), last, [*flags, "--checkpoint_dir", str(folder / name)]) for size, name, last in runs]
+    calls = [
+        (
+            run.size,
+            free_port(),
+            run.last,
+            run.memory,
+            [*flags, "--checkpoint_dir", str(folder / run.folder), *run.flags],
+        )
+        for run in runs
+    ]
     result = subprocess.run([sys.executable, "-c", RANKS, repr(calls)], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
-def losses(run: Path) -> list[float]:
-    return [float(line.split(",")[1]) for line in (run / "stage1" / "loss_log.txt").read_text().splitlines()]
+def losses(run: Path, stage: str = "stage1") -> list[float]:
+    return [float(line.split(",")[1]) for line in (run / stage / "loss_log.txt").read_text().splitlines()]
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    for file in ("model.safetensors", "optimizer.safetensors", "carried.safetensors", "trainer.json"):
+        assert (one / LAST / file).read_bytes() == (other / LAST / file).read_bytes(), file
 
 
 @pytest.mark.slow
 def test_any_number_of_processes_trains_alike(tmp_path: Path) -> None:
-    whole = [(1, "one", 4), (2, "two", 4), (4, "four", 4)]
-    printed = train(tmp_path, *whole, (2, "stopped", 2), (2, "stopped", 4), (2, "moved", 2), (4, "moved", 4))
+    whole = [Run(1, "one", 4), Run(2, "two", 4), Run(4, "four", 4)]
+    stopped = [Run(2, "stopped", 2), Run(2, "stopped", 4), Run(2, "moved", 2), Run(4, "moved", 4)]
+    printed = train(tmp_path, *whole, *stopped)
     assert printed.count("stage1: 4 steps done") == 5  # the first process alone speaks
     one = losses(tmp_path / "one")
     assert len(one) == 4
@@ -75,10 +108,55 @@ def test_any_number_of_processes_trains_alike(tmp_path: Path) -> None:
         assert events(tmp_path / name).count("new run") == 1
     assert "processes was 2, is 4" in events(tmp_path / "moved")
     assert "not the same machine" not in events(tmp_path / "stopped")
-    last = Path("stage1/checkpoints/step_000004")
-    for file in ("model.safetensors", "optimizer.safetensors", "carried.safetensors", "trainer.json"):
-        assert (tmp_path / "two" / last / file).read_bytes() == (tmp_path / "stopped" / last / file).read_bytes(), file
-    assert checkpoint.load(tmp_path / "four" / last).trainer["runtime"]["processes"] == 4
+    assert_same_checkpoint(tmp_path / "two", tmp_path / "stopped")
+    runtime = checkpoint.load(tmp_path / "four" / LAST).trainer["runtime"]
+    assert (runtime["processes"], runtime["parallel"]) == (4, "ddp")
+
+
+@pytest.mark.slow
+def test_sharded_models_train_alike(tmp_path: Path) -> None:
+    """FSDP: the losses of one process, exact resume, and going on with more processes or with one."""
+    runs = [
+        Run(1, "one", 4),
+        Run(2, "two", 4, FSDP),
+        Run(2, "stopped", 2, FSDP),
+        Run(2, "stopped", 4, FSDP),
+        Run(2, "moved", 2, FSDP),
+        Run(4, "moved", 4, FSDP),
+        Run(2, "left", 2, FSDP),
+        Run(1, "left", 4),
+    ]
+    printed = train(tmp_path, *runs)
+    assert printed.count("2 processes (fsdp)") == 5
+    assert printed.count("sample at step 4") == 5
+    for name in ("two", "stopped", "moved", "left"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=2e-5), name
+        assert events(tmp_path / name).count("new run") == 1
+    assert "processes was 2, is 4" in events(tmp_path / "moved")
+    assert "not the same machine" not in events(tmp_path / "stopped")
+    assert_same_checkpoint(tmp_path / "two", tmp_path / "stopped")
+    samples = [(tmp_path / name / "stage1/samples/step_000004.txt").read_text() for name in ("one", "two", "stopped")]
+    assert samples[0] == samples[1] == samples[2]
+
+
+@pytest.mark.slow
+def test_fusion_in_several_processes(tmp_path: Path) -> None:
+    """Steps of the fusion alone, then of all parameters, with the state carried; DDP, FSDP, and FSDP by itself."""
+    whole = with_margin(training_bytes(count_parameters(ModelConfig.preset("tiny")), "fp32"), 0)
+    stage3 = ["--stage", "stage3", "--init_from", str(tmp_path / "one" / "stage1")]
+    runs = [
+        Run(1, "one", 4),
+        Run(1, "one", 4, stage3),
+        Run(2, "ddp", 4, stage3),
+        Run(4, "fsdp", 4, [*stage3, *FSDP]),
+        Run(2, "auto", 2, stage3, whole - 1),  # bytes: too few for the whole model
+        Run(2, "auto", 4, ["--resume_from", str(tmp_path / "auto" / "stage3"), *stage3[:2]]),
+    ]
+    train(tmp_path, *runs)
+    for name, parallel in (("ddp", "ddp"), ("fsdp", "fsdp"), ("auto", "fsdp")):
+        assert losses(tmp_path / name, "stage3") == pytest.approx(losses(tmp_path / "one", "stage3"), rel=2e-5), name
+        last = checkpoint.load(tmp_path / name / "stage3" / LAST.relative_to("stage1"))
+        assert last.trainer["runtime"]["parallel"] == parallel
 
 
 def events(run: Path) -> str:

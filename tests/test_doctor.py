@@ -93,6 +93,7 @@ def test_a_run_without_checkpoints_and_what_is_no_run(tmp_path: Path) -> None:
 
 def test_data_against_its_manifest(tmp_path: Path) -> None:
     assert "nothing to compare" in texts(check_data(tmp_path), "note")
+    assert "there is no data folder" in texts(check_data(tmp_path / "nowhere"), "broken")
     for name in ("text/a.jsonl", "code/b.jsonl"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text('"a line"\n')

@@ -17,7 +17,7 @@ SHAPES = {"embedding.weight": (37, 8), "blocks.0.bias": (13,), "blocks.0.w_g": (
 def update(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs with the update of the CPU and with that of other devices, which PyTorch also has for the CPU."""
     if request.param == "fused":
-        monkeypatch.setattr(AdamW, "_update", AdamW._update_on_device)
+        monkeypatch.setattr(AdamW, "_on_cpu", False)
     return str(request.param)
 
 
@@ -118,6 +118,26 @@ def test_a_step_with_a_norm_that_is_not_finite_changes_nothing(bad: float) -> No
         assert torch.equal(tensor, before[name]), name
     set_gradients(parameters, gradients(2))
     assert optimizer.step(1e-2, 1.0).isfinite()  # the bad gradient is gone
+
+
+def test_the_norm_may_be_asked_for_before_the_step_and_changes_nothing() -> None:
+    asked, plain = make_parameters(torch.bfloat16), make_parameters(torch.bfloat16)
+    optimizer, reference = AdamW(asked.items()), AdamW(plain.items())
+    before = {name: tensor.clone() for name, tensor in optimizer.master_tensors().items()}
+    for parameters in (asked, plain):
+        set_gradients(parameters, gradients(0))
+    norm = optimizer.gradient_norm()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.master_tensors().items())
+    assert torch.equal(optimizer.step(1e-2, 1.0), norm)
+    assert torch.equal(reference.step(1e-2, 1.0), norm)
+    assert all(torch.equal(asked[name], plain[name]) for name in SHAPES)
+    set_gradients(asked, gradients(1))
+    optimizer.gradient_norm()
+    set_gradients(asked, gradients(2))  # one that comes after the norm was asked for counts
+    set_gradients(plain, gradients(1))
+    reference.accumulate()
+    set_gradients(plain, gradients(2))
+    assert torch.equal(optimizer.step(1e-2, 1.0), reference.step(1e-2, 1.0))
 
 
 def test_masters_keep_what_bfloat16_rounds_away() -> None:

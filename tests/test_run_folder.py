@@ -297,13 +297,15 @@ def test_more_steps_continue_a_run_as_if_it_had_always_been_longer(tmp_path: Pat
 def test_leftovers_of_a_dead_writer_are_removed(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with open_run(tmp_path) as run:
         train(run, tokenizer, until=5)
-    shutil.copytree(run.checkpoints / "step_000005", run.checkpoints / ".tmp-step_000010-0123")
-    (run.path / ".tmp-config.yaml-0123").write_text("stage")
+    shutil.copytree(run.checkpoints / "step_000005", run.checkpoints / ".tmp-step_000010-0123456789abcdef")
+    (run.path / ".tmp-config.yaml-0123456789abcdef").write_text("stage")
+    shutil.copytree(run.path, tmp_path / ".tmp-stage1-0123456789abcdef")  # killed while a run folder was being made
+    (tmp_path / ".tmp-notes").write_text("the user's")
     events: list[str] = []
     with open_run(tmp_path, IDENTITY, events) as run:
         pass
     assert sum("left over" in event for event in events) == 2
-    assert not list(run.path.rglob(".tmp-*"))
+    assert list(tmp_path.rglob(".tmp-*")) == [tmp_path / ".tmp-notes"]
 
 
 # --- one owner: many processes at once and the death of one are in tests/faults/ownership_workloads.py ----------------

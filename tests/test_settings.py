@@ -64,6 +64,7 @@ def test_a_stage_has_its_section_unless_a_flag_wins(tmp_path: Path) -> None:
         ("stages: {stage1: {stages: {}}}", ["unknown", "stages.stage1.stages"]),
         ("stages: {stage2: {preset: tiny}}", ["stages.stage2.preset", "outside of"]),
         ("stages: {stage1: {data_dir: elsewhere}}", ["stages.stage1.data_dir", "outside of"]),
+        ("stages: {stage1: {max_samples: 5}}", ["stages.stage1.max_samples", "outside of"]),
         ("stages: [1]", ["stages"]),
         ("\x00", ["not valid YAML"]),
     ],

@@ -254,9 +254,9 @@ with storage.atomic_folder(Path(sys.argv[1]) / "folder") as folder:
     )
     assert writer.stdout is not None
     assert writer.stdout.readline() == "writing\n"
-    (tmp_path / ".tmp-file-0123").write_text("half")
+    (tmp_path / ".tmp-file-0123456789abcdef").write_text("half")
     (tmp_path / "kept").write_text("kept")
-    assert [path.name for path in storage.remove_leftovers(tmp_path)] == [".tmp-file-0123"]
+    assert [path.name for path in storage.remove_leftovers(tmp_path)] == [".tmp-file-0123456789abcdef"]
     writer.kill()
     writer.wait(10)
     assert len(storage.remove_leftovers(tmp_path)) == 1

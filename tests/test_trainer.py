@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import io
 import itertools
 import json
@@ -23,6 +24,7 @@ from mm_rec.errors import UserError
 from mm_rec.estimate import FIXED_BYTES, count_parameters, measure_activations, training_bytes, with_margin
 from mm_rec.launch import train_stages
 from mm_rec.model import MMRecModel
+from mm_rec.optim import AdamW
 from mm_rec.run_folder import RunFolder
 from mm_rec.settings import TrainSettings
 from mm_rec.signals import Interrupted, SignalGuard
@@ -316,6 +318,16 @@ def inject(monkeypatch: pytest.MonkeyPatch, faults: dict[int, float]) -> None:
     monkeypatch.setattr(Trainer, "micro_batch_loss", faulty)
 
 
+def test_the_carried_state_of_another_batch_size_is_left_out(data: Prepared, tmp_path: Path) -> None:
+    start = train(data, settings(tmp_path / "first", max_steps=1))
+    run = train(data, settings(tmp_path, stage="stage2", init_from=start, max_steps=3, batch_size=2))
+    more = {"stage": "stage2", "init_from": start, "max_steps": 5, "resume_from": run, "allow_changes": True}
+    train(data, settings(tmp_path, batch_size=3, **more))
+    events = (tmp_path / "stage2-2" / "events.log").read_text()
+    assert "the carried state of 2 rows is left out: a batch has 3" in events
+    assert "batch_size was 2, is 3" in events
+
+
 def test_a_loss_that_is_not_finite_is_rolled_back_and_its_batch_left_out(
     data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,6 +372,23 @@ def test_a_spike_is_rolled_back(data: Prepared, tmp_path: Path, monkeypatch: pyt
     train(data, settings(tmp_path))
     assert "jumped" in (tmp_path / "stage1" / "events.log").read_text()
     assert checkpoint.load(tmp_path / "stage1" / "checkpoints" / "step_000010").trainer["position"]["skipped"] == [9]
+
+
+@pytest.mark.parametrize("fault", [float("nan"), 1000.0])
+def test_a_step_in_trouble_is_judged_before_its_update(
+    fault: float, data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(position, "HISTORY", 2)
+    inject(monkeypatch, {9: fault})
+    applied: list[int] = []
+    step, take = AdamW.step, Trainer._take_step
+    monkeypatch.setattr(AdamW, "step", lambda self, *values: applied.append(at[-1]) or step(self, *values))
+    monkeypatch.setattr(Trainer, "_take_step", lambda self: at.append(self.at.step + 1) or take(self))
+    at: list[int] = [0]
+    train(data, settings(tmp_path))
+    assert 9 in at
+    assert 9 not in applied
+    assert {8, 10} <= set(applied)
 
 
 def test_training_that_stays_unstable_stops_with_a_remedy(
@@ -423,6 +452,20 @@ def test_gradient_checkpointing_comes_when_nothing_else_fits(
     assert "gradient checkpointing" in output.getvalue()
     with pytest.raises(UserError, match="of memory"):
         train(data, dataclasses.replace(wanted, gradient_checkpointing="off", seed=1))
+
+
+def test_measuring_activations_keeps_nothing() -> None:
+    """What stayed would be nodes of autograd on the default stream, and then no CUDA graph could be recorded."""
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+    model = MMRecModel(PRESETS["tiny"])
+    measure_activations(model, "text")
+    before = tensors()
+    measure_activations(model, "text")
+    assert tensors() == before
 
 
 def test_memory_that_runs_out_is_a_message(data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

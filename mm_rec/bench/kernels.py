@@ -207,6 +207,7 @@ def measure_kernels(
 
 def measure_recurrence(config: ModelConfig, batch: int, length: int, rounds: int) -> dict[str, Any]:
     """The time loop, forward and backward in float32, against the reference loop and ``nn.GRU`` of the same width."""
+    keep_freed_memory()  # as training does
     width, heads, d = config.d_model, config.n_heads, config.head_dim
     z, u = torch.randn(batch, length, width), torch.randn(batch, length, width)
     arguments = (z, u, torch.rand(batch, length, width), torch.randn(heads, d, d) * 0.5 * d**-0.5)

@@ -94,21 +94,19 @@ class MMRecBlock(nn.Module):
             if state.memory is not None:
                 delta, memory = self._attention(n, position, state.memory)
                 x, n = ops.add_rms_norm(x, delta)
-            delta = F.linear(ops.relu_squared(F.linear(n, self.ffn_up)), self.ffn_down)
-            x, n = ops.add_rms_norm(x, delta)
+            x, n = ops.add_rms_norm(x, ops.feed_forward(n, self.ffn_up, self.ffn_down))
         return x, n, BlockState(h, memory)
 
     def _recurrence(self, n: Tensor, reset: Tensor | None, h0: Tensor) -> tuple[Tensor, Tensor]:
         """Core recurrence and its gated readout; returns the contribution to x and the last h."""
+        if not self.is_memory_block:
+            return ops.linear_branch(
+                n, self.in_proj, self.decay_proj, self.decay_bias, self.gate_bias, self.out_proj, h0, reset,
+                self.config.n_heads,
+            )  # fmt: skip
         z, r, u, hidden = torch.split(F.linear(n, self.in_proj), self.splits, dim=-1)
-        decay_logits = F.linear(F.gelu(hidden), self.decay_proj)
-        if self.is_memory_block:
-            gamma, z = ops.mdi(decay_logits, self.decay_bias, z)
-            h, h_last = ops.recurrence(z, u + self.gate_bias, gamma, self.w_g, h0, reset)
-        else:
-            gamma, z = ops.mdi(decay_logits, self.decay_bias, z, u, self.gate_bias)
-            h = ops.scan(gamma, z, h0, reset)
-            h_last = h[:, -1]
+        gamma, z = ops.mdi(F.linear(F.gelu(hidden), self.decay_proj), self.decay_bias, z)
+        h, h_last = ops.recurrence(z, u + self.gate_bias, gamma, self.w_g, h0, reset)
         return F.linear(ops.readout(h, r, self.config.n_heads), self.out_proj), h_last
 
     def _attention(self, n: Tensor, position: Tensor, memory: MemoryState) -> tuple[Tensor, MemoryState]:

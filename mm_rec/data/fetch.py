@@ -26,7 +26,7 @@ from mm_rec.data.manifest import check_files, read_manifest, record_file
 from mm_rec.data.pack import file_sha256
 from mm_rec.data.sources import Source
 from mm_rec.errors import UserError
-from mm_rec.storage import reporting_errors, sync, write_atomic
+from mm_rec.storage import remove_leftovers, reporting_errors, sync, write_atomic
 
 __all__ = ["fetch"]
 
@@ -81,6 +81,8 @@ def fetch(source: Source, samples: int, data_dir: Path, tell: Callable[[str], No
     """
     download = _Download(source, samples, data_dir, tell)
     with reporting_errors(download.target):
+        for folder in (data_dir, download.target.parent):
+            remove_leftovers(folder)
         if download.is_complete():
             tell(f"{source.name}: {download.target} is there already")
             return download.target

@@ -150,7 +150,10 @@ def _read_lines(path: Path, bad: BadRows) -> Iterator[tuple[int, str]]:
 
 
 def _open(path: Path) -> IO[bytes]:
-    match _suffix(path):
+    suffix = _suffix(path)
+    if suffix in (".jsonl.gz", ".jsonl.zst") and path.stat().st_size == 0:
+        raise EOFError("it is empty")  # for their readers a whole file of no rows, which no compressor writes so
+    match suffix:
         case ".jsonl.gz":
             return cast(IO[bytes], gzip.open(path))
         case ".jsonl.xz":

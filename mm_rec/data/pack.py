@@ -98,6 +98,8 @@ class TokenStore:
                     raise _broken(path, f"{name} does not have the {entry['bytes']} bytes that its index states")
                 if verify and file_sha256(path / name) != entry["sha256"]:
                     raise _broken(path, f"{name} does not match its SHA-256")
+            if index["dtype"] not in ("uint16", "uint32"):
+                raise _broken(path, f"its tokens are of type {index['dtype']}")
             offsets = np.load(path / "offsets.npy", allow_pickle=False)
             n_bytes = np.load(path / "n_bytes.npy", allow_pickle=False)
             tokens = np.memmap(path / "tokens.bin", dtype=np.dtype(index["dtype"]).newbyteorder("<"), mode="r")

@@ -91,7 +91,7 @@ def prepare(
     """
     data_dir = Path(data_dir)
     tell = progress or (lambda line: None)
-    files = _find(data_dir, domains)
+    files = _find(data_dir, domains, tell)
     settings = {
         "format": _FORMAT,
         "files": {name: check_files(data_dir, paths) for name, paths in files.items()},
@@ -157,7 +157,7 @@ def describe(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _find(data_dir: Path, domains: Sequence[str]) -> dict[str, list[Path]]:
+def _find(data_dir: Path, domains: Sequence[str], tell: Callable[[str], None]) -> dict[str, list[Path]]:
     """The data files of each domain that has some."""
     if not data_dir.is_dir():
         raise UserError(f"there is no data folder {data_dir}; {_HOW_TO_GET_DATA.format(data_dir)}")
@@ -166,6 +166,9 @@ def _find(data_dir: Path, domains: Sequence[str]) -> dict[str, list[Path]]:
     loose = [file for file in find_files(data_dir) if file.parent == data_dir]
     if not found and loose:
         found = {domains[0]: loose}
+    elif loose:
+        names = ", ".join(file.name for file in loose)
+        tell(f"not used, because they lie beside {' and '.join(found)}: {names}; move them into one of these folders")
     if not found:
         raise UserError(f"there is no data in {data_dir}; {_HOW_TO_GET_DATA.format(data_dir)}")
     return found

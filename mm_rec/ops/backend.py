@@ -27,6 +27,7 @@ __all__ = [
     "NativeUnavailableError",
     "Status",
     "kernel",
+    "runs_fused",
     "runs_native",
     "status",
     "use_backend",
@@ -160,8 +161,15 @@ def _native_serves(op: str, device_type: str, forced: str | None) -> bool:
     return False
 
 
+def _native_has(op: str, device_type: str) -> bool:
+    """Whether the native library of ``device_type`` is there and has ``op``."""
+    loaded = _load(device_type)
+    return isinstance(loaded, Native) and op in loaded.kernels
+
+
 # What torch.compiler.assume_constant_result does, which would import the compiler, two seconds at every start.
 _native_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_native_has._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def runs_native(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> bool:
@@ -170,6 +178,13 @@ def runs_native(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> bool:
         return False
     forced = _forced.name or _from_environment()
     return forced != "reference" and _native_serves(op, x.device.type, forced)
+
+
+def runs_fused(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether the fused ``op`` runs on these floating-point inputs; where it does not, those that it is made of do."""
+    if x.dtype not in _NATIVE_DTYPES or any(y is not None and y.dtype not in _NATIVE_DTYPES for y in others):
+        return False
+    return (_forced.name or _from_environment()) != "reference" and _native_has(op, x.device.type)
 
 
 def kernel(op: str, device_type: str) -> Callable[..., Any]:

@@ -36,6 +36,8 @@ def load() -> Native:
     Raises:
         NativeUnavailableError: the library is missing or broken.
     """
+    from mm_rec.ops import cpu_branches  # which needs this module
+
     global _call
     library = CpuLibrary()
     _call = library.call
@@ -43,7 +45,7 @@ def load() -> Native:
         recurrence, recurrence_backward, scan, scan_backward, mdi, mdi_backward, rms_norm, rms_norm_backward,
         add_rms_norm, add_rms_norm_backward, readout, readout_backward, relu_squared, relu_squared_backward,
         memory_update, memory_update_backward, memory_read, memory_read_backward, linear_cross_entropy, adamw_,
-        adamw_many_, sum_of_squares,
+        adamw_many_, sum_of_squares, *cpu_branches.KERNELS,
     ]  # fmt: skip
     functions = {kernel.__name__: kernel for kernel in kernels}
     raw = {name: getattr(_call, name) for name in ("step", "step_scratch", "sample", "sample_scratch")}
@@ -303,6 +305,64 @@ def readout_backward(dy: Tensor, h: Tensor, r: Tensor, heads: int) -> tuple[Tens
     return dh, dr
 
 
+def gated_scan(
+    z: Tensor,
+    u: Tensor,
+    r: Tensor,
+    decay_logits: Tensor,
+    decay_bias: Tensor,
+    gate_bias: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    heads: int,
+) -> tuple[Tensor, Tensor]:
+    """:func:`mm_rec.ops.mdi` with its gate, :func:`~mm_rec.ops.scan` and :func:`~mm_rec.ops.readout` in one pass.
+
+    z, u and r are (B, T, D) slices of one product, and spaced alike. Returns h and y.
+    """
+    batch, time, width = z.shape
+    h, y = _empty(z.shape), _empty(z.shape, z.dtype)
+    _call.gated_scan_forward(
+        _TYPE_CODES[z.dtype], batch, time, heads, width // heads, z.data_ptr(), u.data_ptr(), r.data_ptr(), z.stride(1),
+        decay_logits.data_ptr(), width, decay_bias.data_ptr(), gate_bias.data_ptr(), _pointer(h0), _pointer(reset),
+        h.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return h, y
+
+
+def gated_scan_backward(
+    dy: Tensor,
+    dh_last: Tensor | None,
+    h: Tensor,
+    z: Tensor,
+    u: Tensor,
+    r: Tensor,
+    decay_logits: Tensor,
+    decay_bias: Tensor,
+    gate_bias: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    heads: int,
+    dz: Tensor,
+    du: Tensor,
+    dr: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Write dz, du and dr, slices as z, u and r are; return the gradients of decay_logits, the biases, and h0."""
+    batch, time, width = z.shape
+    dh_last = _contiguous(dh_last)
+    ddecay, dh0 = _empty(z.shape, z.dtype), _empty((batch, width))
+    ddecay_bias, dgate_bias = _empty((batch, width)), _empty((batch, width))  # a share per sequence
+    result = _call.gated_scan_backward(
+        _TYPE_CODES[z.dtype], batch, time, heads, width // heads, z.data_ptr(), u.data_ptr(), r.data_ptr(), z.stride(1),
+        decay_logits.data_ptr(), width, decay_bias.data_ptr(), gate_bias.data_ptr(), _pointer(h0), _pointer(reset),
+        h.data_ptr(), dy.data_ptr(), width, _pointer(dh_last), dz.data_ptr(), du.data_ptr(), dr.data_ptr(),
+        dz.stride(1), ddecay.data_ptr(), ddecay_bias.data_ptr(), dgate_bias.data_ptr(), dh0.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    _check(result)
+    return ddecay, ddecay_bias.sum(0), dgate_bias.sum(0), dh0
+
+
 def relu_squared(x: Tensor) -> Tensor:
     x = x.contiguous()
     y = _empty(x.shape, x.dtype)
@@ -312,7 +372,11 @@ def relu_squared(x: Tensor) -> Tensor:
 
 def relu_squared_backward(dy: Tensor, x: Tensor) -> Tensor:
     dy, x = dy.contiguous(), x.contiguous()
-    dx = _empty(x.shape, x.dtype)
+    return relu_squared_backward_into(dy, x, _empty(x.shape, x.dtype))
+
+
+def relu_squared_backward_into(dy: Tensor, x: Tensor, dx: Tensor) -> Tensor:
+    """Write the gradient at x into dx, which may be dy; all contiguous."""
     _call.relu_squared_backward(
         _TYPE_CODES[x.dtype], x.numel(), dy.data_ptr(), x.data_ptr(), dx.data_ptr(), torch.get_num_threads()
     )

@@ -39,6 +39,8 @@ _SIGNATURES = {
     "mdi_forward": ("i nn pn p pn pn p p p i", "-"),
     "mdi_backward_scratch": ("nn", "n"),
     "mdi_backward": ("i nn pn pn pn p pn pn p p p p p p p i", "-"),
+    "gated_scan_forward": ("i nnnn ppp n pn p p p p p p i", "-"),
+    "gated_scan_backward": ("i nnnn ppp n pn p p p p p pn p ppp n p p p p i", "i"),
     "rms_norm_forward": ("ii nn pnnn p i", "-"),
     "rms_norm_backward": ("ii nn pnnn pnnn p i", "-"),
     "add_rms_norm_forward": ("i nn pn pn p p i", "-"),

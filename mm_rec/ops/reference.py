@@ -27,6 +27,8 @@ __all__ = [
     "GAMMA_MIN",
     "NORM_EPS",
     "add_rms_norm",
+    "feed_forward",
+    "linear_branch",
     "linear_cross_entropy",
     "mdi",
     "memory_read",
@@ -189,6 +191,57 @@ def readout(h: Tensor, r: Tensor, heads: int) -> Tensor:
 def relu_squared(x: Tensor) -> Tensor:
     """relu(x)^2, the feed-forward nonlinearity (Primer, arXiv 2109.08668). Any shape, same type out."""
     return F.relu(_wide(x)).square().to(x.dtype)
+
+
+def feed_forward(n: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The feed-forward part of a block: down relu(up n)^2.
+
+    Args:
+        n: (B, T, D).
+        up: (F, D) and down: (D, F).
+
+    Returns:
+        (B, T, D) in the type of ``n``.
+    """
+    hidden = F.linear(_wide(n), _wide(up))
+    return F.linear(relu_squared(hidden), _wide(down)).to(n.dtype)
+
+
+def linear_branch(
+    n: Tensor,
+    in_proj: Tensor,
+    decay_proj: Tensor,
+    decay_bias: Tensor,
+    gate_bias: Tensor,
+    out_proj: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    heads: int,
+) -> tuple[Tensor, Tensor]:
+    """The recurrent part of a block that is linear in its state.
+
+    One product gives candidate z, readout gate r, integration gate u and the decay's hidden layer; then
+    :func:`mdi`, :func:`scan`, :func:`readout` and the product with ``out_proj``.
+
+    Args:
+        n: (B, T, D).
+        in_proj: (3 D + K, D), rows for z, r, u and the hidden layer of width K.
+        decay_proj: (D, K).
+        decay_bias, gate_bias: (D,).
+        out_proj: (D, D).
+        h0: (B, D), the state before the first step; zeros if None.
+        reset: (B, T) bool; where true, the state before counts as 0. None means nowhere.
+        heads: H, divides D.
+
+    Returns:
+        (B, T, D) in the type of ``n`` and the last state (B, D), float32 (float64 for float64 inputs).
+    """
+    width = n.shape[2]
+    z, r, u, hidden = F.linear(_wide(n), _wide(in_proj)).split([width] * 3 + [decay_proj.shape[1]], dim=-1)
+    decay_logits = F.linear(F.gelu(hidden), _wide(decay_proj))
+    gamma, x = mdi(decay_logits, decay_bias, z, u, gate_bias)
+    h = scan(gamma, x, h0, reset)
+    return F.linear(readout(h, r, heads), _wide(out_proj)).to(n.dtype), h[:, -1]
 
 
 def rotary_angles(index: Tensor, head_dim: int, base: float) -> Tensor:

@@ -17,7 +17,7 @@ from mm_rec.ops import backend
 __all__ = ["NATIVE_OPS", "below_autograd", "define", "differentiable"]
 
 LIBRARY: Any = torch.library.Library("mm_rec", "DEF")
-NATIVE_OPS: list[str] = []  # every op that a native back end may serve
+NATIVE_OPS: list[str] = []  # every op that a native back end should serve
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -35,13 +35,15 @@ def _lazy(op: str, device_type: str) -> Callable[..., Any]:
     return call
 
 
-def define(schema: str, fake: Callable[..., Any]) -> Any:
+def define(schema: str, fake: Callable[..., Any], *, fused: bool = False) -> Any:
     """Define ``mm_rec::<schema>`` and return its overload, callable with positional arguments.
 
-    Schemas have no default values: PyTorch leaves arguments that equal a default out of a kernel's call.
+    Schemas have no default values: PyTorch leaves arguments that equal a default out of a kernel's call. A ``fused``
+    op stands for several others, which run where a back end lacks it.
     """
     name = schema[: schema.index("(")]
-    NATIVE_OPS.append(name)
+    if not fused:
+        NATIVE_OPS.append(name)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device_type, key in _DISPATCH_KEYS.items():
         LIBRARY.impl(name, _lazy(name, device_type), key)

@@ -11,6 +11,7 @@
 #include <random>
 #include <vector>
 
+#include "gated_scan.h"
 #include "loss.h"
 #include "mdi.h"
 #include "memory_read_backward.h"
@@ -149,6 +150,28 @@ static void fuzz_mdi(Source& from) {
     mdi_backward<T>(rows, columns, maybe(from.flag(), dgamma), dgamma.row, maybe(from.flag(), dx), dx.row, decay,
                     decay.row, decay_bias, candidate, candidate.row, gate_data, gate.row, gate_bias_data, ddecay,
                     ddecay_bias, dcandidate, dgate, dgate_bias, scratch, threads);
+}
+
+template <class T>
+static void fuzz_gated_scan(Source& from) {
+    const int64_t batch = from.number(1, 3), time = from.number(1, 12), heads = from.number(1, 11), d = from.number(1, 40);
+    const int64_t width = heads * d, n = batch * time, row = 3 * width + from.number(0, 5);
+    const bool has_state = from.flag(), has_reset = from.flag();
+    const int threads = threads_of(from);
+    Strided<T> z(from, n, width, row), u(from, n, width, row), r(from, n, width, row), decay(from, n, width);
+    Strided<T> dz(from, n, width, row), du(from, n, width, row), dr(from, n, width, row), dy(from, n, width);
+    Floats decay_bias(from, width), gate_bias(from, width), h0(from, batch * width), h(from, n * width);
+    Floats ddecay_bias(from, batch * width), dgate_bias(from, batch * width), dh0(from, batch * width);
+    Floats dh_last(from, batch * width);
+    Block<T> y(from, n * width), ddecay(from, n * width);
+    Block<uint8_t> reset(from, n);
+    fill_resets(from, reset);
+    const GatedScanInputs<T> in{batch, time,      heads,      d,         z,
+                                u,     r,         row,        decay,     decay.row,
+                                decay_bias, gate_bias, maybe(has_state, h0), maybe(has_reset, reset)};
+    gated_scan_forward(in, h.data, y.data, threads);
+    const GatedScanGradients<T> out{dz, du, dr, row, ddecay, ddecay_bias, dgate_bias, dh0};
+    gated_scan_backward(in, GatedScanFromAbove<T>{dy, dy.row, maybe(from.flag(), dh_last)}, out, h.data, threads);
 }
 
 template <class T, class U>
@@ -379,7 +402,7 @@ static void fuzz_sample(Source& from) {
         if (tokens.data[r] < 0 || tokens.data[r] >= n) abort();
 }
 
-constexpr int64_t CASES = 18;
+constexpr int64_t CASES = 20;
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Source from{data, size};
@@ -399,9 +422,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         case 12: fuzz_optimizer(from); break;
         case 13: fuzz_memory<float>(from); break;
         case 14: fuzz_memory<bf16>(from); break;
-        case 15: fuzz_step<float>(from); break;
-        case 16: fuzz_step<bf16>(from); break;
-        case 17: fuzz_sample(from); break;
+        case 15: fuzz_gated_scan<float>(from); break;
+        case 16: fuzz_gated_scan<bf16>(from); break;
+        case 17: fuzz_step<float>(from); break;
+        case 18: fuzz_step<bf16>(from); break;
+        case 19: fuzz_sample(from); break;
     }
     return 0;
 }

@@ -75,6 +75,16 @@ def test_what_is_there_is_not_downloaded_again(tmp_path, python_hub):
     assert download(tmp_path, 300)[0] == GOOD[:300]
 
 
+def test_what_a_killed_write_left_over_is_removed(tmp_path, python_hub):
+    names = (".tmp-manifest.json-0123456789abcdef", "code/.tmp-.code.jsonl.journal-0123456789abcdef")
+    left = [tmp_path / name for name in names]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+    assert download(tmp_path, 100)[0] == GOOD[:100]
+    assert not any(path.exists() for path in left)
+
+
 def test_a_source_with_fewer_rows_than_asked_for(tmp_path, python_hub):
     assert download(tmp_path, 5000)[0] == GOOD
     python_hub.requests.clear()

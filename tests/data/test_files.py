@@ -143,7 +143,7 @@ def test_more_bad_rows_than_the_cap_are_an_error(tmp_path):
 def test_a_compressed_file_that_breaks_off(tmp_path, suffix):
     path = write_jsonl(tmp_path / f"a.jsonl{suffix}", TEXTS * 100)
     whole = path.read_bytes()
-    for size in (1, len(whole) // 2, len(whole) - 1):
+    for size in (0, 1, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(UserError, match=r"a\.jsonl.*:\d+: the file breaks off or is damaged"):
             texts(path)

@@ -79,6 +79,16 @@ def test_an_index_of_another_shape_is_refused(tmp_path, content):
         TokenStore.open(path)
 
 
+def test_tokens_of_another_type_are_refused(tmp_path):
+    path = tmp_path / "store"
+    write_store(path, DOCUMENTS, vocab_size=300)
+    index = (path / "index.json").read_text()
+    assert '"uint16"' in index
+    (path / "index.json").write_text(index.replace('"uint16"', '"float16"'))
+    with pytest.raises(UserError, match="delete it"):
+        TokenStore.open(path)
+
+
 def test_a_flipped_bit_is_seen_on_request(tmp_path):
     path = tmp_path / "store"
     write_store(path, DOCUMENTS, vocab_size=300)

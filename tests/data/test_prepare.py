@@ -101,6 +101,14 @@ def test_files_without_a_domain_folder_are_text(tmp_path):
     assert prepared.valid["text"].n_documents == 1
 
 
+def test_files_beside_the_domain_folders_are_named(tmp_path):
+    write(tmp_path / "text" / "a.jsonl", synthetic_text(20))
+    (tmp_path / "book.txt").write_text("not among the texts")
+    said = []
+    prepare(tmp_path, 320, progress=said.append)
+    assert "not used, because they lie beside text: book.txt; move them into one of these folders" in said
+
+
 def test_of_a_single_document_the_end_is_held_out(tmp_path):
     book = "\n".join(synthetic_text(50))
     write(tmp_path / "text" / "a.jsonl", [book])

@@ -128,8 +128,8 @@ def downloader(folder: Path) -> Iterator[tuple[Hub, Any]]:
         yield one, start
 
 
-PLACES = {"mm_rec.data.fetch:_Download._commit": 10, "mm_rec.data.fetch:_Download._line": 900,
-          "mm_rec.data.fetch:_Download.finish": 1}  # fmt: skip
+PLACES = {"mm_rec.data.fetch:_Download._commit": 10, "mm_rec.data.fetch:write_atomic": 10,
+          "mm_rec.data.fetch:_Download._line": 900, "mm_rec.data.fetch:_Download.finish": 1}  # fmt: skip
 
 
 def random_place(rng: random.Random) -> tuple[str, int, float]:
@@ -182,7 +182,8 @@ def downloads_at_once(folder: Path) -> Iterator[Trial]:
             child.go()
             assert child.wait() == 0, child.log
             assert read(target) == GOOD[:SAMPLES]
-            assert [path.name for path in target.rglob(".*") if path.name != ".lock"] == []
+            left = [path.name for path in target.rglob(".*") if path.name != ".lock"]
+            assert left == [], left
             shutil.rmtree(target)
             return f"exit codes {sorted(statuses)}, right bytes at the end"
 

@@ -188,4 +188,5 @@ def check_run(straight: Path, killed: Path, steps: int) -> None:
         for run in runs
     ]
     assert files[0] == files[1]
-    assert not list(killed.rglob(".tmp-*"))
+    left = list(killed.rglob(".tmp-*"))
+    assert not left, left

@@ -134,7 +134,7 @@ def soak(one: Workload, folder: Path, seconds: float) -> Record:
                     record.complete, record.wanted = True, record.done
                     break
                 except Exception as error:
-                    note = {"seed": record.done, "commit": run["commit"], "error": str(error)[:2000]}
+                    note = {"seed": record.done, "commit": run["commit"], "error": str(error)[:2000] or repr(error)}
                     record.failures.append(note)
                     print(f"{one.name}: BROKEN at seed {record.done}:\n{traceback.format_exc()}", flush=True)
                 record.done += 1

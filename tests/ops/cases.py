@@ -93,6 +93,27 @@ def readout(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Arguments:
     return random.normal(batch, time, width), random.activation(batch, time, width, scale=3.0), heads
 
 
+def linear_branch(shape: tuple[int, int, int, int], state: bool, dtype: torch.dtype) -> Arguments:
+    batch, time, width, heads = shape
+    random = Random(dtype, "linear_branch", shape, state)
+    hidden = max(width // 4, 1)
+    weights = [
+        random.activation(rows, columns, scale=columns**-0.5)
+        for rows, columns in ((3 * width + hidden, width), (width, hidden), (width, width))
+    ]
+    in_proj, decay_proj, out_proj = weights
+    biases = random.normal(width), random.normal(width)
+    rest = (random.normal(batch, width), random.reset(batch, time)) if state else (None, None)
+    return random.activation(batch, time, width), in_proj, decay_proj, *biases, out_proj, *rest, heads
+
+
+def feed_forward(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Arguments:
+    batch, time, width, _ = shape
+    random = Random(dtype, "feed_forward", shape)
+    up = random.activation(3 * width, width, scale=width**-0.5)
+    return random.activation(batch, time, width), up, random.activation(width, 3 * width, scale=(3 * width) ** -0.5)
+
+
 def rms_norm(shape: tuple[int, ...], out_dtype: torch.dtype | None, dtype: torch.dtype) -> Arguments:
     return Random(dtype, "rms_norm", shape).activation(*shape), out_dtype
 
@@ -162,8 +183,12 @@ def linear_cross_entropy(rows: int, width: int, vocabulary: int, weighted: bool,
 
 def _all_cases() -> dict[str, dict[str, Builder]]:
     cases: dict[str, dict[str, Builder]] = {
-        op: {} for op in ("scan", "recurrence", "mdi", "readout", "rms_norm", "add_rms_norm", "relu_squared")
-    }
+        op: {}
+        for op in (
+            "scan", "recurrence", "mdi", "linear_branch", "readout", "rms_norm", "add_rms_norm", "relu_squared",
+            "feed_forward",
+        )
+    }  # fmt: skip
     for shape in TIME_SHAPES:
         name = "x".join(map(str, shape))
         for flag in (False, True):
@@ -171,7 +196,9 @@ def _all_cases() -> dict[str, dict[str, Builder]]:
             cases["scan"][f"{suffix}-state"] = partial(scan, shape, flag)
             cases["recurrence"][f"{suffix}-state"] = partial(recurrence, shape, flag)
             cases["mdi"][f"{suffix}-gate"] = partial(mdi, shape, flag)
+            cases["linear_branch"][f"{suffix}-state"] = partial(linear_branch, shape, flag)
         cases["readout"][name] = partial(readout, shape)
+        cases["feed_forward"][name] = partial(feed_forward, shape)
         cases["add_rms_norm"][name] = partial(add_rms_norm, shape[:3])
         cases["relu_squared"][name] = partial(relu_squared, shape[:3])
         cases["rms_norm"][name] = partial(rms_norm, shape[:3], None)

@@ -34,11 +34,11 @@ def test_strided_inputs(op: str, strided: str) -> None:
     assert_agree(got, want, {torch.float32: 1e-6})
 
 
-@pytest.mark.parametrize("op", sorted(CASES.keys() - {"linear_cross_entropy"}))
+@pytest.mark.parametrize("op", sorted(CASES.keys() - {"linear_cross_entropy", "linear_branch", "feed_forward"}))
 def test_threads_change_nothing(op: str) -> None:
     """Bitwise: sums are cut by shape, never by the number of threads.
 
-    The loss is left out: its matrix products are PyTorch's, which cuts them by threads.
+    The loss and the branches are left out: their matrix products are PyTorch's, which cuts them by threads.
     """
     for build in CASES[op].values():
         arguments = build(torch.float32)
@@ -52,7 +52,12 @@ def test_threads_change_nothing(op: str) -> None:
                 assert torch.equal(value, other[name]), f"{name} differs"
 
 
-@pytest.mark.parametrize("op", ["scan", "recurrence", "mdi", "readout", "rms_norm", "add_rms_norm", "relu_squared"])
+OPS_THAT_PASS_NAN = (
+    "scan", "recurrence", "mdi", "linear_branch", "readout", "rms_norm", "add_rms_norm", "relu_squared", "feed_forward",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("op", OPS_THAT_PASS_NAN)
 def test_nan_is_passed_on(op: str) -> None:
     """A NaN must reach the loss, where the trainer sees it."""
     arguments = list(CASES[op].values())[2](torch.float32)

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 from mm_rec import checkpoint, hf_folder
 from mm_rec.cli import main
 from mm_rec.config import ModelConfig
+from mm_rec.errors import UserError
 from mm_rec.loading import load_model
 from mm_rec.model import MMRecModel
-from mm_rec.tokenizer import train_tokenizer
+from mm_rec.tokenizer import Tokenizer, train_tokenizer
 
 CONFIG = ModelConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, slots=6)
 
@@ -46,6 +47,27 @@ def test_the_folder_is_the_same_model_without_training(
         assert torch.equal(theirs(ids).logits, ours(ids, None, "code")[0])
     assert main(["export", "--model", str(output), "--output", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+
+
+def test_an_exported_folder_starts_a_run_and_resumes_none(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "exported"
+    assert main(["export", "--model", str(model), "--output", str(output)]) == 0
+    with pytest.raises(UserError, match="--init_from starts a new run from its weights"):
+        checkpoint.load(output)
+
+
+def test_weights_of_another_model_are_refused(model: Path, tmp_path: Path) -> None:
+    found = checkpoint.load(model)
+    weights = {f"other.{name}": tensor for name, tensor in found.weights.items()}
+    tokenizer = Tokenizer.load(found.tokenizer_dir)
+    path = tmp_path / "step_000001"
+    checkpoint.save(
+        path, config=found.config, weights=weights, optimizer={}, carried={}, trainer={}, tokenizer=tokenizer
+    )
+    with pytest.raises(UserError, match=r"not of the model in its config\.json"):
+        load_model(path)
 
 
 def test_nothing_is_overwritten(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

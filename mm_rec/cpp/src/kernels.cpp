@@ -2,6 +2,7 @@
 // mm_rec_scan_forward_avx512. Pointers may be null where the header says so; strides count elements; `type` is
 // 0 for float32 and 1 for bfloat16. Functions that need scratch memory return 0, or 1 if there is none.
 
+#include "gated_scan.h"
 #include "loss.h"
 #include "mdi.h"
 #include "memory_read_backward.h"
@@ -94,6 +95,32 @@ MM_EXPORT(void, mdi_backward)
         mdi_backward(rows, columns, dgamma, dgamma_row, dx, dx_row, as(decay, t), decay_row, decay_bias,
                      as(candidate, t), candidate_row, as(gate, t), gate_row, gate_bias, as(ddecay, t), ddecay_bias,
                      as(dcandidate, t), as(dgate, t), dgate_bias, scratch, threads);
+    });
+}
+
+MM_EXPORT(void, gated_scan_forward)
+(int type, int64_t batch, int64_t time, int64_t heads, int64_t d, const void* z, const void* u, const void* r,
+ int64_t row, const void* decay, int64_t decay_row, const float* decay_bias, const float* gate_bias, const float* h0,
+ const uint8_t* reset, float* h, void* y, int threads) {
+    with_type(type, [&](auto t) {
+        const GatedScanInputs<decltype(t)> in{batch, time,         heads,     d,          as(z, t),  as(u, t), as(r, t),
+                                              row,   as(decay, t), decay_row, decay_bias, gate_bias, h0,       reset};
+        gated_scan_forward(in, h, as(y, t), threads);
+    });
+}
+
+MM_EXPORT(int, gated_scan_backward)
+(int type, int64_t batch, int64_t time, int64_t heads, int64_t d, const void* z, const void* u, const void* r,
+ int64_t row, const void* decay, int64_t decay_row, const float* decay_bias, const float* gate_bias, const float* h0,
+ const uint8_t* reset, const float* h, const void* dy, int64_t dy_row, const float* dh_last, void* dz, void* du,
+ void* dr, int64_t out_row, void* ddecay, float* ddecay_bias, float* dgate_bias, float* dh0, int threads) {
+    return with_type(type, [&](auto t) {
+        using T = decltype(t);
+        const GatedScanInputs<T> in{batch, time,         heads,     d,          as(z, t),  as(u, t), as(r, t),
+                                    row,   as(decay, t), decay_row, decay_bias, gate_bias, h0,       reset};
+        const GatedScanGradients<T> out{as(dz, t),     as(du, t),   as(dr, t),  out_row,
+                                        as(ddecay, t), ddecay_bias, dgate_bias, dh0};
+        return int(!gated_scan_backward(in, {as(dy, t), dy_row, dh_last}, out, h, threads));
     });
 }
 

@@ -39,14 +39,13 @@ static void mdi_forward(int64_t rows, int64_t columns, const T* decay, int64_t d
     if (rows * columns < MDI_MIN_WORK) threads = 1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t i = 0; i < columns; i += W) {
-            const int64_t left = columns - i;
+        for_vectors(columns, [&](int64_t i, auto left) {
             const Decay d = decay_of(load(decay + row * decay_row + i, left) + load(decay_bias + i, left));
             vf y = d.c * load(candidate + row * candidate_row + i, left);
             if (gate) y *= sigmoid(load(gate + row * gate_row + i, left) + load(gate_bias + i, left));
             store(gamma + row * columns + i, d.gamma, left);
             store(x + row * columns + i, y, left);
-        }
+        });
     }
 }
 
@@ -72,8 +71,7 @@ static void mdi_backward(int64_t rows, int64_t columns, const float* dgamma, int
         float* gate_sum = decay_sum + columns;
         memset(decay_sum, 0, 2 * columns * sizeof(float));
         for (int64_t row = k * chunk; row < min64(rows, (k + 1) * chunk); ++row) {
-            for (int64_t i = 0; i < columns; i += W) {
-                const int64_t left = columns - i;
+            for_vectors(columns, [&](int64_t i, auto left) {
                 const Decay d = decay_of(load(decay + row * decay_row + i, left) + load(decay_bias + i, left));
                 const vf z = load(candidate + row * candidate_row + i, left);
                 const vf g = dx ? load(dx + row * dx_row + i, left) : vf{};
@@ -90,7 +88,7 @@ static void mdi_backward(int64_t rows, int64_t columns, const float* dgamma, int
                 const vf dlogit = ((d.p >= GAMMA_MIN) & (d.p <= GAMMA_MAX)) ? dp * d.p * d.q : vf{};
                 store(ddecay + row * columns + i, dlogit, left);
                 store(decay_sum + i, load(decay_sum + i, left) + dlogit, left);
-            }
+            });
         }
     }
     for (int64_t k = 1; k < chunks; ++k)

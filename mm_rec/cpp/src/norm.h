@@ -21,20 +21,18 @@ struct Rows {
 
 template <class T>
 MM_INLINE float inverse_rms(int64_t n, const T* x) {
-    vf squares = {};
-    for (int64_t i = 0; i < n; i += W) {
-        const vf v = load(x + i, n - i);
-        squares += v * v;
-    }
-    return 1.0f / __builtin_sqrtf(sum(squares) / float(n) + NORM_EPS);
+    const float squares = sum_over(n, [&](int64_t i, auto left) {
+        const vf v = load(x + i, left);
+        return v * v;
+    });
+    return 1.0f / __builtin_sqrtf(squares / float(n) + NORM_EPS);
 }
 
 // Gradient of y = x * scale(x) at x: scale * dy - x * scale^3 * mean(dy * x).
 template <class T, class U>
 MM_INLINE float norm_pull(int64_t n, const T* x, const U* dy, float scale) {
-    vf dot = {};
-    for (int64_t i = 0; i < n; i += W) dot += load(x + i, n - i) * load(dy + i, n - i);
-    return scale * scale * scale * (sum(dot) / float(n));
+    const float dot = sum_over(n, [&](int64_t i, auto left) { return load(x + i, left) * load(dy + i, left); });
+    return scale * scale * scale * (dot / float(n));
 }
 
 // y is contiguous.
@@ -45,7 +43,7 @@ static void rms_norm_forward(int64_t rows, int64_t n, Rows<const T> x, U* y, int
     for (int64_t r = 0; r < rows; ++r) {
         const T* from = x[r];
         const vf scale = splat(inverse_rms(n, from));
-        for (int64_t i = 0; i < n; i += W) store(y + r * n + i, load(from + i, n - i) * scale, n - i);
+        for_vectors(n, [&](int64_t i, auto left) { store(y + r * n + i, load(from + i, left) * scale, left); });
     }
 }
 
@@ -55,10 +53,12 @@ static void rms_norm_backward(int64_t rows, int64_t n, Rows<const U> dy, Rows<co
     if (rows * n < NORM_MIN_WORK) threads = 1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t r = 0; r < rows; ++r) {
-        const float scale = inverse_rms(n, x[r]);
-        const vf pull = splat(norm_pull(n, x[r], dy[r], scale));
-        for (int64_t i = 0; i < n; i += W)
-            store(dx + r * n + i, splat(scale) * load(dy[r] + i, n - i) - pull * load(x[r] + i, n - i), n - i);
+        const T* at = x[r];
+        const U* above = dy[r];
+        const float scale = inverse_rms(n, at), pull = norm_pull(n, at, above, scale);
+        for_vectors(n, [&](int64_t i, auto left) {
+            store(dx + r * n + i, scale * load(above + i, left) - pull * load(at + i, left), left);
+        });
     }
 }
 
@@ -70,10 +70,13 @@ static void add_rms_norm_forward(int64_t rows, int64_t n, const float* x, int64_
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t r = 0; r < rows; ++r) {
         float* to = total + r * n;
-        for (int64_t i = 0; i < n; i += W)
-            store(to + i, load(x + r * x_row + i, n - i) + load(delta + r * delta_row + i, n - i), n - i);
-        const vf scale = splat(inverse_rms(n, to));
-        for (int64_t i = 0; i < n; i += W) store(normed + r * n + i, load(to + i, n - i) * scale, n - i);
+        const float squares = sum_over(n, [&](int64_t i, auto left) {
+            const vf v = load(x + r * x_row + i, left) + load(delta + r * delta_row + i, left);
+            store(to + i, v, left);
+            return v * v;
+        });
+        const float scale = 1.0f / __builtin_sqrtf(squares / float(n) + NORM_EPS);
+        for_vectors(n, [&](int64_t i, auto left) { store(normed + r * n + i, load(to + i, left) * scale, left); });
     }
 }
 
@@ -86,14 +89,13 @@ static void add_rms_norm_backward(int64_t rows, int64_t n, const float* dtotal, 
     for (int64_t r = 0; r < rows; ++r) {
         const float* x = total + r * n;
         const T* dy = dn + r * dn_row;
-        const float scale = inverse_rms(n, x);
-        const vf pull = splat(norm_pull(n, x, dy, scale));
-        for (int64_t i = 0; i < n; i += W) {
-            vf g = splat(scale) * load(dy + i, n - i) - pull * load(x + i, n - i);
-            if (dtotal) g += load(dtotal + r * dtotal_row + i, n - i);
-            store(dx + r * n + i, g, n - i);
-            store(ddelta + r * n + i, g, n - i);
-        }
+        const float scale = inverse_rms(n, x), pull = norm_pull(n, x, dy, scale);
+        for_vectors(n, [&](int64_t i, auto left) {
+            vf g = scale * load(dy + i, left) - pull * load(x + i, left);
+            if (dtotal) g += load(dtotal + r * dtotal_row + i, left);
+            store(dx + r * n + i, g, left);
+            store(ddelta + r * n + i, g, left);
+        });
     }
 }
 
@@ -107,11 +109,11 @@ static void readout_forward(int64_t rows, int64_t heads, int64_t n, const float*
         for (int64_t k = 0; k < heads; ++k) {
             const float* state = h + row * h_row + k * n;
             const T* logit = gate + row * gate_row + k * n;
-            const vf scale = splat(inverse_rms(n, state));
-            for (int64_t i = 0; i < n; i += W) {
-                const vf r = load(logit + i, n - i);
-                store(y + (row * heads + k) * n + i, load(state + i, n - i) * scale * (r * sigmoid(r)), n - i);
-            }
+            const float scale = inverse_rms(n, state);
+            for_vectors(n, [&](int64_t i, auto left) {
+                const vf r = load(logit + i, left);
+                store(y + (row * heads + k) * n + i, load(state + i, left) * scale * (r * sigmoid(r)), left);
+            });
         }
     }
 }
@@ -129,15 +131,16 @@ static void readout_backward(int64_t rows, int64_t heads, int64_t n, const T* dy
             const T* from = dy + row * dy_row + k * n;
             float* dstate = dh + (row * heads + k) * n;  // holds the gradient at the normed state first
             const float scale = inverse_rms(n, state);
-            for (int64_t i = 0; i < n; i += W) {
-                const vf r = load(logit + i, n - i), s = sigmoid(r), g = load(from + i, n - i);
-                const vf normed = load(state + i, n - i) * splat(scale);
-                store(dr + (row * heads + k) * n + i, g * normed * (s + r * s * (1.0f - s)), n - i);
-                store(dstate + i, g * r * s, n - i);
-            }
-            const vf pull = splat(norm_pull(n, state, dstate, scale));
-            for (int64_t i = 0; i < n; i += W)
-                store(dstate + i, splat(scale) * load(dstate + i, n - i) - pull * load(state + i, n - i), n - i);
+            for_vectors(n, [&](int64_t i, auto left) {
+                const vf r = load(logit + i, left), s = sigmoid(r), g = load(from + i, left);
+                const vf normed = load(state + i, left) * scale;
+                store(dr + (row * heads + k) * n + i, g * normed * (s + r * s * (1.0f - s)), left);
+                store(dstate + i, g * r * s, left);
+            });
+            const float pull = norm_pull(n, state, dstate, scale);
+            for_vectors(n, [&](int64_t i, auto left) {
+                store(dstate + i, scale * load(dstate + i, left) - pull * load(state + i, left), left);
+            });
         }
     }
 }

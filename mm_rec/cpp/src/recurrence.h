@@ -43,12 +43,12 @@ MM_INLINE void group_matvec_tile(int64_t d, const float* packed, const float* x,
     for (; j + CHAINS <= d; j += CHAINS)
         for (int chain = 0; chain < CHAINS; ++chain)
             for (int v = 0; v < VECS; ++v) {
-                const vf column = load(packed + (v * d + j + chain) * W);
+                const vf column = in_register(load(packed + (v * d + j + chain) * W));
                 for (int g = 0; g < G; ++g) sums[chain][g][v] += splat(x[g * x_pitch + j + chain]) * column;
             }
     if (CHAINS == 2 && j < d)
         for (int v = 0; v < VECS; ++v) {
-            const vf column = load(packed + (v * d + j) * W);
+            const vf column = in_register(load(packed + (v * d + j) * W));
             for (int g = 0; g < G; ++g) sums[0][g][v] += splat(x[g * x_pitch + j]) * column;
         }
     for (int g = 0; g < G; ++g)

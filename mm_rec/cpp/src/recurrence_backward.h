@@ -102,6 +102,23 @@ static void recurrence_finish(const RecurrenceInputs<T>& in, const RecurrenceGra
     product<true>(d, w.pitch, t1 - t0, w.delta + offset, 1, w.pitch, w.before + offset, w.pitch, w.dw_g, w.pitch);
 }
 
+// Asks for what step t, a whole chunk before it is wanted, reads, and for what this chunk's step t + CHUNK writes.
+template <class T>
+MM_INLINE void recurrence_prefetch(const RecurrenceInputs<T>& in, const RecurrenceFromAbove& above,
+                                   const RecurrenceGradients<T>& out, const float* h, int64_t b, int64_t column, int64_t t) {
+    const int64_t d = in.d, width = in.width(), to = (b * in.time + t + CHUNK) * width + column;
+    prefetch_row<true>(out.dz + to, d);
+    prefetch_row<true>(out.dgamma + to, d);
+    prefetch_row<true>(out.du + to, d);
+    if (t < 1) return;
+    const int64_t row = b * in.time + t;
+    prefetch_row(h + (row - 1) * width + column, d);
+    prefetch_row(in.z + row * in.z_row + column, d);
+    prefetch_row(in.u + row * in.u_row + column, d);
+    prefetch_row(in.gamma + row * in.gamma_row + column, d);
+    prefetch_row(above.dh + row * above.dh_row + column, d);
+}
+
 // Sequences b to b + G of one head.
 template <int G, class T>
 static void recurrence_backward_task(const RecurrenceInputs<T>& in, const RecurrenceFromAbove& above,
@@ -116,6 +133,7 @@ static void recurrence_backward_task(const RecurrenceInputs<T>& in, const Recurr
         for (int g = 0; g < G; ++g) recurrence_prepare(in, h, above, g, b + g, head, t0, t1, w);
         for (int64_t t = t1 - 1; t >= t0; --t) {
             const int64_t line = (t - t0) * pitch;
+            for (int g = 0; g < G; ++g) recurrence_prefetch(in, above, out, h, b + g, column, t - CHUNK);
             for (int g = 0; g < G; ++g)
                 for (int64_t i = 0; i < pitch; i += W) {
                     const int64_t at = g * w.sequence + line + i;

@@ -19,9 +19,9 @@ struct ScanColumns {
 };
 
 MM_INLINE void scan_step(int64_t n, const float* a, const float* x, const float* before, float* s) {
-    int64_t i = 0;
-    for (; i + W <= n; i += W) store(s + i, load(a + i) * load(before + i) + load(x + i));
-    if (i < n) store(s + i, load(a + i, n - i) * load(before + i, n - i) + load(x + i, n - i), n - i);
+    for_vectors(n, [&](int64_t i, auto left) {
+        store(s + i, load(a + i, left) * load(before + i, left) + load(x + i, left), left);
+    });
 }
 
 // a, x: row (b, t) at (b * time + t) times its row stride. s0 (batch, columns) and reset (batch, time) may be null.
@@ -48,13 +48,12 @@ static void scan_forward(int64_t batch, int64_t time, int64_t columns, const flo
 
 MM_INLINE void scan_step_backward(int64_t n, const float* ds, const float* a_next, const float* dx_next, const float* s_before,
                                   float* da, float* dx) {
-    for (int64_t i = 0; i < n; i += W) {
-        const int64_t left = n - i;
+    for_vectors(n, [&](int64_t i, auto left) {
         vf g = load(ds + i, left);
         if (a_next) g += load(a_next + i, left) * load(dx_next + i, left);
         store(dx + i, g, left);
         store(da + i, s_before ? g * load(s_before + i, left) : vf{}, left);
-    }
+    });
 }
 
 // da, dx contiguous; ds0 may be null.

@@ -50,7 +50,17 @@ MM_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 MM_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 MM_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-MM_INLINE vf splat(float x) { return vf{} + x; }
+MM_INLINE vf splat(float x) { return x - vf{}; }  // not 0 + x, which is an addition for the sake of -0
+
+// x, loaded once: the compiler would rather load it again for each of its uses.
+MM_INLINE vf in_register(vf x) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(x));
+#elif defined(__x86_64__)
+    asm("" : "+x"(x));
+#endif
+    return x;
+}
 
 // bfloat16 rounds to nearest even; a NaN stays one.
 MM_INLINE vf widen(vh x) {
@@ -113,6 +123,22 @@ MM_INLINE void store(T* p, vf y, int64_t n) {
     T x[W];
     store(x, y);
     for (int64_t i = 0; i < n; ++i) p[i] = x[i];
+}
+
+// Calls body(i, n - i) for every W-th i under n: the count is a constant type where a whole vector is left, so that no
+// load or store of those asks for it.
+struct Whole {
+    constexpr operator int64_t() const { return W; }
+};
+template <class T>
+MM_INLINE vf load(const T* p, Whole) { return load(p); }
+template <class T>
+MM_INLINE void store(T* p, vf x, Whole) { store(p, x); }
+template <class F>
+MM_INLINE void for_vectors(int64_t n, F body) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) body(i, Whole{});
+    if (i < n) body(i, n - i);
 }
 
 // x86's minimum and maximum return their second argument if either is NaN, so these two keep a NaN in x.
@@ -235,6 +261,17 @@ MM_INLINE float max(vf x) {
         return x[0];
 }
 
+// The sum of term(i, n - i) over every W-th i under n, in four chains: one would wait for each of its additions.
+template <class F>
+MM_INLINE float sum_over(int64_t n, F term) {
+    vf sums[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W)
+        for (int chain = 0; chain < 4; ++chain) sums[chain] += term(i + chain * W, Whole{});
+    for (; i < n; i += W) sums[0] += term(i, n - i);
+    return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 // Transposes W vectors of W lanes in place, larger and larger blocks.
 template <int HALF = 1>
 MM_INLINE void transpose(vu (&x)[W]) {
@@ -253,7 +290,7 @@ constexpr float EXP_ZERO = -104.0f;  // scalef goes through the denormals down t
 constexpr float EXP_ZERO = -87.0f;
 #endif
 
-// e^x by x = n ln 2 + r, |r| <= ln 2 / 2, and 1 + r + r^2 q(r) with q of degree 4 (minimax, error 3e-9).
+// e^x by x = n ln 2 + r, |r| <= ln 2 / 2, and 1 + r + r^2 q(r) with q of degree 3 (minimax, error 1e-7).
 // Arguments under EXP_ZERO give 0 exactly, as masks need, and those over 88.3 about 2e38; NaN stays NaN.
 MM_INLINE vf exp(vf x) {
     const vf y = at_least(at_most(x, 88.3f), EXP_ZERO);
@@ -269,11 +306,10 @@ MM_INLINE vf exp(vf x) {
 #else
     const vf r = y - n * 0.693359375f - n * -2.12194440e-4f;  // ln 2 in two parts, the first exact times n
 #endif
-    vf q = splat(0.00138143194f);
-    q = q * r + 0.00836885162f;
-    q = q * r + 0.0416684002f;
-    q = q * r + 0.166665196f;
-    q = q * r + 0.49999994f;
+    vf q = splat(0.0083125066f);
+    q = q * r + 0.0418902002f;
+    q = q * r + 0.166671142f;
+    q = q * r + 0.499992311f;
     const vf p = q * (r * r) + r + 1.0f;
 #if defined(__AVX512F__)
     return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);

@@ -1,0 +1,91 @@
+"""Whole branches of a block on the CPU: PyTorch's matrix products, and between them the kernels of :mod:`.cpu`.
+
+Gradients of slices of a product are written where the product's gradient is wanted, and buffers are used again.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mm_rec.ops import cpu
+
+__all__ = ["KERNELS"]
+
+
+def _slices(product: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The parts z, r, u (B, T, D) and hidden (B * T, K) of a product (B * T, 3 D + K)."""
+    width = shape[2]
+    z, r, u = (product[:, i * width : (i + 1) * width].unflatten(0, shape[:2]) for i in range(3))
+    return z, r, u, product[:, 3 * width :]
+
+
+def linear_branch(
+    n: Tensor,
+    in_proj: Tensor,
+    decay_proj: Tensor,
+    decay_bias: Tensor,
+    gate_bias: Tensor,
+    out_proj: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    heads: int,
+) -> tuple[Tensor, ...]:
+    product = torch.mm(n.flatten(0, 1), in_proj.t())
+    z, r, u, hidden = _slices(product, n.shape)
+    activated = F.gelu(hidden)
+    decay_logits = torch.mm(activated, decay_proj.t())
+    h, y = cpu.gated_scan(z, u, r, decay_logits, decay_bias, gate_bias, h0, reset, heads)
+    delta = torch.mm(y.flatten(0, 1), out_proj.t())
+    return delta.view(n.shape), h[:, -1].clone(), product, activated, decay_logits, h, y
+
+
+def linear_branch_backward(
+    ddelta: Tensor,
+    dh_last: Tensor | None,
+    product: Tensor,
+    activated: Tensor,
+    decay_logits: Tensor,
+    h: Tensor,
+    y: Tensor,
+    n: Tensor,
+    in_proj: Tensor,
+    decay_proj: Tensor,
+    decay_bias: Tensor,
+    gate_bias: Tensor,
+    out_proj: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    heads: int,
+) -> tuple[Tensor, ...]:
+    rows, above = n.flatten(0, 1), ddelta.flatten(0, 1)
+    dout_proj, dy = torch.mm(above.t(), y.flatten(0, 1)), torch.mm(above, out_proj)
+    dproduct = torch.empty_like(product)
+    (z, r, u, hidden), (dz, dr, du, dhidden) = _slices(product, n.shape), _slices(dproduct, n.shape)
+    ddecay, ddecay_bias, dgate_bias, dh0 = cpu.gated_scan_backward(
+        dy, dh_last, h, z, u, r, decay_logits, decay_bias, gate_bias, h0, reset, heads, dz, du, dr
+    )
+    ddecay = ddecay.flatten(0, 1)
+    ddecay_proj, dactivated = torch.mm(ddecay.t(), activated), torch.mm(ddecay, decay_proj)
+    torch.ops.aten.gelu_backward.grad_input(dactivated, hidden, grad_input=dhidden)
+    din_proj, dn = torch.mm(dproduct.t(), rows), torch.mm(dproduct, in_proj)
+    return dn.view(n.shape), din_proj, ddecay_proj, ddecay_bias, dgate_bias, dout_proj, dh0
+
+
+def feed_forward(n: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.mm(n.flatten(0, 1), up.t())
+    squared = cpu.relu_squared(hidden)
+    return torch.mm(squared, down.t()).view(n.shape), hidden, squared
+
+
+def feed_forward_backward(
+    ddelta: Tensor, hidden: Tensor, squared: Tensor, n: Tensor, up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    above = ddelta.flatten(0, 1)
+    ddown, dhidden = torch.mm(above.t(), squared), torch.mm(above, down)
+    cpu.relu_squared_backward_into(dhidden, hidden, dhidden)
+    return torch.mm(dhidden, up).view(n.shape), torch.mm(dhidden.t(), n.flatten(0, 1)), ddown
+
+
+KERNELS = (linear_branch, linear_branch_backward, feed_forward, feed_forward_backward)
