@@ -23,6 +23,7 @@ from mm_rec.serve.jobs import (
     EngineError,
     Event,
     Job,
+    Output,
     OverdueError,
     PromptRead,
     QueueFullError,
@@ -34,32 +35,52 @@ from mm_rec.state import ModelState
 
 __all__ = ["Answer", "respond"]
 
+_PIECE_SECONDS = 0.02
 _SILENCE_SECONDS = 60.0
 """Longest time after the deadline without a word from the engine; it ends overdue jobs by itself."""
 
 
+_Inbox = asyncio.Queue[tuple[int, Event]]
+
+
 class _Outbox:
-    """Brings events from the engine's thread to an event loop, those of one step in one call."""
+    """Brings events from the engine's thread to an event loop, those of some milliseconds in one call.
+
+    What a stream gets in that time becomes one piece: waking a task and sending a piece costs a good part of a step
+    of the model, and nobody reads faster. Ends and errors go at once.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
-        self._events: deque[tuple[asyncio.Queue[tuple[int, Event]], int, Event]] = deque()
+        self._events: deque[tuple[_Inbox, int, Event]] = deque()
         self._called = False
+        self._last = 0.0
 
-    def put(self, queue: asyncio.Queue[tuple[int, Event]], job: int, event: Event) -> None:
-        """Put ``(job, event)`` into ``queue`` soon; from any thread."""
-        self._events.append((queue, job, event))
-        loop = self._loop()
-        if not self._called and loop is not None:
-            self._called = True
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever would read this
+    def put(self, inbox: _Inbox, job: int, event: Event) -> None:
+        """Put ``(job, event)`` into ``inbox`` soon; from any thread."""
+        self._events.append((inbox, job, event))
+        loop, urgent = self._loop(), not isinstance(event, Output) or event.finish is not None
+        if loop is None or (self._called and not urgent):
+            return
+        self._called = True
+        left = 0.0 if urgent else self._last + _PIECE_SECONDS - time.monotonic()
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever would read this
+            if left > 0:
+                loop.call_soon_threadsafe(loop.call_later, left, self._deliver)
+            else:
                 loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
         self._called = False  # before the events are taken: one that comes later calls again
+        self._last = time.monotonic()
+        merged: dict[tuple[_Inbox, int, int | None], Event] = {}
         while self._events:
-            queue, job, event = self._events.popleft()
-            queue.put_nowait((job, event))
+            inbox, job, event = self._events.popleft()
+            key = (inbox, job, event.choice if isinstance(event, Output) else None)
+            before = merged.get(key)
+            merged[key] = before.joined(event) if isinstance(before, Output) and isinstance(event, Output) else event
+        for (inbox, job, _), event in merged.items():
+            inbox.put_nowait((job, event))
 
 
 _outboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Outbox] = weakref.WeakKeyDictionary()
@@ -99,7 +120,7 @@ class Answer:
         self._keep = keep
         self._saving: asyncio.Future[None] | None = None
         self._drawn = 0
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._events: _Inbox = asyncio.Queue()
         loop = asyncio.get_running_loop()
         outbox = _outboxes.setdefault(loop, _Outbox(loop))
         try:

@@ -102,6 +102,11 @@ class Output(NamedTuple):
     finish: str | None = None
     state: ModelState | None = None
 
+    def joined(self, later: Output) -> Output:
+        """One piece of this one and the next of the same choice."""
+        text, drawn, scores = self.text + later.text, self.drawn + later.drawn, self.scores + later.scores
+        return Output(self.choice, text, drawn, scores, later.finish, later.state)
+
 
 Event = PromptRead | Output | EngineError
 Listener = Callable[[Event], None]
