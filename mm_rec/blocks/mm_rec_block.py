@@ -104,20 +104,25 @@ class MMRecBlock(nn.Module):
                 n, self.in_proj, self.decay_proj, self.decay_bias, self.gate_bias, self.out_proj, h0, reset,
                 self.config.n_heads,
             )  # fmt: skip
-        z, r, u, hidden = torch.split(F.linear(n, self.in_proj), self.splits, dim=-1)
-        gamma, z = ops.mdi(F.linear(F.gelu(hidden), self.decay_proj), self.decay_bias, z)
-        h, h_last = ops.recurrence(z, u + self.gate_bias, gamma, self.w_g, h0, reset)
-        return F.linear(ops.readout(h, r, self.config.n_heads), self.out_proj), h_last
+        y, h_last = ops.gated_recurrence(
+            F.linear(n, self.in_proj),
+            self.decay_proj,
+            self.decay_bias,
+            self.gate_bias,
+            self.config.n_heads,
+            self.w_g,
+            h0,
+            reset,
+        )
+        return F.linear(y, self.out_proj), h_last
 
     def _attention(self, n: Tensor, position: Tensor, memory: MemoryState) -> tuple[Tensor, MemoryState]:
         """Multi-memory attention; returns the contribution to x and the memories after the last token."""
         config = self.config
         batch, time, width = n.shape
-        q, k, v = F.linear(n, self.qkv_proj).view(batch, time, 3, config.n_heads, config.head_dim).unbind(2)
-        k = torch.cat([memory.k, ops.rms_norm(k)], dim=1)
-        v = torch.cat([memory.v, v], dim=1)
+        q, k, v = ops.memory_context(F.linear(n, self.qkv_proj), memory.k, memory.v)
         rate = torch.sigmoid(self.rate_logit)
         key, value, mass = ops.memory_update(k, v, self.address, rate, position, memory.key, memory.value, memory.mass)
-        out = ops.memory_read(ops.rms_norm(q), k, v, key, value, mass, position, config.rotary_base)
+        out = ops.memory_read(q, k, v, key, value, mass, position, config.rotary_base)
         kept = MemoryState(k[:, -config.window :], v[:, -config.window :], key[:, -1], value[:, -1], mass[:, -1])
         return F.linear(out.reshape(batch, time, width), self.attention_out), kept

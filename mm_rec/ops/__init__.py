@@ -7,9 +7,11 @@ inputs, a missing library, ``use_backend("reference")`` and ``MM_REC_BACKEND=ref
 
 from mm_rec.ops.backend import DeviceStatus, NativeUnavailableError, Status, status, use_backend
 from mm_rec.ops.branches import feed_forward, linear_branch
+from mm_rec.ops.gated_recurrence import gated_recurrence
 from mm_rec.ops.loss import linear_cross_entropy
 from mm_rec.ops.mdi import mdi
 from mm_rec.ops.memory import memory_read, memory_update
+from mm_rec.ops.memory_context import memory_context
 from mm_rec.ops.norm import add_rms_norm, readout, relu_squared, rms_norm
 from mm_rec.ops.optimizer import Update, adamw_, adamw_many_, sum_of_squares
 from mm_rec.ops.recurrence import recurrence
@@ -25,9 +27,11 @@ __all__ = [
     "adamw_many_",
     "add_rms_norm",
     "feed_forward",
+    "gated_recurrence",
     "linear_branch",
     "linear_cross_entropy",
     "mdi",
+    "memory_context",
     "memory_read",
     "memory_update",
     "readout",

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from mm_rec.ops.backend import runs_fused
 from mm_rec.ops.checks import check_float, check_shape, check_type
-from mm_rec.ops.mdi import mdi
-from mm_rec.ops.norm import readout, relu_squared
+from mm_rec.ops.gated_recurrence import gated_recurrence
+from mm_rec.ops.norm import relu_squared
 from mm_rec.ops.registry import below_autograd, define, differentiable
-from mm_rec.ops.scan import scan
 
 __all__ = ["feed_forward", "linear_branch"]
 
@@ -183,7 +182,7 @@ def linear_branch(
     """The recurrent part of a block that is linear in its state.
 
     One product gives candidate z, readout gate r, integration gate u and the decay's hidden layer; then
-    :func:`~mm_rec.ops.mdi`, :func:`~mm_rec.ops.scan`, :func:`~mm_rec.ops.readout` and the product with ``out_proj``.
+    :func:`~mm_rec.ops.gated_recurrence` and the product with ``out_proj``.
 
     Args:
         n: (B, T, D).
@@ -222,7 +221,6 @@ def linear_branch(
         reset = None if reset is None else reset.contiguous()
         delta, h_last, *_ = _linear(n, in_proj, decay_proj, *biases, out_proj, h0, reset, heads)
         return delta, h_last
-    z, r, u, hidden = F.linear(n, in_proj).split([width] * 3 + [hidden_width], dim=-1)
-    gamma, x = mdi(F.linear(F.gelu(hidden), decay_proj), decay_bias, z, u, gate_bias)
-    h = scan(gamma, x, h0, reset)
-    return F.linear(readout(h, r, heads), out_proj), h[:, -1]
+    projected = F.linear(n, in_proj)
+    y, h_last = gated_recurrence(projected, decay_proj, decay_bias, gate_bias, heads, None, h0, reset)
+    return F.linear(y, out_proj), h_last

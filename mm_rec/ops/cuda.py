@@ -19,7 +19,7 @@ from mm_rec.ops.reference import rotary_angles
 
 __all__ = ["load"]
 
-LOGITS_BYTES = 1 << 29  # of the chunk of logits that exists at a time
+LOGITS_BYTES = 1 << 30  # of the chunk of logits that exists at a time
 _OLDEST = (8, 0)  # compute capability: bfloat16 matrix units, asynchronous copies
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -38,12 +38,14 @@ def load() -> Native:
         raise NativeUnavailableError(
             f"this device has compute capability {capability}, the CUDA kernels need {_OLDEST}"
         )
+    from mm_rec.ops import cuda_fused  # which needs this module
+
     _library = CudaLibrary()
     kernels: list[Callable[..., Any]] = [
         recurrence, recurrence_backward, scan, scan_backward, mdi, mdi_backward, rms_norm, rms_norm_backward,
         add_rms_norm, add_rms_norm_backward, readout, readout_backward, relu_squared, relu_squared_backward,
         memory_update, memory_update_backward, memory_read, memory_read_backward, linear_cross_entropy, adamw_,
-        sum_of_squares,
+        sum_of_squares, *cuda_fused.KERNELS,
     ]  # fmt: skip
     level = "sm_{}{}".format(*capability)
     return Native(str(_library.path), level, {kernel.__name__: kernel for kernel in kernels})
@@ -74,7 +76,7 @@ def recurrence(
     heads, dim, _ = w_g.shape
     h, h_last = _empty(z, batch, time, width), _empty(z, batch, width)
     _library.call(
-        "recurrence_forward", z, z, u, _DTYPES[u.dtype], u_stride, gamma, w_g, h0, reset, h, h_last,
+        "recurrence_forward", z, z, u, _DTYPES[u.dtype], u_stride, None, gamma, w_g, h0, reset, h, h_last,
         batch, time, heads, dim,
     )  # fmt: skip
     return h, h_last
@@ -99,8 +101,8 @@ def recurrence_backward(
     dh0 = _empty(z, z.shape[0], z.shape[2])
     workspace = _workspace("recurrence_backward", z, *sizes)
     _library.call(
-        "recurrence_backward", z, dh, dh_last, h, z, u, _DTYPES[u.dtype], u_stride, gamma, w_g, h0, reset,
-        dz, du, dgamma, dw_g, dh0, workspace, *sizes,
+        "recurrence_backward", z, dh, dh_last, h, z, u, _DTYPES[u.dtype], u_stride, None, gamma, w_g, h0, reset,
+        dz, du, z.shape[2], None, dgamma, dw_g, dh0, workspace, *sizes,
     )  # fmt: skip
     return dz, du, dgamma, dw_g, dh0
 
@@ -154,8 +156,8 @@ def mdi_backward(
         dgate, dgate_bias = _empty_like(gate_logits, gate_bias)
     workspace = _workspace("mdi_backward", candidate, rows, width)
     _library.call(
-        "mdi_backward", candidate, dgamma, dx, *inputs, ddecay, ddecay_bias, dcandidate, dgate, dgate_bias,
-        workspace, rows, width,
+        "mdi_backward", candidate, dgamma, dx, *inputs, ddecay, ddecay_bias, dcandidate, width, dgate,
+        dgate_bias, workspace, rows, width,
     )  # fmt: skip
     return ddecay, ddecay_bias, dcandidate, dgate, dgate_bias
 
@@ -208,7 +210,9 @@ def readout_backward(dy: Tensor, h: Tensor, r: Tensor, heads: int) -> tuple[Tens
     r, stride = rows_of(r)
     dh, dr = _empty_like(h, r)
     tokens, width = _matrix(h)
-    _library.call("readout_backward", h, dy, h, r, _DTYPES[r.dtype], stride, dh, dr, tokens, heads, width // heads)
+    _library.call(
+        "readout_backward", h, dy, h, r, _DTYPES[r.dtype], stride, dh, dr, width, tokens, heads, width // heads
+    )
     return dh, dr
 
 

@@ -28,9 +28,11 @@ __all__ = [
     "NORM_EPS",
     "add_rms_norm",
     "feed_forward",
+    "gated_recurrence",
     "linear_branch",
     "linear_cross_entropy",
     "mdi",
+    "memory_context",
     "memory_read",
     "memory_update",
     "readout",
@@ -188,6 +190,48 @@ def readout(h: Tensor, r: Tensor, heads: int) -> Tensor:
     return (normed * F.silu(_wide(r))).to(r.dtype)
 
 
+def split_projected(projected: Tensor, decay_proj: Tensor) -> tuple[Tensor, ...]:
+    """The parts z, r, u (B, T, D each) and hidden (B, T, K) of (B, T, 3 D + K), with decay_proj (D, K)."""
+    width, hidden = decay_proj.shape
+    parts: tuple[Tensor, ...] = projected.split([width, width, width, hidden], dim=-1)
+    return parts
+
+
+def gated_recurrence(
+    projected: Tensor,
+    decay_proj: Tensor,
+    decay_bias: Tensor,
+    gate_bias: Tensor,
+    heads: int,
+    w_g: Tensor | None = None,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A block's recurrence from its wide product to its readout.
+
+    Args:
+        projected: (B, T, 3 D + K): candidate z, readout gate r, integration gate u, and the decay's hidden layer.
+        decay_proj: (D, K); the decay logits are gelu(hidden) decay_proj^T.
+        decay_bias, gate_bias: (D,).
+        heads: H, divides D.
+        w_g: (H, d, d) for :func:`recurrence`, or None for :func:`scan`.
+        h0: (B, D), the state before the first step; zeros if None.
+        reset: (B, T) bool; where true, the state before the step counts as 0.
+
+    Returns:
+        y (B, T, D) in the type of ``projected``, and h_last (B, D), the state after the last step.
+    """
+    z, r, u, hidden = split_projected(projected, decay_proj)
+    decay_logits = F.linear(F.gelu(hidden), decay_proj)
+    if w_g is None:
+        gamma, x = mdi(decay_logits, decay_bias, z, u, gate_bias)
+        h = scan(gamma, x, h0, reset)
+        return readout(h, r, heads), h[:, -1]
+    gamma, x = mdi(decay_logits, decay_bias, z)
+    h, h_last = recurrence(x, _wide(u) + _wide(gate_bias), gamma, w_g, h0, reset)
+    return readout(h, r, heads), h_last
+
+
 def relu_squared(x: Tensor) -> Tensor:
     """relu(x)^2, the feed-forward nonlinearity (Primer, arXiv 2109.08668). Any shape, same type out."""
     return F.relu(_wide(x)).square().to(x.dtype)
@@ -264,6 +308,26 @@ def rotate(x: Tensor, index: Tensor, base: float) -> Tensor:
     cos, sin = (f(angle).to(x.dtype)[None, :, None, :] for f in (torch.cos, torch.sin))
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def split_qkv(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values, (B, T, H, d) each, of (B, T, 3 H d)."""
+    batch, time, width = qkv.shape
+    return qkv.view(batch, time, 3, heads, width // (3 * heads)).unbind(2)
+
+
+def memory_context(qkv: Tensor, ring_k: Tensor, ring_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, and the keys and values that they may see: the last W tokens, then the chunk.
+
+    Args:
+        qkv: (B, T, 3 D), the products q, k and v.
+        ring_k, ring_v: (B, W, H, d), of the tokens before, keys normed.
+
+    Returns:
+        q (B, T, H, d), normed per head; k and v (B, W + T, H, d), the ring and then the chunk, its keys normed.
+    """
+    q, k, v = split_qkv(qkv, ring_k.shape[2])
+    return rms_norm(q), torch.cat([ring_k, rms_norm(k)], dim=1), torch.cat([ring_v, v], dim=1)
 
 
 def _write_index(position: Tensor, window: int, block: int) -> tuple[Tensor, Tensor]:

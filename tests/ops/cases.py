@@ -173,6 +173,24 @@ def memory_read(case: MemoryCase, dtype: torch.dtype) -> Arguments:
     return q, k, v, key, value, mass, positions(batch, time, start, resets), 1000.0
 
 
+def gated_recurrence(shape: tuple[int, int, int, int], loop: bool, state: bool, dtype: torch.dtype) -> Arguments:
+    batch, time, width, heads = shape
+    random = Random(dtype, "gated_recurrence", shape, loop, state)
+    d, hidden = width // heads, max(width // 4, 1)
+    projected = random.activation(batch, time, 3 * width + hidden)
+    decay_proj = random.activation(width, hidden, scale=hidden**-0.5)
+    biases = random.normal(width, scale=2.0), random.normal(width)
+    w_g = random.normal(heads, d, d, scale=0.5 * d**-0.5) if loop else None
+    rest = (random.normal(batch, width), random.reset(batch, time)) if state else ()
+    return (projected, decay_proj, *biases, heads, w_g, *rest)
+
+
+def memory_context(batch: int, time: int, window: int, heads: int, d: int, dtype: torch.dtype) -> Arguments:
+    random = Random(dtype, "memory_context", batch, time, d)
+    rings = (random.activation(batch, window, heads, d) for _ in range(2))
+    return random.activation(batch, time, 3 * heads * d), *rings
+
+
 def linear_cross_entropy(rows: int, width: int, vocabulary: int, weighted: bool, dtype: torch.dtype) -> Arguments:
     random = Random(dtype, "linear_cross_entropy", rows, width, vocabulary)
     y, embedding = random.activation(rows, width), random.activation(vocabulary, width, scale=0.3)
@@ -218,3 +236,19 @@ def _all_cases() -> dict[str, dict[str, Builder]]:
 
 
 CASES = _all_cases()
+
+# Ops that some back ends have as one kernel; the others run them in parts.
+FUSED_CASES: dict[str, dict[str, Builder]] = {
+    "gated_recurrence": {
+        f"{'x'.join(map(str, shape))}-{'loop' if loop else 'scan'}-{'with' if state else 'without'}-state": partial(
+            gated_recurrence, shape, loop, state
+        )
+        for shape in [(1, 1, 64, 4), (2, 63, 64, 1), (17, 9, 128, 2), (3, 200, 192, 6), (9, 131, 256, 2), (2, 5, 42, 7)]
+        for loop in (False, True)
+        for state in (False, True)
+    },
+    "memory_context": {
+        "x".join(map(str, sizes)): partial(memory_context, *sizes)
+        for sizes in [(1, 1, 4, 1, 6), (2, 9, 6, 3, 16), (3, 70, 128, 2, 64), (1, 5, 8, 2, 80), (2, 3, 4, 1, 256)]
+    },
+}

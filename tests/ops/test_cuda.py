@@ -12,7 +12,16 @@ from torch import Tensor
 from mm_rec import ops
 from mm_rec.ops import cuda, reference
 
-from .cases import CASES, MEMORY_SHAPES, Arguments, Builder, linear_cross_entropy, memory_read, memory_update
+from .cases import (
+    CASES,
+    FUSED_CASES,
+    MEMORY_SHAPES,
+    Arguments,
+    Builder,
+    linear_cross_entropy,
+    memory_read,
+    memory_update,
+)
 from .cases import recurrence as recurrence_case
 from .cases import scan as scan_case
 from .compare import assert_agree, run, widen
@@ -23,16 +32,25 @@ pytestmark = [
 ]
 
 # float32 products on the tensor cores are sums of three bfloat16 ones, near 2^-16. bfloat16 results are one rounding
-# (2^-9) from the truth; three ops also compute from something rounded, as their CPU kernels or PyTorch's attention do:
-# memory_read from rotated queries and keys and from weights, the loss from logits, dW_g from du.
+# (2^-9) from the truth; four ops also compute from something rounded, as their CPU kernels or PyTorch's attention do:
+# memory_read from rotated queries and keys and from weights, the loss from logits, dW_g from du; gated_recurrence from
+# decay logits, which are an activation.
 TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 5e-3}
 TOLERANCE_ROUNDED = {torch.float32: 2e-2, torch.bfloat16: 2e-2}
-ROUNDED = ("memory_read", "linear_cross_entropy", "recurrence")
+ROUNDED = ("memory_read", "linear_cross_entropy", "recurrence", "gated_recurrence")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 # Beside the common cases: every head size that a recurrence kernel is written for, with batches that fill its groups
 # of sequences or don't; several tiles of time for scan; heads past 64 and slots past a tile for the memories.
-HEADS = [(1, 1, 64, 1), (5, 21, 128, 2), (40, 19, 512, 8), (3, 37, 256, 2), (3, 26, 512, 2), (2, 13, 80, 1)]
+HEADS = [
+    (1, 1, 64, 1),
+    (19, 18, 128, 2),
+    (5, 21, 128, 2),
+    (40, 19, 512, 8),
+    (3, 37, 256, 2),
+    (3, 26, 512, 2),
+    (2, 13, 80, 1),
+]
 MEMORIES = {
     "heads-of-128": (2, 70, 24, 1, 128, 40, [0, 100], {(0, 30)}),
     "heads-of-256": (1, 45, 12, 1, 256, 33, [50], set()),
@@ -51,7 +69,7 @@ EXTRA: dict[str, dict[str, Builder]] = {
 }
 ALL = [
     pytest.param(op, build, id=f"{op}-{name}")
-    for table in (CASES, EXTRA)
+    for table in (CASES, EXTRA, FUSED_CASES)
     for op, cases in table.items()
     for name, build in cases.items()
 ]
@@ -88,18 +106,18 @@ def test_agrees_with_reference(op: str, build: Builder, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("strided", ["slice", "transposed"])
-@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("op", [*CASES, *FUSED_CASES])
 def test_strided_inputs(op: str, strided: str) -> None:
-    arguments = on_device(list(CASES[op].values())[1](torch.float32))
+    arguments = on_device(list((CASES | FUSED_CASES)[op].values())[1](torch.float32))
     with ops.use_backend("native"):
         want = run(getattr(ops, op), arguments)
         got = run(getattr(ops, op), arguments, strided=strided)
     assert_agree(got, want, {torch.float32: 1e-6})
 
 
-@pytest.mark.parametrize("op", sorted(CASES))
+@pytest.mark.parametrize("op", sorted(CASES | FUSED_CASES))
 def test_equal_inputs_give_equal_bits(op: str) -> None:
-    for build in [*CASES[op].values(), *EXTRA.get(op, {}).values()]:
+    for build in [*(CASES | FUSED_CASES)[op].values(), *EXTRA.get(op, {}).values()]:
         arguments = on_device(build(torch.bfloat16))
         first, second = (run(getattr(ops, op), arguments) for _ in range(2))
         for name, value in first.items():

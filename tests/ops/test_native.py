@@ -8,7 +8,7 @@ import torch
 from mm_rec import ops
 from mm_rec.ops import reference
 
-from .cases import CASES, Builder
+from .cases import CASES, FUSED_CASES, Builder
 from .compare import assert_agree, run, tolerance, widen
 
 ALL = [pytest.param(op, build, id=f"{op}-{name}") for op, cases in CASES.items() for name, build in cases.items()]
@@ -22,6 +22,25 @@ def test_agrees_with_reference(op: str, build: Builder, dtype: torch.dtype) -> N
         got = run(getattr(ops, op), arguments)
     want = run(getattr(reference, op), widen(arguments))
     assert_agree(got, want, tolerance(op, dtype, ops.status()["cpu"].level or ""))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("op", "build"),
+    [pytest.param(op, build, id=f"{op}-{name}") for op, cases in FUSED_CASES.items() for name, build in cases.items()],
+)
+def test_ops_in_parts_agree_with_reference(op: str, build: Builder, dtype: torch.dtype) -> None:
+    arguments = build(dtype)
+    got = run(getattr(ops, op), arguments)
+    want = run(getattr(reference, op), widen(arguments))
+    # In parts, every part rounds: decay logits, their gradient, the gates.
+    assert_agree(
+        got,
+        want,
+        {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+        if dtype == torch.float32
+        else dict.fromkeys((torch.float32, torch.bfloat16), 3e-2),
+    )
 
 
 @pytest.mark.parametrize("strided", ["slice", "transposed"])

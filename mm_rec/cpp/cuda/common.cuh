@@ -40,6 +40,20 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T v[N];
 };
 
+// The same as whole words, for what waits in registers: an element of a Pack takes a register whatever its size.
+template <typename T, int N>
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Words {
+  uint32_t word[sizeof(T) * N / 4];
+
+  __device__ __forceinline__ float operator[](int i) const {
+    if constexpr (sizeof(T) == 2) {
+      return __uint_as_float(i % 2 == 0 ? word[i / 2] << 16 : word[i / 2] & 0xffff0000u);
+    } else {
+      return __uint_as_float(word[i]);
+    }
+  }
+};
+
 template <int N, typename T>
 __device__ __forceinline__ void load(const T* source, float (&out)[N]) {
   const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(source);

@@ -1,5 +1,6 @@
 // mdi: gamma = clamp(sigmoid(decay)), x = sqrt(1 - gamma^2) candidate sigmoid(gate), one pass over N = B * T rows.
 #include "common.cuh"
+#include "decay.cuh"
 #include "device.cuh"
 #include "launch.cuh"
 #include "reduce.cuh"
@@ -27,26 +28,9 @@ struct Gradients {
   const float* dx;
   void* ddecay;
   void* dcandidate;
+  int64_t dcandidate_stride;  // rows of the other results are contiguous
   void* dgate;
   float* partial;  // (blocks along N, 2, D): sums for the two biases
-};
-
-// gamma, 1 - gamma and sqrt(1 - gamma^2) at a logit. Near 1 the difference would lose most digits of gamma's; NaN
-// stays NaN.
-struct Decay {
-  float gamma, rest, scale;
-  bool clamped;
-
-  __device__ __forceinline__ explicit Decay(float logit) {
-    gamma = sigmoid(logit);
-    rest = sigmoid(-logit);
-    clamped = gamma < kGammaMin || gamma > kGammaMax;
-    if (clamped) {
-      gamma = gamma < kGammaMin ? kGammaMin : kGammaMax;
-      rest = 1.0f - gamma;
-    }
-    scale = sqrtf(rest * (1.0f + gamma));
-  }
 };
 
 template <typename T, int Size, bool Gate>
@@ -110,7 +94,7 @@ __global__ void __launch_bounds__(kLanes* kLines) backward_kernel(const Inputs p
         candidate[i] = gated * d.scale;
       }
       store<Size>(static_cast<T*>(g.ddecay) + at, decay);
-      store<Size>(static_cast<T*>(g.dcandidate) + at, candidate);
+      store<Size>(static_cast<T*>(g.dcandidate) + n * g.dcandidate_stride + column, candidate);
       if constexpr (Gate) store<Size>(static_cast<T*>(g.dgate) + at, gate);
     }
   }
@@ -171,12 +155,12 @@ extern "C" int64_t mm_rec_cuda_mdi_backward_workspace(int64_t rows, int64_t widt
 extern "C" int mm_rec_cuda_mdi_backward(const float* dgamma, const float* dx, const void* decay, int64_t decay_stride,
                                         const float* decay_bias, const void* candidate, int64_t candidate_stride,
                                         const void* gate, int64_t gate_stride, const float* gate_bias, int64_t dtype,
-                                        void* ddecay, float* ddecay_bias, void* dcandidate, void* dgate,
+                                        void* ddecay, float* ddecay_bias, void* dcandidate, int64_t dcandidate_stride, void* dgate,
                                         float* dgate_bias, float* workspace, int64_t rows, int64_t width,
                                         void* stream) {
   using namespace mm_rec;
   const Inputs p{decay, decay_stride, decay_bias, candidate, candidate_stride, gate, gate_stride, gate_bias, rows, width};
-  const Gradients g{dgamma, dx, ddecay, dcandidate, dgate, workspace};
+  const Gradients g{dgamma, dx, ddecay, dcandidate, dcandidate_stride, dgate, workspace};
   cudaError_t error;
   if (dtype == kBFloat16) {
     error = width % 8 == 0 ? backward<bf16, 8>(p, g, stream) : backward<bf16, 1>(p, g, stream);

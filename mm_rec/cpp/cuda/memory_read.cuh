@@ -32,6 +32,7 @@ struct ReadPlan {
   static constexpr bool kSplit = sizeof(T) == 4;
   static constexpr int kLanes = Dim / 8;                   // for a row of a tile
   static constexpr int kBlocks = Dim <= 64 ? 3 : 1;         // on a multiprocessor at least
+  static constexpr bool kAhead = Dim <= 64;                 // the next tile is fetched while one is worked on
   using Own = Tile<kOwn, Dim, kSplit>;
   using Other = Tile<kOther, Dim, kSplit>;
   using Scores = Fragments<kOther / 8>;
@@ -50,6 +51,7 @@ struct ReadPlan {
   template <int Rows, typename Source>
   class RowLoads {
    public:
+    using Four = Words<Source, 4>;
     static constexpr int kCount = Rows * kLanes / kThreads;
     static_assert(Rows * kLanes % kThreads == 0, "whole warps");
 
@@ -62,18 +64,21 @@ struct ReadPlan {
         const bool inside = row(i) < rows;
         if (dim % 8 == 0) {
           if (inside && column() < half) {
-            raw_[i][0] = *reinterpret_cast<const Pack<Source, 4>*>(from + column());
-            raw_[i][1] = *reinterpret_cast<const Pack<Source, 4>*>(from + half + column());
+            raw_[i][0] = *reinterpret_cast<const Four*>(from + column());
+            raw_[i][1] = *reinterpret_cast<const Four*>(from + half + column());
           } else {
             raw_[i][0] = raw_[i][1] = {};
           }
         } else {
+          Pack<Source, 4> one[2];
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const bool real = inside && column() + j < half;
-            raw_[i][0].v[j] = real ? from[column() + j] : from_float<Source>(0.0f);
-            raw_[i][1].v[j] = real ? from[half + column() + j] : from_float<Source>(0.0f);
+            one[0].v[j] = real ? from[column() + j] : from_float<Source>(0.0f);
+            one[1].v[j] = real ? from[half + column() + j] : from_float<Source>(0.0f);
           }
+          raw_[i][0] = *reinterpret_cast<const Four*>(&one[0]);
+          raw_[i][1] = *reinterpret_cast<const Four*>(&one[1]);
         }
       }
     }
@@ -87,8 +92,8 @@ struct ReadPlan {
         float first[4], second[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          first[j] = to_float(raw_[i][0].v[j]);
-          second[j] = to_float(raw_[i][1].v[j]);
+          first[j] = raw_[i][0][j];
+          second[j] = raw_[i][1][j];
         }
         body(row(i), column(), first, second);
       }
@@ -136,7 +141,7 @@ struct ReadPlan {
     static __device__ __forceinline__ int row(int i) { return static_cast<int>(threadIdx.x + i * kThreads) / kLanes; }
     static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) % kLanes * 4; }
 
-    Pack<Source, 4> raw_[kCount][2];
+    Four raw_[kCount][2];
   };
   using OwnLoads = RowLoads<kOwn, T>;
   using OtherLoads = RowLoads<kOther, T>;
@@ -229,6 +234,10 @@ struct Visible {
     const int64_t newest = extent.window + t;  // context of the token itself
     low[r] = real ? static_cast<int>(max(newest - place, t + 1)) : INT_MAX;
     version[r] = real && place >= extent.window ? in.index.version[at] : -1;
+  }
+  // Whether any of the warp's sixteen rows from `row` on sees slots of `version`.
+  __device__ __forceinline__ bool any_of_warp(int row, int version_) const {
+    return __any_sync(kFullWarp, version[row + threadIdx.x % 16] == version_);
   }
   // The first context that any row sees, and the first and last version. Whole warps take part.
   __device__ __forceinline__ void bounds(int& first, int& oldest, int& newest) const {

@@ -76,15 +76,20 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
     multiply<Plan::kSplit, true, Plan::kOther>(dq, dscores, shared.k, 0);
   };
 
-  for (int c0 = first; c0 < window + t0 + tokens; c0 += Plan::kOther) {
+  const int end = static_cast<int>(window + t0 + tokens);
+  typename Plan::OtherLoads k, v;
+  const auto fetch = [&](int c0) {
     const int64_t from = extent.context_at(b, c0, head);
-    const int count = static_cast<int>(window + t0 + tokens - c0);
-    typename Plan::OtherLoads k, v;
-    k.fetch(static_cast<const T*>(in.k) + from, extent.width(), count, dim);
-    v.fetch(static_cast<const T*>(in.v) + from, extent.width(), count, dim);
-    k.put_rotated(shared.k, count, dim, in.rotary, static_cast<int>(c0 - t0 - 1));
+    k.fetch(static_cast<const T*>(in.k) + from, extent.width(), end - c0, dim);
+    v.fetch(static_cast<const T*>(in.v) + from, extent.width(), end - c0, dim);
+  };
+  fetch(first);
+  for (int c0 = first; c0 < end; c0 += Plan::kOther) {
+    if (!Plan::kAhead && c0 > first) fetch(c0);
+    k.put_rotated(shared.k, end - c0, dim, in.rotary, static_cast<int>(c0 - t0 - 1));
     v.put(shared.v);
     __syncthreads();
+    if (Plan::kAhead && c0 + Plan::kOther < end) fetch(c0 + Plan::kOther);
     typename Plan::Scores scores = {};
     multiply<false, false, Plan::kDim>(scores, shared.q, Plan::own_row(), shared.k, 0);
 #pragma unroll
@@ -105,23 +110,28 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
     queries.fetch(static_cast<const T*>(in.q) + at, extent.width(), tokens, dim);
     queries.put(shared.q);
   }
-  for (int version = oldest; version <= newest; ++version) {
-    for (int s0 = 0; s0 < extent.slots; s0 += Plan::kOther) {
-      Plan::fill_slots(shared.k, shared.v, shared.bias, in, extent.slots_at(b, version, head) + s0, extent.slots - s0, dim);
-      __syncthreads();
+  // Slots of all versions in view, a tile at a time.
+  const int tiles = static_cast<int>(ceil_div(extent.slots, Plan::kOther));
+  const int64_t count = newest >= oldest ? static_cast<int64_t>(newest - oldest + 1) * tiles : 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int version = oldest + static_cast<int>(i / tiles);
+    const int s0 = static_cast<int>(i % tiles) * Plan::kOther;
+    Plan::fill_slots(shared.k, shared.v, shared.bias, in, extent.slots_at(b, version, head) + s0, extent.slots - s0, dim);
+    __syncthreads();
+    if (shared.visible.any_of_warp(Plan::own_row(), version)) {
       typename Plan::Scores scores = {};
       multiply<false, false, Plan::kDim>(scores, shared.q, Plan::own_row(), shared.k, 0);
 #pragma unroll
       for (int n = 0; n < Plan::kOther / 8; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const bool seen = shared.visible.version[row[i / 2]] == version;
-          scores[n][i] = seen ? scores[n][i] * (scale * kLog2e) + shared.bias[fragment_column(n, i)] : -INFINITY;
+        for (int j = 0; j < 4; ++j) {
+          const bool seen = shared.visible.version[row[j / 2]] == version;
+          scores[n][j] = seen ? scores[n][j] * (scale * kLog2e) + shared.bias[fragment_column(n, j)] : -INFINITY;
         }
       }
       add(scores);
-      __syncthreads();
     }
+    __syncthreads();
   }
 
 #pragma unroll

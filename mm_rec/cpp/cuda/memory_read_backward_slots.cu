@@ -19,12 +19,12 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
   const int* event = p.in.index.event + b * extent.writes();
   const int64_t begin = version == 0 ? 0 : event[version - 1] >= 0 ? event[version - 1] : extent.time;
   const int64_t end = version < extent.writes() && event[version] >= 0 ? event[version] : extent.time;
-  KeyGradients<T, Plan, kSide> sums;
+  KeyGradients<T, Plan, kSide, false> sums;
   for (int64_t t0 = begin; t0 < end; t0 += Plan::kOther) {
     shared.visible.fill(p.in, extent, b, t0);
     const bool mine = threadIdx.x < Plan::kOther && shared.visible.version[threadIdx.x] == version;
     if (!__syncthreads_or(mine)) continue;  // as where a document has begun since
-    sums.template add<false>(shared, p, extent, b, head, t0, 0,
+    sums.template add<false>(shared, p, extent, b, head, t0, -1, 0,
                              [&](int, int column) { return shared.visible.version[column] == version; });
   }
 

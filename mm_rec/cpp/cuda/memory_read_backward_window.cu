@@ -22,12 +22,14 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
   }
   for (int i = threadIdx.x; i < Plan::kOwn; i += Plan::kThreads) shared.bias[i] = 0.0f;
 
-  KeyGradients<T, Plan, kSide> sums;
+  KeyGradients<T, Plan, kSide, Plan::kAhead> sums;
   // Context c is seen by the tokens c - W (itself) to c - 1.
   const int64_t begin = max(c0 - window, int64_t{0}), end = min(c0 + count - 1, extent.time);
+  if (Plan::kAhead && begin < end) sums.fetch(p, extent, b, head, begin);
   for (int64_t t0 = begin; t0 < end; t0 += Plan::kOther) {
     shared.visible.fill(p.in, extent, b, t0);
-    sums.template add<true>(shared, p, extent, b, head, t0, c0, [&](int row, int column) {
+    const int64_t next = t0 + Plan::kOther < end ? t0 + Plan::kOther : -1;
+    sums.template add<true>(shared, p, extent, b, head, t0, next, c0, [&](int row, int column) {
       const int64_t c = c0 + row;
       return c >= shared.visible.low[column] && c <= window + t0 + column;
     });

@@ -53,7 +53,7 @@ struct UpdatePlan {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         if (row(i) < rows && column(i) < dim) {
-          raw_[i] = *reinterpret_cast<const Pack<Source, 8>*>(source + row(i) * stride + column(i));
+          raw_[i] = *reinterpret_cast<const Words<Source, 8>*>(source + row(i) * stride + column(i));
         } else {
           raw_[i] = {};
         }
@@ -66,7 +66,7 @@ struct UpdatePlan {
         for (int i = 0; i < kCount; ++i) {
           float x[8];
 #pragma unroll
-          for (int j = 0; j < 8; ++j) x[j] = to_float(raw_[i].v[j]);
+          for (int j = 0; j < 8; ++j) x[j] = raw_[i][j];
           tile.set(row(i), column(i), x);
         }
       } else {
@@ -87,7 +87,7 @@ struct UpdatePlan {
       return static_cast<int>(threadIdx.x + i * kThreads) % (Dim / 8) * 8;
     }
 
-    Pack<Source, 8> raw_[kCount];
+    Words<Source, 8> raw_[kCount];
     const Source* source_;
     int64_t stride_;
     int rows_, dim_;

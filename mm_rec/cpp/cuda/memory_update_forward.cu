@@ -52,12 +52,31 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kDim <= 64 ? 2 : 1)
   load_rows((of_value ? out.value0 : out.key0) + row * dim + column, first, count, dim, dim - column, state);
   float mass = slot < count ? out.mass0[row + slot] : 0.0f;
 
+  // The token that causes write e, -1 if there is none, and whether M fades then or starts from empty: known a write ahead,
+  // so that its tokens can be on their way.
+  const auto event = [&](int64_t e) { return e < extent.writes() ? in.index.event[b * extent.writes() + e] : -1; };
+  const auto fade = [&](int t) { return t >= 0 && in.position[b * extent.time + t] == extent.window ? 0.0f : 1.0f; };
+  typename Plan::template Loads<T> k, v;
+  const auto fetch = [&](int t, int p0) {
+    // W tokens before token t is token t of the context: the tokens written are t .. t + P - 1 there.
+    const int64_t at = extent.context_at(b, t + p0, head);
+    k.fetch(static_cast<const T*>(in.k) + at, extent.width(), block - p0, dim);
+    v.fetch(static_cast<const T*>(in.v) + at, extent.width(), block - p0, dim);
+  };
+  int next = event(0), after = event(1);
+  float next_keep = fade(next);
+  if (next >= 0) fetch(next, 0);
+
   row = extent.slots_at(b, 0, head) + tile * Q;
   for (int64_t e = 0;; ++e, row += extent.heads * extent.slots) {
     store_rows((of_value ? out.value : out.key) + row * dim + column, first, count, dim, dim - column, state);
     if (slot < count) out.mass[row + slot] = mass;
     if (e == extent.writes()) return;
-    const int t = in.index.event[b * extent.writes() + e];
+    const int t = next;
+    const float keep = next_keep;
+    next = after;
+    after = event(e + 2);
+    next_keep = fade(next);
     if (t < 0) continue;  // no more writes in this row: the next version repeats this one
     if (slot < Q) {
       shared.factor[slot] = 1.0f;
@@ -66,8 +85,6 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kDim <= 64 ? 2 : 1)
     // The factors come first, since M fades by those of all tokens; tokens of a single tile are weighed only once.
     for (int pass = 0; pass < 2; ++pass) {
       if (pass == 1) {
-        // The first write of a document starts from an empty memory.
-        const float keep = in.position[b * extent.time + t] == extent.window ? 0.0f : 1.0f;
 #pragma unroll
         for (int n = 0; n < Plan::kPart / 8; ++n) {
 #pragma unroll
@@ -77,15 +94,12 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kDim <= 64 ? 2 : 1)
       }
       for (int p0 = 0; p0 < block; p0 += Q) {
         if (pass == 0 || block > Q) {
-          // W tokens before token t is token t of the context: the tokens written are t .. t + P - 1 there.
-          const int64_t at = extent.context_at(b, t + p0, head);
-          typename Plan::template Loads<T> k, v;
-          k.fetch(static_cast<const T*>(in.k) + at, extent.width(), block - p0, dim);
-          v.fetch(static_cast<const T*>(in.v) + at, extent.width(), block - p0, dim);
+          if (pass > 0 || p0 > 0) fetch(t, p0);
           __syncthreads();
           k.put(shared.k);
           v.put(shared.v);
           __syncthreads();
+          if (next >= 0 && pass == (block > Q) && p0 + Q >= block) fetch(next, 0);
           typename Plan::Logits w;
           typename Plan::Softmax softmax;
           for (int s = 0; s < tiles; ++s) {

@@ -196,9 +196,10 @@ __global__ void __launch_bounds__(kThreads)
 template <int Size, typename R>
 __global__ void __launch_bounds__(kThreads)
     readout_backward_kernel(const R* __restrict__ dy, const float* __restrict__ h, const R* __restrict__ r,
-                            float* __restrict__ dh, R* __restrict__ dr, const Rows rows, int lanes) {
+                            float* __restrict__ dh, R* __restrict__ dr, const Rows rows, const Rows dr_rows, int lanes) {
   const Group group(lanes, rows.count);
   const R* gate = r + rows.start(group.row);
+  R* dgate_to = dr + dr_rows.start(group.row);
   const int64_t start = group.row * rows.size;
   float squares = 0.0f, product = 0.0f;
   each_vector<Size>(group, rows.size, [&](int at) {
@@ -228,7 +229,7 @@ __global__ void __launch_bounds__(kThreads)
       q[i] = dgate;
     }
     store<Size>(dh + start + at, v);
-    store<Size>(dr + start + at, q);
+    store<Size>(dgate_to + at, q);
   });
 }
 
@@ -348,16 +349,17 @@ extern "C" int mm_rec_cuda_readout_forward(const float* h, const void* r, int64_
 }
 
 extern "C" int mm_rec_cuda_readout_backward(const void* dy, const float* h, const void* r, int64_t r_dtype,
-                                            int64_t r_stride, float* dh, void* dr, int64_t tokens, int64_t heads,
-                                            int64_t size, void* stream) {
+                                            int64_t r_stride, float* dh, void* dr, int64_t dr_stride, int64_t tokens,
+                                            int64_t heads, int64_t size, void* stream) {
   using namespace mm_rec;
   const Rows rows{tokens * heads, static_cast<int>(size), static_cast<int>(heads), r_stride, size};
+  const Rows dr_rows{tokens * heads, static_cast<int>(size), static_cast<int>(heads), dr_stride, size};
   return by_vector(rows, [&](auto vector) {
     return by_type(r_dtype, [&](auto r_type) {
       using R = decltype(r_type);
       const int lanes = lanes_a_row(rows.size, vector);
       return launch(readout_backward_kernel<vector, R>, grid(rows, lanes), dim3(kThreads), 0, stream,
-                    static_cast<const R*>(dy), h, static_cast<const R*>(r), dh, static_cast<R*>(dr), rows, lanes);
+                    static_cast<const R*>(dy), h, static_cast<const R*>(r), dh, static_cast<R*>(dr), rows, dr_rows, lanes);
     });
   });
 }

@@ -13,6 +13,7 @@ struct Arguments {
   const float* z;
   const void* u;
   int64_t u_stride;
+  const float* u_bias;  // may be null, as h0 and reset
   const float* gamma;
   const float* w_g;
   const float* h0;
@@ -73,7 +74,8 @@ __global__ void __launch_bounds__(Tile::kThreads, MinBlocks) forward_kernel(cons
   unsigned resets[kBatch];
   flags.bits(resets);
 
-  float h[kOwned] = {}, last[kOwned] = {};
+  float h[kOwned] = {}, last[kOwned] = {}, bias[kOwned] = {};
+  if (p.u_bias != nullptr) load<kOwned>(p.u_bias + column, bias);
   if (p.h0 != nullptr && real && !(p.reset != nullptr && p.reset[sequence * extent.time])) {
     load<kOwned>(p.h0 + sequence * width + column, h);
   }
@@ -98,7 +100,7 @@ __global__ void __launch_bounds__(Tile::kThreads, MinBlocks) forward_kernel(cons
       tile.multiply(shared.h[current], shared.matrix, fed_back);
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) {
-        last[i] = fmaf(sigmoid(u[i] + fed_back[i]), z[i], gamma[i] * h[i]);
+        last[i] = fmaf(sigmoid(u[i] + bias[i] + fed_back[i]), z[i], gamma[i] * h[i]);
         h[i] = (own_resets >> s) & 1 ? 0.0f : last[i];
       }
       current ^= 1;
@@ -137,7 +139,7 @@ __global__ void forward_any_size_kernel(const Arguments p, const Extent extent, 
     const int64_t step = sequence * extent.time + t;
     const bool cut = t + 1 < extent.time && p.reset != nullptr && p.reset[step + 1];
     for (int i = threadIdx.x; i < dim; i += blockDim.x) {
-      float pre = to_float(u[step * p.u_stride + i]);
+      float pre = to_float(u[step * p.u_stride + i]) + (p.u_bias == nullptr ? 0.0f : p.u_bias[head * dim + i]);
       for (int j = 0; j < dim; ++j) pre = fmaf(w_g(i, j), h[j], pre);
       const int64_t at = step * width + head * dim + i;
       const float after = fmaf(sigmoid(pre), p.z[at], p.gamma[at] * h[i]);
@@ -166,11 +168,11 @@ cudaError_t dispatch(const Arguments& p, const Extent& extent, int dim, void* st
 }  // namespace mm_rec
 
 extern "C" int mm_rec_cuda_recurrence_forward(const float* z, const void* u, int64_t u_dtype, int64_t u_stride,
-                                              const float* gamma, const float* w_g, const float* h0,
-                                              const bool* reset, float* h, float* h_last, int64_t batch, int64_t time,
-                                              int64_t heads, int64_t dim, void* stream) {
+                                              const float* u_bias, const float* gamma, const float* w_g,
+                                              const float* h0, const bool* reset, float* h, float* h_last,
+                                              int64_t batch, int64_t time, int64_t heads, int64_t dim, void* stream) {
   using namespace mm_rec;
-  const Arguments p{z, u, u_stride, gamma, w_g, h0, reset, h, h_last};
+  const Arguments p{z, u, u_stride, u_bias, gamma, w_g, h0, reset, h, h_last};
   const Extent extent{batch, time, heads};
   return u_dtype == kBFloat16 ? dispatch<bf16>(p, extent, static_cast<int>(dim), stream)
                               : dispatch<float>(p, extent, static_cast<int>(dim), stream);

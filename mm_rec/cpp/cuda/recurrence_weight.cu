@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(128)
     for (int i = 0; i < 4; ++i) {
       const int64_t line = first + 16 * warp + fragment_row(i), column = head * dim + row0 + fragment_column(n, i);
       if (line >= extent.batch * extent.time || row0 + fragment_column(n, i) >= dim) continue;
-      gate[line * width + column] = sigmoid(to_float(static_cast<const U*>(p.u)[line * p.u_stride + column]) + sum[n][i]);
+      const float u = to_float(static_cast<const U*>(p.u)[line * p.u_stride + column]);
+      gate[line * width + column] = sigmoid(u + (p.u_bias == nullptr ? 0.0f : p.u_bias[column]) + sum[n][i]);
     }
   }
 }
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(128)
     for (int i = 0; i < kPairs; ++i) {
       const int64_t n = first + 4 * i + warp;
       const bool inside = n < end;
-      const DU* du_row = inside ? static_cast<const DU*>(p.du) + n * width + head * dim : nullptr;
+      const DU* du_row = inside ? static_cast<const DU*>(p.du) + n * p.du_stride + head * dim : nullptr;
       const float* h_row = inside ? previous_state(p, extent, width, n) : nullptr;
       du[i] = load_pair(du_row, row0 + pair, dim);
       h[i] = load_pair(h_row == nullptr ? nullptr : h_row + head * dim, column0 + pair, dim);

@@ -1,0 +1,186 @@
+"""The fused ops of the CUDA back end: what a block does between two of its wide products, in one call each.
+
+Gradients of the wide product's parts are written where they belong in its gradient, so nothing is put together after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mm_rec.ops import cuda
+from mm_rec.ops.cuda_library import all_dense, rows_of
+
+__all__ = ["KERNELS"]
+
+
+def _decay(projected: Tensor, decay_proj: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of the decay, and the hidden layer after its gelu."""
+    hidden = F.gelu(projected[..., 3 * decay_proj.shape[0] :])
+    return F.linear(hidden, decay_proj), hidden
+
+
+def _decay_backward(
+    ddecay: Tensor, hidden: Tensor, projected: Tensor, decay_proj: Tensor, dprojected: Tensor
+) -> Tensor:
+    """Fill in the hidden layer's part of ``dprojected``; returns the gradient of ``decay_proj``."""
+    part = slice(3 * decay_proj.shape[0], None)
+    dhidden = ddecay @ decay_proj
+    torch.ops.aten.gelu_backward.grad_input(dhidden, projected[..., part], grad_input=dprojected[..., part])
+    return ddecay.flatten(0, 1).t() @ hidden.flatten(0, 1)
+
+
+def gated_scan(
+    projected: Tensor,
+    decay_proj: Tensor,
+    decay_bias: Tensor,
+    gate_bias: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    heads: int,
+) -> tuple[Tensor, ...]:
+    decay_bias, gate_bias, h0, reset = all_dense(decay_bias, gate_bias, h0, reset)
+    projected, stride = rows_of(projected)
+    batch, time, _ = projected.shape
+    width = decay_proj.shape[0]
+    decay, hidden = _decay(projected, decay_proj)
+    y, h_last = cuda._empty_like(decay), cuda._empty(decay_bias, batch, width)
+    starts = cuda._empty(decay_bias, batch, cuda._library.size("gated_scan_chunks", projected, time), width)
+    workspace = cuda._workspace("gated_scan", projected, batch, time, width, False)
+    cuda._library.call(
+        "gated_scan_forward", projected, projected, stride, decay, cuda._DTYPES[decay.dtype], decay_bias, gate_bias, h0,
+        reset, y, h_last, starts, workspace, batch, time, width, width // heads,
+    )  # fmt: skip
+    return y, h_last, decay, hidden, starts
+
+
+def gated_scan_backward(
+    dy: Tensor,
+    dh_last: Tensor | None,
+    projected: Tensor,
+    decay: Tensor,
+    hidden: Tensor,
+    starts: Tensor,
+    decay_proj: Tensor,
+    decay_bias: Tensor,
+    gate_bias: Tensor,
+    reset: Tensor | None,
+    heads: int,
+) -> tuple[Tensor, ...]:
+    dy, dh_last, decay_bias, gate_bias, reset = all_dense(dy, dh_last, decay_bias, gate_bias, reset)
+    projected, stride = rows_of(projected)
+    batch, time, width = decay.shape
+    dprojected, ddecay, ddecay_bias, dgate_bias = cuda._empty_like(projected, decay, decay_bias, gate_bias)
+    dh0 = cuda._empty(decay_bias, batch, width)
+    workspace = cuda._workspace("gated_scan", projected, batch, time, width, True)
+    cuda._library.call(
+        "gated_scan_backward", projected, dy, dh_last, starts, projected, stride, decay, cuda._DTYPES[decay.dtype],
+        decay_bias, gate_bias, reset, dprojected, dprojected.shape[2], ddecay, ddecay_bias, dgate_bias, dh0, workspace,
+        batch, time, width, width // heads,
+    )  # fmt: skip
+    ddecay_proj = _decay_backward(ddecay, hidden, projected, decay_proj, dprojected)
+    return dprojected, ddecay_proj, ddecay_bias, dgate_bias, dh0
+
+
+def gated_loop(
+    projected: Tensor,
+    decay_proj: Tensor,
+    decay_bias: Tensor,
+    gate_bias: Tensor,
+    w_g: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, ...]:
+    decay_bias, gate_bias, w_g, h0, reset = all_dense(decay_bias, gate_bias, w_g, h0, reset)
+    projected, _ = rows_of(projected)
+    decay, hidden = _decay(projected, decay_proj)
+    batch, time, width = decay.shape
+    heads, dim, _ = w_g.shape
+    z, r, u = projected[..., : 3 * width].split(width, dim=-1)
+    u, u_stride = rows_of(u)
+    gamma, x = cuda.mdi(decay, decay_bias, z, None, None)
+    h, h_last = cuda._empty_like(x), cuda._empty(x, batch, width)
+    cuda._library.call(
+        "recurrence_forward", x, x, u, cuda._DTYPES[u.dtype], u_stride, gate_bias, gamma, w_g, h0, reset, h, h_last,
+        batch, time, heads, dim,
+    )  # fmt: skip
+    return cuda.readout(h, r, heads), h_last, decay, hidden, gamma, x, h
+
+
+def gated_loop_backward(
+    dy: Tensor,
+    dh_last: Tensor | None,
+    projected: Tensor,
+    decay: Tensor,
+    hidden: Tensor,
+    gamma: Tensor,
+    x: Tensor,
+    h: Tensor,
+    decay_proj: Tensor,
+    decay_bias: Tensor,
+    gate_bias: Tensor,
+    w_g: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, ...]:
+    dy, dh_last, decay_bias, gate_bias, w_g, h0, reset = all_dense(dy, dh_last, decay_bias, gate_bias, w_g, h0, reset)
+    projected, _ = rows_of(projected)
+    batch, time, width = h.shape
+    heads, dim, _ = w_g.shape
+    dprojected, ddecay_bias, dgate_bias, dw_g = cuda._empty_like(projected, decay_bias, gate_bias, w_g)
+    z, r, u = projected[..., : 3 * width].split(width, dim=-1)
+    dz, dr, du = dprojected[..., : 3 * width].split(width, dim=-1)
+    stride, dtype = dprojected.shape[2], cuda._DTYPES[projected.dtype]
+    r, r_stride = rows_of(r)
+    u, u_stride = rows_of(u)
+    z, z_stride = rows_of(z)
+    dh, dx, dgamma = cuda._empty_like(h, x, gamma)
+    ddecay, dh0 = cuda._empty_like(decay), cuda._empty(h, batch, width)
+    cuda._library.call("readout_backward", h, dy, h, r, dtype, r_stride, dh, dr, stride, batch * time, heads, dim)
+    workspace = cuda._workspace("recurrence_backward", h, batch, time, heads, dim)
+    cuda._library.call(
+        "recurrence_backward", h, dh, dh_last, h, x, u, dtype, u_stride, gate_bias, gamma, w_g, h0, reset, dx, du,
+        stride, dgate_bias, dgamma, dw_g, dh0, workspace, batch, time, heads, dim,
+    )  # fmt: skip
+    workspace = cuda._workspace("mdi_backward", h, batch * time, width)
+    cuda._library.call(
+        "mdi_backward", h, dgamma, dx, decay, width, decay_bias, z, z_stride, None, 0, None, dtype, ddecay, ddecay_bias,
+        dz, stride, None, None, workspace, batch * time, width,
+    )  # fmt: skip
+    ddecay_proj = _decay_backward(ddecay, hidden, projected, decay_proj, dprojected)
+    return dprojected, ddecay_proj, ddecay_bias, dgate_bias, dw_g, dh0
+
+
+def memory_context(qkv: Tensor, ring_k: Tensor, ring_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    ring_k, ring_v = all_dense(ring_k, ring_v)
+    qkv, stride = rows_of(qkv)
+    batch, window, heads, dim = ring_k.shape
+    time = qkv.shape[1]
+    q = cuda._empty(qkv, batch, time, heads, dim)
+    k, v = (cuda._empty(qkv, batch, window + time, heads, dim) for _ in range(2))
+    cuda._library.call(
+        "memory_context_forward", qkv, qkv, stride, ring_k, ring_v, cuda._DTYPES[qkv.dtype], q, k, v, batch, time,
+        heads, dim, window,
+    )  # fmt: skip
+    return q, k, v
+
+
+def memory_context_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor) -> Tensor:
+    dq, dk, dv = all_dense(dq, dk, dv)
+    qkv, stride = rows_of(qkv)
+    batch, time, heads, dim = dq.shape
+    dqkv = cuda._empty(qkv, *qkv.shape)
+    cuda._library.call(
+        "memory_context_backward", qkv, dq, dk, dv, qkv, stride, cuda._DTYPES[qkv.dtype], dqkv, batch, time, heads, dim,
+        dk.shape[1] - time,
+    )  # fmt: skip
+    return dqkv
+
+
+KERNELS: list[Callable[..., Any]] = [
+    gated_scan, gated_scan_backward, gated_loop, gated_loop_backward, memory_context, memory_context_backward,
+]  # fmt: skip
