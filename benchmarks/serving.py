@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
-        "ops": str(ops.status()["cpu"]),
+        "ops": str(ops.status()["cpu"]).split(", ")[0],
     }
     options.output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
     return 0

@@ -21,6 +21,7 @@ from mm_rec.serve.jobs import (
     QueueFullError,
     StoppedError,
     Ticket,
+    TokenScore,
 )
 from mm_rec.state import flatten_state
 from mm_rec.tokenizer import Tokenizer
@@ -293,3 +294,9 @@ def test_stopping_ends_all(make: Callable[..., Runner], wait_until: WaitUntil) -
     assert isinstance(waiting.wait().events[-1], StoppedError)
     with pytest.raises(StoppedError):
         runner.submit(runner.job("c"))
+
+
+def test_pieces_of_a_text_join_into_one() -> None:
+    score = TokenScore(5, -1.0, ())
+    joined = Output(1, "a", 1, (score,)).joined(Output(1, "b", 2)).joined(Output(1, "", 1, (score,), "stop"))
+    assert joined == Output(1, "ab", 4, (score, score), "stop")
