@@ -1,9 +1,9 @@
 """Loss per token and per minute on a GPU: the `100m` preset against a GPT of 110M.
 
-Both get the same data, tokenizer, optimizer and number of tokens, and each the best of several learning rates; what
-counts is bits per byte on held-out documents, as training goes on and at its end. MM-Rec trains as the product does in
-stage 1, each micro-batch of one domain; the GPT (12 blocks of 768, see mm_rec.bench.peers) reads both domains in every
-micro-batch, through torch.compile and PyTorch's flash attention.
+Both get the same data, tokenizer, optimizer and number of tokens, and each the best of several learning rates and sizes
+of a step; what counts is bits per byte on held-out documents, as training goes on and at its end. MM-Rec trains as the
+product does in stage 1, each micro-batch of one domain; the GPT (12 blocks of 768, see mm_rec.bench.peers) reads both
+domains in every micro-batch, through torch.compile and PyTorch's flash attention.
 
     python -m benchmarks.gpu_quality prepare --corpora DIR --data TOKENS     # once, on any machine
     python -m benchmarks.gpu_quality train --data TOKENS --model mm-rec --rates 1e-3 2e-3 --result one.json
@@ -22,7 +22,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ from mm_rec.stages import betas, learning_rate
 from mm_rec.state import ModelState
 
 RESULT = Path(__file__).parent / "results" / "gpu_quality.json"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "gpu_quality.png"
 VOCABULARY = 32_000
 ROWS, TOKENS = 32, 16_000_000
 SCORES = 8  # on the way, at shares of the tokens that grow by the square
@@ -177,43 +178,66 @@ def train(name: str, rows: int, rate: float, data: Data, tokens: int) -> dict[st
 
 
 def mean(bits: dict[str, float]) -> float:
-    """Of the two domains: the one number that chooses a rate."""
+    """Of the two domains: the one number that chooses among runs."""
     return sum(bits.values()) / len(bits)
 
 
-def best(rows: Sequence[dict[str, Any]], model: str) -> dict[str, Any]:
-    """The run of a model with the lowest loss, of those over the number of tokens that all models have seen."""
-    shared = min(max(row["tokens"] for row in rows if row["model"] == name) for name in CONTESTANTS)
-    chosen = [row for row in rows if row["model"] == model and row["tokens"] <= shared]
-    return min(chosen, key=lambda row: mean(row["bits_per_byte"]))
+class Choice(NamedTuple):
+    """The best run of the GPT, and those of MM-Rec over no more tokens, and in no more time."""
+
+    gpt: dict[str, Any]
+    same_tokens: dict[str, Any]
+    same_minutes: dict[str, Any]
+
+
+def choose(rows: Sequence[dict[str, Any]]) -> Choice:
+    """The runs to compare."""
+
+    def best(model: str, key: str, most: float) -> dict[str, Any]:
+        chosen = [row for row in rows if row["model"] == model and row[key] <= most]
+        return min(chosen, key=lambda row: mean(row["bits_per_byte"]))
+
+    gpt = best("gpt", "tokens", TOKENS)
+    return Choice(gpt, best("mm-rec", "tokens", TOKENS), best("mm-rec", "seconds", gpt["seconds"]))
 
 
 def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
-    """Held-out loss over tokens and over minutes; the best runs bold, those of other rates thin."""
+    """Held-out loss over tokens and over minutes; the runs to compare bold, all others thin."""
     figure = Figure(figsize=(10.4, 4.4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
+    choice = choose(rows)
+    labels = zip(choice, ("GPT, 110M", "MM-Rec 100m, the same tokens", "MM-Rec 100m, the same minutes"), strict=True)
+    bold = {id(row): label for row, label in labels}
     for axes, key, scale, label in zip(
         panels, ("tokens", "seconds"), (1e6, 60), ("million tokens", "minutes of training"), strict=True
     ):
         for row in rows:
-            bold = row is best(rows, row["model"])
-            values = [mean(point["bits_per_byte"]) for point in row["curve"]]
+            name = bold.get(id(row))
             axes.plot(
                 [point[key] / scale for point in row["curve"]],
-                values,
+                [mean(point["bits_per_byte"]) for point in row["curve"]],
                 color=COLOURS[row["model"]],
-                linewidth=2.4 if bold else 0.8,
-                alpha=1 if bold else 0.5,
-                label=f"{row['model']}, rate {row['rate']:g}" if bold else None,
+                linewidth=2.4 if name else 0.7,
+                linestyle="--" if row is choice.same_minutes and row is not choice.same_tokens else "-",
+                alpha=1 if name else 0.4,
+                label=name,
             )
         axes.set_xlabel(label, fontsize=12)
-        axes.set_ylim(top=2.4)
+        axes.set_ylim(top=2.2)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("bits per byte, held out", fontsize=12)
     panels[0].legend(fontsize=11)
     figure.savefig(picture)
+
+
+def show(row: dict[str, Any]) -> None:
+    bits = "  ".join(f"{name} {value:.4f}" for name, value in row["bits_per_byte"].items())
+    print(
+        f"{row['model']:7s}{row['rows']:3d} rows, rate {row['rate']:<7g}{row['tokens']:11,} tokens in "
+        f"{row['seconds']:5.1f} s  mean {mean(row['bits_per_byte']):.4f}  {bits}"
+    )
 
 
 def main() -> None:
@@ -233,6 +257,7 @@ def main() -> None:
     one = commands.add_parser("join")
     one.add_argument("results", type=Path, nargs="+")
     one.add_argument("--output", type=Path, default=RESULT)
+    one.add_argument("--picture", type=Path, default=PICTURE)
     options = parser.parse_args()
     if options.command == "prepare":
         prepare(options.corpora, options.data, VOCABULARY, 1)
@@ -242,7 +267,7 @@ def main() -> None:
         sizes = {DOMAINS[d]: [int(store.n_tokens), int(store.n_bytes.sum())] for d, store in data.train.items()}
         found: dict[str, Any] = {
             "machine": machine(options.commit),
-            "batch": [ROWS, CONTEXT],
+            "context": CONTEXT,
             "data": sizes,
             "runs": [],
         }
@@ -252,14 +277,14 @@ def main() -> None:
             torch.cuda.empty_cache()
     else:
         parts = [json.loads(path.read_text()) for path in options.results]
-        rows = [row for part in parts for row in part["runs"]]
+        rows = [{**row, "commit": part["machine"]["commit"]} for part in parts for row in part["runs"]]
         options.output.write_text(json.dumps({**parts[0], "runs": rows}, indent=1) + "\n")
-        draw(rows, options.output.with_suffix(".png"))
+        draw(rows, options.picture)
         for row in sorted(rows, key=lambda row: mean(row["bits_per_byte"])):
-            bits = "  ".join(f"{name} {value:.4f}" for name, value in row["bits_per_byte"].items())
-            print(
-                f"{row['model']:7s} rate {row['rate']:<7g} {row['tokens']:,} tokens in {row['seconds']:.1f} s  {bits}"
-            )
+            show(row)
+        print("to compare:")
+        for row in choose(rows):
+            show(row)
 
 
 if __name__ == "__main__":

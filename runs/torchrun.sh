@@ -11,6 +11,7 @@ set -eu
 python=${PYTHON:-python3}
 processes=${PROCESSES:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 if [ -n "${NODES:-}" ]; then
+    : "${NODE:?must be the number of this host, from 0}" "${MASTER:?must be the name of host 0}"
     hosts="--nnodes $NODES --node_rank $NODE --rdzv_backend static --master_addr ${MASTER%%:*}"
     case $MASTER in *:*) hosts="$hosts --master_port ${MASTER##*:}" ;; esac
 else
