@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mm_rec.config import PRESETS, ModelConfig
-from mm_rec.model import MMRecModel, document_positions
+from mm_rec.model import MMRecModel, _TiedEmbedding, document_positions
 from mm_rec.state import detach_state, flatten_state, map_state, unflatten_state
 
 CONFIG = ModelConfig(vocab_size=64, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, slots=6)
@@ -154,3 +155,17 @@ def test_same_seed_same_weights() -> None:
     first, second, third = (MMRecModel(CONFIG, seed=s).embedding.weight for s in (3, 3, 4))
     assert torch.equal(first, second)
     assert not torch.equal(first, third)
+
+
+@pytest.mark.parametrize(("of_rows", "of_head"), [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)])
+def test_gradients_of_rows_and_head_add_up(of_rows: float, of_head: float) -> None:
+    weight = torch.randn(12, 4, requires_grad=True)
+    ids = torch.tensor([[3, 7, 3], [0, 3, 11]])
+    above, above_head = torch.randn(2, 3, 4), torch.randn(12, 4)
+
+    def gradient(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        parts = [(rows * above).sum()] * (of_rows > 0) + [(head * above_head).sum()] * (of_head > 0)
+        return torch.autograd.grad(sum(parts), weight)[0]
+
+    got = gradient(*_TiedEmbedding.apply(weight, ids))
+    torch.testing.assert_close(got, gradient(F.embedding(ids, weight), weight))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from mm_rec.storage import write_atomic
 
@@ -38,7 +39,7 @@ def draw_roofline(points: Sequence[Point], matrix_rate: float, copy_rate: float,
         picture: PNG to replace.
         title: above the picture.
     """
-    figure = Figure(figsize=(9.6, 6.4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(11.2, 5.6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.set_title(title, fontsize=13)
@@ -47,19 +48,18 @@ def draw_roofline(points: Sequence[Point], matrix_rate: float, copy_rate: float,
     x = np.geomspace(min([*intensities, ridge]) / 3, max([*intensities, ridge]) * 3, 200)
     label = f"products {matrix_rate / 1e12:.2f} TFLOP/s, copy {copy_rate / 1e9:.0f} GB/s"
     axes.loglog(x, np.minimum(matrix_rate, x * copy_rate) / 1e9, color="#444444", linewidth=2, label=label)
-    for kind, colour in COLOURS.items():
-        chosen = [point for point in points if point.kind == kind]
-        if chosen:
-            rates = [point.flop / point.seconds / 1e9 for point in chosen]
-            axes.scatter([point.flop / point.size for point in chosen], rates, color=colour, s=36, label=kind, zorder=3)
-    for point in points:
+    for number, point in enumerate(sorted(points, key=lambda point: point.seconds / point.flop), start=1):
         place = (point.flop / point.size, point.flop / point.seconds / 1e9)
-        axes.annotate(point.label, place, fontsize=9, xytext=(5, 4), textcoords="offset points")
+        axes.scatter(*place, color=COLOURS[point.kind], s=36, zorder=3, label=f"{number}  {point.label}")
+        axes.annotate(str(number), place, fontsize=9, xytext=(5, 4), textcoords="offset points")
     axes.set_xlabel("operations a byte", fontsize=12)
     axes.set_ylabel("GFLOP/s", fontsize=12)
+    for axis in (axes.xaxis, axes.yaxis):  # plain numbers, not powers of ten
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}" if axis is axes.yaxis else NullFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=11, loc="lower right")
+    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_atomic(picture, buffer.getvalue())
