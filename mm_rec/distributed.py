@@ -304,9 +304,7 @@ class _Averaged:
             parameter.requires_grad_(False)
         try:
             with _side_stream(self._model.embedding.weight.device):
-                return DistributedDataParallel(
-                    _Loss(self._model), broadcast_buffers=False, gradient_as_bucket_view=self._parts == 1
-                )
+                return DistributedDataParallel(_Loss(self._model), gradient_as_bucket_view=self._parts == 1)
         finally:
             for parameter in without:
                 parameter.requires_grad_(True)

@@ -143,14 +143,19 @@ def test_sharded_models_train_alike(tmp_path: Path) -> None:
 def test_fusion_in_several_processes(tmp_path: Path) -> None:
     """Steps of the fusion alone, then of all parameters, with the state carried; DDP, FSDP, and FSDP by itself."""
     whole = with_margin(training_bytes(count_parameters(ModelConfig.preset("tiny")), "fp32"), 0)
-    stage3 = ["--stage", "stage3", "--init_from", str(tmp_path / "one" / "stage1")]
+    stage3 = ["--stage", "stage3", "--init_from", str(tmp_path / "one" / "stage1"), "--accumulation", "1"]
     runs = [
         Run(1, "one", 4),
         Run(1, "one", 4, stage3),
         Run(2, "ddp", 4, stage3),
         Run(4, "fsdp", 4, [*stage3, *FSDP]),
         Run(2, "auto", 2, stage3, whole - 1),  # bytes: too few for the whole model
-        Run(2, "auto", 4, ["--resume_from", str(tmp_path / "auto" / "stage3"), *stage3[:2]]),
+        Run(
+            2,
+            "auto",
+            4,
+            ["--resume_from", str(tmp_path / "auto" / "stage3"), "--stage", "stage3", "--accumulation", "1"],
+        ),
     ]
     train(tmp_path, *runs)
     for name, parallel in (("ddp", "ddp"), ("fsdp", "fsdp"), ("auto", "fsdp")):
