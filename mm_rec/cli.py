@@ -86,7 +86,7 @@ def run_program(program: Callable[[], int]) -> int:
     """
     warnings.showwarning = _show_warning
     try:
-        with SignalGuard():
+        with SignalGuard(last=True):
             code = program()
         sys.stdout.flush()
         return code

@@ -32,10 +32,14 @@ class SignalGuard:
     :meth:`check` anywhere, raises. The second signal, or nine seconds, end the process on the spot: all
     files are written atomically, so that what was saved before stays valid. Outside the main thread
     Python takes no signals and the guard does nothing.
+
+    Args:
+        last: the program ends after this guard; once a signal came, those that come on the way out are ignored.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, last: bool = False) -> None:
         self.requested: int | None = None
+        self._last = last
         self._deferred = False
         self._previous: dict[int, Any] = {}
         self._previous_wakeup = -1
@@ -57,8 +61,9 @@ class SignalGuard:
         if self._pipe is not None:
             signal.set_wakeup_fd(self._previous_wakeup)
             os.close(self._pipe[1])
+        leaving = self._last and isinstance(error, Interrupted)
         for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, signal.SIG_IGN if leaving else handler)
 
     def check(self) -> None:
         """Raise :class:`Interrupted` if a signal came."""

@@ -1,3 +1,4 @@
+import functools
 import importlib
 import io
 import json
@@ -77,8 +78,12 @@ def test_what_ends_a_program_becomes_its_exit_code(capsys: pytest.CaptureFixture
     with warnings.catch_warnings():
         assert run_program(fail) == 2
         assert capsys.readouterr().err == "error: the disk is full; free some space\n"
-        assert run_program(lambda: stop(signal.SIGTERM)) == 143
-        assert run_program(lambda: stop(signal.SIGINT)) == 130
+        handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+        for signum in handlers:
+            assert run_program(functools.partial(stop, signum)) == 128 + signum
+            os.kill(os.getpid(), signal.SIGINT)  # another one, on the way out, does nothing
+            for one, handler in handlers.items():
+                signal.signal(one, handler)
         assert run_program(lambda: 7) == 7
         warnings.simplefilter("always")
         assert run_program(warn) == 0

@@ -45,11 +45,12 @@ struct RecurrenceScratch {
         const int64_t rows = CHUNK * pitch;
         sequence = 6 * rows;
         before = parts.take(GROUP * sequence);
-        gate = before + rows;
-        slope = gate + rows;
-        gamma = slope + rows;
-        grad = gamma + rows;
-        delta = grad + rows;
+        const auto part = [&](int64_t i) { return before ? before + i * rows : nullptr; };  // null while measuring
+        gate = part(1);
+        slope = part(2);
+        gamma = part(3);
+        grad = part(4);
+        delta = part(5);
         carry = parts.take(GROUP * pitch);
         fed_back = parts.take(GROUP * pitch);
     }
