@@ -68,7 +68,7 @@ def test_what_does_not_learn_gets_no_gradient() -> None:
         output, after = model(batch.tokens, state, batch.domain, batch.reset, targets=batch.targets)
         return output.loss, after
 
-    graphs = GraphedPass(loss_of, list(model.parameters()), 1.0, keep=False)
+    graphs = GraphedPass(loss_of, list(model.parameters()), 1)
     for fusion_only in (True, False, True):
         for name, parameter in model.named_parameters():
             parameter.grad = None

@@ -23,7 +23,9 @@ def compare_generation(
     config: ModelConfig, precision: str, context: int, rounds: int, *, peers: bool
 ) -> dict[str, float]:
     """Tokens a second of MM-Rec (one domain), and of GPT-2 with ``peers``, taking turns of a few tokens each."""
-    ids = torch.randint(config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    ids = torch.randint(config.vocab_size, (1, context), generator=generator, device="cpu")
+    ids = ids.to(torch.get_default_device())
     actions = {"MM-Rec, one domain": _mm_rec(config, precision, ids)}
     if peers:
         actions["GPT-2 110M (transformers)"] = _gpt2(precision, ids)
@@ -34,7 +36,9 @@ def compare_generation(
 
 @torch.inference_mode()
 def _mm_rec(config: ModelConfig, precision: str, ids: Tensor) -> Action:
-    model = MMRecModel(config)
+    with torch.device("cpu"):
+        model = MMRecModel(config)
+    model.to(ids.device)
     apply_precision(model, precision)
     domain = config.experts[0]
     state = model.initial_state(1, domain)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mm_rec import ops
 from mm_rec.bench.limits import copy_action
-from mm_rec.bench.timing import Action, median_seconds
+from mm_rec.bench.timing import Action, median_seconds, recorded
 from mm_rec.config import ModelConfig
 from mm_rec.device import keep_freed_memory
 from mm_rec.ops import reference
@@ -197,8 +197,8 @@ def measure_kernels(
     for work in works:
         if only and not any(part in work.name for part in only):
             continue
-        copy = copy_action(int(work.size))
-        seconds = median_seconds({"kernel": work.action, "copy": copy}, rounds)
+        actions = {"kernel": recorded(work.action), "copy": recorded(copy_action(int(work.size)))}
+        seconds = median_seconds(actions, rounds)
         shape = f"{batch}x{length}x{config.d_model}"
         limit = work.flop / matrix_rate
         found.append(KernelTime(work.name, shape, seconds["kernel"], work.size, work.flop, seconds["copy"], limit))

@@ -15,7 +15,7 @@ __all__ = ["COPY_BYTES", "copy_action", "copy_rate", "matrix_work", "products_ac
 
 COPY_BYTES = 512 * 2**20
 """Read and written by the copy that sets the memory rate: more than any cache holds."""
-HEAD_ROWS = 1024
+HEAD_ROWS = {"cpu": 1024, "cuda": 16_384}
 """Rows of logits at once, about as the loss takes them."""
 
 
@@ -46,9 +46,10 @@ def products_action(config: ModelConfig, precision: str, tokens: int) -> Callabl
     Every shape is run once per call, forward and both gradients, and counts as often as a step has it.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    head_rows = HEAD_ROWS[torch.get_default_device().type]
     timings: list[tuple[list[Action], float]] = []
     for outputs, inputs, count in _products(config):
-        rows = min(tokens, HEAD_ROWS) if outputs == config.vocab_size else tokens
+        rows = min(tokens, head_rows) if outputs == config.vocab_size else tokens
         x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
         gradient = torch.randn(rows, outputs).to(dtype)
         pairs = [(x, weight.t()), (gradient, weight), (gradient.t(), x)]

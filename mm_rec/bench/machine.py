@@ -29,7 +29,8 @@ def processor_name() -> str:
 
 
 def describe_machine() -> dict[str, object]:
-    """Processor, its cores and features, versions, and the limits set in the environment: for JSON."""
+    """Processor or GPU, cores and features, versions, and the limits set in the environment: for JSON."""
+    device = torch.get_default_device().type
     features = [name for name, there in torch.cpu.get_capabilities().items() if there is True]
     versions = {"mm_rec": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in ("transformers",):
@@ -38,10 +39,10 @@ def describe_machine() -> dict[str, object]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "processor": processor_name(),
+        "processor": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
         "cores": cores(),
         "features": features,
-        "kernels": ops.status()["cpu"].level or ops.status()["cpu"].reason,
+        "kernels": ops.status()[device].level or ops.status()[device].reason,
         "limits": {name: os.environ[name] for name in LIMITS if name in os.environ},
         "versions": versions,
     }

@@ -1,4 +1,4 @@
-"""Write the most memory, in bytes, that training steps took: run in a process of its own."""
+"""Write the most memory, in bytes, that training steps took on a device: run in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ import resource
 import sys
 from pathlib import Path
 
+import torch
+
 from mm_rec.bench.training import mm_rec, random_batch
 from mm_rec.config import PRESETS
 
 STEPS = 3
 
 
-def main(preset: str, precision: str, batch_size: str, seq_len: str) -> None:
-    """Take some training steps with one expert and print the peak of this process."""
+def main(device: str, preset: str, precision: str, batch_size: str, seq_len: str) -> None:
+    """Take some training steps with one expert and print the peak: of this process, or of what it has on a GPU."""
+    torch.set_default_device(device)
     config = PRESETS[preset]
     contender = mm_rec(config, precision)["one_domain"]
     batch = random_batch(config, int(batch_size), int(seq_len))
     for _ in range(STEPS):
         contender.step(*batch)
+    if torch.device(device).type == "cuda":
+        sys.stdout.write(f"{torch.cuda.max_memory_allocated()}\n")
+        return
     sys.stdout.write(f"{_peak()}\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from mm_rec.storage import format_bytes, write_atomic
 __all__ = ["BenchSettings", "run_bench"]
 
 CONTEXTS = (128, 4096)
-KERNEL_SHAPE = (8, 2048)  # activations that no cache holds
+KERNEL_SHAPE = {"cpu": (8, 2048), "cuda": (128, 512)}  # activations that no cache holds
 OPTIMIZER_BYTES = 28  # of AdamW for each bfloat16 weight: master and two moments read and written, gradient, weight
 
 
@@ -37,6 +38,7 @@ class BenchSettings:
         precision: bf16 or fp32.
         peers: whether GPT-2 and a modern GPT run beside it.
         output: folder for ``bench.json`` and ``roofline.png``.
+        device: what to measure.
     """
 
     preset: str
@@ -45,15 +47,25 @@ class BenchSettings:
     precision: str
     peers: bool
     output: Path
+    device: torch.device
 
 
 def run_bench(settings: BenchSettings, write: Callable[[str], object]) -> dict[str, Any]:
     """Measure everything, write a line for each as it comes, then the JSON and the picture."""
+    # All that is made from here on is made there; for the CPU that is so anyway.
+    with settings.device if settings.device.type == "cuda" else contextlib.nullcontext():
+        return _run(settings, write)
+
+
+def _run(settings: BenchSettings, write: Callable[[str], object]) -> dict[str, Any]:
     config, precision = PRESETS[settings.preset], settings.precision
     tokens = max(batch * length for batch, length in settings.shapes)
     matrix_rate, memory_rate = products_action(config, precision, tokens)(), copy_rate()
     machine = describe_machine() | {"threads": torch.get_num_threads(), "precision": precision}
-    write(f"{machine['processor']}, {machine['threads']} threads, {precision}, {machine['kernels']} kernels")
+    where = str(machine["processor"])
+    if settings.device.type == "cpu":
+        where += f", {machine['threads']} threads"
+    write(f"{where}, {precision}, {machine['kernels']} kernels")
     write(f"limits: matrix products {matrix_rate / 1e12:.2f} TFLOP/s, copies {memory_rate / 1e9:.1f} GB/s")
 
     steps = _measure_training(settings, write)
@@ -70,10 +82,9 @@ def run_bench(settings: BenchSettings, write: Callable[[str], object]) -> dict[s
         f"{recurrence['times_faster_than_gru']:.1f} times nn.GRU, "
         f"{recurrence['times_faster_than_loop']:.0f} times the reference loop"
     )
-    kernels = measure_kernels(config, *KERNEL_SHAPE, matrix_rate, settings.rounds)
-    write(
-        f"kernels at {KERNEL_SHAPE[0]} x {KERNEL_SHAPE[1]} tokens: bytes a second against a copy, share of their limit"
-    )
+    batch, length = KERNEL_SHAPE[settings.device.type]
+    kernels = measure_kernels(config, batch, length, matrix_rate, settings.rounds)
+    write(f"kernels at {batch} x {length} tokens: bytes a second against a copy, share of their limit")
     for one in kernels:
         write(f"  {one.name:38} {one.seconds * 1e3:8.2f} ms  {one.share_of_copy:5.0%} {one.share_of_limit:5.0%}")
 
@@ -90,7 +101,7 @@ def run_bench(settings: BenchSettings, write: Callable[[str], object]) -> dict[s
     write_atomic(settings.output / "bench.json", (json.dumps(result, indent=1) + "\n").encode())
     points = _points(steps, kernels, settings)
     picture = settings.output / "roofline.png"
-    draw_roofline(points, matrix_rate, memory_rate, picture, f"{machine['processor']}, {machine['threads']} threads")
+    draw_roofline(points, matrix_rate, memory_rate, picture, where)
     write(f"written: {settings.output / 'bench.json'}, {picture}")
     return result
 
@@ -100,7 +111,7 @@ def _measure_training(settings: BenchSettings, write: Callable[[str], object]) -
     names = ["one_domain", "fused", *(["gpt2", "gpt_compiled"] if settings.peers else [])]
     entries: dict[str, Contender] = contenders(config, settings.precision, names)
     threads = torch.get_num_threads()
-    if settings.peers and threads > 1:
+    if settings.peers and threads > 1 and settings.device.type == "cpu":
         tune_threads(entries["gpt2"], config, sorted({1, threads // 2, threads}))
     found: list[StepTime] = []
     write("training: seconds a step, tokens a second, share of the rate of the model's own matrix products beside it")

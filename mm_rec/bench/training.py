@@ -18,9 +18,12 @@ from mm_rec.bench.limits import matrix_work, products_action
 from mm_rec.bench.peers import ModernGPT, gpt2_110m
 from mm_rec.bench.timing import timed
 from mm_rec.config import ModelConfig
+from mm_rec.data.batches import Batch
 from mm_rec.device import apply_precision, keep_freed_memory
+from mm_rec.graphs import GraphedPass, run_pass
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
+from mm_rec.state import ModelState
 
 __all__ = [
     "Contender", "StepTime", "compare_steps", "contenders", "gpt", "gpt2", "mm_rec", "peak_memory", "random_batch",
@@ -99,15 +102,31 @@ class StepTime:
 
 
 def mm_rec(config: ModelConfig, precision: str) -> dict[str, Contender]:
-    """One model of ours as two contenders: one expert at work, and both fused."""
+    """One model of ours as two contenders, one expert at work and both fused; on a GPU by graphs, as in training."""
     keep_freed_memory()  # as training does; the peers beside it profit too
-    model = MMRecModel(config)
+    with torch.device("cpu"):
+        model = MMRecModel(config)
+    device = torch.get_default_device()
+    model.to(device)
     apply_precision(model, precision)
     optimizer = AdamW(model.named_parameters())
 
+    def loss_of(batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
+        output, after = model(
+            batch.tokens, state, batch.domain, batch.reset, targets=batch.targets, weight=batch.weight
+        )
+        return output.loss, after
+
+    run = (
+        GraphedPass(loss_of, list(model.parameters()), 1)
+        if device.type == "cuda"
+        else partial(run_pass, loss_of, parts=1)
+    )
+
     def step(domain: str | None, tokens: Tensor, targets: Tensor) -> None:
-        output, _ = model(tokens, None, domain, targets=targets)
-        output.loss.backward()
+        reset = torch.zeros_like(tokens, dtype=torch.bool)
+        weight = torch.full(tokens.shape, 1 / tokens.numel())
+        run(Batch(tokens, targets, weight, reset, domain), None)
         float(optimizer.step(RATE, CLIP))
 
     head = config.vocab_size * config.d_model
@@ -136,7 +155,7 @@ def _peer(label: str, model: nn.Module, logits: Callable[[Tensor], Tensor], prec
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
 
     def step(tokens: Tensor, targets: Tensor) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=precision == "bf16"):
             loss = F.cross_entropy(logits(tokens).flatten(0, 1), targets.flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -160,8 +179,9 @@ def contenders(config: ModelConfig, precision: str, names: Sequence[str]) -> dic
 
 def random_batch(config: ModelConfig, batch_size: int, seq_len: int) -> tuple[Tensor, Tensor]:
     """Tokens and targets, the same at every call."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (batch_size, seq_len + 1), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    ids = torch.randint(config.vocab_size, (batch_size, seq_len + 1), generator=generator, device="cpu")
+    ids = ids.to(torch.get_default_device())
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
@@ -209,7 +229,8 @@ def compare_steps(
 
 
 def peak_memory(preset: str, precision: str, batch_size: int, seq_len: int) -> int:
-    """Most bytes resident in a fresh process that takes three training steps with one expert."""
-    command = [sys.executable, "-m", "mm_rec.bench.memory", preset, precision, str(batch_size), str(seq_len)]
+    """Most bytes in a fresh process that takes three training steps with one expert, or of what it has on the GPU."""
+    device = str(torch.get_default_device())
+    command = [sys.executable, "-m", "mm_rec.bench.memory", device, preset, precision, str(batch_size), str(seq_len)]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(result.stdout)

@@ -14,6 +14,7 @@ from mm_rec.settings import Parser
 EPILOG = """examples:
   mm-rec bench
   mm-rec bench --peers --shapes 1x256 2x512 8x512
+  mm-rec bench --device cuda --shapes 1x256 128x512
   mm-rec bench --preset small --precision fp32 --threads 1 --output ./bench
 """
 
@@ -22,6 +23,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     """Parse arguments, measure, print."""
     parser = Parser(prog=prog, description=__doc__, epilog=EPILOG)
     parser.add_argument("--preset", choices=tuple(PRESETS), default=DEFAULT_PRESET)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: CUDA if it is there (default)")
     parser.add_argument("--shapes", nargs="+", type=_shape, default=[(1, 256), (2, 512)], metavar="BxT")
     parser.add_argument("--rounds", type=_count, default=5, help="runs that the medians are of (default 5)")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
@@ -47,16 +49,17 @@ def _shape(text: str) -> tuple[int, int]:
 def _measure(options: argparse.Namespace) -> int:
     import importlib.util
 
-    import torch
-
     from mm_rec.bench.report import BenchSettings, run_bench
-    from mm_rec.device import select_precision, set_threads
+    from mm_rec.device import select_device, select_precision, set_threads
 
     if options.peers and importlib.util.find_spec("transformers") is None:
         raise UserError("--peers needs transformers; install it with: pip install transformers")
+    device = select_device(options.device)
     set_threads(options.threads)
-    precision = select_precision(options.precision, torch.device("cpu"))
-    settings = BenchSettings(options.preset, options.shapes, options.rounds, precision, options.peers, options.output)
+    precision = select_precision(options.precision, device)
+    settings = BenchSettings(
+        options.preset, options.shapes, options.rounds, precision, options.peers, options.output, device
+    )
 
     def write(line: str) -> None:
         sys.stdout.write(line + "\n")

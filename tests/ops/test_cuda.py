@@ -37,7 +37,9 @@ pytestmark = [
 # decay logits, which are an activation.
 TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 5e-3}
 TOLERANCE_ROUNDED = {torch.float32: 2e-2, torch.bfloat16: 2e-2}
-ROUNDED = ("memory_read", "linear_cross_entropy", "recurrence", "gated_recurrence")
+ROUNDED = (
+    "memory_read", "linear_cross_entropy", "recurrence", "gated_recurrence", "linear_branch", "feed_forward",
+)  # fmt: skip
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 # Beside the common cases: every head size that a recurrence kernel is written for, with batches that fill its groups
