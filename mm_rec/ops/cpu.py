@@ -305,6 +305,11 @@ def readout_backward(dy: Tensor, h: Tensor, r: Tensor, heads: int) -> tuple[Tens
     return dh, dr
 
 
+def _spacing(x: Tensor) -> int:
+    """Distance of the rows of (B, T, D), evenly spaced; the stride of an axis of one element says nothing."""
+    return x.stride(1) if x.shape[1] > 1 else x.stride(0)
+
+
 def gated_scan(
     z: Tensor,
     u: Tensor,
@@ -323,7 +328,7 @@ def gated_scan(
     batch, time, width = z.shape
     h, y = _empty(z.shape), _empty(z.shape, z.dtype)
     _call.gated_scan_forward(
-        _TYPE_CODES[z.dtype], batch, time, heads, width // heads, z.data_ptr(), u.data_ptr(), r.data_ptr(), z.stride(1),
+        _TYPE_CODES[z.dtype], batch, time, heads, width // heads, z.data_ptr(), u.data_ptr(), r.data_ptr(), _spacing(z),
         decay_logits.data_ptr(), width, decay_bias.data_ptr(), gate_bias.data_ptr(), _pointer(h0), _pointer(reset),
         h.data_ptr(), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -353,10 +358,10 @@ def gated_scan_backward(
     ddecay, dh0 = _empty(z.shape, z.dtype), _empty((batch, width))
     ddecay_bias, dgate_bias = _empty((batch, width)), _empty((batch, width))  # a share per sequence
     result = _call.gated_scan_backward(
-        _TYPE_CODES[z.dtype], batch, time, heads, width // heads, z.data_ptr(), u.data_ptr(), r.data_ptr(), z.stride(1),
+        _TYPE_CODES[z.dtype], batch, time, heads, width // heads, z.data_ptr(), u.data_ptr(), r.data_ptr(), _spacing(z),
         decay_logits.data_ptr(), width, decay_bias.data_ptr(), gate_bias.data_ptr(), _pointer(h0), _pointer(reset),
         h.data_ptr(), dy.data_ptr(), width, _pointer(dh_last), dz.data_ptr(), du.data_ptr(), dr.data_ptr(),
-        dz.stride(1), ddecay.data_ptr(), ddecay_bias.data_ptr(), dgate_bias.data_ptr(), dh0.data_ptr(),
+        _spacing(dz), ddecay.data_ptr(), ddecay_bias.data_ptr(), dgate_bias.data_ptr(), dh0.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     _check(result)

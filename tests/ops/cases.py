@@ -49,6 +49,7 @@ class Random:
 # that a kernel treats apart, batches that fill groups of sequences and leave a rest.
 TIME_SHAPES = [
     (1, 1, 6, 1),
+    (3, 1, 32, 2),
     (2, 63, 64, 4),
     (1, 513, 16, 1),
     (17, 3, 42, 7),
