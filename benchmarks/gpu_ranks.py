@@ -30,6 +30,7 @@ from mm_rec.device import apply_precision
 from mm_rec.graphs import GraphedPass, LossFunction, run_pass
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
+from mm_rec.replicas import averaged
 from mm_rec.sharding import ShardedAdamW, sharded_model
 from mm_rec.stages import learning_rate
 
@@ -77,7 +78,7 @@ def measure(name: str, parallel: str) -> dict[str, Any]:
     config, rows, rate = MODELS[name]
     sharded = parallel == "fsdp"
     model, optimizer = make(config, sharded, name == "large")
-    loss_of: LossFunction = distributed.averaged(model, sharded=sharded)
+    loss_of: LossFunction = averaged(model, sharded=sharded)
     feed, source = Feed(torch.device("cuda"), distributed.own_batch), Words(config.vocab_size, rows)
     graphed = None if sharded else GraphedPass(loss_of, list(model.parameters()), 1)
     losses, times = [], []

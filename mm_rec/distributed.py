@@ -1,9 +1,9 @@
 """Several processes that train one model, on one host or many, as torchrun starts them.
 
 Every process runs the same command. It reads its rows of each micro-batch, a pure function of seed, step and rank; DDP
-averages the gradients, or FSDP where a process holds only its part of the model (sharding.py); the first process alone
-writes the run folder. What is saved doesn't depend on their number: a run goes on with any number of processes that
-divides the rows of a micro-batch. Without torchrun all functions here do what suits a single process.
+averages the gradients (replicas.py), or FSDP where a process holds only its part of the model (sharding.py); the first
+process alone writes the run folder. What is saved doesn't depend on their number: a run goes on with any number of
+processes that divides the rows of a micro-batch. Without torchrun all functions here do what suits a single process.
 
 What processes tell each other besides tensors is JSON, never a pickle, and goes through the CPU (gloo).
 """
@@ -15,7 +15,7 @@ import datetime
 import gc
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,24 +23,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from mm_rec.checkpoint import Checkpoint
 from mm_rec.config import ModelConfig
 from mm_rec.data.batches import Batch
 from mm_rec.errors import UserError
-from mm_rec.model import MMRecModel
 from mm_rec.run_folder import RunFolder
 from mm_rec.signals import Interrupted, SignalGuard
-from mm_rec.state import ModelState, detach_state
 from mm_rec.tuning import cores
 
 __all__ = [
     "Follower",
     "SharedTensors",
     "agree",
-    "averaged",
     "check_rows",
     "check_signals",
     "default_threads",
@@ -259,86 +255,6 @@ def gather_rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         dist.all_gather(parts, own)
         gathered[name] = torch.cat(parts)
     return gathered
-
-
-class _Loss(nn.Module):
-    """The loss of a model, as DDP wants it: a gradient flows through all that it gives, or is cut off."""
-
-    def __init__(self, model: MMRecModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
-        output, after = self.model(
-            batch.tokens, state, batch.domain, batch.reset, targets=batch.targets, weight=batch.weight
-        )
-        return output.loss, detach_state(after)
-
-
-class _Averaged:
-    """The loss by DDP, with one reducer for every set of parameters that learn from a micro-batch.
-
-    A micro-batch has the same domain in all processes, so all agree on the set. Knowing it spares DDP a search for
-    what got no gradient, after which it has to wait for the device, and which no CUDA graph could hold.
-    """
-
-    def __init__(self, model: MMRecModel, parts: int) -> None:
-        self._model = model
-        self._parts = parts
-        self._reducers: dict[tuple[str, ...], DistributedDataParallel] = {}
-
-    def __call__(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
-        learning = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
-        names = tuple(name for name in learning if _learns(name, batch.domain))
-        if names not in self._reducers:
-            self._reducers[names] = self._reducer([p for name, p in learning.items() if name not in names])
-        loss, after = self._reducers[names](batch, state)
-        return loss, after
-
-    def _reducer(self, without: list[nn.Parameter]) -> DistributedDataParallel:
-        """DDP that leaves some parameters alone: it takes those that want a gradient when it is made.
-
-        Where a step has one micro-batch the gradients stay in DDP's buckets; the next pass overwrites them there.
-        """
-        for parameter in without:
-            parameter.requires_grad_(False)
-        try:
-            with _side_stream(self._model.embedding.weight.device):
-                return DistributedDataParallel(_Loss(self._model), gradient_as_bucket_view=self._parts == 1)
-        finally:
-            for parameter in without:
-                parameter.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    """Where DDP has to be made: it adds up gradients on the stream of its making, and no graph has the default one."""
-    if device.type == "cpu":
-        yield
-        return
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # which is meant
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)
-
-
-def _learns(name: str, domain: str | None) -> bool:
-    """Whether a parameter learns from micro-batches of a domain."""
-    return domain is None or not name.startswith(("experts.", "fusion.")) or name.startswith(f"experts.{domain}.")
-
-
-def averaged(
-    model: MMRecModel, *, sharded: bool = False, parts: int = 1
-) -> Callable[[Batch, ModelState | None], tuple[Tensor, ModelState]]:
-    """The loss of a micro-batch and the state after it; its gradients are averaged over the processes.
-
-    Args:
-        model: whole in each process, for DDP, or ``sharded``, in which case FSDP and the optimizer average.
-        parts: micro-batches of a step; with more than one, the gradients of a call survive the next.
-    """
-    return _Loss(model) if sharded or size() == 1 else _Averaged(model, parts)
 
 
 class Follower(RunFolder):

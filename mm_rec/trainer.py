@@ -38,6 +38,7 @@ from mm_rec.plan import Plan
 from mm_rec.plots import draw_losses
 from mm_rec.position import Position
 from mm_rec.progress import Meter, Progress, StepReport
+from mm_rec.replicas import averaged
 from mm_rec.run_folder import METRICS, RunFolder
 from mm_rec.signals import Interrupted, SignalGuard
 from mm_rec.state import ModelState, flatten_state, map_state, unflatten_state
@@ -107,7 +108,7 @@ class Trainer:
         self.carried: dict[str, ModelState] = {}
         self.feed = Feed(self.device, distributed.own_batch)
         self._sharded = runtime.get("parallel") == "fsdp"
-        self._loss = distributed.averaged(model, sharded=self._sharded, parts=plan.accumulation)
+        self._loss = averaged(model, sharded=self._sharded, parts=plan.accumulation)
         self._graphs: GraphedPass | None = None
         self._between = guard.check if distributed.size() == 1 else _nothing
 

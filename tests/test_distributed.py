@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from mm_rec import checkpoint
 from mm_rec.config import ModelConfig
@@ -162,6 +163,19 @@ def test_fusion_in_several_processes(tmp_path: Path) -> None:
         assert losses(tmp_path / name, "stage3") == pytest.approx(losses(tmp_path / "one", "stage3"), rel=2e-5), name
         last = checkpoint.load(tmp_path / name / "stage3" / LAST.relative_to("stage1"))
         assert last.trainer["runtime"]["parallel"] == parallel
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_training_on_gpus(tmp_path: Path) -> None:
+    """The command itself, by CUDA graphs: the losses of the CPU, on one GPU and, by DDP and FSDP, on two."""
+    cuda = ["--device", "cuda"]
+    runs = [Run(1, "cpu", 4), Run(1, "one", 4, cuda)]
+    if torch.cuda.device_count() > 1:
+        runs += [Run(2, "ddp", 4, cuda), Run(2, "fsdp", 4, [*cuda, *FSDP])]
+    train(tmp_path, *runs)
+    for run in runs[1:]:
+        assert losses(tmp_path / run.folder) == pytest.approx(losses(tmp_path / "cpu"), rel=2e-4), run.folder
 
 
 def events(run: Path) -> str:
