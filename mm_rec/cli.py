@@ -93,7 +93,7 @@ def run_program(program: Callable[[], int]) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, SystemError) as error:
         if not is_out_of_memory(error):
             raise
         sys.stderr.write("error: out of memory; free some, or use less data or a smaller model\n")

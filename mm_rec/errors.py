@@ -23,4 +23,6 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"  # PyTorch's: not imported for this, so that --help is quick
         or "allocate memory" in str(error)
         or "can't start new thread" in str(error)  # no room for its stack
+        # CPython, where an allocation failed and the exception for that could not be made either
+        or (isinstance(error, SystemError) and "exception" in str(error))
     )
