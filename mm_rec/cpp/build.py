@@ -37,13 +37,12 @@ LEVEL_FLAGS: dict[str, list[str]] = {
     "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
 }
 
-# Machine code for the two generations with bf16 matrix units that differ, and PTX that the driver compiles for later
-# ones. The run-time library is linked in, so the one that PyTorch brings may be of any version. Subnormal numbers count as
+# The run-time library is linked in, so the one that PyTorch brings may be of any version. Subnormal numbers count as
 # zero: exponentials and reciprocals, which many kernels are made of, then take one instruction in place of four.
-CUDA_FLAGS = [
-    "-std=c++17", "-O3", "-ftz=true", "-Xcompiler", "-fPIC", "-cudart", "static",
-    "-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=[sm_90,compute_90]",
-]  # fmt: skip
+CUDA_FLAGS = ["-std=c++17", "-O3", "-ftz=true", "-Xcompiler", "-fPIC", "-cudart", "static"]
+CUDA_ARCHITECTURES = "80 90"
+"""The two generations with bf16 matrix units that differ; of the last one also PTX, which the driver compiles for later
+ones. MM_REC_CUDA_ARCHITECTURES names others, or fewer for a shorter build."""
 
 
 class BuildError(RuntimeError):
@@ -104,6 +103,12 @@ def cuda_compiler() -> str | None:
     return None
 
 
+def _architecture_flags() -> list[str]:
+    names = os.environ.get("MM_REC_CUDA_ARCHITECTURES", "").split() or CUDA_ARCHITECTURES.split()
+    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    return [*flags, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
+
+
 def build_cuda(folder: Path = HERE) -> Path:
     """Compile the CUDA kernels into one library in ``folder``; needs no GPU.
 
@@ -114,7 +119,7 @@ def build_cuda(folder: Path = HERE) -> Path:
     if compiler is None:
         raise BuildError("no CUDA compiler found; install the CUDA toolkit and put nvcc on PATH, or set CUDACXX")
     target = folder / CUDA_LIBRARY
-    command = [compiler, *CUDA_FLAGS]
+    command = [compiler, *CUDA_FLAGS, *_architecture_flags()]
     _build([(command, source) for source in sorted((HERE / "cuda").glob("*.cu"))], [*command, "-shared"], [], target)
     return target
 

@@ -43,6 +43,13 @@ def test_no_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         build.build_cpu(tmp_path)
 
 
+def test_the_generations_of_gpus_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MM_REC_CUDA_ARCHITECTURES", raising=False)
+    assert [flag.rpartition("=")[2] for flag in build._architecture_flags()] == ["sm_80", "sm_90", "compute_90"]
+    monkeypatch.setenv("MM_REC_CUDA_ARCHITECTURES", "86")
+    assert [flag.rpartition("=")[2] for flag in build._architecture_flags()] == ["sm_86", "compute_86"]
+
+
 def test_what_the_compiler_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "broken-compiler"
     broken.write_text("#!/bin/sh\necho 'cannot do it' >&2\nexit 1\n")
