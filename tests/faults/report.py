@@ -85,9 +85,12 @@ def _runs(entry: dict[str, Any]) -> list[str]:
             found.setdefault((run["commit"], run["machine"]), []).append(run)
     lines = []
     for (commit, machine), runs in found.items():
-        seeds = f"{runs[0]['first_seed']} to {runs[-1]['first_seed'] + runs[-1]['trials'] - 1}"
+        runs = sorted(runs, key=lambda run: run["first_seed"])
+        first, last = runs[0]["first_seed"], runs[-1]["first_seed"] + runs[-1]["trials"] - 1
+        count = sum(run["trials"] for run in runs)
+        seeds = f"seeds {first} to {last}" if count == last - first + 1 else f"{count} seeds of {first} to {last}"
         seconds = sum(run["seconds"] for run in runs)
-        lines.append(f"at {commit}, seeds {seeds}, {seconds:,.0f} s, {runs[-1]['date'][:10]}; {machine}")
+        lines.append(f"at {commit}, {seeds}, {seconds:,.0f} s, {runs[-1]['date'][:10]}; {machine}")
     return lines
 
 
