@@ -15,7 +15,7 @@ import pytest
 from mm_rec.cpp.build import HERE, LEVEL_FLAGS, cpu_compiler
 from mm_rec.ops.native import LEVELS, CpuLibrary
 
-FLAGS = ["-std=c++17", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 SECONDS = "3"
 
 
