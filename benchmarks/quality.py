@@ -239,7 +239,8 @@ def train_and_score(
 def draw(result: dict[str, Any], picture: Path) -> None:
     """The best run of each model: training loss by minutes and by tokens, with what was reached on held-out text."""
     best: dict[str, dict[str, Any]] = {}
-    for row in sorted(result["runs"], key=lambda row: -sum(row["bits_per_byte"].values())):
+    with_curve = (row for row in result["runs"] if "curve" in row)  # earlier results have none
+    for row in sorted(with_curve, key=lambda row: -sum(row["bits_per_byte"].values())):
         best[row["model"]] = row
     figure = Figure(figsize=(9.6, 4.2), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
