@@ -79,7 +79,8 @@ OPS_THAT_PASS_NAN = (
 @pytest.mark.parametrize("op", OPS_THAT_PASS_NAN)
 def test_nan_is_passed_on(op: str) -> None:
     """A NaN must reach the loss, where the trainer sees it."""
-    arguments = list(CASES[op].values())[2](torch.float32)
+    made = (make(torch.float32) for name, make in CASES[op].items() if "without" not in name)
+    arguments = next(arguments for arguments in made if arguments[0].shape[1] > 1)  # a decay needs a step before
     for index, x in enumerate(arguments):
         if isinstance(x, torch.Tensor) and x.is_floating_point():
             poisoned = (*arguments[:index], torch.full_like(x, torch.nan), *arguments[index + 1 :])

@@ -23,7 +23,8 @@ MakeService = Callable[..., Service]
 Serve = Callable[..., contextlib.AbstractContextManager[str]]
 WaitUntil = Callable[[Callable[[], bool]], None]
 
-ENDLESS = {"model": "tiny", "prompt": "a", "max_tokens": 10**6, "stream": True}
+# Greedy: a draw would come upon an end token after some hundreds.
+ENDLESS = {"model": "tiny", "prompt": "a", "max_tokens": 10**6, "stream": True, "temperature": 0}
 SHORT = {"model": "tiny", "prompt": "a", "max_tokens": 2}
 
 
