@@ -112,8 +112,13 @@ def next_tokens(logits: Tensor, draws: Sequence[Draws]) -> list[int]:
     Args:
         logits: (B, V) any floating type, any device; -inf for what must not come.
         draws: B texts.
+
+    Raises:
+        UserError: if there is no number to go by in a row.
     """
     scores = logits.detach().to("cpu", torch.float32)
+    if not scores.amax(-1).isfinite().all():  # of rows with a NaN that is one, too
+        raise UserError("the model gives no numbers: its weights are damaged, or its training ran away")
     if backend.runs_native("sample", scores):
         return sample(scores, [one.row() for one in draws])
     return [_draw(row, one) for row, one in zip(scores, draws, strict=True)]

@@ -214,6 +214,8 @@ def reporting_errors(path: Path, n_bytes: int = 0) -> Iterator[None]:
 def _message(path: Path, error: OSError, n_bytes: int) -> str:
     assert error.errno is not None
     reason = os.strerror(error.errno).lower()
+    if error.errno == errno.EEXIST:
+        return f"cannot write {path}: {reason}; {_REMEDIES[error.errno]}"
     space = f"{format_bytes(n_bytes)} needed, " if n_bytes else ""
     with contextlib.suppress(OSError):
         space += f"{format_bytes(free_bytes(path))} free"

@@ -68,6 +68,13 @@ def test_settings_out_of_range_are_refused(wrong: dict) -> None:
         Sampling(**wrong)
 
 
+@pytest.mark.parametrize("broken", [[float("nan"), 0.0], [float("-inf")] * 2, [0.0, float("inf")]])
+def test_a_model_that_gives_no_numbers_is_an_error(broken: list[float]) -> None:
+    for temperature in (0.0, 1.0):
+        with pytest.raises(UserError, match="no numbers"):
+            draws(torch.tensor(broken), Sampling(temperature=temperature))
+
+
 def stream_text(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
     stream = TextStream(tokenizer, stop)
     pieces = [stream.push(i) for i in ids if not stream.stopped] + [stream.finish()]

@@ -34,6 +34,7 @@ _TOKENIZER_BYTES = 12_000_000  # of each domain; training a vocabulary of 32,000
 _SMALLEST_VOCABULARY = 512
 _BYTES_AN_ENTRY = 1280  # of text for each entry of the vocabulary: rarer tokens cost time and learn little
 _ENCODE_CHARACTERS = 2_000_000  # at a time
+_BAD_ROWS_TOLD = 10
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def prepare(
         for name, paths in files.items():
             tell(f"{name}: reading {', '.join(file.name for file in paths)}")
             surveys[name] = survey_domain(name, paths, max_samples=max_samples, filters=filters, skip_bad=skip_bad)
+            tell_bad_rows(surveys[name].bad_rows, tell)
         with atomic_folder(path, sum(survey.n_bytes for survey in surveys.values())) as folder:
             _make(folder, surveys, vocab_size, tokenizer, tell)
 
@@ -140,6 +142,14 @@ def make_once(root: Path, settings: dict[str, Any], make: Callable[[Path], None]
     finally:
         lock.release()
     return _open(path)
+
+
+def tell_bad_rows(found: list[str], tell: Callable[[str], None]) -> None:
+    """The first rows that were left out, by file and line."""
+    for line in found[:_BAD_ROWS_TOLD]:
+        tell(f"left out {line}")
+    if len(found) > _BAD_ROWS_TOLD:
+        tell(f"and {len(found) - _BAD_ROWS_TOLD:,} more")
 
 
 def describe(report: dict[str, Any]) -> list[str]:
@@ -200,7 +210,7 @@ def _make(
         tell(f"{name}: writing tokens")
         entry = report["domains"][name] = {
             "read": survey.read,
-            "bad_rows": survey.bad_rows,
+            "bad_rows": len(survey.bad_rows),
             "dropped": dict(survey.dropped.most_common()),
             "kept": len(survey.kept),
         }

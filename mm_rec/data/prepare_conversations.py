@@ -13,7 +13,7 @@ from mm_rec.data.conversations import encode_document, find_conversations, read_
 from mm_rec.data.files import BadRows
 from mm_rec.data.manifest import check_files
 from mm_rec.data.pack import write_store
-from mm_rec.data.prepare import Prepared, make_once
+from mm_rec.data.prepare import Prepared, make_once, tell_bad_rows
 from mm_rec.errors import UserError
 from mm_rec.storage import atomic_folder
 from mm_rec.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ def prepare_conversations(
 
     def make(folder: Path) -> None:
         tell(f"{name}: reading {', '.join(file.name for file in files)}")
-        _make(folder, name, files, tokenizer, max_samples, skip_bad)
+        _make(folder, name, files, tokenizer, max_samples, skip_bad, tell)
 
     prepared = make_once(cache, settings, make)
     tell(_describe(name, prepared.report["domains"][name]))
@@ -73,7 +73,13 @@ def prepare_conversations(
 
 
 def _make(
-    folder: Path, name: str, files: list[Path], tokenizer: Tokenizer, max_samples: int | None, skip_bad: int
+    folder: Path,
+    name: str,
+    files: list[Path],
+    tokenizer: Tokenizer,
+    max_samples: int | None,
+    skip_bad: int,
+    tell: Callable[[str], None],
 ) -> None:
     """Read the files once to choose what is held out and once for each store."""
     bad = BadRows(skip_bad)
@@ -82,9 +88,14 @@ def _make(
     for messages in _read(files, bad, max_samples):
         keys.append(_key(messages))
         sizes[keys[-1]] = sum(len(message.content.encode()) for message in messages)
+    tell_bad_rows(bad.found, tell)
     held_out = _hold_out(sizes)
     if held_out is None:
-        raise UserError(f"there are too few conversations in {files[0].parent}: training needs two different ones")
+        names = ", ".join(str(file) for file in files)
+        raise UserError(
+            f"there are too few conversations in {names}: training needs two different ones, and there are "
+            f"{len(sizes)}, beside {len(bad.found)} bad rows"
+        )
     with atomic_folder(folder, 6 * sum(sizes.values())) as temporary:
         tokenizer.save(temporary / "tokenizer")
         entry: dict[str, Any] = {"read": len(keys), "bad_rows": len(bad.found)}

@@ -26,7 +26,7 @@ class Survey:
         files: the data files, in the order of reading.
         skip_bad: how many rows that cannot be read are left out before it is an error.
         read: how many documents were read.
-        bad_rows: how many rows were left out.
+        bad_rows: file, line and fault of each row that was left out.
         dropped: how many documents the filters left out, by reason.
         kept: hash and bytes of each document that is used, by its number in the order of reading.
         valid: numbers of the held-out documents.
@@ -36,7 +36,7 @@ class Survey:
     files: list[Path]
     skip_bad: int = 0
     read: int = 0
-    bad_rows: int = 0
+    bad_rows: list[str] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     kept: dict[int, tuple[int, int]] = field(default_factory=dict)
     valid: set[int] = field(default_factory=set)
@@ -127,7 +127,7 @@ def survey_domain(
         survey.kept[number] = (int.from_bytes(hashlib.sha256(content).digest()[:8], "big"), len(content))
         if len(survey.kept) == max_samples:
             break
-    survey.bad_rows = len(bad.found)
+    survey.bad_rows = bad.found
     if not survey.kept or not survey.split():
         dropped = "".join(f", {count} {reason}" for reason, count in survey.dropped.items())
         raise UserError(

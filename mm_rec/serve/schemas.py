@@ -98,7 +98,7 @@ class SamplingFields(Strict):
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = Field(
         None, description="the text ends before any of these"
     )
-    seed: Annotated[int, INTEGRAL] | None = Field(None, description="the same gives the same text")
+    seed: Annotated[int, INTEGRAL] | None = Field(None, description="the same gives the same text, up to rounding")
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), INTEGRAL] | None = Field(
         None, description="texts to draw of one prompt"
     )

@@ -78,6 +78,7 @@ def test_bad_rows_are_counted_and_capped(data: Path, tokenizer: Tokenizer) -> No
     prepared = run(data, tokenizer, skip_bad=2, progress=told.append)
     assert prepared.report["domains"]["chat"]["bad_rows"] == 2
     assert "80 conversations read, 2 bad rows left out" in told[-1]
+    assert sum(line.startswith(f"left out {data / 'a.jsonl'}:") for line in told) == 2
 
 
 def test_too_few_conversations_are_an_error(data: Path, tokenizer: Tokenizer) -> None:
