@@ -130,13 +130,11 @@ class AdamW:
             The norm before clipping, float32 of shape (), on the parameters' device; 0 where there is no gradient.
         """
         self.accumulate()
-        active = self._active()
-        if not active:
-            self._norm = torch.zeros((), device=self._slots[0].master.device)
-        else:
+        if self._norm is None:
+            active = self._active()
             if not self._on_cpu:
                 _widen(active)
-            self._norm = self._total_norm(active)
+            self._norm = self._total_norm(active) if active else self._slots[0].master.new_zeros(())
         return self._norm
 
     def _total_norm(self, slots: list[_Slot]) -> Tensor:
@@ -157,8 +155,7 @@ class AdamW:
             The global norm before clipping, float32 of shape (), on the parameters' device. Where it is not
             finite nothing was updated.
         """
-        self.accumulate()
-        norm = self.gradient_norm() if self._norm is None else self._norm
+        norm = self.gradient_norm()
         active = self._active()
         if active:
             update = self._update if self._on_cpu else self._update_on_device

@@ -121,12 +121,13 @@ class Trainer:
 
     def _carried_in(self, checkpoint: Checkpoint) -> dict[str, ModelState]:
         """The states of a checkpoint by domain; none if the user accepted a batch of another number of rows."""
-        rows = {len(tensor) for tensor in checkpoint.carried.values()}
+        carried = dict(checkpoint.carried)  # once: with several processes each look at a tensor sends it
+        rows = {len(tensor) for tensor in carried.values()}
         if rows - {self.plan.batch_size}:
             self.run.event(f"the carried state of {max(rows)} rows is left out: a batch has {self.plan.batch_size}")
             return {}
         flat: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for name, tensor in checkpoint.carried.items():
+        for name, tensor in carried.items():
             key, _, rest = name.partition("/")
             flat[key][rest] = distributed.own_rows(tensor).to(self.device)
         return {key: unflatten_state(tensors, self.model.config) for key, tensors in flat.items()}

@@ -265,7 +265,7 @@ def linear_branch(
     """The recurrent part of a block that is linear in its state.
 
     One product gives candidate z, readout gate r, integration gate u and the decay's hidden layer; then
-    :func:`mdi`, :func:`scan`, :func:`readout` and the product with ``out_proj``.
+    :func:`gated_recurrence` and the product with ``out_proj``.
 
     Args:
         n: (B, T, D).
@@ -280,12 +280,9 @@ def linear_branch(
     Returns:
         (B, T, D) in the type of ``n`` and the last state (B, D), float32 (float64 for float64 inputs).
     """
-    width = n.shape[2]
-    z, r, u, hidden = F.linear(_wide(n), _wide(in_proj)).split([width] * 3 + [decay_proj.shape[1]], dim=-1)
-    decay_logits = F.linear(F.gelu(hidden), _wide(decay_proj))
-    gamma, x = mdi(decay_logits, decay_bias, z, u, gate_bias)
-    h = scan(gamma, x, h0, reset)
-    return F.linear(readout(h, r, heads), _wide(out_proj)).to(n.dtype), h[:, -1]
+    projected = F.linear(_wide(n), _wide(in_proj))
+    y, h_last = gated_recurrence(projected, _wide(decay_proj), decay_bias, gate_bias, heads, None, h0, reset)
+    return F.linear(y, _wide(out_proj)).to(n.dtype), h_last
 
 
 def rotary_angles(index: Tensor, head_dim: int, base: float) -> Tensor:
