@@ -2,8 +2,8 @@
 
 Both get the same data, tokenizer, optimizer and number of tokens, and each the best of several learning rates and sizes
 of a step; what counts is bits per byte on held-out documents, as training goes on and at its end. MM-Rec trains as the
-product does in stage 1, each micro-batch of one domain; the GPT (12 blocks of 768, see mm_rec.bench.peers) reads both
-domains in every micro-batch, through torch.compile and PyTorch's flash attention.
+product does in stage 1, each micro-batch of one domain, one or more of them a step; the GPT (12 blocks of 768, see
+mm_rec.bench.peers) reads both domains in every micro-batch, through torch.compile and PyTorch's flash attention.
 
     python -m benchmarks.gpu_quality prepare --corpora DIR --data TOKENS     # once, on any machine
     python -m benchmarks.gpu_quality train --data TOKENS --model mm-rec --rates 1e-3 2e-3 --result one.json
@@ -64,7 +64,7 @@ class Contestant(ABC):
 
     @abstractmethod
     def learn(self, batch: Batch) -> Tensor:
-        """Forward and backward; returns the loss."""
+        """Forward and backward of a micro-batch; returns its loss."""
 
     @abstractmethod
     def bits_per_byte(self, domain: str, store: TokenStore) -> float:
@@ -76,10 +76,10 @@ class MMRec(Contestant):
 
     mixed = False
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, accumulation: int) -> None:
         self.model: MMRecModel = MMRecModel(ModelConfig.preset("100m", vocab_size=vocabulary)).cuda()
         apply_precision(self.model, "bf16")
-        self._graphs = GraphedPass(self._loss, list(self.model.parameters()), 1)
+        self._graphs = GraphedPass(self._loss, list(self.model.parameters()), accumulation)
 
     def _loss(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
         output, after = self.model(
@@ -99,8 +99,9 @@ class GPT(Contestant):
 
     mixed = True
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, accumulation: int) -> None:
         torch.manual_seed(0)
+        self._accumulation = accumulation
         self.model = ModernGPT(vocabulary, 768, 12, 12)
         for name, parameter in self.model.named_parameters():
             is_residual = name.endswith(("out.weight", "down.weight"))
@@ -117,7 +118,7 @@ class GPT(Contestant):
 
     def learn(self, batch: Batch) -> Tensor:
         loss = (self._nll(batch.tokens, batch.targets) * batch.weight.flatten()).sum()
-        loss.backward()
+        (loss / self._accumulation).backward()
         return loss.detach()
 
     @torch.no_grad()
@@ -136,13 +137,14 @@ class GPT(Contestant):
 CONTESTANTS = {"mm-rec": MMRec, "gpt": GPT}
 
 
-def train(name: str, rows: int, rate: float, data: Data, tokens: int) -> dict[str, Any]:
+def train(name: str, rows: int, accumulation: int, rate: float, data: Data, tokens: int) -> dict[str, Any]:
     """Train one model at one rate for about so many tokens, in steps of so many rows, and score it on the way."""
     start = time.perf_counter()
-    contestant = CONTESTANTS[name](data.tokenizer.padded_vocab_size)
+    contestant = CONTESTANTS[name](data.tokenizer.padded_vocab_size, accumulation)
     per_step = rows * CONTEXT
     optimizer = AdamW(contestant.model.named_parameters(), betas=betas(per_step), weight_decay=WEIGHT_DECAY)
-    batches = Batches(data.train, batch_size=rows, seq_len=CONTEXT, seed=0, layout="windows", mixed=contestant.mixed)
+    micro = rows // accumulation
+    batches = Batches(data.train, batch_size=micro, seq_len=CONTEXT, seed=0, layout="windows", mixed=contestant.mixed)
     feed = Feed(torch.device("cuda"))
     for index in range(4):  # compile, or capture the graph of each domain; nothing is learned
         contestant.learn(feed.take(batches, index))
@@ -155,24 +157,27 @@ def train(name: str, rows: int, rate: float, data: Data, tokens: int) -> dict[st
     row = {
         "model": name,
         "rows": rows,
+        "accumulation": accumulation,
         "rate": rate,
         "parameters": sum(p.numel() for p in contestant.model.parameters()),
     }
     row |= {"tokens": steps * per_step, "start seconds": begin - start}
     begin = time.perf_counter()
     for step in range(1, steps + 1):
-        losses.append(contestant.learn(feed.take(batches, step - 1)))
+        for index in range((step - 1) * accumulation, step * accumulation):
+            losses.append(contestant.learn(feed.take(batches, index)))
+            optimizer.accumulate()
+            feed.prefetch(batches, index + 1)
         optimizer.step(learning_rate(step, steps, rate), CLIP)
-        feed.prefetch(batches, step)
         if step % 20 == 0:
             torch.cuda.synchronize()  # the host must not run ahead without end
         if step in marks:
             torch.cuda.synchronize()
             seconds += time.perf_counter() - begin
             bits = {DOMAINS[d]: contestant.bits_per_byte(d, store) for d, store in data.valid.items()}
-            recent = float(torch.stack(losses[-50:]).mean())
+            recent = float(torch.stack(losses[-50 * accumulation :]).mean())
             curve.append({"tokens": step * per_step, "seconds": seconds, "loss": recent, "bits_per_byte": bits})
-            print(f"{name} {rows} {rate:g} {json.dumps(curve[-1])}", flush=True)
+            print(f"{name} {rows}/{accumulation} {rate:g} {json.dumps(curve[-1])}", flush=True)
             begin = time.perf_counter()
     return {**row, "seconds": seconds, "bits_per_byte": curve[-1]["bits_per_byte"], "curve": curve}
 
@@ -235,8 +240,8 @@ def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
 def show(row: dict[str, Any]) -> None:
     bits = "  ".join(f"{name} {value:.4f}" for name, value in row["bits_per_byte"].items())
     print(
-        f"{row['model']:7s}{row['rows']:3d} rows, rate {row['rate']:<7g}{row['tokens']:11,} tokens in "
-        f"{row['seconds']:5.1f} s  mean {mean(row['bits_per_byte']):.4f}  {bits}"
+        f"{row['model']:7s}{row['rows']:3d} rows in {row.get('accumulation', 1)}, rate {row['rate']:<7g}"
+        f"{row['tokens']:11,} tokens in {row['seconds']:5.1f} s  mean {mean(row['bits_per_byte']):.4f}  {bits}"
     )
 
 
@@ -251,6 +256,7 @@ def main() -> None:
     one.add_argument("--model", choices=CONTESTANTS, required=True)
     one.add_argument("--rates", type=float, nargs="+", required=True)
     one.add_argument("--rows", type=int, default=ROWS, help="of 512 tokens in a step")
+    one.add_argument("--accumulation", type=int, default=1, help="micro-batches that share the rows of a step")
     one.add_argument("--tokens", type=int, default=TOKENS)
     one.add_argument("--result", type=Path, required=True)
     one.add_argument("--commit", help="of the code measured, where git does not know")
@@ -272,7 +278,7 @@ def main() -> None:
             "runs": [],
         }
         for rate in options.rates:
-            found["runs"].append(train(options.model, options.rows, rate, data, options.tokens))
+            found["runs"].append(train(options.model, options.rows, options.accumulation, rate, data, options.tokens))
             options.result.write_text(json.dumps(found, indent=1) + "\n")
             torch.cuda.empty_cache()
     else:
