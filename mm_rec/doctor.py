@@ -157,7 +157,8 @@ def _check_records(run: Path, newest: Checkpoint | None) -> Iterable[Finding]:
 
 
 def _check_leftovers(run: Path, owner: str | None) -> Iterable[Finding]:
-    leftovers = [] if owner else list(run.rglob(f"{storage.TEMPORARY_PREFIX}*"))
+    found = () if owner else run.rglob(f"{storage.TEMPORARY_PREFIX}*")
+    leftovers = [path for path in found if storage.is_temporary(path)]
     if leftovers:
         yield Finding("note", f"{len(leftovers)} interrupted writes; the next start of the run removes them")
 

@@ -205,7 +205,7 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: MMRecCache | None = None,
@@ -230,8 +230,12 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             **loss_settings: for the loss, such as ``num_items_in_batch``.
 
         Raises:
-            ValueError: for a mask of another length, or padding between tokens.
+            ValueError: for a mask of another length, padding between tokens, or a wish that it has no answer to:
+                attention maps, hidden states of its layers, embeddings in place of tokens.
         """
+        _refuse_unsupported(loss_settings)
+        if input_ids is None:
+            raise ValueError("MM-Rec reads tokens: give input_ids")
         if labels is None and past_key_values is not None:
             logits = self._step(input_ids, attention_mask, position_ids, past_key_values, domain)
             if logits is not None:
@@ -279,6 +283,14 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
         """Does nothing: a saved folder has its own small modeling file and needs no copy of this module."""
+
+
+def _refuse_unsupported(settings: dict[str, Any]) -> None:
+    """Raise ValueError for arguments of other models that would be passed over in silence."""
+    for name in ("inputs_embeds", "output_attentions", "output_hidden_states"):
+        value = settings.get(name)
+        if value is not None and value is not False:
+            raise ValueError(f"MM-Rec does not support {name}")
 
 
 def _document_starts(

@@ -31,6 +31,7 @@ __all__ = [
     "atomic_folder",
     "format_bytes",
     "free_bytes",
+    "is_temporary",
     "remove_folder",
     "remove_leftovers",
     "reporting_errors",
@@ -149,11 +150,16 @@ def remove_folder(path: Path) -> None:
     _remove(doomed)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a name is one that a write of ours had before it was done."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
 def remove_leftovers(folder: Path) -> list[Path]:
     """Remove temporaries in ``folder`` whose writer is dead; returns them."""
     removed = []
     for temporary in sorted(Path(folder).glob(f"{TEMPORARY_PREFIX}*")):
-        if not _TEMPORARY.fullmatch(temporary.name):  # the user's
+        if not is_temporary(temporary):  # the user's
             continue
         lock = _try_lock(temporary, required=True)
         if lock is not None:

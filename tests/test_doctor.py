@@ -73,7 +73,8 @@ def test_a_run_in_use(run: Path) -> None:
 
 
 def test_interrupted_writes_and_lost_records(run: Path) -> None:
-    (run / "checkpoints" / ".tmp-step_000003-0123").mkdir()
+    (run / "checkpoints" / ".tmp-step_000003-0123456789abcdef").mkdir()
+    (run / ".tmp-of-the-user").mkdir()
     (run / "loss_log.txt").write_text("")
     findings = check_run(run)
     assert "1 interrupted writes" in texts(findings, "note")

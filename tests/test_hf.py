@@ -194,6 +194,13 @@ def test_reading_goes_on_from_a_cache(model: MMRecForCausalLM) -> None:
         cache.crop(1)
 
 
+@pytest.mark.parametrize("name", ["inputs_embeds", "output_attentions", "output_hidden_states"])
+def test_what_is_not_supported_is_refused(model: MMRecForCausalLM, name: str) -> None:
+    value = torch.zeros(1, 4, model.config.d_model) if name == "inputs_embeds" else True
+    with pytest.raises(ValueError, match=f"does not support {name}"):
+        model(**{name: value})
+
+
 def test_generation_goes_on_from_a_cache(model: MMRecForCausalLM) -> None:
     prompt = tokens(1, 20)
     options = {"do_sample": False, "return_dict_in_generate": True, "eos_token_id": None}

@@ -465,7 +465,7 @@ def test_measuring_activations_keeps_nothing() -> None:
     measure_activations(model, "text")
     before = tensors()
     measure_activations(model, "text")
-    assert tensors() == before
+    assert tensors() <= before
 
 
 def test_memory_that_runs_out_is_a_message(data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
