@@ -1,9 +1,9 @@
 """Token by token without Python between the layers: a model's weights and state for :class:`mm_rec.ops.step.StepPlan`.
 
 A decoder reads a model's weights where they are, so training in place goes on under it; weights that were replaced
-are noticed. The states that it returns are views of memory that is laid out for the next step: the ring has room
-behind its last row, so that a new token is appended and nothing moves. A state that it did not return last is copied
-once.
+are noticed, and so are those changed in place of which a packed copy is read. The states that it returns are views of
+memory that is laid out for the next step: the ring has room behind its last row, so that a new token is appended and
+nothing moves. A state that it did not return last is copied once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mm_rec.blocks.mm_rec_block import MMRecBlock
 from mm_rec.config import ModelConfig
 from mm_rec.ops import backend
-from mm_rec.ops.step import VECTORS, Int8Matrix, StepPlan, StepShape
+from mm_rec.ops.step import VECTORS, PackedMatrix, StepPlan, StepShape, Weight
 from mm_rec.state import BlockState, MemoryState, ModelState
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def find_decoder(model: MMRecModel, domain: str | None) -> Decoder | None:
         return None
     known = _decoders.setdefault(model, {})
     decoder = known.get(domain)
-    if decoder is None or not decoder.is_current():
+    if decoder is None or not decoder.is_current(model):
         try:
             decoder = known[domain] = Decoder(model, domain)
         except ValueError:  # a mix of types that the kernels don't have
@@ -84,13 +84,22 @@ class Decoder:
         # Where the weights are looked up again at each step, and where they were.
         self._sources = [(module._parameters, name) for _, module in modules for name in module._parameters]
         self._addresses = self._find()
+        self._packed = model.packed
+        self._copies: list[tuple[dict[str, nn.Parameter | None], str, PackedMatrix]] = []  # of weights, at the sources
 
-        def weights(prefix: str, module: nn.Module) -> dict[str, Tensor | Int8Matrix]:
-            found: dict[str, Tensor | Int8Matrix] = {}
+        def weights(prefix: str, module: nn.Module) -> dict[str, Weight]:
+            found: dict[str, Weight] = {}
             for name, parameter in module._parameters.items():
                 assert parameter is not None
                 _check(parameter, self.dtype if name not in VECTORS else torch.float32)
-                found[name] = model.int8.get(f"{prefix}.{name}", parameter.detach())
+                packed = model.packed.get(f"{prefix}.{name}")
+                if f"{prefix}.{name}" in model.int8:
+                    found[name] = model.int8[f"{prefix}.{name}"]
+                elif packed is not None and packed.holds(parameter):
+                    found[name] = packed
+                    self._copies.append((module._parameters, name, packed))
+                else:
+                    found[name] = parameter.detach()
             return found
 
         fusion = weights("fusion", model.fusion) if fused else {}
@@ -105,9 +114,13 @@ class Decoder:
     def _find(self) -> list[int]:
         return [parameters[name].data_ptr() for parameters, name in self._sources]  # type: ignore[union-attr]
 
-    def is_current(self) -> bool:
-        """Whether the model's weights still lie where they were."""
-        return self._find() == self._addresses
+    def is_current(self, model: MMRecModel) -> bool:
+        """Whether the model's weights still lie where they were, and those read from copies are what they were."""
+        return (
+            model.packed is self._packed
+            and self._find() == self._addresses
+            and all(packed.holds(parameters[name]) for parameters, name, packed in self._copies)  # type: ignore[arg-type]
+        )
 
     def step(self, tokens: Tensor, state: ModelState, donate: bool) -> tuple[Tensor, ModelState]:
         """As :meth:`mm_rec.model.MMRecModel.step`."""

@@ -12,7 +12,7 @@ from mm_rec.device import apply_precision, select_device, select_precision
 from mm_rec.errors import UserError
 from mm_rec.hf_folder import default_domain
 from mm_rec.model import MMRecModel
-from mm_rec.quantize import quantize_int8
+from mm_rec.quantize import pack_matrices, quantize_int8
 from mm_rec.run_config import list_runs
 from mm_rec.stages import STAGES
 from mm_rec.tokenizer import Tokenizer
@@ -93,5 +93,8 @@ def load_model(path: Path, *, device: str = "auto", precision: str = "auto", wei
     apply_precision(model, select_precision(precision, place))
     if weights == "int8":
         quantize_int8(model)
+    model.to(place).eval()
+    if weights == "full":
+        pack_matrices(model)
     domain = default_domain(found.config, found.weights)
-    return Loaded(model.to(place).eval(), Tokenizer.load(found.tokenizer_dir), domain, found.path)
+    return Loaded(model, Tokenizer.load(found.tokenizer_dir), domain, found.path)

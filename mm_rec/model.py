@@ -12,7 +12,7 @@ from mm_rec import ops
 from mm_rec.config import ModelConfig
 from mm_rec.decode import find_decoder
 from mm_rec.experts import Expert, Fusion
-from mm_rec.ops.step import Int8Matrix
+from mm_rec.ops.step import Int8Matrix, PackedMatrix
 from mm_rec.state import ModelState, initial_state
 
 __all__ = ["LossOutput", "MMRecModel", "document_positions"]
@@ -83,7 +83,8 @@ class MMRecModel(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.int8: dict[str, Int8Matrix] = {}  # by parameter name; filled by mm_rec.quantize
+        self.int8: dict[str, Int8Matrix] = {}  # by parameter name; this one and the next are filled by mm_rec.quantize
+        self.packed: dict[str, PackedMatrix] = {}
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.experts = nn.ModuleDict({name: Expert(config, use_native) for name in config.experts})
         self.fusion = Fusion(config)

@@ -1,4 +1,4 @@
-"""Eight bits a weight: half the bytes of bfloat16 to read for every token, so nearly twice the speed of generation."""
+"""Fewer bytes to read for every token: matrices in 12 bits a weight, without loss, or in eight."""
 
 from __future__ import annotations
 
@@ -6,16 +6,39 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mm_rec import ops
 from mm_rec.device import KEEP_FLOAT32
-from mm_rec.ops.step import quantize_rows
+from mm_rec.ops.step import pack_rows, quantize_rows
 
 if TYPE_CHECKING:
     from mm_rec.model import MMRecModel
 
-__all__ = ["quantize_int8"]
+__all__ = ["pack_matrices", "quantize_int8"]
 
 KEEP_WHOLE = (*KEEP_FLOAT32, "gate")
 """Matrices that stay as they are: those of float32 states, and the gate of the fusion, which is a few rows."""
+
+PACKED_LEVELS = ("avx512", "avx512bf16")
+"""Levels of the kernels at which a matrix is unpacked faster than it is read."""
+
+
+@torch.no_grad()
+def pack_matrices(model: MMRecModel) -> None:
+    """Put a copy in 12 bits a weight beside the bfloat16 matrices of ``model``, for inference.
+
+    Single tokens on the CPU are then computed from a quarter fewer bytes, with the same results, bit for bit. What is
+    not bfloat16, on the CPU and better packed stays as it is, and so does everything where the processor would be
+    slower for it. The copies take three quarters of the bytes of their matrices. Packed matrices can't be trained; one
+    that is replaced or changed in place later is read unpacked.
+    """
+    if ops.status()["cpu"].level not in PACKED_LEVELS:
+        return
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and (packed := pack_rows(parameter)) is not None:
+            parameter.requires_grad_(False)
+            found[name] = packed
+    model.packed = found
 
 
 @torch.no_grad()

@@ -19,8 +19,8 @@ from mm_rec.decode import find_decoder
 from mm_rec.device import apply_precision
 from mm_rec.model import MMRecModel
 from mm_rec.ops.native import LEVELS, CpuLibrary
-from mm_rec.ops.step import quantize_rows
-from mm_rec.quantize import quantize_int8
+from mm_rec.ops.step import pack_rows, quantize_rows
+from mm_rec.quantize import pack_matrices, quantize_int8
 from mm_rec.state import ModelState, flatten_state, map_state, unflatten_state
 
 pytestmark = pytest.mark.skipif(ops.status()["cpu"].backend != "native", reason="no native library was built")
@@ -229,6 +229,63 @@ def test_int8_beside_bfloat16_activations() -> None:
     forward, _ = model(tokens, None, "text")
     logits, _ = step_through(model, tokens, model.initial_state(3, "text"), "text")
     assert relative_error(logits, expected) < 1.5 * relative_error(forward, expected)
+
+
+def packed_model(monkeypatch: pytest.MonkeyPatch) -> MMRecModel:
+    """Wide enough to be packed, at any level of the kernels."""
+    monkeypatch.setattr("mm_rec.quantize.PACKED_LEVELS", LEVELS)
+    config = ModelConfig(vocab_size=256, d_model=256, n_heads=4, n_layers=2, d_ff=400, gate_every=2, window=16, slots=4)
+    model = MMRecModel(config)
+    apply_precision(model, "bf16")
+    block = model.experts["text"].blocks[0]
+    block.in_proj[5], block.in_proj[6, 9::50], block.ffn_up[1, 130:] = 0, 1e-30, 8  # 6 cannot be packed
+    return model
+
+
+@pytest.mark.parametrize("domain", ["text", None], ids=["one-domain", "fused"])
+@pytest.mark.parametrize("rows", [1, 7, 11])
+def test_packed_matrices_change_no_bit(monkeypatch: pytest.MonkeyPatch, rows: int, domain: str | None) -> None:
+    model = packed_model(monkeypatch)
+    tokens = tokens_of(rows, 20)
+    expected, _ = step_through(model, tokens, model.initial_state(rows, domain), domain)
+    pack_matrices(model)
+    assert {"embedding.weight", "experts.text.blocks.0.ffn_down", "experts.code.blocks.1.qkv_proj"} <= set(model.packed)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        logits, _ = step_through(model, tokens, model.initial_state(rows, domain), domain)
+        assert torch.equal(logits, expected)
+
+
+def test_a_packed_matrix_that_changes_is_read_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, column = packed_model(monkeypatch), tokens_of(2)[:, 0]
+    pack_matrices(model)
+    state = model.initial_state(2, "text")
+    before, _ = model.step(column, state, "text")
+    weight = model.experts["text"].blocks[0].ffn_down
+    kept = weight.clone()
+    weight.mul_(2)
+    changed, _ = model.step(column, state, "text")
+    assert not torch.equal(changed, before)
+    weight.data = kept
+    assert torch.equal(model.step(column, state, "text")[0], before)
+    model.experts["text"].blocks[0].ffn_down = torch.nn.Parameter(2 * kept)
+    assert torch.equal(model.step(column, state, "text")[0], changed)
+    pack_matrices(model)
+    assert torch.equal(model.step(column, state, "text")[0], changed)
+
+
+def test_packing_takes_any_weights_and_leaves_what_gains_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(37, 512, generator=generator).bfloat16()
+    packed = pack_rows(weight)
+    assert packed is not None
+    assert packed.holds(weight)
+    assert packed.data.nbytes < 0.77 * weight.nbytes
+    assert packed.base.amax() < 255
+    weight[:, ::100] = 1e-30  # six chunks in seven can't be packed
+    assert pack_rows(weight) is None
+    assert pack_rows(weight.float()) is None
+    assert pack_rows(weight[:, :100].contiguous()) is None
 
 
 def test_without_the_native_back_end_the_forward_pass_steps() -> None:

@@ -12,6 +12,7 @@ from mm_rec.bench.timing import Action, median_seconds
 from mm_rec.config import ModelConfig
 from mm_rec.device import apply_precision
 from mm_rec.model import MMRecModel
+from mm_rec.quantize import pack_matrices
 
 __all__ = ["compare_generation"]
 
@@ -40,6 +41,7 @@ def _mm_rec(config: ModelConfig, precision: str, ids: Tensor) -> Action:
         model = MMRecModel(config)
     model.to(ids.device)
     apply_precision(model, precision)
+    pack_matrices(model)
     domain = config.experts[0]
     state = model.initial_state(1, domain)
     for piece in ids.split(512, dim=1):

@@ -23,6 +23,7 @@ from mm_rec.ops.reference import rotary_angles
 
 __all__ = ["load"]
 
+RAW = ("step", "step_scratch", "pack_layout", "pack", "sample", "sample_scratch")  # for mm_rec.ops.step and .sample
 LOGIT_BYTES = 68_000_000  # most memory for the logits of a chunk of rows
 _kept = threading.local()  # per thread: the buffer of the last logits; fresh pages for it cost as much as its softmax
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -48,8 +49,8 @@ def load() -> Native:
         adamw_many_, sum_of_squares, *cpu_branches.KERNELS,
     ]  # fmt: skip
     functions = {kernel.__name__: kernel for kernel in kernels}
-    raw = {name: getattr(_call, name) for name in ("step", "step_scratch", "sample", "sample_scratch")}
-    return Native(str(library.path), library.level, functions | raw)  # raw ones for mm_rec.ops.step and .sample
+    raw = {name: getattr(_call, name) for name in RAW}
+    return Native(str(library.path), library.level, functions | raw)
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:

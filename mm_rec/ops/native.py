@@ -58,6 +58,8 @@ _SIGNATURES = {
     "sum_of_squares": ("n p p p i", "d"),
     "step_scratch": ("p n i", "n"),
     "step": ("p p n p p p i", "i"),
+    "pack_layout": ("nn p p p i", "n"),
+    "pack": ("nn p p p p i", "-"),
     "sample_scratch": ("n i", "n"),
     "sample": ("nn pn p p p i", "-"),
 }

@@ -71,6 +71,8 @@ void Block<int8_t>::put(int64_t i, float x) { data[i] = x > -2.0f && x < 2.0f ? 
 template <>
 void Block<uint8_t>::put(int64_t i, float) { data[i] = 0; }
 template <>
+void Block<int32_t>::put(int64_t i, float) { data[i] = 0; }
+template <>
 void Block<AdamW>::put(int64_t i, float) { data[i] = AdamW{}; }
 
 // Evenly spaced rows: the block ends with the last element of the last row.
@@ -376,6 +378,40 @@ static void fuzz_step(Source& from) {
     step(p, state, batch, tokens, logits, scratch.data, threads);
 }
 
+// A matrix packed, and its products with a few vectors: as many bytes as the layout says, and the same bits.
+static void fuzz_packed(Source& from) {
+    const int64_t rows = from.number(1, 70), columns = from.number(1, 9) * from.number(1, 128);
+    const int64_t batch = from.number(1, STEP_BATCH + 2), begin = from.values() % rows;
+    const int64_t end = begin + 1 + int64_t(from.values()) % (rows - begin), chunks = columns / PACKED_CHUNK;
+    const int threads = threads_of(from);
+#if defined(__AVX512BF16__)
+    using X = bf16;
+#else
+    using X = float;
+#endif
+    const int64_t pitch = round_up(columns, SPAN<X>);
+    Block<bf16> w(from, rows * columns);
+    for (int64_t i = from.flag() ? 0 : w.n; i < w.n; ++i) w.data[i].bits = uint16_t(from.values() >> 8);
+    Block<X> x(from, batch * pitch), widened(from, W * columns);
+    for (int64_t g = 0; g < batch; ++g) memset(x.data + g * pitch + columns, 0, (pitch - columns) * sizeof(X));
+    Block<uint8_t> base(from, rows * chunks);
+    Block<int32_t> start(from, (rows + PACKED_UNIT - 1) / PACKED_UNIT);
+    const auto starts = reinterpret_cast<uint32_t*>(start.data);
+    Block<uint8_t> data(from, pack_layout(rows, columns, w, base, starts, threads));
+    pack(rows, columns, w, base, starts, data, threads);
+    const PackedMatrix packed{w, data, base, starts};
+    Floats expected(from, batch * rows), out(from, batch * rows);
+    step_product({w, nullptr, STEP_BFLOAT16}, batch, begin, end, columns, x.data, pitch,
+                 static_cast<const float*>(nullptr), expected.data, rows, widened.data);
+    step_product({&packed, nullptr, STEP_PACKED}, batch, begin, end, columns, x.data, pitch,
+                 static_cast<const float*>(nullptr), out.data, rows, widened.data);
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t i = b * rows + begin; i < b * rows + end; ++i) {
+            const bool number = out.data[i] == out.data[i];
+            if (number ? out.data[i] != expected.data[i] : expected.data[i] == expected.data[i]) abort();
+        }
+}
+
 static void fuzz_sample(Source& from) {
     const int64_t rows = from.number(1, 4), n = from.number(1, 250) * from.number(1, 3);
     const int threads = threads_of(from);
@@ -402,7 +438,7 @@ static void fuzz_sample(Source& from) {
         if (tokens.data[r] < 0 || tokens.data[r] >= n) abort();
 }
 
-constexpr int64_t CASES = 20;
+constexpr int64_t CASES = 21;
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Source from{data, size};
@@ -427,6 +463,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         case 17: fuzz_step<float>(from); break;
         case 18: fuzz_step<bf16>(from); break;
         case 19: fuzz_sample(from); break;
+        case 20: fuzz_packed(from); break;
     }
     return 0;
 }

@@ -22,6 +22,17 @@ MM_EXPORT(int, step)
     return step(*plan, *state, batch, tokens, logits, scratch, threads);
 }
 
+// How a bfloat16 matrix (rows, columns) is packed: fills `base` and `start` of a PackedMatrix, returns the bytes of its data.
+MM_EXPORT(int64_t, pack_layout)
+(int64_t rows, int64_t columns, const void* w, uint8_t* base, uint32_t* start, int threads) {
+    return pack_layout(rows, columns, static_cast<const bf16*>(w), base, start, threads);
+}
+
+MM_EXPORT(void, pack)
+(int64_t rows, int64_t columns, const void* w, const uint8_t* base, const uint32_t* start, uint8_t* data, int threads) {
+    pack(rows, columns, static_cast<const bf16*>(w), base, start, data, threads);
+}
+
 MM_EXPORT(int64_t, sample_scratch)(int64_t columns, int threads) { return sample_scratch(columns, threads); }
 
 MM_EXPORT(void, sample)

@@ -5,7 +5,7 @@
 // are tiled, so it depends neither on the batch nor on the number of threads.
 #pragma once
 
-#include "vec.h"
+#include "step_packed.h"
 
 namespace mm_rec {
 namespace MM_LEVEL {
@@ -15,10 +15,10 @@ constexpr int STEP_BATCH = 8;  // sequences at once, of 32 registers
 #else
 constexpr int STEP_BATCH = 4;
 #endif
-constexpr int64_t STEP_AHEAD = 4096;  // bytes; the processor's own prefetching stops at every page
 
-// A matrix as it lies in memory, rows contiguous: float32, bfloat16, or int8 with a factor for each row.
-enum StepType { STEP_FLOAT32 = 0, STEP_BFLOAT16 = 1, STEP_INT8 = 2 };
+// A matrix as it lies in memory, rows contiguous: float32, bfloat16, or int8 with a factor for each row. Of a packed
+// one `data` is a PackedMatrix.
+enum StepType { STEP_FLOAT32 = 0, STEP_BFLOAT16 = 1, STEP_INT8 = 2, STEP_PACKED = 3 };
 struct StepMatrix {
     const void* data;
     const float* scale;  // (rows) of an int8 matrix, else null
@@ -142,15 +142,11 @@ MM_INLINE void step_widen(int64_t n, const Element* w, X* to) {
     if (i < n) store(to + i, step_load_first(w + i, n - i), n - i);
 }
 
-// Up to W rows with BATCH vectors; out[g * out_pitch + r].
-template <bool FIRST, int ROWS, int BATCH, class Element, class X>
-static void step_group(int64_t rows, int64_t columns, const Element* w, const float* row_scale, const X* x,
-                       int64_t x_pitch, const float* x_scale, float* out, int64_t out_pitch) {
-    vf sums[W][BATCH];
-    int64_t r = 0;
-    for (; r + ROWS <= rows; r += ROWS) step_tile<FIRST, ROWS, BATCH>(columns, w + r * columns, x, x_pitch, sums + r);
-    for (; r < rows; ++r) step_tile<FIRST, 1, BATCH>(columns, w + r * columns, x, x_pitch, sums + r);
-    for (; r < W; ++r)
+// The results of up to W rows from the sums of their lanes; out[g * out_pitch + r].
+template <int BATCH>
+MM_INLINE void step_results(int64_t rows, vf (&sums)[W][BATCH], const float* row_scale, const float* x_scale, float* out,
+                            int64_t out_pitch) {
+    for (int64_t r = rows; r < W; ++r)
         for (int g = 0; g < BATCH; ++g) sums[r][g] = vf{};
     const vf row_factor = row_scale ? load(row_scale, rows) : splat(1.0f);
     for (int g = 0; g < BATCH; ++g) {
@@ -158,6 +154,17 @@ static void step_group(int64_t rows, int64_t columns, const Element* w, const fl
         for (int i = 0; i < W; ++i) own[i] = sums[i][g];
         store(out + g * out_pitch, step_sums(own) * (row_factor * (x_scale ? x_scale[g] : 1.0f)), rows);
     }
+}
+
+// Up to W rows with BATCH vectors.
+template <bool FIRST, int ROWS, int BATCH, class Element, class X>
+static void step_group(int64_t rows, int64_t columns, const Element* w, const float* row_scale, const X* x,
+                       int64_t x_pitch, const float* x_scale, float* out, int64_t out_pitch) {
+    vf sums[W][BATCH];
+    int64_t r = 0;
+    for (; r + ROWS <= rows; r += ROWS) step_tile<FIRST, ROWS, BATCH>(columns, w + r * columns, x, x_pitch, sums + r);
+    for (; r < rows; ++r) step_tile<FIRST, 1, BATCH>(columns, w + r * columns, x, x_pitch, sums + r);
+    step_results(rows, sums, row_scale, x_scale, out, out_pitch);
 }
 
 // Rows that come from memory are read one after the other, the fastest order; from a cache two at a time, since loads of
@@ -206,6 +213,32 @@ static void step_rows(int64_t batch, int64_t begin, int64_t end, int64_t columns
     }
 }
 
+// Rows of a packed matrix with up to STEP_BATCH vectors: the additions of step_tile in their order.
+template <int BATCH = STEP_BATCH, class X>
+static void step_packed_rows(int64_t batch, int64_t begin, int64_t end, int64_t columns, const PackedMatrix& m,
+                             const X* x, int64_t x_pitch, const float* x_scale, float* out, int64_t out_pitch) {
+    if constexpr (BATCH > 1)
+        if (batch < BATCH)
+            return step_packed_rows<BATCH - 1>(batch, begin, end, columns, m, x, x_pitch, x_scale, out, out_pitch);
+    PackedReader in(m, begin, columns);
+    for (int64_t r = begin; r < end; r += W) {
+        const int64_t rows = min64(W, end - r);
+        vf sums[W][BATCH];
+        for (int64_t i = 0; i < rows; ++i) {
+            vf own[BATCH] = {};
+            in.row(columns, [&](const bf16* w, int64_t first, int64_t n) {
+                for (int64_t k = 0; k < n; k += SPAN<X>) {
+                    const auto weights = step_load(w + k, X{});
+                    for (int g = 0; g < BATCH; ++g)
+                        own[g] = step_multiply_add(weights, step_load(x + g * x_pitch + first + k, X{}), own[g]);
+                }
+            });
+            for (int g = 0; g < BATCH; ++g) sums[i][g] = own[g];
+        }
+        step_results(rows, sums, nullptr, x_scale, out + r, out_pitch);
+    }
+}
+
 // out[b * out_pitch + r] = x_scale[b] * (row r of the matrix times x[b]) for begin <= r < end. Rows of x are x_pitch
 // apart, filled up with zeros to whole registers; x_scale may be null; `widened` has room for W rows.
 template <class X>
@@ -221,19 +254,28 @@ static void step_product(const StepMatrix& m, int64_t batch, int64_t begin, int6
         case STEP_INT8:
             return step_rows(batch, begin, end, columns, static_cast<const int8_t*>(m.data), m.scale, x, x_pitch,
                              x_scale, out, out_pitch, widened);
+        case STEP_PACKED: {
+            const auto& packed = *static_cast<const PackedMatrix*>(m.data);
+            if (batch <= STEP_BATCH)
+                return step_packed_rows(batch, begin, end, columns, packed, x, x_pitch, x_scale, out, out_pitch);
+            return step_rows(batch, begin, end, columns, packed.plain, nullptr, x, x_pitch, x_scale, out, out_pitch,
+                             widened);
+        }
     }
 }
 
 // Row `row` of a matrix as floats.
 static void step_read_row(const StepMatrix& m, int64_t row, int64_t columns, float* to) {
+    const void* data = m.type == STEP_PACKED ? static_cast<const PackedMatrix*>(m.data)->plain : m.data;
     const int64_t first = row * columns;
     for (int64_t i = 0; i < columns; i += W) {
         const int64_t left = columns - i, at = first + i;
         vf x = {};
         switch (m.type) {
-            case STEP_FLOAT32: x = step_load_first(static_cast<const float*>(m.data) + at, left); break;
-            case STEP_BFLOAT16: x = step_load_first(static_cast<const bf16*>(m.data) + at, left); break;
-            case STEP_INT8: x = step_load_first(static_cast<const int8_t*>(m.data) + at, left) * m.scale[row]; break;
+            case STEP_FLOAT32: x = step_load_first(static_cast<const float*>(data) + at, left); break;
+            case STEP_PACKED:
+            case STEP_BFLOAT16: x = step_load_first(static_cast<const bf16*>(data) + at, left); break;
+            case STEP_INT8: x = step_load_first(static_cast<const int8_t*>(data) + at, left) * m.scale[row]; break;
         }
         store(to + i, x, left);
     }
