@@ -43,12 +43,14 @@ ROUNDED = (
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 # Beside the common cases: every head size that a recurrence kernel is written for, with batches that fill its groups
-# of sequences or don't; several tiles of time for scan; heads past 64 and slots past a tile for the memories.
+# of sequences or don't, and so many that they are taken in groups; several tiles of time for scan; heads past 64 and slots
+# past a tile for the memories, and sizes at which a block walks through many tiles, in one part and in two.
 HEADS = [
     (1, 1, 64, 1),
     (19, 18, 128, 2),
     (5, 21, 128, 2),
     (40, 19, 512, 8),
+    (139, 9, 512, 8),
     (3, 37, 256, 2),
     (3, 26, 512, 2),
     (2, 13, 80, 1),
@@ -57,6 +59,8 @@ MEMORIES = {
     "heads-of-128": (2, 70, 24, 1, 128, 40, [0, 100], {(0, 30)}),
     "heads-of-256": (1, 45, 12, 1, 256, 33, [50], set()),
     "many-slots": (2, 90, 20, 2, 32, 150, [7, 30], {(1, 40)}),
+    "long-walk": (24, 330, 128, 8, 64, 64, [0, 90, 500], {(0, 100), (3, 1), (5, 64), (5, 320)}),
+    "walks-of-two": (8, 700, 128, 8, 64, 50, [0, 129, 70, 1000], {(0, 300), (3, 63), (3, 650), (6, 0), (6, 512)}),
     "wide-window": (1, 400, 180, 1, 32, 70, [500], {(0, 250)}),
 }
 EXTRA: dict[str, dict[str, Builder]] = {

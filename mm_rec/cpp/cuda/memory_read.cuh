@@ -22,7 +22,7 @@ struct ReadInputs {
   const float* value;
   const float* mass;
   const int64_t* position;
-  const float* rotary;  // (W + 128, 2, d / 2): cosines, then sines, of distance times frequency
+  const float* rotary;  // (W + 2176, 2, d / 2): cosines, then sines, of distance times frequency
   WriteIndex index;
 };
 

@@ -12,7 +12,7 @@ struct ReadBackward {
   const void* out;
   const void* dout;
   const float* lse;  // (B, H, T)
-  float* inner;      // (B, H, T): out . dout, filled by inner_products
+  float* inner;      // (B, H, T): out . dout, filled by the first kernel
   void* dq;
   void* dk;
   void* dv;
@@ -24,6 +24,10 @@ struct ReadBackward {
 cudaError_t read_backward_queries(const ReadBackward& p, int64_t dtype, const MemoryExtent& extent, void* stream);
 cudaError_t read_backward_window(const ReadBackward& p, int64_t dtype, const MemoryExtent& extent, void* stream);
 cudaError_t read_backward_slots(const ReadBackward& p, int64_t dtype, const MemoryExtent& extent, void* stream);
+
+// The whole of it for the sizes of most models (memory_walk.cuh), the window first.
+cudaError_t walk_backward_window(const ReadBackward& p, const MemoryExtent& extent, void* stream);
+cudaError_t walk_backward_slots(const ReadBackward& p, const MemoryExtent& extent, void* stream);
 
 // Run(type, head size rounded up) for a type code and head size.
 template <template <typename, int> class Run, typename... Arguments>

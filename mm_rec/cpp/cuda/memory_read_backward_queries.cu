@@ -1,6 +1,7 @@
 // memory_read, backward: the gradient of the queries, and the entry point of the whole backward pass.
 #include "launch.cuh"
 #include "memory_read_backward.cuh"
+#include "memory_walk.cuh"
 
 namespace mm_rec {
 namespace {
@@ -183,6 +184,10 @@ extern "C" int mm_rec_cuda_memory_read_backward(const void* dout, const void* ou
   ReadBackward p{{q, k, v, key, value, mass, position, rotary, {}},
                  out, dout, lse, workspace, dq, dk, dv, dkey, dvalue, dmass};
   cudaError_t error = make_write_index(position, extent, workspace + batch * heads * time, &p.in.index, stream);
+  if (error == cudaSuccess && walks(dtype, extent)) {
+    error = walk_backward_window(p, extent, stream);
+    return error == cudaSuccess ? walk_backward_slots(p, extent, stream) : error;
+  }
   if (error == cudaSuccess) error = read_backward_queries(p, dtype, extent, stream);
   if (error == cudaSuccess) error = read_backward_window(p, dtype, extent, stream);
   if (error == cudaSuccess) error = read_backward_slots(p, dtype, extent, stream);

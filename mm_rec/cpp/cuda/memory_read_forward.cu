@@ -1,6 +1,6 @@
 // memory_read, forward: one online softmax (as in FlashAttention, arXiv 2205.14135) over the window and the slots.
 #include "launch.cuh"
-#include "memory_read.cuh"
+#include "memory_walk.cuh"
 
 namespace mm_rec {
 namespace {
@@ -173,6 +173,7 @@ extern "C" int mm_rec_cuda_memory_read_forward(const void* q, const void* k, con
   ReadInputs in{q, k, v, key, value, mass, position, rotary, {}};
   const cudaError_t error = make_write_index(position, extent, workspace, &in.index, stream);
   if (error != cudaSuccess) return error;
+  if (walks(dtype, extent)) return walk_forward(in, out, lse, extent, stream);
   return dtype == kBFloat16 ? dispatch<bf16>(in, out, lse, extent, stream)
                             : dispatch<float>(in, out, lse, extent, stream);
 }

@@ -3,8 +3,8 @@
 //   dz_t = g_t i_t;  dgamma_t = g_t h';  du_t = g_t z_t i_t (1 - i_t);  g_{t-1} = dh_{t-1} + gamma_t g_t + W_g^T du_t
 //
 // and dW_g = sum_t du_t h'^T (recurrence_weight.cu). Only the last product is on the path from step to step, so it is the
-// only one done one step at a time; gates are computed before, for all steps at once. Heads of 64 go another way
-// (recurrence_backward_grouped.cu).
+// only one done one step at a time; gates are computed before, for all steps at once. Many sequences with heads of 64 go
+// another way (recurrence_backward_grouped.cu).
 #include "device.cuh"
 #include "launch.cuh"
 #include "matvec.cuh"
@@ -174,9 +174,17 @@ __global__ void backward_any_size_kernel(const RecurrenceBackward p, float* __re
   }
 }
 
+using Tile64 = MatrixTile<64, 4, 2, 2, 0>;
+
+// A step of one group of sequences takes longer than one of the loop above, but that of all groups that the device holds
+// takes no longer; so the loop has the advantage while each of its blocks has a multiprocessor to itself.
+bool grouped(const Extent& extent, int64_t dim) {
+  return recurrence_grouped(dim) && extent.heads * ceil_div(extent.batch, Tile64::kBatch) > multiprocessors();
+}
+
 template <typename U>
 cudaError_t dispatch(const RecurrenceBackward& p, float* dbias_partial, const Extent& extent, int dim, void* stream) {
-  if (dim == 64) return run<U, MatrixTile<64, 4, 2, 2, 0>, 8, 2, 4>(p, dbias_partial, extent, stream);
+  if (dim == 64) return run<U, Tile64, 8, 2, 4>(p, dbias_partial, extent, stream);
   if (dim == 128) return run<U, MatrixTile<128, 4, 4, 2, 0>, 4, 2, 2>(p, dbias_partial, extent, stream);
   using Tile256 = MatrixTile<256, 8, 4, 2, 16>;
   if (dim == 256 && sizeof(Shared<Tile256, 2, 2>) <= static_cast<size_t>(shared_memory_limit())) {
@@ -213,9 +221,9 @@ cudaError_t in_three_kernels(RecurrenceBackward p, float* workspace, const Exten
 extern "C" int64_t mm_rec_cuda_recurrence_backward_workspace(int64_t batch, int64_t time, int64_t heads, int64_t dim) {
   using namespace mm_rec;
   const Extent extent{batch, time, heads};
-  const int64_t floats = recurrence_grouped(dim) ? recurrence_grouped_workspace(extent)
-                                                 : gate_size(extent, dim) + bias_size(extent, dim) +
-                                                       weight_gradient_workspace(extent, dim);
+  const int64_t floats = grouped(extent, dim) ? recurrence_grouped_workspace(extent)
+                                              : gate_size(extent, dim) + bias_size(extent, dim) +
+                                                    weight_gradient_workspace(extent, dim);
   return static_cast<int64_t>(sizeof(float)) * floats;
 }
 
@@ -231,6 +239,6 @@ extern "C" int mm_rec_cuda_recurrence_backward(const float* dh, const float* dh_
   const Extent extent{batch, time, heads};
   const RecurrenceBackward p{dh, dh_last, h,  z,  u,         u_dtype, u_stride, u_bias, gamma, nullptr,
                              w_g, h0, reset, dz, du, du_stride, du_bias, dgamma, dw_g,  dh0};
-  return recurrence_grouped(dim) ? recurrence_backward_grouped(p, workspace, extent, stream)
-                                 : in_three_kernels(p, workspace, extent, static_cast<int>(dim), stream);
+  return grouped(extent, dim) ? recurrence_backward_grouped(p, workspace, extent, stream)
+                              : in_three_kernels(p, workspace, extent, static_cast<int>(dim), stream);
 }

@@ -1,4 +1,4 @@
-// The backward pass of recurrence: one kernel for heads of 64, which takes the sequences in groups of eight; for other heads
+// The backward pass of recurrence: one kernel for many sequences with heads of 64, which takes them in groups of eight; else
 // three, gates, the loop, and the gradient of W_g.
 #ifndef MM_REC_RECURRENCE_BACKWARD_CUH
 #define MM_REC_RECURRENCE_BACKWARD_CUH
@@ -30,7 +30,7 @@ struct RecurrenceBackward {
   float* dh0;
 };
 
-// Whether heads of this size take the one kernel. The workspace is counted in floats.
+// Whether heads of this size can take the one kernel. The workspace is counted in floats.
 bool recurrence_grouped(int64_t dim);
 int64_t recurrence_grouped_workspace(const Extent& extent);
 cudaError_t recurrence_backward_grouped(const RecurrenceBackward& p, float* workspace, const Extent& extent, void* stream);

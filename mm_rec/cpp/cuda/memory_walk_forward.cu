@@ -1,0 +1,234 @@
+// memory_read, forward, for the sizes of most models. The last three tiles of keys and values are kept in a ring; the next
+// is on its way while the slots are read.
+#include "launch.cuh"
+#include "memory_walk.cuh"
+
+namespace mm_rec {
+namespace {
+
+constexpr int kThreads = 128, kResident = 3, kBlocks = kWalkWindow / 16 + 1, kRing = (kWalkBehind + 1) * kWalkTile;
+constexpr float kBase2 = kWalkScale * kLog2e;  // of scores
+
+struct Shared {
+  Tile<kRing, kWalkDim, false> k, v;
+  WalkTile slot_key, slot_value;
+  float bias[kWalkTile];
+  Visible<kWalkTile> visible;
+};
+
+// A warp's 16 queries as left operands.
+struct Queries {
+  Left<false> part[kWalkDim / 16];
+
+  // Rows `stride` apart from the warp's first on; those past the first `rows` are zero.
+  __device__ __forceinline__ void load(const bf16* source, int64_t stride, int rows) {
+    const int column = fragment_column(0, 0);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = fragment_row(i % 2 * 2);
+      const bf16* from = source + row * stride + column + i / 2 * 8;
+#pragma unroll
+      for (int k = 0; k < kWalkDim / 16; ++k) {
+        part[k].hi[i] = row < rows ? *reinterpret_cast<const uint32_t*>(from + 16 * k) : 0u;
+      }
+    }
+  }
+  // The same, rotated by the angles at `turn`.
+  __device__ __forceinline__ Queries rotated(const float* turn) const {
+    constexpr int kHalf = kWalkDim / 32;
+    Queries result;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int k = 0; k < kHalf; ++k) {
+        const float* at = turn + fragment_row(i % 2 * 2) * kWalkDim + 16 * k + fragment_column(0, 0) + i / 2 * 8;
+        float cosine[2], sine[2], x[2], y[2];
+        mm_rec::load<2>(at, cosine);
+        mm_rec::load<2>(at + kWalkDim / 2, sine);
+        const uint32_t first = part[k].hi[i], second = part[k + kHalf].hi[i];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float a = __uint_as_float(j == 0 ? first << 16 : first & 0xffff0000u);
+          const float b = __uint_as_float(j == 0 ? second << 16 : second & 0xffff0000u);
+          x[j] = a * cosine[j] - b * sine[j];
+          y[j] = b * cosine[j] + a * sine[j];
+        }
+        result.part[k].hi[i] = pack_bf16(x[0], x[1]);
+        result.part[k + kHalf].hi[i] = pack_bf16(y[0], y[1]);
+      }
+    }
+    return result;
+  }
+};
+
+// Running softmax of the two rows of a thread, in base 2, and the weighted sum of values.
+struct Running {
+  Fragments<kWalkDim / 8> sum = {};
+  float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
+
+  // Turn scores, which `scale` brings to base 2, -inf for what is not seen, into weights.
+  template <int N>
+  __device__ __forceinline__ void weigh(Fragments<2> (&scores)[N], float scale) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float largest = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < 2 * N; ++n) {
+        largest = fmaxf(largest, fmaxf(scores[n / 2][n % 2][2 * r], scores[n / 2][n % 2][2 * r + 1]));
+      }
+      largest = fmaxf(top[r], scale * group_max<4>(largest));
+      const float base = largest == -INFINITY ? 0.0f : largest, shrink = exp2f(top[r] - base);
+      top[r] = largest;
+      float added = 0.0f;
+#pragma unroll
+      for (int n = 0; n < 2 * N; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float& x = scores[n / 2][n % 2][2 * r + j];
+          x = exp2f(fmaf(x, scale, -base));
+          added += x;
+        }
+      }
+      total[r] = fmaf(total[r], shrink, group_sum<4>(added));
+#pragma unroll
+      for (int n = 0; n < kWalkDim / 8; ++n) {
+        sum[n][2 * r] *= shrink;
+        sum[n][2 * r + 1] *= shrink;
+      }
+    }
+  }
+};
+
+__global__ void __launch_bounds__(kThreads, kResident)
+    forward_kernel(const ReadInputs in, bf16* __restrict__ out, float* __restrict__ lse, const MemoryExtent extent,
+                   int length) {
+  auto& shared = *reinterpret_cast<Shared*>(dynamic_shared());
+  const int64_t b = blockIdx.z, head = blockIdx.y, width = extent.width();
+  const int first_tile = static_cast<int>(blockIdx.x) * length;
+  const int end_tile = min(first_tile + length, static_cast<int>(ceil_div(extent.time, kWalkTile)));
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
+  const auto place = [&](int tile) { return (tile - first_tile) % (kWalkBehind + 1) * kWalkTile; };  // in the ring
+  const auto turn = [&](int tile) { return in.rotary + static_cast<int64_t>(tile - first_tile) * kWalkTile * kWalkDim; };
+  // Tile j of the contexts.
+  const auto fetch = [&](int j) {
+    const int64_t from = extent.context_at(b, static_cast<int64_t>(j) * kWalkTile, head);
+    const int rows = static_cast<int>(min(extent.context() - static_cast<int64_t>(j) * kWalkTile, int64_t{kWalkTile}));
+    const int at = place(j) * WalkTile::kStride;
+    WalkCopy::start(shared.k.hi + at, static_cast<const bf16*>(in.k) + from, width, rows);
+    WalkCopy::start(shared.v.hi + at, static_cast<const bf16*>(in.v) + from, width, rows);
+    cp_async_commit();
+  };
+  const auto rotate = [&](int j) { WalkCopy::rotate(shared.k.hi + place(j) * WalkTile::kStride, turn(j)); };
+
+  for (int j = first_tile; j <= first_tile + kWalkBehind; ++j) fetch(j);
+  cp_async_wait<0>();
+  for (int j = first_tile; j < first_tile + kWalkBehind; ++j) rotate(j);
+
+  for (int tile = first_tile; tile < end_tile; ++tile) {
+    const int64_t t0 = static_cast<int64_t>(tile) * kWalkTile;
+    const int rows = static_cast<int>(min(extent.time - t0, int64_t{kWalkTile})) - warp_row;
+    const int newest_context = tile + kWalkBehind;  // tile of the queries' own contexts
+    Queries queries;
+    queries.load(static_cast<const bf16*>(in.q) + extent.token_at(b, t0 + warp_row, head), width, rows);
+    shared.visible.fill(in, extent, b, t0);
+    cp_async_wait<0>();
+    rotate(newest_context);
+    __syncthreads();
+
+    Running running;
+    {
+      // Block n of 16 contexts begins at c0 + 16 n. Before the warp's first block in view nothing is seen.
+      const int c0 = tile * kWalkTile + warp_row, at = place(tile) + warp_row;
+      const int low = shared.visible.low[warp_row + threadIdx.x % 16];
+      const int hidden = (__reduce_min_sync(kFullWarp, low) - c0) / 16, cut = __reduce_max_sync(kFullWarp, low) - c0;
+      const Queries turned = queries.rotated(turn(newest_context) + warp_row * kWalkDim);
+      const auto ring_row = [&](int n) { return at + 16 * n < kRing ? at + 16 * n : at + 16 * n - kRing; };
+      Fragments<2> scores[kBlocks];
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+        if (n < hidden) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) scores[n][i / 4][i % 4] = -INFINITY;
+          continue;
+        }
+        zero(scores[n]);
+#pragma unroll
+        for (int k = 0; k < kWalkDim / 16; ++k) {
+          multiply_step<false>(scores[n], turned.part[k], shared.k, ring_row(n), 16 * k);
+        }
+        if (n == 0 || n == kBlocks - 1 || 16 * n < cut) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const int r = fragment_row(i % 4), c = c0 + 16 * n + fragment_column(i / 4, i % 4);
+            if (c < shared.visible.low[warp_row + r] || c > c0 + kWalkWindow + r) scores[n][i / 4][i % 4] = -INFINITY;
+          }
+        }
+      }
+      running.weigh(scores, kBase2);
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+        if (n >= hidden) multiply_step<true>(running.sum, to_left<false>(scores[n], 0), shared.v, 0, ring_row(n));
+      }
+    }
+    int unused, oldest, newest;
+    shared.visible.bounds(unused, oldest, newest);
+    __syncthreads();  // the oldest tile's place is free
+    if (tile + 1 < end_tile) fetch(newest_context + 1);
+
+    for (int version = oldest; version <= newest; ++version) {
+      WalkPlan::fill_slots(shared.slot_key, shared.slot_value, shared.bias, in, extent.slots_at(b, version, head),
+                           extent.slots, kWalkDim);
+      __syncthreads();
+      if (shared.visible.any_of_warp(warp_row, version)) {
+        Fragments<2> scores[kWalkTile / 16];
+#pragma unroll
+        for (int n = 0; n < kWalkTile / 16; ++n) {
+          zero(scores[n]);
+#pragma unroll
+          for (int k = 0; k < kWalkDim / 16; ++k) {
+            multiply_step<false>(scores[n], queries.part[k], shared.slot_key, 16 * n, 16 * k);
+          }
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const bool seen = shared.visible.version[warp_row + fragment_row(i % 4)] == version;
+            const float bias = shared.bias[16 * n + fragment_column(i / 4, i % 4)];
+            scores[n][i / 4][i % 4] = seen ? fmaf(scores[n][i / 4][i % 4], kBase2, bias) : -INFINITY;
+          }
+        }
+        running.weigh(scores, 1.0f);
+#pragma unroll
+        for (int n = 0; n < kWalkTile / 16; ++n) {
+          multiply_step<true>(running.sum, to_left<false>(scores[n], 0), shared.slot_value, 0, 16 * n);
+        }
+      }
+      __syncthreads();
+    }
+
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float inverse = 1.0f / running.total[r];
+#pragma unroll
+      for (int n = 0; n < kWalkDim / 8; ++n) {
+        running.sum[n][2 * r] *= inverse;
+        running.sum[n][2 * r + 1] *= inverse;
+      }
+      if (threadIdx.x % 4 == 0 && fragment_row(2 * r) < rows) {
+        lse[(b * extent.heads + head) * extent.time + t0 + warp_row + fragment_row(2 * r)] =
+            (running.top[r] + __log2f(running.total[r])) / kLog2e;
+      }
+    }
+    walk_store(out + extent.token_at(b, t0 + warp_row, head), width, rows, 1.0f, running.sum);
+  }
+}
+
+}  // namespace
+
+cudaError_t walk_forward(const ReadInputs& in, void* out, float* lse, const MemoryExtent& extent, void* stream) {
+  const int length = walk_length(extent, int64_t{kResident} * multiprocessors());
+  const dim3 grid(static_cast<unsigned>(ceil_div(walk_tiles(extent), length)), static_cast<unsigned>(extent.heads),
+                  static_cast<unsigned>(extent.batch));
+  return launch(forward_kernel, grid, dim3(kThreads), sizeof(Shared), stream, in, static_cast<bf16*>(out), lse, extent,
+                length);
+}
+
+}  // namespace mm_rec

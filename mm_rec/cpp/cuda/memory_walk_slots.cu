@@ -1,0 +1,158 @@
+// memory_read, backward, for the sizes of most models: the gradients of the slots, a block a version and head. Up to P tokens
+// see a version, from the one that wrote it on, so they fit in one tile. Their queries' gradients are added to those of the
+// window.
+#include "launch.cuh"
+#include "memory_read_backward.cuh"
+#include "memory_walk.cuh"
+
+namespace mm_rec {
+namespace {
+
+constexpr int kThreads = 128, kResident = 4;
+
+struct Shared {
+  WalkTile key, value, q, dout, dscores;  // (slot, query)
+  float bias[kWalkTile];
+  float2 stat[kWalkTile];  // of queries: denominator in base 2, inner
+};
+
+// Of the rows of slots from `row` on, `count` of them.
+__device__ __forceinline__ void clear(const ReadBackward& p, int64_t row, int count) {
+  const float zeros[4] = {};
+  for (int i = threadIdx.x * 4; i < count * kWalkDim; i += kThreads * 4) {
+    store<4>(p.dkey + row * kWalkDim + i, zeros);
+    store<4>(p.dvalue + row * kWalkDim + i, zeros);
+  }
+  for (int i = threadIdx.x; i < count; i += kThreads) p.dmass[row + i] = 0.0f;
+}
+
+__global__ void __launch_bounds__(kThreads, kResident) slot_kernel(const ReadBackward p, const MemoryExtent extent) {
+  auto& shared = *reinterpret_cast<Shared*>(dynamic_shared());
+  const int64_t b = blockIdx.z, head = blockIdx.y, width = extent.width();
+  const int version = static_cast<int>(blockIdx.x), count = extent.slots, warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
+  const int64_t slot0 = extent.slots_at(b, version, head);
+  const int written = version == 0 ? 0 : p.in.index.event[b * extent.writes() + version - 1];
+
+  // The tokens that see this version come one after the other.
+  const int64_t t = static_cast<int64_t>(written) + threadIdx.x;
+  bool sees = written >= 0 && threadIdx.x < kWalkTile && t < extent.time;
+  if (sees) {
+    const int64_t at = b * extent.time + t;
+    sees = p.in.index.version[at] == version && p.in.position[at] >= extent.window;
+  }
+  const int tokens = __syncthreads_count(sees);
+  if (tokens == 0) {
+    clear(p, slot0, count);
+    return;
+  }
+  const int64_t at = extent.token_at(b, written, head), line = (b * extent.heads + head) * extent.time + written;
+  WalkCopy::start(shared.q.hi, static_cast<const bf16*>(p.in.q) + at, width, tokens);
+  WalkCopy::start(shared.dout.hi, static_cast<const bf16*>(p.dout) + at, width, tokens);
+  cp_async_commit();
+  if (threadIdx.x < kWalkTile) {  // queries that are not there have no weights
+    const bool real = static_cast<int>(threadIdx.x) < tokens;
+    shared.stat[threadIdx.x] = real ? make_float2(p.lse[line + threadIdx.x] * kLog2e, p.inner[line + threadIdx.x])
+                                    : make_float2(INFINITY, 0.0f);
+  }
+  WalkPlan::fill_slots(shared.key, shared.value, shared.bias, p.in, slot0, count, kWalkDim);
+  cp_async_wait<0>();
+  __syncthreads();
+
+  // A warp has 16 slots and goes through the queries, 16 at a time.
+  Left<false> key[kWalkDim / 16], value[kWalkDim / 16];
+#pragma unroll
+  for (int k = 0; k < kWalkDim / 16; ++k) {
+    key[k] = load_left<false>(shared.key, warp_row, 16 * k);
+    value[k] = load_left<false>(shared.value, warp_row, 16 * k);
+  }
+  Fragments<kWalkDim / 8> dk = {}, dv = {};
+  float weighted_inner[2] = {0.0f, 0.0f};
+#pragma unroll 1
+  for (int n = 0; n < kWalkTile && n < tokens; n += 16) {
+    Fragments<2> weight = {}, dscore = {};
+#pragma unroll
+    for (int k = 0; k < kWalkDim; k += 16) {
+      multiply_step<false>(weight, key[k / 16], shared.q, n, k);
+      multiply_step<false>(dscore, value[k / 16], shared.dout, n, k);
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const float2 stat = shared.stat[n + fragment_column(e / 4, e % 4)];
+      const float bias = shared.bias[warp_row + fragment_row(e % 4)];
+      float& w = weight[e / 4][e % 4];
+      w = exp2f(fmaf(w, kWalkScale * kLog2e, bias) - stat.x);
+      weighted_inner[e % 4 / 2] = fmaf(w, stat.y, weighted_inner[e % 4 / 2]);
+      dscore[e / 4][e % 4] = w * (dscore[e / 4][e % 4] - stat.y);
+    }
+    const Left<false> left = to_left<false>(dscore, 0);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int to = (warp_row + fragment_row(e % 2 * 2)) * WalkTile::kStride + n + fragment_column(e / 2, 0);
+      *reinterpret_cast<uint32_t*>(shared.dscores.hi + to) = left.hi[e];
+    }
+    multiply_step<true>(dv, to_left<false>(weight, 0), shared.dout, 0, n);
+    multiply_step<true>(dk, left, shared.q, 0, n);
+  }
+  __syncthreads();
+
+  if (warp_row < tokens) {
+    Fragments<kWalkDim / 8> dq = {};
+    multiply<true, true, kWalkTile>(dq, shared.dscores, warp_row, shared.key, 0);
+    bf16* target = static_cast<bf16*>(p.dq) + at + warp_row * width;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (warp_row + fragment_row(2 * r) >= tokens) continue;
+      bf16* row = target + fragment_row(2 * r) * width + fragment_column(0, 0);
+#pragma unroll
+      for (int n = 0; n < kWalkDim / 8; ++n) {
+        float sum[2];
+        load<2>(row + 8 * n, sum);
+        sum[0] = fmaf(kWalkScale, dq[n][2 * r], sum[0]);
+        sum[1] = fmaf(kWalkScale, dq[n][2 * r + 1], sum[1]);
+        store<2>(row + 8 * n, sum);
+      }
+    }
+  }
+
+  // Through M_value / mass and the norm of M_key. A mass scales a weight and divides a value, so that of its gradient
+  // only - sum weight * inner / mass is left.
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = warp_row + fragment_row(2 * r);
+    const bool real = row < count;
+    const float mass = real ? p.in.mass[slot0 + row] : 0.0f, inverse = mass > 0.0f ? 1.0f / mass : 1.0f;
+    const int64_t to = (slot0 + row) * kWalkDim + fragment_column(0, 0);
+    float memory[kWalkDim / 8][2] = {}, squares = 0.0f, product = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kWalkDim / 8; ++n) {
+      if (real) load<2>(p.in.key + to + 8 * n, memory[n]);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        squares = fmaf(memory[n][j], memory[n][j], squares);
+        product = fmaf(memory[n][j], dk[n][2 * r + j], product);
+      }
+    }
+    const float norm = rsqrtf(group_sum<4>(squares) / kWalkDim + kNormEps), scale = kWalkScale * norm;
+    const float slope = scale * norm * norm * group_sum<4>(product) / kWalkDim;
+    const float inner = group_sum<4>(weighted_inner[r]);
+    if (!real) continue;
+#pragma unroll
+    for (int n = 0; n < kWalkDim / 8; ++n) {
+      const float dkey[2] = {scale * dk[n][2 * r] - slope * memory[n][0], scale * dk[n][2 * r + 1] - slope * memory[n][1]};
+      const float dvalue[2] = {inverse * dv[n][2 * r], inverse * dv[n][2 * r + 1]};
+      store<2>(p.dkey + to + 8 * n, dkey);
+      store<2>(p.dvalue + to + 8 * n, dvalue);
+    }
+    if (threadIdx.x % 4 == 0) p.dmass[slot0 + row] = mass > 0.0f ? -inner * inverse : 0.0f;
+  }
+}
+
+}  // namespace
+
+cudaError_t walk_backward_slots(const ReadBackward& p, const MemoryExtent& extent, void* stream) {
+  const dim3 grid(static_cast<unsigned>(extent.versions()), static_cast<unsigned>(extent.heads),
+                  static_cast<unsigned>(extent.batch));
+  return launch(slot_kernel, grid, dim3(kThreads), sizeof(Shared), stream, p, extent);
+}
+
+}  // namespace mm_rec
