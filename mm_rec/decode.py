@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from itertools import chain, islice
+from operator import is_
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from mm_rec.blocks.mm_rec_block import MMRecBlock
 from mm_rec.config import ModelConfig
 from mm_rec.ops import backend
-from mm_rec.ops.step import VECTORS, PackedMatrix, StepPlan, StepShape, Weight
+from mm_rec.ops.step import VECTORS, StepPlan, StepShape, Weight
 from mm_rec.state import BlockState, MemoryState, ModelState
 
 if TYPE_CHECKING:
@@ -36,18 +39,19 @@ def find_decoder(model: MMRecModel, domain: str | None) -> Decoder | None:
     Raises:
         NativeUnavailableError: native kernels are forced and not there.
     """
+    known = _decoders.setdefault(model, {})
+    decoder = known.get(domain)
+    if decoder is not None and decoder.is_current(model):
+        return decoder if backend.runs_native("step", decoder.weight) else None
     weight = model.embedding.weight
     if hasattr(model, "reshard"):  # FSDP: the weights have no lasting place
         return None
     if weight.device.type != "cpu" or not _native(model) or not backend.runs_native("step", weight):
         return None
-    known = _decoders.setdefault(model, {})
-    decoder = known.get(domain)
-    if decoder is None or not decoder.is_current(model):
-        try:
-            decoder = known[domain] = Decoder(model, domain)
-        except ValueError:  # a mix of types that the kernels don't have
-            return None
+    try:
+        decoder = known[domain] = Decoder(model, domain)
+    except ValueError:  # a mix of types that the kernels don't have
+        return None
     return decoder
 
 
@@ -74,6 +78,7 @@ class Decoder:
         self.config = model.config
         self.experts = model.config.experts if domain is None else (domain,)
         self.dtype = model.dtype
+        self.weight = model.embedding.weight
         self._lock = threading.Lock()
         self._stream: _Stream | None = None
         fused = len(self.experts) > 1
@@ -81,23 +86,26 @@ class Decoder:
         blocks = [[(f"experts.{e}.blocks.{i}", b) for i, b in enumerate(_blocks(model, e))] for e in self.experts]
         modules += [block for expert in blocks for block in expert]
         modules += [("fusion", model.fusion)] if fused else []
-        # Where the weights are looked up again at each step, and where they were.
-        self._sources = [(module._parameters, name) for _, module in modules for name in module._parameters]
+        # What is looked up again at each step, and as what it was found. All of it is out of the processor's caches by
+        # then, so no line of Python stands between one weight and the next.
+        self._sources = [cast(dict[str, nn.Parameter], module._parameters) for _, module in modules]
         self._addresses = self._find()
-        self._packed = model.packed
-        self._copies: list[tuple[dict[str, nn.Parameter | None], str, PackedMatrix]] = []  # of weights, at the sources
+        self._class, self._packed = type(model), model.packed
+        self._copied: list[tuple[dict[str, nn.Parameter], str]] = []  # sources of which packed copies are read
+        self._versions: list[int] = []
 
         def weights(prefix: str, module: nn.Module) -> dict[str, Weight]:
             found: dict[str, Weight] = {}
-            for name, parameter in module._parameters.items():
-                assert parameter is not None
+            parameters = cast(dict[str, nn.Parameter], module._parameters)
+            for name, parameter in parameters.items():
                 _check(parameter, self.dtype if name not in VECTORS else torch.float32)
                 packed = model.packed.get(f"{prefix}.{name}")
                 if f"{prefix}.{name}" in model.int8:
                     found[name] = model.int8[f"{prefix}.{name}"]
                 elif packed is not None and packed.holds(parameter):
                     found[name] = packed
-                    self._copies.append((module._parameters, name, packed))
+                    self._copied.append((parameters, name))
+                    self._versions.append(packed.version)
                 else:
                     found[name] = parameter.detach()
             return found
@@ -112,14 +120,15 @@ class Decoder:
         )
 
     def _find(self) -> list[int]:
-        return [parameters[name].data_ptr() for parameters, name in self._sources]  # type: ignore[union-attr]
+        return list(map(Tensor.data_ptr, chain.from_iterable(map(dict.values, self._sources))))
 
     def is_current(self, model: MMRecModel) -> bool:
         """Whether the model's weights still lie where they were, and those read from copies are what they were."""
         return (
-            model.packed is self._packed
+            type(model) is self._class
+            and model.packed is self._packed
             and self._find() == self._addresses
-            and all(packed.holds(parameters[name]) for parameters, name, packed in self._copies)  # type: ignore[arg-type]
+            and [parameters[name]._version for parameters, name in self._copied] == self._versions
         )
 
     def step(self, tokens: Tensor, state: ModelState, donate: bool) -> tuple[Tensor, ModelState]:
@@ -148,71 +157,71 @@ class _Stream:
     def __init__(self, config: ModelConfig, experts: tuple[str, ...], dtype: torch.dtype, state: ModelState) -> None:
         self.config = config
         self.experts = experts
-        self._issued: list[weakref.ref[Tensor]] = []
+        self._issued: list[BlockState] = []
+        self._has_memory = [config.is_memory_block(index) for index in range(config.n_layers)] * len(experts)
         self._shared = False  # whether the slots are also those of a state that may still be used
         blocks = [block for name in experts for block in state.experts[name]]
         memories = [block.memory for block in blocks if block.memory is not None]
         rows, window, heads, d = len(state.position), config.window, config.n_heads, config.head_dim
         self.h = torch.stack([block.h for block in blocks]).float()
         self.offset = 0
-        self.ring = torch.empty(len(memories), 2, rows, window + config.window // 2, heads, d, dtype=dtype)
+        self.ring = torch.empty(2 * len(memories), rows, window + config.window // 2, heads, d, dtype=dtype)
         sizes = (len(memories), rows, heads, config.slots)
         self.slots = torch.empty(*sizes, d), torch.empty(*sizes, d), torch.empty(*sizes)
         for index, memory in enumerate(memories):
-            for place, tensor in zip(self.ring[index], (memory.k, memory.v), strict=True):
+            for place, tensor in zip(self.ring[2 * index :], memory[:2], strict=False):
                 place[:, :window] = tensor
             for slot, tensor in zip(self.slots, memory[2:], strict=True):
                 slot[index] = tensor
+        self._views = self._view()
+
+    def _view(self) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
+        """The recurrence of every block, and the slots of every memory block."""
+        return list(self.h.unbind(0)), list(zip(*(slot.unbind(0) for slot in self.slots), strict=True))
 
     def issued(self, state: ModelState) -> bool:
         """Whether ``state`` is the one that this stream returned last, tensor by tensor."""
-        tensors = _tensors(state, self.experts)
-        return len(tensors) == len(self._issued) and all(
-            reference() is tensor for reference, tensor in zip(self._issued, tensors, strict=True)
-        )
+        blocks = [block for name in self.experts for block in state.experts[name]]
+        if len(blocks) != len(self._issued):
+            return False
+        return all(map(is_, blocks, self._issued)) or all(map(is_, _tensors(blocks), _tensors(self._issued)))
 
     def step(self, plan: StepPlan, tokens: Tensor, position: Tensor, donate: bool) -> tuple[Tensor, ModelState]:
         """One token, whose positions are (B,)."""
         window, block = self.config.window, self.config.window // 2
-        if self.offset + window == self.ring.shape[3]:
-            kept, self.ring = self.ring[:, :, :, self.offset :], torch.empty_like(self.ring)
-            self.ring[:, :, :, :window] = kept
+        if self.offset + window == self.ring.shape[2]:
+            kept, self.ring = self.ring[:, :, self.offset :], torch.empty_like(self.ring)
+            self.ring[:, :, :window] = kept
             self.offset = 0
         writes = any(at >= window and at % block == 0 for at in position.tolist())
         if writes and (self._shared or not donate):
             key, value, mass = self.slots
             self.slots, self._shared = (key.clone(), value.clone(), mass.clone()), False
+            self._views = self._view()
         elif not donate:
             self._shared = True
         h = self.h if donate else torch.empty_like(self.h)
         logits = plan.step(tokens, position, self.h, h, self.ring, self.offset, self.slots)
-        self.h = h
         self.offset += 1
+        if not donate:
+            self.h = h
+            self._views = self._view()
         return logits, self._issue(position + 1)
 
     def _issue(self, position: Tensor) -> ModelState:
         """The state as views of this memory."""
-        window = self.ring[:, :, :, self.offset : self.offset + self.config.window].flatten(0, 1).unbind(0)
-        memories = iter(zip(window[::2], window[1::2], *(slot.unbind(0) for slot in self.slots), strict=True))
-        h = iter(self.h.unbind(0))
-        experts = {
-            name: [
-                BlockState(next(h), MemoryState(*next(memories)) if self.config.is_memory_block(index) else None)
-                for index in range(self.config.n_layers)
-            ]
-            for name in self.experts
-        }
-        state = ModelState(position, experts)
-        self._issued = [weakref.ref(tensor) for tensor in _tensors(state, self.experts)]
-        return state
+        rows = iter(self.ring.narrow(2, self.offset, self.config.window).unbind(0))
+        h, slots = self._views
+        memories = (MemoryState(k, v, *slot) for k, v, slot in zip(rows, rows, slots, strict=True))
+        self._issued = [
+            BlockState(x, next(memories) if has else None) for x, has in zip(h, self._has_memory, strict=True)
+        ]
+        blocks = iter(self._issued)
+        return ModelState(position, {name: list(islice(blocks, self.config.n_layers)) for name in self.experts})
 
 
-def _tensors(state: ModelState, experts: tuple[str, ...]) -> list[Tensor]:
-    """Every tensor of a state but the position, which is read anew at each step."""
-    found = []
-    for name in experts:
-        for block in state.experts[name]:
-            found.append(block.h)
-            if block.memory is not None:
-                found += block.memory
-    return found
+def _tensors(blocks: list[BlockState]) -> Iterator[Tensor | None]:
+    """Every tensor of the blocks' states."""
+    for h, memory in blocks:
+        yield h
+        yield from memory or (None,)

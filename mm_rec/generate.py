@@ -120,7 +120,7 @@ def generate(
             yield piece
         if stream.stopped:
             return
-        rows, state = model.step(torch.tensor([token], device=logits.device), state, domain)
+        rows, state = model.step(torch.tensor([token], device=logits.device), state, domain, donate=True)
         logits = rows[0]
     if piece := stream.finish():
         yield piece

@@ -8,7 +8,7 @@ import torch
 
 from mm_rec import ops
 from mm_rec.device import KEEP_FLOAT32
-from mm_rec.ops.step import pack_rows, quantize_rows
+from mm_rec.ops.step import pack_weights, quantize_rows
 
 if TYPE_CHECKING:
     from mm_rec.model import MMRecModel
@@ -33,12 +33,10 @@ def pack_matrices(model: MMRecModel) -> None:
     """
     if ops.status()["cpu"].level not in PACKED_LEVELS:
         return
-    found = {}
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and (packed := pack_rows(parameter)) is not None:
-            parameter.requires_grad_(False)
-            found[name] = packed
-    model.packed = found
+    matrices = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 2}
+    model.packed = pack_weights(matrices)
+    for name in model.packed:
+        matrices[name].requires_grad_(False)
 
 
 @torch.no_grad()

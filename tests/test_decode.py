@@ -19,7 +19,7 @@ from mm_rec.decode import find_decoder
 from mm_rec.device import apply_precision
 from mm_rec.model import MMRecModel
 from mm_rec.ops.native import LEVELS, CpuLibrary
-from mm_rec.ops.step import pack_rows, quantize_rows
+from mm_rec.ops.step import pack_weights, quantize_rows
 from mm_rec.quantize import pack_matrices, quantize_int8
 from mm_rec.state import ModelState, flatten_state, map_state, unflatten_state
 
@@ -277,15 +277,16 @@ def test_a_packed_matrix_that_changes_is_read_as_it_is(monkeypatch: pytest.Monke
 def test_packing_takes_any_weights_and_leaves_what_gains_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(37, 512, generator=generator).bfloat16()
-    packed = pack_rows(weight)
-    assert packed is not None
+    packed = pack_weights({"weight": weight})["weight"]
     assert packed.holds(weight)
     assert packed.data.nbytes < 0.77 * weight.nbytes
-    assert packed.base.amax() < 255
-    weight[:, ::100] = 1e-30  # six chunks in seven can't be packed
-    assert pack_rows(weight) is None
-    assert pack_rows(weight.float()) is None
-    assert pack_rows(weight[:, :100].contiguous()) is None
+    twice = pack_weights({"a": weight, "b": weight[:19], "c": weight.float(), "d": weight[:, :100].contiguous()})
+    assert list(twice) == ["a", "b"]
+    assert torch.equal(twice["a"].data, packed.data)
+    assert torch.equal(twice["b"].data, packed.data[: len(twice["b"].data)])
+    weight[:, ::100] = 1e-30  # a weight too small for its chunk in nearly every one
+    assert not packed.holds(weight)
+    assert not pack_weights({"weight": weight})
 
 
 def test_without_the_native_back_end_the_forward_pass_steps() -> None:

@@ -35,7 +35,6 @@ def compare_generation(
     return {name: STEPS / value for name, value in seconds.items()}
 
 
-@torch.inference_mode()
 def _mm_rec(config: ModelConfig, precision: str, ids: Tensor) -> Action:
     with torch.device("cpu"):
         model = MMRecModel(config)
@@ -44,9 +43,10 @@ def _mm_rec(config: ModelConfig, precision: str, ids: Tensor) -> Action:
     pack_matrices(model)
     domain = config.experts[0]
     state = model.initial_state(1, domain)
-    for piece in ids.split(512, dim=1):
-        logits, state = model(piece, state, domain)
-    token = logits[:, -1].argmax(dim=-1)
+    with torch.inference_mode():
+        for piece in ids.split(512, dim=1):
+            logits, state = model(piece, state, domain)
+        token = logits[:, -1].argmax(dim=-1)
 
     def generate() -> None:
         nonlocal token, state

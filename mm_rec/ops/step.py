@@ -6,7 +6,9 @@ between the layers. It runs on the CPU alone and has no reference of its own: th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,10 +19,11 @@ from torch import Tensor
 from mm_rec.ops import backend
 from mm_rec.ops.reference import rotary_angles
 
-__all__ = ["Int8Matrix", "PackedMatrix", "StepPlan", "StepShape", "Weight", "pack_rows", "quantize_rows"]
+__all__ = ["Int8Matrix", "PackedMatrix", "StepPlan", "StepShape", "Weight", "pack_weights", "quantize_rows"]
 
 _PACKED = 3
 _PACKED_CHUNK, _PACKED_UNIT = 128, 16  # weights of a chunk, rows of a unit; as in step_packed.h
+_LARGE_PAGE = 2**21
 _WORTH_PACKING = 0.9  # of the bytes of a matrix, at most
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 MATRICES = ("in_proj", "decay_proj", "out_proj", "qkv_proj", "attention_out", "ffn_up", "ffn_down")
@@ -71,31 +74,51 @@ class PackedMatrix:
 
     def holds(self, weight: Tensor) -> bool:
         """Whether ``weight`` is the matrix that was packed, and as it was then."""
-        return weight.data_ptr() == self.plain.data_ptr() and _version(weight) == self.version
+        return weight.data_ptr() == self.plain.data_ptr() and weight._version == self.version
 
 
-def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
+def pack_weights(weights: Mapping[str, Tensor]) -> dict[str, PackedMatrix]:
+    """Pack those of ``weights``, matrices (rows, columns), that are bfloat16 on the CPU and then take fewer bytes.
 
-
-def pack_rows(weight: Tensor) -> PackedMatrix | None:
-    """Pack ``weight`` (rows, columns), or None if it isn't bfloat16, or would not take fewer bytes.
+    Tensors made in inference mode are left out, since PyTorch does not count their changes.
 
     Raises:
         NativeUnavailableError: there is no native library.
     """
-    if weight.dtype != torch.bfloat16 or not weight.is_contiguous() or weight.device.type != "cpu":
-        return None
-    (rows, columns), threads = weight.shape, torch.get_num_threads()
+    layouts = {}
+    for name, weight in weights.items():
+        if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.is_inference():
+            base, start, size = _layout(weight := weight.detach())
+            if weight.is_contiguous() and size <= _WORTH_PACKING * weight.nbytes:
+                layouts[name] = weight, base, start, size
+    memory = _in_large_pages(sum(size for *_, size in layouts.values()))
+    packed, offset = {}, 0
+    for name, (weight, base, start, size) in layouts.items():
+        data = memory[offset : offset + size]
+        offset += size
+        pointers = [tensor.data_ptr() for tensor in (weight, base, start, data)]
+        backend.kernel("pack", "cpu")(*weight.shape, *pointers, torch.get_num_threads())
+        packed[name] = PackedMatrix(weight, data, base, start, weight._version)
+    return packed
+
+
+def _layout(weight: Tensor) -> tuple[Tensor, Tensor, int]:
+    """``base`` and ``start`` of a packed matrix, and the bytes of its data."""
+    rows, columns = weight.shape
     base = torch.empty(rows, columns // _PACKED_CHUNK, dtype=torch.uint8)
     start = torch.empty(-(-rows // _PACKED_UNIT), dtype=torch.int32)
     pointers = weight.data_ptr(), base.data_ptr(), start.data_ptr()
-    size = backend.kernel("pack_layout", "cpu")(rows, columns, *pointers, threads)
-    if size > _WORTH_PACKING * weight.nbytes:
-        return None
-    data = torch.empty(size, dtype=torch.uint8)
-    backend.kernel("pack", "cpu")(rows, columns, *pointers, data.data_ptr(), threads)
-    return PackedMatrix(weight.detach(), data, base, start, _version(weight))
+    return base, start, backend.kernel("pack_layout", "cpu")(rows, columns, *pointers, torch.get_num_threads())
+
+
+def _in_large_pages(size: int) -> Tensor:
+    """Memory (size,) uint8, in pages of 2 MB if the system has them: a processor reads those faster."""
+    memory = mmap.mmap(-1, size + 2 * _LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):  # of another system, or of Linux without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    buffer = torch.frombuffer(memory, dtype=torch.uint8)
+    begin = -buffer.data_ptr() % _LARGE_PAGE
+    return buffer[begin : begin + size]
 
 
 @dataclass(frozen=True)
@@ -172,7 +195,7 @@ class StepPlan:
         self._kernel = backend.kernel("step", "cpu")
         self._scratch_size = backend.kernel("step_scratch", "cpu")
         self._kept: list[object] = []
-        self._scratch = torch.empty(0)
+        self._scratch, self._scratch_for = torch.empty(0), (0, 0)  # and how many sequences and threads it is for
         blocks = [block for expert in experts for block in expert]
         table = (_Block * len(blocks))(*map(self._block, blocks))
         first = blocks[0]
@@ -237,7 +260,7 @@ class StepPlan:
         Args:
             tokens, position: (B,) int64; a token and its place in its document.
             h, h_after: (N, B, D) float32, the recurrences of all blocks before, and where they go; may be the same.
-            ring: (M, 2, B, C, H, d) in the activation type, keys and values of all memory blocks. Rows ``offset`` to
+            ring: (2 M, B, C, H, d) in the activation type, keys and values of all memory blocks. Rows ``offset`` to
                 ``offset`` + W - 1 hold the last W tokens; the new one is written behind them, so C is larger.
             offset: see ``ring``.
             slots: key, value (M, B, H, S, d) and mass (M, B, H, S), float32, updated in place where it is time.
@@ -250,11 +273,11 @@ class StepPlan:
             ValueError: for a negative position.
         """
         plan, threads = self._plan, torch.get_num_threads()
-        size = self._scratch_size(ctypes.addressof(plan), len(tokens), threads)
-        if len(self._scratch) < size:
-            self._scratch = torch.empty(size)
+        if self._scratch_for != (len(tokens), threads):
+            size = self._scratch_size(ctypes.addressof(plan), len(tokens), threads)
+            self._scratch, self._scratch_for = torch.empty(size), (len(tokens), threads)
         state = _State(
-            position.data_ptr(), h.data_ptr(), h_after.data_ptr(), ring.data_ptr(), ring.shape[3], offset,
+            position.data_ptr(), h.data_ptr(), h_after.data_ptr(), ring.data_ptr(), ring.shape[2], offset,
             *(tensor.data_ptr() for tensor in slots),
         )  # fmt: skip
         logits = torch.empty(len(tokens), plan.vocabulary)

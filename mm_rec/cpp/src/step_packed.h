@@ -95,7 +95,7 @@ struct PackedReader {
     inline __attribute__((always_inline)) void row(int64_t columns, F body) {
         int64_t k = 0;
         for (; k + PACKED_CHUNK <= columns; k += PACKED_CHUNK, ++base) {
-            for (int64_t i = 0; i < PACKED_BYTES; i += 64) __builtin_prefetch(data + STEP_AHEAD + i);
+            for (int64_t i = 0; i < PACKED_BYTES; i += 64) __builtin_prefetch(data + STEP_AHEAD + i, 0, 0);
             if (__builtin_expect(*base == PACKED_PLAIN, 0)) {
                 body(reinterpret_cast<const bf16*>(data), k, PACKED_CHUNK);
                 data += PLAIN_BYTES;
