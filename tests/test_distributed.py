@@ -150,9 +150,9 @@ def test_fusion_in_several_processes(tmp_path: Path) -> None:
         Run(1, "one", 4, stage3),
         Run(2, "ddp", 4, stage3),
         Run(4, "fsdp", 4, [*stage3, *FSDP]),
-        Run(2, "auto", 2, stage3, whole - 1),  # bytes: too few for the whole model
+        Run(4, "auto", 2, stage3, whole - 1),  # bytes: too few for the whole model
         Run(
-            2,
+            4,
             "auto",
             4,
             ["--resume_from", str(tmp_path / "auto" / "stage3"), "--stage", "stage3", "--accumulation", "1"],

@@ -104,7 +104,7 @@ def suites_with_other_kernels(folder: Path) -> Iterator[Trial]:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / name, copy / name)
+        shutil.copy(ROOT / name, copy / name)  # with its mode: scripts are run
     library = copy / LIBRARY_PATH.relative_to(ROOT)
 
     def trial(seed: int) -> str:
