@@ -176,7 +176,8 @@ def recurrence_backward(
         _contiguous(dh_last),
     )
     dz, du, dgamma, dh0 = _empty(z.shape), _empty(u.shape, u.dtype), _empty(z.shape), _empty((batch, width))
-    dw_g = _empty((_call.recurrence_groups(batch, heads), *w_g.shape))
+    groups = _call.recurrence_groups(batch, heads)
+    dw_g = _empty(w_g.shape if groups == 1 else (groups, *w_g.shape))
     result = _call.recurrence_backward(
         _TYPE_CODES[u.dtype], batch, time, heads, head_dim, z.data_ptr(), z_row, u.data_ptr(), u_row,
         gamma.data_ptr(), gamma_row, w_g.data_ptr(), _pointer(h0), _pointer(reset), h.data_ptr(), dh.data_ptr(), dh_row,
@@ -184,7 +185,7 @@ def recurrence_backward(
         torch.get_num_threads(),
     )  # fmt: skip
     _check(result)
-    return dz, du, dgamma, dw_g[0] if len(dw_g) == 1 else dw_g.sum(0), dh0
+    return dz, du, dgamma, dw_g if groups == 1 else dw_g.sum(0), dh0
 
 
 def mdi(

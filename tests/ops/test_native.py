@@ -97,3 +97,17 @@ def test_long_gradients_stay_exact() -> None:
     with ops.use_backend("native"):
         got = run(ops.recurrence, (z, u, gamma, w_g))
     assert_agree(got, run(reference.recurrence, widen((z, u, gamma, w_g))), {torch.float32: 1e-5})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_gradients_too_large_for_the_caches(dtype: torch.dtype) -> None:
+    """They are written past them, by other instructions."""
+    generator = torch.Generator().manual_seed(0)
+    shape, heads = (16, 140, 256), 4  # each over 1 MB
+    z, u = torch.randn(2, *shape, generator=generator)
+    gamma, w_g = torch.rand(shape, generator=generator), torch.randn(heads, 64, 64, generator=generator) / 16
+    arguments = (z, u.to(dtype), gamma, w_g)
+    with ops.use_backend("native"):
+        got = run(ops.recurrence, arguments)
+    want = run(reference.recurrence, widen(arguments))
+    assert_agree(got, want, tolerance("recurrence", dtype, ops.status()["cpu"].level or ""))

@@ -1,9 +1,13 @@
 // The nonlinear time loop: i_t = sigmoid(u_t + W_g h_{t-1}), h_t = i_t z_t + gamma_t h_{t-1}, per head of d.
 //
-// A task is one head of a group of up to GROUP sequences. W_g of the head, packed so that a step reads it in
-// order, stays in the first- or second-level cache for the whole loop, and each of its vectors serves all
-// sequences of the group. Groups depend on the shape alone, so results don't depend on the number of threads.
+// A task is some heads of a group of up to GROUP sequences. W_g of a head, packed so that a step reads it in order,
+// stays in the second-level cache for the whole loop and in the first for CHUNK steps of its head, and each of its
+// vectors serves all sequences of the group. Heads that lie side by side in memory take turns after each chunk, since a
+// head's own part of a row is too short to be read fast. Groups depend on the shape alone, and heads know nothing of
+// each other, so results don't depend on the number of threads.
 #pragma once
+
+#include <type_traits>
 
 #include "product.h"
 #include "scratch.h"
@@ -19,7 +23,8 @@ constexpr int GROUP = 2;
 constexpr int STEP_VECS = 4;
 #endif
 constexpr int64_t RECURRENCE_MIN_WORK = 1 << 18;  // multiplications under which a second thread costs more than it brings
-constexpr int64_t PREFETCH = 6;  // steps that inputs are asked for ahead
+constexpr int64_t CHUNK = 16;     // steps of a head in a row
+constexpr int64_t MAX_HEADS = 8;  // of a task: their matrices share the second-level cache
 
 // packed[v][j][0..W) = w(v * W + lane, j) with w(i, j) = w_g[i * row + j * col]; rows past d are 0.
 static void pack_columns(int64_t d, const float* w_g, int64_t row, int64_t col, float* packed) {
@@ -94,15 +99,28 @@ MM_INLINE int recurrence_group(int64_t batch, int64_t heads) {
     return group;
 }
 
+// Heads of a task: as many as leave one for every thread.
+MM_INLINE int64_t recurrence_heads(int64_t heads, int64_t groups, int threads) {
+    int64_t together = min64(MAX_HEADS, max64(1, heads * groups / threads));
+    while (heads % together) --together;
+    return together;
+}
+
+// Calls body(integral_constant G, b) for the sequences [first, end), G at a time from b on.
+template <class F>
+MM_INLINE void for_sequences(int64_t first, int64_t end, F body) {
+    int64_t b = first;
+    for (; b + GROUP <= end; b += GROUP) body(std::integral_constant<int, GROUP>{}, b);
+    for (; b + 2 <= end; b += 2) body(std::integral_constant<int, 2>{}, b);
+    for (; b < end; ++b) body(std::integral_constant<int, 1>{}, b);
+}
+
+// Steps [t0, t1) of one head of G sequences from b on. Asks for the next chunk's rows.
 template <int G, class T>
-static void recurrence_forward_task(const RecurrenceInputs<T>& in, int64_t b, int64_t head, const float* packed,
-                                    float* state, float* h, float* h_last) {
+static void recurrence_forward_chunk(const RecurrenceInputs<T>& in, int64_t b, int64_t head, int64_t t0, int64_t t1,
+                                     const float* packed, float* state, float* fed_back, float* h) {
     const int64_t d = in.d, pitch = in.pitch(), width = in.width(), column = head * d;
-    float* fed_back = state + G * pitch;
-    memset(state, 0, G * pitch * sizeof(float));
-    for (int g = 0; g < G && in.h0; ++g)
-        memcpy(state + g * pitch, in.h0 + (b + g) * width + column, d * sizeof(float));
-    for (int64_t t = 0; t < in.time; ++t) {
+    for (int64_t t = t0; t < t1; ++t) {
         for (int g = 0; g < G; ++g)
             if (in.starts((b + g) * in.time + t)) memset(state + g * pitch, 0, pitch * sizeof(float));
         group_matvec<G>(d, packed, state, pitch, fed_back, pitch);
@@ -111,49 +129,58 @@ static void recurrence_forward_task(const RecurrenceInputs<T>& in, int64_t b, in
             const float* z = in.z + row * in.z_row + column;
             const T* u = in.u + row * in.u_row + column;
             const float* gamma = in.gamma + row * in.gamma_row + column;
-            if (t + PREFETCH < in.time) {
-                prefetch_row(z + PREFETCH * in.z_row, d);
-                prefetch_row(u + PREFETCH * in.u_row, d);
-                prefetch_row(gamma + PREFETCH * in.gamma_row, d);
-            }
-            for (int64_t i = 0; i < d; i += W) {
-                const int64_t at = g * pitch + i, left = d - i;
+            for_vectors(d, [&](int64_t i, auto left) {
+                const int64_t at = g * pitch + i;
                 const vf gate = sigmoid(load(u + i, left) + load(fed_back + at));
                 const vf now = gate * load(z + i, left) + load(gamma + i, left) * load(state + at);
                 store(state + at, now);
                 store(h + row * width + column + i, now, left);
+            });
+            if (t + CHUNK < in.time) {
+                prefetch_row(z + CHUNK * in.z_row, d);
+                prefetch_row(u + CHUNK * in.u_row, d);
+                prefetch_row(gamma + CHUNK * in.gamma_row, d);
+                prefetch_row<true>(h + (row + CHUNK) * width + column, d);
             }
         }
     }
-    for (int g = 0; g < G; ++g)
-        memcpy(h_last + (b + g) * width + column, state + g * pitch, d * sizeof(float));
 }
 
 // h (batch, time, width) and h_last (batch, width) contiguous. False if there is no memory for the scratch.
 template <class T>
 static bool recurrence_forward(const RecurrenceInputs<T>& in, float* h, float* h_last, int threads) {
-    const int64_t pitch = in.pitch();
+    const int64_t d = in.d, pitch = in.pitch(), width = in.width();
     const int group = recurrence_group(in.batch, in.heads);
-    const int64_t groups = (in.batch + group - 1) / group, tasks = groups * in.heads;
     if (in.work() < RECURRENCE_MIN_WORK) threads = 1;
+    const int64_t groups = (in.batch + group - 1) / group, heads = recurrence_heads(in.heads, groups, threads);
     struct Buffers {
-        float *packed, *state;
+        float *packed, *state, *fed_back;  // (heads, d, pitch); (heads, GROUP, pitch), h_{t-1}; (GROUP, pitch)
         int64_t packed_head;
     };
     const auto make = [&](Parts& parts) {
-        float* packed = parts.take(in.d * pitch);
-        return Buffers{packed, parts.take(2 * GROUP * pitch), -1};
+        float *packed = parts.take(heads * d * pitch), *state = parts.take(heads * GROUP * pitch);
+        return Buffers{packed, state, parts.take(GROUP * pitch), -1};
     };
-    return run_tasks(tasks, threads, make, [&](int64_t task, Buffers& w) {
-        const int64_t head = task / groups, first = task % groups * group;
-        if (head != w.packed_head) pack_columns(in.d, in.w_g + head * in.d * in.d, in.d, 1, w.packed);
+    return run_tasks(in.heads / heads * groups, threads, make, [&](int64_t task, Buffers& w) {
+        const int64_t head = task / groups * heads, first = task % groups * group;
+        for (int64_t k = 0; k < heads && head != w.packed_head; ++k)
+            pack_columns(d, in.w_g + (head + k) * d * d, d, 1, w.packed + k * d * pitch);
         w.packed_head = head;
-        const int64_t end = min64(in.batch, first + group);
-        int64_t b = first;
-        for (; b + GROUP <= end; b += GROUP)
-            recurrence_forward_task<GROUP>(in, b, head, w.packed, w.state, h, h_last);
-        for (; b + 2 <= end; b += 2) recurrence_forward_task<2>(in, b, head, w.packed, w.state, h, h_last);
-        for (; b < end; ++b) recurrence_forward_task<1>(in, b, head, w.packed, w.state, h, h_last);
+        for_sequences(first, min64(in.batch, first + group), [&](auto size, int64_t b) {
+            constexpr int G = decltype(size)::value;
+            const auto each_state = [&](auto body) {
+                for (int64_t k = 0; k < heads; ++k)
+                    for (int g = 0; g < G; ++g)
+                        body(w.state + (k * GROUP + g) * pitch, (b + g) * width + (head + k) * d);
+            };
+            memset(w.state, 0, heads * GROUP * pitch * sizeof(float));
+            if (in.h0) each_state([&](float* state, int64_t at) { memcpy(state, in.h0 + at, d * sizeof(float)); });
+            for (int64_t t = 0; t < in.time; t += CHUNK)
+                for (int64_t k = 0; k < heads; ++k)
+                    recurrence_forward_chunk<G>(in, b, head + k, t, min64(in.time, t + CHUNK), w.packed + k * d * pitch,
+                                                w.state + k * GROUP * pitch, w.fed_back, h);
+            each_state([&](float* state, int64_t at) { memcpy(h_last + at, state, d * sizeof(float)); });
+        });
     });
 }
 

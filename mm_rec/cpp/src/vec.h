@@ -125,6 +125,43 @@ MM_INLINE void store(T* p, vf y, int64_t n) {
     for (int64_t i = 0; i < n; ++i) p[i] = x[i];
 }
 
+// Whole vectors to aligned memory past the caches, for what is not read again before they have forgotten it: a cache
+// would first fetch the lines that are about to be written. end_streams() before another thread may read.
+MM_INLINE void stream(float* p, vf x) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, (__m256)x);
+#elif defined(__x86_64__)
+    _mm_stream_ps(p, (__m128)x);
+#else
+    store(p, x);
+#endif
+}
+MM_INLINE void stream(bf16* p, vf x) {
+#if defined(__AVX512F__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(x));
+#elif defined(__AVX2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)narrow(x));
+#else
+    store(p, x);
+#endif
+}
+MM_INLINE void end_streams() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+#ifndef MM_STREAM_BYTES
+#define MM_STREAM_BYTES (1 << 20)  // of a result, more than a second-level cache keeps of it
+#endif
+
+// Whether rows of n elements at p, `size` of them in all, are for stream().
+template <class T>
+MM_INLINE bool streams(const T* p, int64_t n, int64_t size) {
+    return size * int64_t(sizeof(T)) >= MM_STREAM_BYTES && n % W == 0 && reinterpret_cast<uintptr_t>(p) % 64 == 0;
+}
+
 // Calls body(i, n - i) for every W-th i under n: the count is a constant type where a whole vector is left, so that no
 // load or store of those asks for it.
 struct Whole {
