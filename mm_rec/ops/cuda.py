@@ -413,7 +413,7 @@ def _memory_sizes(k: Tensor, position: Tensor, slots: int) -> tuple[int, int, in
 
 @functools.lru_cache(maxsize=16)
 def _rotary_table(window: int, dim: int, base: float, device: torch.device) -> Tensor:
-    """Cosine and sine of distance times frequency, (W + 2176, 2, d / 2): all that 34 tiles of 64 tokens in a row meet."""
+    """Cosine and sine of distance times frequency, (W + 2176, 2, d / 2): all that 34 tiles of 64 tokens meet."""
     angle = rotary_angles(torch.arange(window + 2176), dim, base)
     return torch.stack([angle.cos(), angle.sin()], dim=1).float().to(device)
 

@@ -43,8 +43,8 @@ ROUNDED = (
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 # Beside the common cases: every head size that a recurrence kernel is written for, with batches that fill its groups
-# of sequences or don't, and so many that they are taken in groups; several tiles of time for scan; heads past 64 and slots
-# past a tile for the memories, and sizes at which a block walks through many tiles, in one part and in two.
+# of sequences or don't, and so many that they are taken in groups; several tiles of time for scan; heads past 64 and
+# slots past a tile for the memories, and sizes at which a block walks through many tiles, in one part and in two.
 HEADS = [
     (1, 1, 64, 1),
     (19, 18, 128, 2),

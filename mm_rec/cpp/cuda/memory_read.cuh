@@ -83,8 +83,8 @@ struct ReadPlan {
       }
     }
 
-    // Call body(row, column, first, second) for each row: elements column ... column + 3 of both halves. Whole warps take
-    // part in each call.
+    // Call body(i, row, column, first, second) for the i-th row of this lane: elements column ... column + 3 of both halves.
+    // Whole warps take part in each call.
     template <typename Body>
     __device__ __forceinline__ void each(const Body& body) const {
 #pragma unroll
@@ -95,13 +95,13 @@ struct ReadPlan {
           first[j] = raw_[i][0][j];
           second[j] = raw_[i][1][j];
         }
-        body(row(i), column(), first, second);
+        body(i, row(i), column(), first, second);
       }
     }
 
     template <bool Split>
     __device__ __forceinline__ void put(Tile<Rows, Dim, Split>& tile) const {
-      each([&](int row, int column, const float(&first)[4], const float(&second)[4]) {
+      each([&](int, int row, int column, const float(&first)[4], const float(&second)[4]) {
         tile.set(row, column, first);
         tile.set(row, Dim / 2 + column, second);
       });
@@ -112,7 +112,7 @@ struct ReadPlan {
     __device__ __forceinline__ void put_rotated(Tile<Rows, Dim, Split>& tile, int rows, int dim, const float* rotary,
                                                 int nearest) const {
       const int half = dim / 2;
-      each([&](int row, int column, const float(&first)[4], const float(&second)[4]) {
+      each([&](int, int row, int column, const float(&first)[4], const float(&second)[4]) {
         float a[4], b[4], cosine[4] = {}, sine[4] = {};
         const float* turn = rotary + static_cast<int64_t>(nearest + row) * dim + column;
         if (row < rows && column < half) {
@@ -137,8 +137,9 @@ struct ReadPlan {
       });
     }
 
-   private:
     static __device__ __forceinline__ int row(int i) { return static_cast<int>(threadIdx.x + i * kThreads) / kLanes; }
+
+   private:
     static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) % kLanes * 4; }
 
     Four raw_[kCount][2];
@@ -184,32 +185,36 @@ struct ReadPlan {
   static __device__ __forceinline__ void fill_slots(Tile<Rows, Dim, Split>& keys, Tile<Rows, Dim, Split>& values,
                                                     float* bias, const ReadInputs& in, int64_t first, int rows,
                                                     int dim) {
-    RowLoads<Rows, float> key, value;
+    using Loads = RowLoads<Rows, float>;
+    Loads key, value;
+    float mass[Loads::kCount], scale[Loads::kCount];
     key.fetch(in.key + first * dim, dim, rows, dim);
     value.fetch(in.value + first * dim, dim, rows, dim);
-    for (int i = threadIdx.x; i < Rows; i += kThreads) {
-      const float mass = i < rows ? in.mass[first + i] : 0.0f;
-      bias[i] = mass > 0.0f ? __log2f(mass) : -INFINITY;
+#pragma unroll
+    for (int i = 0; i < Loads::kCount; ++i) mass[i] = Loads::row(i) < rows ? in.mass[first + Loads::row(i)] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < Loads::kCount; ++i) {
+      if (threadIdx.x % kLanes == 0) bias[Loads::row(i)] = mass[i] > 0.0f ? __log2f(mass[i]) : -INFINITY;
+      scale[i] = mass[i] > 0.0f ? 1.0f / mass[i] : 1.0f;
     }
-    key.each([&](int row, int column, float(&a)[4], float(&b)[4]) {
+    key.each([&](int, int row, int column, float(&a)[4], float(&b)[4]) {
       float squares = 0.0f;
 #pragma unroll
       for (int j = 0; j < 4; ++j) squares = fmaf(a[j], a[j], fmaf(b[j], b[j], squares));
-      const float scale = rsqrtf(group_sum<kLanes>(squares) / dim + kNormEps);
+      const float norm = rsqrtf(group_sum<kLanes>(squares) / dim + kNormEps);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        a[j] *= scale;
-        b[j] *= scale;
+        a[j] *= norm;
+        b[j] *= norm;
       }
       keys.set(row, column, a);
       keys.set(row, Dim / 2 + column, b);
     });
-    value.each([&](int row, int column, float(&a)[4], float(&b)[4]) {
-      const float mass = row < rows ? in.mass[first + row] : 0.0f, scale = mass > 0.0f ? 1.0f / mass : 1.0f;
+    value.each([&](int i, int row, int column, float(&a)[4], float(&b)[4]) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        a[j] *= scale;
-        b[j] *= scale;
+        a[j] *= scale[i];
+        b[j] *= scale[i];
       }
       values.set(row, column, a);
       values.set(row, Dim / 2 + column, b);

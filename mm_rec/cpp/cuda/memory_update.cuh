@@ -15,6 +15,22 @@ struct UpdateInputs {
   WriteIndex index;
 };
 
+struct UpdateGradients {
+  const float* dkey;  // of all versions
+  const float* dvalue;
+  const float* dmass;
+  const float* key;
+  const float* value;
+  const float* mass;
+  void* dk;
+  void* dv;
+  float* dkey0;
+  float* dvalue0;
+  float* dmass0;
+  float* daddress;  // (B, H, S, d) and (B, H): sums over B are left to the caller
+  float* drate;
+};
+
 // Sizes of a block of threads: Q tokens times Q slots, each warp 16 tokens and one of `Sides` equal parts of the slots.
 // `Dim` is the head size rounded up. Products are exact to float32 where the operands are: addresses, weights and
 // gradients are split, tokens where they are float32.

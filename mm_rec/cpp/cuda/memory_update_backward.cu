@@ -9,27 +9,11 @@
 // and G of the version before is its own gradient plus a G. Where it fits, G stays in registers, as do the sums of dA;
 // else both live in the outputs, where this block alone touches them.
 #include "launch.cuh"
-#include "memory_update.cuh"
+#include "memory_write.cuh"
 #include "reduce.cuh"
 
 namespace mm_rec {
 namespace {
-
-struct Gradients {
-  const float* dkey;  // of all versions
-  const float* dvalue;
-  const float* dmass;
-  const float* key;
-  const float* value;
-  const float* mass;
-  void* dk;
-  void* dv;
-  float* dkey0;
-  float* dvalue0;
-  float* dmass0;
-  float* daddress;  // (B, H, S, d) and (B, H): sums over B are left to the caller
-  float* drate;
-};
 
 template <typename Plan>
 struct Shared {
@@ -46,7 +30,7 @@ struct Shared {
 // `Resident`: one tile of slots and one of tokens, so that G and dA stay in registers and weights are computed once.
 template <typename T, typename Plan, bool Resident>
 __global__ void __launch_bounds__(Plan::kThreads, 1)
-    backward_kernel(const UpdateInputs in, const Gradients out, const MemoryExtent extent) {
+    backward_kernel(const UpdateInputs in, const UpdateGradients out, const MemoryExtent extent) {
   constexpr int Q = Plan::kQ, kDim = Plan::kDim, kThreads = Plan::kThreads;
   using Logits = typename Plan::Logits;
   using Rows = typename Plan::Rows;
@@ -144,12 +128,55 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
     }
   };
 
+  // The token that causes write e, known a write ahead, so that what the write needs can be brought closer.
+  const auto event = [&](int64_t e) { return e >= 0 ? in.index.event[b * extent.writes() + e] : -1; };
+  const auto is_first = [&](int t) { return t >= 0 && in.position[b * extent.time + t] == extent.window; };
+  const auto prefetch = [&](int64_t version, int t) {
+    const int64_t at = extent.slots_at(b, version, head) * dim;
+    for (int i = threadIdx.x * 32; i < slots * dim; i += kThreads * 32) {
+      prefetch_l2(out.dkey + at + i);
+      prefetch_l2(out.dvalue + at + i);
+      if (t < 0) continue;
+      prefetch_l2(out.key + at + i);
+      prefetch_l2(out.value + at + i);
+    }
+    if (t < 0) return;
+    for (int i = threadIdx.x; i < block; i += kThreads) {
+      const int64_t token = extent.context_at(b, t + i, head);
+      prefetch_l2(static_cast<const T*>(in.k) + token);
+      prefetch_l2(static_cast<const T*>(in.v) + token);
+    }
+  };
+  // Contexts that no write reads have no gradient.
+  const auto clear = [&](int64_t from, int64_t to) {
+    const int pairs = dim / 2;
+    for (int64_t i = threadIdx.x; i < (to - from) * pairs; i += kThreads) {
+      const int64_t at = extent.context_at(b, from + i / pairs, head) + i % pairs * 2;
+      const float zeros[2] = {};
+      store<2>(static_cast<T*>(out.dk) + at, zeros);
+      store<2>(static_cast<T*>(out.dv) + at, zeros);
+    }
+  };
+
   float drate = 0.0f;
+  int64_t cleared = extent.context();  // from here on dk and dv are there
+  int coming = event(extent.writes() - 1);
+  bool coming_starts = is_first(coming);
   for (int64_t e = extent.writes() - 1; e >= 0; --e) {
     const int64_t before = extent.slots_at(b, e, head);
-    const int t = in.index.event[b * extent.writes() + e];
-    const bool starts = t >= 0 && in.position[b * extent.time + t] == extent.window;
+    const int t = coming;
+    const bool starts = coming_starts;
+    coming = event(e - 1);
+    if (e > 0) prefetch(e - 1, coming);
+    coming_starts = is_first(coming);
+    Rows old;  // M, on its way before it is needed where there is one tile
+    const auto load_old = [&](int s) {
+      load_rows(memory + (before + static_cast<int64_t>(s) * Q) * dim, first, slots - s * Q, dim, dim - column, old);
+    };
     if (t >= 0) {
+      clear(t + block, cleared);
+      cleared = t;
+      if constexpr (Resident) load_old(0);
       // Factors.
       Logits w, dw;
       typename Plan::Softmax softmax;
@@ -165,8 +192,6 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
       // Their gradients: G . M.
       for (int s = 0; s < tiles; ++s) {
         const int64_t at = static_cast<int64_t>(s) * Q * dim;
-        Rows old;
-        load_rows(memory + before * dim + at, first, slots - s * Q, dim, dim - column, old);
         if constexpr (Resident) {
           auto& tile = of_value ? shared.dvalue : shared.dkey;
 #pragma unroll
@@ -178,6 +203,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
             }
           }
         } else {
+          load_old(s);
           load_rows(running + at, first, slots - s * Q, dim, dim - column, gradient);
         }
         float inner[2] = {0.0f, 0.0f};
@@ -287,6 +313,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
     __syncthreads();
   }
 
+  clear(0, cleared);
   if constexpr (Resident) {
     store_rows(running, first, slots, dim, dim - column, gradient);
     store_rows(daddress, first, slots, dim, dim - address_column, address_sum);
@@ -303,7 +330,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 }
 
 template <typename T, int Dim, int Q, int Sides, bool Resident>
-cudaError_t run(const UpdateInputs& in, const Gradients& out, const MemoryExtent& extent, void* stream) {
+cudaError_t run(const UpdateInputs& in, const UpdateGradients& out, const MemoryExtent& extent, void* stream) {
   using Plan = UpdatePlan<T, Dim, Q, Sides>;
   const dim3 grid(static_cast<unsigned>(extent.heads), static_cast<unsigned>(extent.batch));
   const size_t bytes = sizeof(Shared<Plan>) + 3 * sizeof(float) * ceil_div(extent.slots, Q) * Q;
@@ -311,7 +338,7 @@ cudaError_t run(const UpdateInputs& in, const Gradients& out, const MemoryExtent
 }
 
 template <typename T>
-cudaError_t dispatch(const UpdateInputs& in, const Gradients& out, const MemoryExtent& extent, void* stream) {
+cudaError_t dispatch(const UpdateInputs& in, const UpdateGradients& out, const MemoryExtent& extent, void* stream) {
   if (extent.dim <= 64 && extent.slots <= 64 && extent.block() <= 64) {
     return run<T, 64, 64, 4, true>(in, out, extent, stream);
   }
@@ -346,17 +373,13 @@ extern "C" int mm_rec_cuda_memory_update_backward(
   const int64_t address_size = heads * slots * dim;
   float* drate_partial = workspace + batch * address_size;
   UpdateInputs in{k, v, address, rate, position, {}};
-  const Gradients out{dkey, dvalue, dmass,   key,    value,     mass,         dk,
+  const UpdateGradients out{dkey, dvalue, dmass,   key,    value,     mass,         dk,
                       dv,   dkey0,  dvalue0, dmass0, workspace, drate_partial};
-  // Tokens that no write reads keep a zero gradient.
-  const size_t bytes = batch * extent.context() * extent.width() * (dtype == kBFloat16 ? sizeof(bf16) : sizeof(float));
-  cudaError_t error = cudaMemsetAsync(dk, 0, bytes, static_cast<cudaStream_t>(stream));
-  if (error == cudaSuccess) error = cudaMemsetAsync(dv, 0, bytes, static_cast<cudaStream_t>(stream));
+  cudaError_t error = make_write_index(position, extent, workspace + partial_floats(extent), &in.index, stream);
   if (error == cudaSuccess) {
-    error = make_write_index(position, extent, workspace + partial_floats(extent), &in.index, stream);
-  }
-  if (error == cudaSuccess) {
-    error = dtype == kBFloat16 ? dispatch<bf16>(in, out, extent, stream) : dispatch<float>(in, out, extent, stream);
+    error = walks(dtype, extent)  ? write_backward(in, out, extent, stream)
+            : dtype == kBFloat16 ? dispatch<bf16>(in, out, extent, stream)
+                                 : dispatch<float>(in, out, extent, stream);
   }
   if (error == cudaSuccess) error = sum_partials(workspace, address_size, batch, daddress, address_size, stream);
   if (error == cudaSuccess) error = sum_partials(drate_partial, heads, batch, drate, heads, stream);

@@ -1,7 +1,7 @@
 // memory_update, forward: a block of threads owns a tile of slots of one head of one sequence, keeps it in registers and
 // makes all its writes, one after the other: w = rate softmax(k A^T) on the tensor cores, then M <- a M + w^T (k, v).
 #include "launch.cuh"
-#include "memory_update.cuh"
+#include "memory_write.cuh"
 
 namespace mm_rec {
 namespace {
@@ -161,5 +161,6 @@ extern "C" int mm_rec_cuda_memory_update_forward(const void* k, const void* v, i
   const Outputs out{key0, value0, mass0, key, value, mass};
   const cudaError_t error = make_write_index(position, extent, workspace, &in.index, stream);
   if (error != cudaSuccess) return error;
+  if (walks(dtype, extent)) return write_forward(in, key0, value0, mass0, key, value, mass, extent, stream);
   return dtype == kBFloat16 ? dispatch<bf16>(in, out, extent, stream) : dispatch<float>(in, out, extent, stream);
 }

@@ -24,83 +24,127 @@ inline int64_t walk_tiles(const MemoryExtent& extent) { return ceil_div(extent.t
 
 cudaError_t walk_forward(const ReadInputs& in, void* out, float* lse, const MemoryExtent& extent, void* stream);
 
-// Tiles of queries a block should walk through, up to kWalkLongest, if `resident` blocks run at a time: a block begins with
-// two tiles more, and the last blocks to run leave part of the device idle.
-inline int walk_length(const MemoryExtent& extent, int64_t resident) {
-  const int64_t tiles = walk_tiles(extent);
-  int best = 1;
-  int64_t least = INT64_MAX;
-  for (int length = 1; length <= kWalkLongest; length *= 2) {
+// Tiles of queries a block should walk through, up to kWalkLongest, if `resident` blocks run at a time: a block has as much to
+// do as `more` tiles beside, and the last blocks to run leave part of the device idle.
+inline int walk_length(const MemoryExtent& extent, int64_t resident, int more) {
+  const int64_t tiles = walk_tiles(extent), longest = tiles < kWalkLongest ? tiles : kWalkLongest;
+  int64_t best = longest, least = INT64_MAX;
+  for (int64_t length = longest; length > 0; --length) {
     const int64_t blocks = extent.batch * extent.heads * ceil_div(tiles, length);
-    const int64_t cost = ceil_div(blocks, resident) * ((length < tiles ? length : tiles) + kWalkBehind);
+    const int64_t cost = ceil_div(blocks, resident) * (length + more);
     if (cost < least) {
       least = cost;
       best = length;
     }
   }
-  return best;
+  return static_cast<int>(best);
 }
 
-// Copies of tiles by 128 threads, each of which moves, and may then rotate, 8 elements of both halves of two rows.
-class WalkCopy {
- public:
-  // Start copying 64 rows, `stride` elements apart, to a tile; rows past the first `rows` are zero.
-  static __device__ __forceinline__ void start(bf16* tile, const bf16* source, int64_t stride, int rows) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool inside = row(i) < rows;
-      const bf16* from = source + (inside ? row(i) * stride + column() : 0);
-      bf16* to = tile + row(i) * WalkTile::kStride + column();
-      cp_async_16(to, from, inside);
-      cp_async_16(to + kWalkDim / 2, from + (inside ? kWalkDim / 2 : 0), inside);
-    }
-  }
-  // Rotate the rows that this thread has copied; row r of the tile by the angles at turn + r * kWalkDim.
-  static __device__ __forceinline__ void rotate(bf16* tile, const float* turn) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      bf16* first = tile + row(i) * WalkTile::kStride + column();
-      const float* angle = turn + row(i) * kWalkDim + column();
-      float a[8], b[8], cosine[8], sine[8], x[8], y[8];
-      load<8>(first, a);
-      load<8>(first + kWalkDim / 2, b);
-      load_wide(angle, cosine);
-      load_wide(angle + kWalkDim / 2, sine);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        x[j] = a[j] * cosine[j] - b[j] * sine[j];
-        y[j] = b[j] * cosine[j] + a[j] * sine[j];
-      }
-      *reinterpret_cast<uint4*>(first) = packed(x);
-      *reinterpret_cast<uint4*>(first + kWalkDim / 2) = packed(y);
-    }
-  }
+// Angles of a tile of contexts: of its rows in the table of all contexts, ...
+struct TableTurn {
+  const float* rows;
 
-  // A tile moved by a thread goes through these 16-byte pieces.
-  static __device__ __forceinline__ int row(int i) { return static_cast<int>(threadIdx.x) % 128 / 4 + 32 * i; }
-  static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) % 4 * 8; }
-
- private:
-  static __device__ __forceinline__ void load_wide(const float* source, float (&out)[8]) {
-    const float4 low = *reinterpret_cast<const float4*>(source), high = *reinterpret_cast<const float4*>(source + 4);
-    out[0] = low.x, out[1] = low.y, out[2] = low.z, out[3] = low.w;
-    out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
-  }
-  static __device__ __forceinline__ uint4 packed(const float (&x)[8]) {
-    return make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
+  template <int N>
+  __device__ __forceinline__ void load(int row, int column, float (&cosine)[N], float (&sine)[N]) const {
+    const float* at = rows + row * kWalkDim + column;
+    mm_rec::load<N>(at, cosine);
+    mm_rec::load<N>(at + kWalkDim / 2, sine);
   }
 };
 
-// Turn accumulators of 16 rows back; `turn` is where the angles of the first of them are.
-__device__ __forceinline__ void walk_back(Fragments<kWalkDim / 8>& x, const float* turn) {
+// ... or put together from those of the rows of the first tile and those of the tile's first row, both in shared memory.
+struct SharedTurn {
+  static constexpr int kStride = kWalkDim + 4;  // eight rows fall in different banks
+  const float* rows;
+  const float* tile;
+
+  template <int N>
+  __device__ __forceinline__ void load(int row, int column, float (&cosine)[N], float (&sine)[N]) const {
+    TableTurn{tile}.load<N>(0, column, cosine, sine);
+    float c[N], s[N];
+    mm_rec::load<N>(rows + row * kStride + column, c);
+    mm_rec::load<N>(rows + row * kStride + column + kWalkDim / 2, s);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float x = cosine[i], y = sine[i];
+      cosine[i] = x * c[i] - y * s[i];
+      sine[i] = x * s[i] + y * c[i];
+    }
+  }
+};
+
+// How 128 threads divide a tile: each has 8 columns of both halves of two rows. Copies go along rows, ...
+struct RowPieces {
+  static __device__ __forceinline__ int row(int i) { return static_cast<int>(threadIdx.x) % 128 / 4 + 32 * i; }
+  static __device__ __forceinline__ int column(int) { return static_cast<int>(threadIdx.x) % 4 * 8; }
+};
+// ... which costs bank conflicts where the tile is read or written by the threads themselves.
+struct ColumnPieces {
+  static __device__ __forceinline__ int row(int) { return static_cast<int>(threadIdx.x) % 64; }
+  static __device__ __forceinline__ int column(int i) { return (static_cast<int>(threadIdx.x) % 128 / 64 + 2 * i) * 8; }
+};
+
+// Start copying 64 rows, `stride` elements apart, to a tile; rows past the first `rows` are zero.
+__device__ __forceinline__ void walk_copy(bf16* tile, const bf16* source, int64_t stride, int rows) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = RowPieces::row(i), column = RowPieces::column(i);
+    const bool inside = row < rows;
+    const bf16* from = source + (inside ? row * stride + column : 0);
+    bf16* to = tile + row * WalkTile::kStride + column;
+    cp_async_16(to, from, inside);
+    cp_async_16(to + kWalkDim / 2, from + (inside ? kWalkDim / 2 : 0), inside);
+  }
+}
+
+// Angles of a thread's pieces of a tile.
+template <typename Pieces>
+class Angles {
+ public:
+  template <typename Turn>
+  __device__ __forceinline__ explicit Angles(const Turn& turn) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      turn.template load<4>(Pieces::row(i / 2), Pieces::column(i / 2) + i % 2 * 4, cosine_[i], sine_[i]);
+    }
+  }
+  // Rotate them in place.
+  __device__ __forceinline__ void rotate(bf16* tile) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      bf16* first = tile + Pieces::row(i) * WalkTile::kStride + Pieces::column(i);
+      const auto a = *reinterpret_cast<const Words<bf16, 8>*>(first);
+      const auto b = *reinterpret_cast<const Words<bf16, 8>*>(first + kWalkDim / 2);
+      float x[8], y[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float cosine = cosine_[2 * i + j / 4][j % 4], sine = sine_[2 * i + j / 4][j % 4];
+        x[j] = a[j] * cosine - b[j] * sine;
+        y[j] = b[j] * cosine + a[j] * sine;
+      }
+      put(first, x);
+      put(first + kWalkDim / 2, y);
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ void put(bf16* to, const float (&x)[8]) {
+    *reinterpret_cast<uint4*>(to) =
+        make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
+  }
+
+  float cosine_[4][4], sine_[4][4];
+};
+
+// Turn accumulators of 16 rows of a tile, from `row` on, back.
+template <typename Turn>
+__device__ __forceinline__ void walk_back(Fragments<kWalkDim / 8>& x, const Turn& turn, int row) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
 #pragma unroll
     for (int n = 0; n < kWalkDim / 16; ++n) {
-      const float* at = turn + fragment_row(2 * r) * kWalkDim + fragment_column(n, 0);
       float cosine[2], sine[2];
-      load<2>(at, cosine);
-      load<2>(at + kWalkDim / 2, sine);
+      turn.template load<2>(row + fragment_row(2 * r), fragment_column(n, 0), cosine, sine);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const float a = x[n][2 * r + j], b = x[n + kWalkDim / 16][2 * r + j];

@@ -16,6 +16,26 @@ struct Shared {
   Visible<kWalkTile> visible;
 };
 
+// What decides what query `threadIdx.x` of a tile may see, on its way.
+struct View {
+  int64_t t, position;
+  int version;
+  bool real;
+
+  __device__ __forceinline__ void fetch(const ReadInputs& in, const MemoryExtent& extent, int64_t b, int64_t t0) {
+    t = t0 + threadIdx.x;
+    real = threadIdx.x < kWalkTile && t < extent.time;
+    const int64_t at = real ? b * extent.time + t : 0;
+    position = in.position[at];
+    version = in.index.version[at];
+  }
+  __device__ __forceinline__ void put(Visible<kWalkTile>& visible) const {
+    if (threadIdx.x >= kWalkTile) return;
+    visible.low[threadIdx.x] = real ? static_cast<int>(max(kWalkWindow + t - position, t + 1)) : INT_MAX;
+    visible.version[threadIdx.x] = real && position >= kWalkWindow ? version : -1;
+  }
+};
+
 // A warp's 16 queries as left operands.
 struct Queries {
   Left<false> part[kWalkDim / 16];
@@ -33,23 +53,22 @@ struct Queries {
       }
     }
   }
-  // The same, rotated by the angles at `turn`.
-  __device__ __forceinline__ Queries rotated(const float* turn) const {
+  // The same, rotated by the angles of a tile's rows from `first` on.
+  template <typename Turn>
+  __device__ __forceinline__ Queries rotated(const Turn& turn, int first) const {
     constexpr int kHalf = kWalkDim / 32;
     Queries result;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
       for (int k = 0; k < kHalf; ++k) {
-        const float* at = turn + fragment_row(i % 2 * 2) * kWalkDim + 16 * k + fragment_column(0, 0) + i / 2 * 8;
         float cosine[2], sine[2], x[2], y[2];
-        mm_rec::load<2>(at, cosine);
-        mm_rec::load<2>(at + kWalkDim / 2, sine);
-        const uint32_t first = part[k].hi[i], second = part[k + kHalf].hi[i];
+        turn.template load<2>(first + fragment_row(i % 2 * 2), 16 * k + fragment_column(0, 0) + i / 2 * 8, cosine, sine);
+        const uint32_t left = part[k].hi[i], right = part[k + kHalf].hi[i];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const float a = __uint_as_float(j == 0 ? first << 16 : first & 0xffff0000u);
-          const float b = __uint_as_float(j == 0 ? second << 16 : second & 0xffff0000u);
+          const float a = __uint_as_float(j == 0 ? left << 16 : left & 0xffff0000u);
+          const float b = __uint_as_float(j == 0 ? right << 16 : right & 0xffff0000u);
           x[j] = a * cosine[j] - b * sine[j];
           y[j] = b * cosine[j] + a * sine[j];
         }
@@ -108,21 +127,24 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const int end_tile = min(first_tile + length, static_cast<int>(ceil_div(extent.time, kWalkTile)));
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const auto place = [&](int tile) { return (tile - first_tile) % (kWalkBehind + 1) * kWalkTile; };  // in the ring
-  const auto turn = [&](int tile) { return in.rotary + static_cast<int64_t>(tile - first_tile) * kWalkTile * kWalkDim; };
+  const auto turn = [&](int j) { return TableTurn{in.rotary + static_cast<int64_t>(j - first_tile) * kWalkTile * kWalkDim}; };
   // Tile j of the contexts.
   const auto fetch = [&](int j) {
     const int64_t from = extent.context_at(b, static_cast<int64_t>(j) * kWalkTile, head);
     const int rows = static_cast<int>(min(extent.context() - static_cast<int64_t>(j) * kWalkTile, int64_t{kWalkTile}));
     const int at = place(j) * WalkTile::kStride;
-    WalkCopy::start(shared.k.hi + at, static_cast<const bf16*>(in.k) + from, width, rows);
-    WalkCopy::start(shared.v.hi + at, static_cast<const bf16*>(in.v) + from, width, rows);
+    walk_copy(shared.k.hi + at, static_cast<const bf16*>(in.k) + from, width, rows);
+    walk_copy(shared.v.hi + at, static_cast<const bf16*>(in.v) + from, width, rows);
     cp_async_commit();
   };
-  const auto rotate = [&](int j) { WalkCopy::rotate(shared.k.hi + place(j) * WalkTile::kStride, turn(j)); };
 
   for (int j = first_tile; j <= first_tile + kWalkBehind; ++j) fetch(j);
+  View view;
+  view.fetch(in, extent, b, static_cast<int64_t>(first_tile) * kWalkTile);
   cp_async_wait<0>();
-  for (int j = first_tile; j < first_tile + kWalkBehind; ++j) rotate(j);
+  for (int j = first_tile; j < first_tile + kWalkBehind; ++j) {
+    Angles<RowPieces>(turn(j)).rotate(shared.k.hi + place(j) * WalkTile::kStride);
+  }
 
   for (int tile = first_tile; tile < end_tile; ++tile) {
     const int64_t t0 = static_cast<int64_t>(tile) * kWalkTile;
@@ -130,10 +152,22 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const int newest_context = tile + kWalkBehind;  // tile of the queries' own contexts
     Queries queries;
     queries.load(static_cast<const bf16*>(in.q) + extent.token_at(b, t0 + warp_row, head), width, rows);
-    shared.visible.fill(in, extent, b, t0);
-    cp_async_wait<0>();
-    rotate(newest_context);
+    {
+      const Angles<RowPieces> angles(turn(newest_context));
+      view.put(shared.visible);
+      cp_async_wait<0>();
+      angles.rotate(shared.k.hi + place(newest_context) * WalkTile::kStride);
+    }
+    const Queries turned = queries.rotated(turn(newest_context), warp_row);
     __syncthreads();
+    int unused, oldest, newest;
+    shared.visible.bounds(unused, oldest, newest);
+    for (int version = oldest; version <= newest; ++version) {
+      const int64_t slot = extent.slots_at(b, version, head) * kWalkDim + threadIdx.x * 32;
+      if (static_cast<int>(threadIdx.x) * 32 >= extent.slots * kWalkDim) continue;
+      prefetch_l2(in.key + slot);
+      prefetch_l2(in.value + slot);
+    }
 
     Running running;
     {
@@ -141,7 +175,6 @@ __global__ void __launch_bounds__(kThreads, kResident)
       const int c0 = tile * kWalkTile + warp_row, at = place(tile) + warp_row;
       const int low = shared.visible.low[warp_row + threadIdx.x % 16];
       const int hidden = (__reduce_min_sync(kFullWarp, low) - c0) / 16, cut = __reduce_max_sync(kFullWarp, low) - c0;
-      const Queries turned = queries.rotated(turn(newest_context) + warp_row * kWalkDim);
       const auto ring_row = [&](int n) { return at + 16 * n < kRing ? at + 16 * n : at + 16 * n - kRing; };
       Fragments<2> scores[kBlocks];
 #pragma unroll
@@ -170,10 +203,14 @@ __global__ void __launch_bounds__(kThreads, kResident)
         if (n >= hidden) multiply_step<true>(running.sum, to_left<false>(scores[n], 0), shared.v, 0, ring_row(n));
       }
     }
-    int unused, oldest, newest;
-    shared.visible.bounds(unused, oldest, newest);
     __syncthreads();  // the oldest tile's place is free
-    if (tile + 1 < end_tile) fetch(newest_context + 1);
+    if (tile + 1 < end_tile) {
+      fetch(newest_context + 1);
+      view.fetch(in, extent, b, t0 + kWalkTile);
+      if (threadIdx.x < kWalkTile && t0 + kWalkTile + threadIdx.x < extent.time) {
+        prefetch_l2(static_cast<const bf16*>(in.q) + extent.token_at(b, t0 + kWalkTile + threadIdx.x, head));
+      }
+    }
 
     for (int version = oldest; version <= newest; ++version) {
       WalkPlan::fill_slots(shared.slot_key, shared.slot_value, shared.bias, in, extent.slots_at(b, version, head),
@@ -224,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 }  // namespace
 
 cudaError_t walk_forward(const ReadInputs& in, void* out, float* lse, const MemoryExtent& extent, void* stream) {
-  const int length = walk_length(extent, int64_t{kResident} * multiprocessors());
+  const int length = walk_length(extent, int64_t{kResident} * multiprocessors(), 1);
   const dim3 grid(static_cast<unsigned>(ceil_div(walk_tiles(extent), length)), static_cast<unsigned>(extent.heads),
                   static_cast<unsigned>(extent.batch));
   return launch(forward_kernel, grid, dim3(kThreads), sizeof(Shared), stream, in, static_cast<bf16*>(out), lse, extent,

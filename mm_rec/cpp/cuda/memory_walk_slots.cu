@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kThreads, kResident) slot_kernel(const ReadBac
     return;
   }
   const int64_t at = extent.token_at(b, written, head), line = (b * extent.heads + head) * extent.time + written;
-  WalkCopy::start(shared.q.hi, static_cast<const bf16*>(p.in.q) + at, width, tokens);
-  WalkCopy::start(shared.dout.hi, static_cast<const bf16*>(p.dout) + at, width, tokens);
+  walk_copy(shared.q.hi, static_cast<const bf16*>(p.in.q) + at, width, tokens);
+  walk_copy(shared.dout.hi, static_cast<const bf16*>(p.dout) + at, width, tokens);
   cp_async_commit();
   if (threadIdx.x < kWalkTile) {  // queries that are not there have no weights
     const bool real = static_cast<int>(threadIdx.x) < tokens;

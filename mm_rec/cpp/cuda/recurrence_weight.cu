@@ -11,10 +11,10 @@ namespace {
 
 constexpr int kTile = 64;  // rows, columns and steps of a tile
 
-// Where h_{t-1} of row n = b * T + t is, or null if it counts as zero. Offsets are those of the first head.
+// Where h_{t-1} of row n = b * T + t is, resets left aside, or null if there is none. Offsets are those of the first head.
 __device__ __forceinline__ const float* previous_state(const RecurrenceBackward& p, const Extent& extent, int64_t width,
                                                        int64_t n) {
-  if (n >= extent.batch * extent.time || (p.reset != nullptr && p.reset[n])) return nullptr;
+  if (n >= extent.batch * extent.time) return nullptr;
   const unsigned time = static_cast<unsigned>(extent.time), b = static_cast<unsigned>(n) / time;
   if (static_cast<unsigned>(n) != b * time) return p.h + (n - 1) * width;
   return p.h0 == nullptr ? nullptr : p.h0 + b * width;
@@ -23,40 +23,99 @@ __device__ __forceinline__ const float* previous_state(const RecurrenceBackward&
 // Two neighbouring elements, 0 past the end of the head.
 template <typename T>
 __device__ __forceinline__ float2 load_pair(const T* row, int column, int dim) {
-  if (row == nullptr || column >= dim) return make_float2(0.0f, 0.0f);
-  return make_float2(to_float(row[column]), column + 1 < dim ? to_float(row[column + 1]) : 0.0f);
+  float pair[2] = {0.0f, 0.0f};
+  if (row != nullptr && column < dim) {
+    if (dim % 2 == 0) {
+      load<2>(row + column, pair);
+    } else {
+      pair[0] = to_float(row[column]);
+      pair[1] = column + 1 < dim ? to_float(row[column + 1]) : 0.0f;
+    }
+  }
+  return make_float2(pair[0], pair[1]);
 }
 
-// 64 rows of N times 64 elements of their gates a block.
+// 64 rows of h_{t-1} on their way to a tile: a warp has rows `warp`, `warp` + 4, ..., a lane two columns. Resets are asked
+// for with them and looked at when they are put down, so that one wait serves for both.
+struct PreviousStates {
+  static constexpr int kRows = kTile / 4;
+  float2 pair[kRows];
+  bool cut;  // lane i: whether row i of the warp is reset
+
+  __device__ __forceinline__ void fetch(const RecurrenceBackward& p, const Extent& extent, int64_t head, int64_t first,
+                                        int64_t end, int column, int dim) {
+    const int64_t width = extent.heads * dim;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int64_t own = first + 4 * lane + warp;
+    cut = p.reset != nullptr && lane < kRows && own < end && p.reset[own];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t n = first + 4 * i + warp;
+      const float* row = n < end ? previous_state(p, extent, width, n) : nullptr;
+      pair[i] = load_pair(row == nullptr ? nullptr : row + head * dim, column, dim);
+    }
+  }
+  __device__ __forceinline__ void put(Tile<kTile, kTile, true>& tile) const {
+    const unsigned resets = __ballot_sync(kFullWarp, cut);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const bool reset = (resets >> i) & 1;
+      tile.set(4 * i + threadIdx.x / 32, 2 * (threadIdx.x % 32), reset ? 0.0f : pair[i].x, reset ? 0.0f : pair[i].y);
+    }
+  }
+};
+
+// Gates of 64 elements of a head, 64 rows of N at a time.
 template <typename U>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 4)
     gate_kernel(const RecurrenceBackward p, float* __restrict__ gate, const Extent extent, int dim) {
   __shared__ Tile<kTile, kTile, true> h_tile, w_tile;
-  const int64_t head = blockIdx.z, width = extent.heads * dim, first = static_cast<int64_t>(blockIdx.x) * kTile;
+  const int64_t head = blockIdx.z, width = extent.heads * dim, rows = extent.batch * extent.time;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kTile;
   const int row0 = static_cast<int>(blockIdx.y) * kTile, warp = threadIdx.x / 32, pair = 2 * (threadIdx.x % 32);
   const float* w_g = p.w_g + head * dim * dim;
-  Fragments<kTile / 8> sum = {};
-  for (int k = 0; k < dim; k += kTile) {
+  PreviousStates h;
+  const auto fetch = [&](int64_t first, int k) { h.fetch(p, extent, head, first, rows, k + pair, dim); };
+  int64_t first = static_cast<int64_t>(blockIdx.x) * kTile;
+  bool fresh = true;
+  fetch(first, 0);
+  for (; first < rows; first += stride) {
+    Fragments<kTile / 8> sum = {};
+    for (int k = 0; k < dim; k += kTile) {
+      h.put(h_tile);
+      if (fresh || dim > kTile) {
 #pragma unroll 8
-    for (int i = warp; i < kTile; i += 4) {
-      const float* h = previous_state(p, extent, width, first + i);
-      const float* w = row0 + i < dim ? w_g + static_cast<int64_t>(row0 + i) * dim : nullptr;
-      const float2 x = load_pair(h == nullptr ? nullptr : h + head * dim, k + pair, dim), y = load_pair(w, k + pair, dim);
-      h_tile.set(i, pair, x.x, x.y);
-      w_tile.set(i, pair, y.x, y.y);
+        for (int i = warp; i < kTile; i += 4) {
+          const float2 y = load_pair(row0 + i < dim ? w_g + static_cast<int64_t>(row0 + i) * dim : nullptr, k + pair, dim);
+          w_tile.set(i, pair, y.x, y.y);
+        }
+        fresh = false;
+      }
+      __syncthreads();
+      const bool on = k + kTile < dim;
+      if (on || first + stride < rows) fetch(on ? first : first + stride, on ? k + kTile : 0);
+      multiply<false, false, kTile>(sum, h_tile, 16 * warp, w_tile, 0);
+      __syncthreads();
     }
-    __syncthreads();
-    multiply<false, false, kTile>(sum, h_tile, 16 * warp, w_tile, 0);
-    __syncthreads();
-  }
 #pragma unroll
-  for (int n = 0; n < kTile / 8; ++n) {
+    for (int r = 0; r < 2; ++r) {
+      const int64_t line = first + 16 * warp + fragment_row(2 * r);
+      if (line >= rows) continue;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int64_t line = first + 16 * warp + fragment_row(i), column = head * dim + row0 + fragment_column(n, i);
-      if (line >= extent.batch * extent.time || row0 + fragment_column(n, i) >= dim) continue;
-      const float u = to_float(static_cast<const U*>(p.u)[line * p.u_stride + column]);
-      gate[line * width + column] = sigmoid(u + (p.u_bias == nullptr ? 0.0f : p.u_bias[column]) + sum[n][i]);
+      for (int n = 0; n < kTile / 8; ++n) {
+        const int column = row0 + fragment_column(n, 0);
+        const float2 u = load_pair(static_cast<const U*>(p.u) + line * p.u_stride + head * dim, column, dim);
+        float2 bias = make_float2(0.0f, 0.0f);
+        if (p.u_bias != nullptr) bias = load_pair(p.u_bias + head * dim, column, dim);
+        const float result[2] = {sigmoid(u.x + bias.x + sum[n][2 * r]), sigmoid(u.y + bias.y + sum[n][2 * r + 1])};
+        float* to = gate + line * width + head * dim + column;
+        if (dim % 2 == 0) {
+          if (column < dim) store<2>(to, result);
+        } else {
+          if (column < dim) to[0] = result[0];
+          if (column + 1 < dim) to[1] = result[1];
+        }
+      }
     }
   }
 }
@@ -64,29 +123,28 @@ __global__ void __launch_bounds__(128)
 // 64 x 64 of one head's dW_g over a range of rows of N: partial sums, to be added up. du in bf16 is exact as
 // a bf16 tile; float32 operands are split.
 template <typename DU>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 4)
     weight_gradient_kernel(const RecurrenceBackward p, float* __restrict__ partial, const Extent extent, int dim,
                            int64_t rows_a_block) {
   constexpr int kPairs = kTile * kTile / 2 / 128;
   __shared__ Tile<kTile, kTile, sizeof(DU) == 4> du_tile;
   __shared__ Tile<kTile, kTile, true> h_tile;
   const int tiles = static_cast<int>(ceil_div(dim, kTile));
-  const int64_t head = blockIdx.y, width = extent.heads * dim;
+  const int64_t head = blockIdx.y;
   const int row0 = static_cast<int>(blockIdx.z) / tiles * kTile, column0 = static_cast<int>(blockIdx.z) % tiles * kTile;
   const int warp = threadIdx.x / 32, pair = 2 * (threadIdx.x % 32);
   const int64_t begin = blockIdx.x * rows_a_block;
   const int64_t end = min(begin + rows_a_block, extent.batch * extent.time);
 
-  float2 du[kPairs], h[kPairs];  // the next tile, on its way: rows warp, warp + 4, ...
+  float2 du[kPairs];  // the next tile, on its way: rows warp, warp + 4, ...
+  PreviousStates h;
   const auto fetch = [&](int64_t first) {
+    h.fetch(p, extent, head, first, end, column0 + pair, dim);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const int64_t n = first + 4 * i + warp;
-      const bool inside = n < end;
-      const DU* du_row = inside ? static_cast<const DU*>(p.du) + n * p.du_stride + head * dim : nullptr;
-      const float* h_row = inside ? previous_state(p, extent, width, n) : nullptr;
-      du[i] = load_pair(du_row, row0 + pair, dim);
-      h[i] = load_pair(h_row == nullptr ? nullptr : h_row + head * dim, column0 + pair, dim);
+      const DU* row = n < end ? static_cast<const DU*>(p.du) + n * p.du_stride + head * dim : nullptr;
+      du[i] = load_pair(row, row0 + pair, dim);
     }
   };
 
@@ -94,10 +152,8 @@ __global__ void __launch_bounds__(128)
   fetch(begin);
   for (int64_t first = begin; first < end; first += kTile) {
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      du_tile.set(4 * i + warp, pair, du[i].x, du[i].y);
-      h_tile.set(4 * i + warp, pair, h[i].x, h[i].y);
-    }
+    for (int i = 0; i < kPairs; ++i) du_tile.set(4 * i + warp, pair, du[i].x, du[i].y);
+    h.put(h_tile);
     __syncthreads();
     if (first + kTile < end) fetch(first + kTile);
     multiply<true, true, kTile>(sum, du_tile, 16 * warp, h_tile, 0);
@@ -125,8 +181,10 @@ int64_t splits(const Extent& extent, int64_t dim) {
 }  // namespace
 
 cudaError_t recurrence_gate(const RecurrenceBackward& p, float* gate, const Extent& extent, int64_t dim, void* stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(extent.batch * extent.time, kTile)),
-                  static_cast<unsigned>(ceil_div(dim, kTile)), static_cast<unsigned>(extent.heads));
+  // About four blocks a multiprocessor, each of which keeps its part of W_g.
+  const int64_t parts = ceil_div(dim, kTile), tiles = ceil_div(extent.batch * extent.time, kTile);
+  const dim3 grid(static_cast<unsigned>(min(tiles, ceil_div(4 * multiprocessors(), parts * extent.heads))),
+                  static_cast<unsigned>(parts), static_cast<unsigned>(extent.heads));
   const auto kernel = p.u_dtype == kBFloat16 ? gate_kernel<bf16> : gate_kernel<float>;
   return launch(kernel, grid, dim3(128), 0, stream, p, gate, extent, static_cast<int>(dim));
 }

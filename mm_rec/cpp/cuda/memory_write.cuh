@@ -1,0 +1,131 @@
+// memory_update for the sizes of most models (as in memory_walk.cuh): bfloat16, heads of 64, a window of 128, up to 64 slots.
+// A write is then one tile of 64 tokens and one of slots. Its weights don't depend on what is in the memory, so some warps
+// compute those of the write after while others apply the one before.
+#ifndef MM_REC_MEMORY_WRITE_CUH
+#define MM_REC_MEMORY_WRITE_CUH
+
+#include "memory_update.cuh"
+#include "memory_walk.cuh"
+
+namespace mm_rec {
+
+constexpr int kWriteSlots = 64, kWriteWarps = 4;
+using SplitTile = Tile<64, 64, true>;
+
+// The writes of sequence b.
+struct Writes {
+  const UpdateInputs& in;
+  const MemoryExtent& extent;
+  int64_t b;
+
+  __device__ __forceinline__ int count() const { return in.index.version[(b + 1) * extent.time - 1]; }
+  // The token that causes a write, which reads the 64 contexts from that number on; -1 past the last.
+  __device__ __forceinline__ int token(int64_t e) const {
+    return e < extent.writes() ? in.index.event[b * extent.writes() + e] : -1;
+  }
+  // 0 if a document's first write, which starts from an empty memory.
+  __device__ __forceinline__ float keep(int token) const {
+    return token >= 0 && in.position[b * extent.time + token] == kWalkWindow ? 0.0f : 1.0f;
+  }
+};
+
+// Products and sums over the tokens of a warp, of the two slots that a lane is left with.
+struct ColumnParts {
+  float product[2], sum[2];
+  int slot;  // the first of the two
+};
+
+// Hand one half of 2 * Half columns to the lane across, and take in what it has of the other.
+template <int Half>
+__device__ __forceinline__ void hand_over(float (&product)[16], float (&sum)[16]) {
+  const bool upper = threadIdx.x & (2 * Half);
+#pragma unroll
+  for (int c = 0; c < Half; ++c) {
+    const float other_product = __shfl_xor_sync(kFullWarp, upper ? product[c] : product[c + Half], 2 * Half);
+    const float other_sum = __shfl_xor_sync(kFullWarp, upper ? sum[c] : sum[c + Half], 2 * Half);
+    product[c] = (upper ? product[c + Half] : product[c]) * other_product;
+    sum[c] = (upper ? sum[c + Half] : sum[c]) + other_sum;
+  }
+}
+
+// The two rows of each lane, then the lanes of a column.
+__device__ __forceinline__ ColumnParts reduce_columns(const Fragments<kWriteSlots / 8>& w) {
+  float product[16], sum[16];
+#pragma unroll
+  for (int c = 0; c < 16; ++c) {
+    const float x = w[c / 2][c % 2], y = w[c / 2][c % 2 + 2];
+    product[c] = (1.0f - x) * (1.0f - y);
+    sum[c] = x + y;
+  }
+  hand_over<8>(product, sum);
+  hand_over<4>(product, sum);
+  hand_over<2>(product, sum);
+  const int lane = threadIdx.x % 32, column = lane / 4;  // bits 4, 3 and 2 of the lane chose the fragment
+  return {{product[0], product[1]}, {sum[0], sum[1]}, 8 * column + lane % 4 * 2};
+}
+
+// Weights of a warp's 16 tokens, from row `token` of the tile on, in all slots.
+__device__ __forceinline__ void write_weights(const WalkTile& k, int token, const SplitTile& address, int slots, float rate,
+                                              Fragments<kWriteSlots / 8>& w) {
+  zero(w);
+  multiply<false, false, kWalkDim>(w, k, token, address, 0);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float top = -INFINITY, total = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kWriteSlots / 8; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float& x = w[n][2 * r + j];
+        if (fragment_column(n, j) >= slots) x = -INFINITY;
+        top = fmaxf(top, x);
+      }
+    }
+    top = group_max<4>(top);
+#pragma unroll
+    for (int n = 0; n < kWriteSlots / 8; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float& x = w[n][2 * r + j];
+        x = __expf(x - top);
+        total += x;
+      }
+    }
+    const float scale = rate / group_sum<4>(total);
+#pragma unroll
+    for (int n = 0; n < kWriteSlots / 8; ++n) {
+      w[n][2 * r] *= scale;
+      w[n][2 * r + 1] *= scale;
+    }
+  }
+}
+
+// Accumulators of 16 rows, from row `row` on, as part of a tile.
+template <typename TileType, int N>
+__device__ __forceinline__ void put_rows(TileType& tile, int row, const Fragments<N>& x) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      tile.set(row + fragment_row(2 * r), fragment_column(n, 0), x[n][2 * r], x[n][2 * r + 1]);
+    }
+  }
+}
+
+// A tile of float32 rows of heads, the first `rows` of them, by `threads` threads.
+__device__ __forceinline__ void load_split(SplitTile& tile, const float* source, int rows, int thread, int threads) {
+  for (int i = thread; i < 64 * kWalkDim / 8; i += threads) {
+    const int row = i / (kWalkDim / 8), column = i % (kWalkDim / 8) * 8;
+    float x[8] = {};
+    if (row < rows) load<8>(source + row * kWalkDim + column, x);
+    tile.set(row, column, x);
+  }
+}
+
+cudaError_t write_forward(const UpdateInputs& in, const float* key0, const float* value0, const float* mass0, float* key,
+                          float* value, float* mass, const MemoryExtent& extent, void* stream);
+cudaError_t write_backward(const UpdateInputs& in, const UpdateGradients& out, const MemoryExtent& extent, void* stream);
+
+}  // namespace mm_rec
+
+#endif

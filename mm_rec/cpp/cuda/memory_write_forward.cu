@@ -1,0 +1,151 @@
+// memory_update, forward, for the sizes of most models: a block of threads owns the keys or the values of one head of one
+// sequence. Four warps hold them, 16 slots each, apply the writes and store the versions; four others fetch tokens two writes
+// ahead and compute weights one write ahead.
+#include "launch.cuh"
+#include "memory_write.cuh"
+
+namespace mm_rec {
+namespace {
+
+constexpr int kGroup = 32 * kWriteWarps, kThreads = 2 * kGroup, kRing = 3;
+
+struct Outputs {
+  const float* key0;
+  const float* value0;
+  const float* mass0;
+  float* key;
+  float* value;
+  float* mass;
+};
+
+struct Shared {
+  SplitTile address;
+  WalkTile k[kRing], v[kRing];
+  SplitTile weights[2];                           // (token, slot)
+  float2 columns[2][kWriteWarps][kWriteSlots];  // product of 1 - w and sum of w over a warp's tokens
+};
+
+struct Place {
+  const UpdateInputs& in;
+  const MemoryExtent& extent;
+  int64_t b, head;
+  bool of_value;
+};
+
+__device__ __forceinline__ void compute_weights(Shared& shared, const Place& place, int count) {
+  const auto& extent = place.extent;
+  const Writes writes{place.in, extent, place.b};
+  const float rate = place.in.rate[place.head];
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const auto fetch = [&](int e, int token) {
+    if (e < count) {
+      const int64_t at = extent.context_at(place.b, token, place.head);
+      walk_copy(shared.k[e % kRing].hi, static_cast<const bf16*>(place.in.k) + at, extent.width(), kWalkTile);
+      if (place.of_value) {
+        walk_copy(shared.v[e % kRing].hi, static_cast<const bf16*>(place.in.v) + at, extent.width(), kWalkTile);
+      }
+    }
+    cp_async_commit();
+  };
+  const auto weigh = [&](int e) {
+    Fragments<kWriteSlots / 8> w;
+    write_weights(shared.k[e % kRing], 16 * warp, shared.address, extent.slots, rate, w);
+    put_rows(shared.weights[e % 2], 16 * warp, w);
+    const ColumnParts parts = reduce_columns(w);
+    *reinterpret_cast<float4*>(&shared.columns[e % 2][warp][parts.slot]) =
+        make_float4(parts.product[0], parts.sum[0], parts.product[1], parts.sum[1]);
+  };
+  fetch(0, writes.token(0));
+  fetch(1, writes.token(1));
+  int coming = writes.token(2);
+  cp_async_wait<1>();
+  named_barrier(2, kGroup);
+  if (count > 0) weigh(0);
+  cp_async_wait<0>();
+  named_barrier(1, kThreads);
+  for (int e = 0; e < count; ++e) {
+    fetch(e + 2, coming);
+    coming = writes.token(e + 3);
+    if (e + 1 < count) weigh(e + 1);
+    cp_async_wait<0>();
+    named_barrier(1, kThreads);
+  }
+}
+
+__device__ __forceinline__ void apply_writes(const Shared& shared, const Place& place, const Outputs& out, int count) {
+  const auto& extent = place.extent;
+  const Writes writes{place.in, extent, place.b};
+  const int thread = static_cast<int>(threadIdx.x) - kGroup, first = thread / 32 * 16, slots = extent.slots;
+  const int64_t home = (place.b * extent.heads + place.head) * slots, step = extent.heads * slots;
+  const bool has_mass = !place.of_value && thread < slots;
+  Fragments<kWalkDim / 8> state;
+  load_rows((place.of_value ? out.value0 : out.key0) + home * kWalkDim, first, slots, kWalkDim, kWalkDim, state);
+  float mass = has_mass ? out.mass0[home + thread] : 0.0f;
+  int64_t row = extent.slots_at(place.b, 0, place.head);
+  float* target = place.of_value ? out.value : out.key;
+  const auto store = [&] {
+    store_rows(target + row * kWalkDim, first, slots, kWalkDim, kWalkDim, state);
+    if (has_mass) out.mass[row + thread] = mass;
+    row += step;
+  };
+  store();
+  float keep = count > 0 ? writes.keep(writes.token(0)) : 1.0f;
+  int next = writes.token(1);
+  named_barrier(1, kThreads);
+  for (int e = 0; e < count; ++e) {
+    const auto& columns = shared.columns[e % 2];
+    float factor[2] = {keep, keep};
+#pragma unroll
+    for (int w = 0; w < kWriteWarps; ++w) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) factor[r] *= columns[w][first + fragment_row(2 * r)].x;
+    }
+#pragma unroll
+    for (int n = 0; n < kWalkDim / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) state[n][i] *= factor[i / 2];
+    }
+    multiply<true, true, kWalkTile>(state, shared.weights[e % 2], first,
+                                    place.of_value ? shared.v[e % kRing] : shared.k[e % kRing], 0);
+    if (has_mass) {
+      float sum = 0.0f;
+      mass *= keep;
+#pragma unroll
+      for (int w = 0; w < kWriteWarps; ++w) {
+        mass *= columns[w][thread].x;
+        sum += columns[w][thread].y;
+      }
+      mass += sum;
+    }
+    keep = writes.keep(next);
+    next = writes.token(e + 2);
+    store();
+    named_barrier(1, kThreads);
+  }
+  for (int64_t e = count; e < extent.writes(); ++e) store();  // versions past the last write repeat it
+}
+
+__global__ void __launch_bounds__(kThreads, 2)
+    forward_kernel(const UpdateInputs in, const Outputs out, const MemoryExtent extent) {
+  auto& shared = *reinterpret_cast<Shared*>(dynamic_shared());
+  const Place place{in, extent, blockIdx.z, blockIdx.y, blockIdx.x == 1};
+  const int count = Writes{in, extent, place.b}.count();
+  load_split(shared.address, in.address + place.head * extent.slots * kWalkDim, extent.slots, threadIdx.x, kThreads);
+  __syncthreads();
+  if (threadIdx.x < kGroup) {
+    compute_weights(shared, place, count);
+  } else {
+    apply_writes(shared, place, out, count);
+  }
+}
+
+}  // namespace
+
+cudaError_t write_forward(const UpdateInputs& in, const float* key0, const float* value0, const float* mass0, float* key,
+                          float* value, float* mass, const MemoryExtent& extent, void* stream) {
+  const dim3 grid(2, static_cast<unsigned>(extent.heads), static_cast<unsigned>(extent.batch));
+  return launch(forward_kernel, grid, dim3(kThreads), sizeof(Shared), stream, in,
+                Outputs{key0, value0, mass0, key, value, mass}, extent);
+}
+
+}  // namespace mm_rec
