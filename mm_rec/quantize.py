@@ -18,7 +18,7 @@ __all__ = ["pack_matrices", "quantize_int8"]
 KEEP_WHOLE = (*KEEP_FLOAT32, "gate")
 """Matrices that stay as they are: those of float32 states, and the gate of the fusion, which is a few rows."""
 
-PACKED_LEVELS = ("avx512", "avx512bf16")
+PACKED_LEVELS = ("avx512", "avx512bf16", "amx")
 """Levels of the kernels at which a matrix is unpacked faster than it is read."""
 
 

@@ -8,8 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mm_rec import ops
 from mm_rec.bench.timing import Action, median_seconds
 from mm_rec.config import ModelConfig
+from mm_rec.ops.matmul import mm
 
 __all__ = ["COPY_BYTES", "copy_action", "copy_rate", "matrix_work", "products_action"]
 
@@ -45,6 +47,7 @@ def products_action(config: ModelConfig, precision: str, tokens: int) -> Callabl
 
     Every shape is run once per call, forward and both gradients, and counts as often as a step has it.
     """
+    ops.status()  # loads the kernels, products among them
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     head_rows = HEAD_ROWS[torch.get_default_device().type]
     timings: list[tuple[list[Action], float]] = []
@@ -70,7 +73,7 @@ def products_action(config: ModelConfig, precision: str, tokens: int) -> Callabl
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    torch.mm(left, right, out=out)
+    mm(left, right, out)
 
 
 def copy_action(size: int) -> Action:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_rec import ops
@@ -105,7 +104,7 @@ class MMRecBlock(nn.Module):
                 self.config.n_heads,
             )  # fmt: skip
         y, h_last = ops.gated_recurrence(
-            F.linear(n, self.in_proj),
+            ops.linear(n, self.in_proj),
             self.decay_proj,
             self.decay_bias,
             self.gate_bias,
@@ -114,15 +113,15 @@ class MMRecBlock(nn.Module):
             h0,
             reset,
         )
-        return F.linear(y, self.out_proj), h_last
+        return ops.linear(y, self.out_proj), h_last
 
     def _attention(self, n: Tensor, position: Tensor, memory: MemoryState) -> tuple[Tensor, MemoryState]:
         """Multi-memory attention; returns the contribution to x and the memories after the last token."""
         config = self.config
         batch, time, width = n.shape
-        q, k, v = ops.memory_context(F.linear(n, self.qkv_proj), memory.k, memory.v)
+        q, k, v = ops.memory_context(ops.linear(n, self.qkv_proj), memory.k, memory.v)
         rate = torch.sigmoid(self.rate_logit)
         key, value, mass = ops.memory_update(k, v, self.address, rate, position, memory.key, memory.value, memory.mass)
         out = ops.memory_read(q, k, v, key, value, mass, position, config.rotary_base)
         kept = MemoryState(k[:, -config.window :], v[:, -config.window :], key[:, -1], value[:, -1], mass[:, -1])
-        return F.linear(out.reshape(batch, time, width), self.attention_out), kept
+        return ops.linear(out.reshape(batch, time, width), self.attention_out), kept

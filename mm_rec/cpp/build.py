@@ -35,7 +35,10 @@ LEVEL_FLAGS: dict[str, list[str]] = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": AVX512_FLAGS,
     "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
+    "amx": [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+SOURCES = ("kernels.cpp", "step.cpp", "tile_product.cpp")
+ONLY_SOURCES = {"amx": ("tile_product.cpp",)}  # everything else of this level is that of the one before
 
 # The run-time library is linked in, so the one that PyTorch brings may be of any version. Subnormal numbers count as
 # zero: exponentials and reciprocals, which many kernels are made of, then take one instruction in place of four.
@@ -84,7 +87,7 @@ def build_cpu(folder: Path = HERE) -> Path:
     jobs = [([compiler, *COMPILE_FLAGS], "level.cpp")]
     for level in _levels():
         command = [compiler, *COMPILE_FLAGS, f"-DMM_LEVEL={level}", *LEVEL_FLAGS[level]]
-        jobs += [(command, "kernels.cpp"), (command, "step.cpp")]
+        jobs += [(command, name) for name in ONLY_SOURCES.get(level, SOURCES)]
     _build(
         [(command, HERE / "src" / source) for command, source in jobs],
         [compiler, "-shared", "-fopenmp", "-Wl,--as-needed"],

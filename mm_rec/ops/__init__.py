@@ -8,6 +8,7 @@ inputs, a missing library, ``use_backend("reference")`` and ``MM_REC_BACKEND=ref
 from mm_rec.ops.backend import DeviceStatus, NativeUnavailableError, Status, status, use_backend
 from mm_rec.ops.branches import feed_forward, linear_branch
 from mm_rec.ops.gated_recurrence import gated_recurrence
+from mm_rec.ops.linear import linear
 from mm_rec.ops.loss import linear_cross_entropy
 from mm_rec.ops.mdi import mdi
 from mm_rec.ops.memory import memory_read, memory_update
@@ -28,6 +29,7 @@ __all__ = [
     "add_rms_norm",
     "feed_forward",
     "gated_recurrence",
+    "linear",
     "linear_branch",
     "linear_cross_entropy",
     "mdi",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm_rec.ops import matmul
 from mm_rec.ops.backend import Native
 from mm_rec.ops.native import CpuLibrary
 from mm_rec.ops.optimizer import Update
@@ -49,6 +50,9 @@ def load() -> Native:
         adamw_many_, sum_of_squares, *cpu_branches.KERNELS,
     ]  # fmt: skip
     functions = {kernel.__name__: kernel for kernel in kernels}
+    if library.level == "amx":
+        matmul.use(_call.tile_product)
+        functions |= {"mm": matmul.mm, "linear": cpu_branches.linear}
     raw = {name: getattr(_call, name) for name in RAW}
     return Native(str(library.path), library.level, functions | raw)
 
@@ -539,18 +543,19 @@ def linear_cross_entropy(
     for begin in range(0, rows, chunk):
         part = slice(begin, min(rows, begin + chunk))
         out = logits[: part.stop - begin]
-        torch.mm(y[part], embedding.t(), out=out)
+        matmul.mm(y[part], embedding.t(), out)
         result = _call.cross_entropy(
             _TYPE_CODES[dtype], len(out), vocabulary, out.data_ptr(), targets[part].data_ptr(),
             weight[part].data_ptr(), nll[part].data_ptr(), needs_dy or needs_dembedding, torch.get_num_threads(),
         )  # fmt: skip
         _check(result)
         if needs_dy:
-            torch.mm(out, embedding, out=dy[part])
+            matmul.mm(out, embedding, dy[part])
         if needs_dembedding:
-            torch.mm(out.t(), y[part], out=dembedding)
-            if total is not None:
-                total += dembedding
+            if total is None:
+                matmul.mm(out.t(), y[part], dembedding)
+            else:
+                matmul.add_mm(total, out.t(), y[part], dembedding)
     if total is not None:
         dembedding.copy_(total)
     return torch.dot(weight, nll), nll, dy, dembedding

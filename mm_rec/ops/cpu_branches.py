@@ -1,4 +1,4 @@
-"""Whole branches of a block on the CPU: PyTorch's matrix products, and between them the kernels of :mod:`.cpu`.
+"""Whole branches of a block on the CPU: the products of :mod:`.matmul`, and between them the kernels of :mod:`.cpu`.
 
 Gradients of slices of a product are written where the product's gradient is wanted, and buffers are used again.
 """
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm_rec.ops import cpu
+from mm_rec.ops.matmul import mm
 
 __all__ = ["KERNELS"]
 
@@ -32,12 +33,12 @@ def linear_branch(
     reset: Tensor | None,
     heads: int,
 ) -> tuple[Tensor, ...]:
-    product = torch.mm(n.flatten(0, 1), in_proj.t())
+    product = mm(n.flatten(0, 1), in_proj.t())
     z, r, u, hidden = _slices(product, n.shape)
     activated = F.gelu(hidden)
-    decay_logits = torch.mm(activated, decay_proj.t())
+    decay_logits = mm(activated, decay_proj.t())
     h, y = cpu.gated_scan(z, u, r, decay_logits, decay_bias, gate_bias, h0, reset, heads)
-    delta = torch.mm(y.flatten(0, 1), out_proj.t())
+    delta = mm(y.flatten(0, 1), out_proj.t())
     return delta.view(n.shape), h[:, -1].clone(), product, activated, decay_logits, h, y
 
 
@@ -60,32 +61,36 @@ def linear_branch_backward(
     heads: int,
 ) -> tuple[Tensor, ...]:
     rows, above = n.flatten(0, 1), ddelta.flatten(0, 1)
-    dout_proj, dy = torch.mm(above.t(), y.flatten(0, 1)), torch.mm(above, out_proj)
+    dout_proj, dy = mm(above.t(), y.flatten(0, 1)), mm(above, out_proj)
     dproduct = torch.empty_like(product)
     (z, r, u, hidden), (dz, dr, du, dhidden) = _slices(product, n.shape), _slices(dproduct, n.shape)
     ddecay, ddecay_bias, dgate_bias, dh0 = cpu.gated_scan_backward(
         dy, dh_last, h, z, u, r, decay_logits, decay_bias, gate_bias, h0, reset, heads, dz, du, dr
     )
     ddecay = ddecay.flatten(0, 1)
-    ddecay_proj, dactivated = torch.mm(ddecay.t(), activated), torch.mm(ddecay, decay_proj)
+    ddecay_proj, dactivated = mm(ddecay.t(), activated), mm(ddecay, decay_proj)
     torch.ops.aten.gelu_backward.grad_input(dactivated, hidden, grad_input=dhidden)
-    din_proj, dn = torch.mm(dproduct.t(), rows), torch.mm(dproduct, in_proj)
+    din_proj, dn = mm(dproduct.t(), rows), mm(dproduct, in_proj)
     return dn.view(n.shape), din_proj, ddecay_proj, ddecay_bias, dgate_bias, dout_proj, dh0
 
 
 def feed_forward(n: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = torch.mm(n.flatten(0, 1), up.t())
+    hidden = mm(n.flatten(0, 1), up.t())
     squared = cpu.relu_squared(hidden)
-    return torch.mm(squared, down.t()).view(n.shape), hidden, squared
+    return mm(squared, down.t()).view(n.shape), hidden, squared
 
 
 def feed_forward_backward(
     ddelta: Tensor, hidden: Tensor, squared: Tensor, n: Tensor, up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     above = ddelta.flatten(0, 1)
-    ddown, dhidden = torch.mm(above.t(), squared), torch.mm(above, down)
+    ddown, dhidden = mm(above.t(), squared), mm(above, down)
     cpu.relu_squared_backward_into(dhidden, hidden, dhidden)
-    return torch.mm(dhidden, up).view(n.shape), torch.mm(dhidden.t(), n.flatten(0, 1)), ddown
+    return mm(dhidden, up).view(n.shape), mm(dhidden.t(), n.flatten(0, 1)), ddown
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    return mm(x.flatten(0, 1), weight.t()).view(*x.shape[:2], weight.shape[0])
 
 
 KERNELS = (linear_branch, linear_branch_backward, feed_forward, feed_forward_backward)

@@ -16,6 +16,7 @@ from torch import Tensor
 from mm_rec.ops import reference
 from mm_rec.ops.backend import runs_fused
 from mm_rec.ops.checks import check_float, check_shape, check_type
+from mm_rec.ops.linear import linear
 from mm_rec.ops.mdi import mdi
 from mm_rec.ops.norm import readout
 from mm_rec.ops.recurrence import recurrence
@@ -263,7 +264,7 @@ def _in_parts(
 ) -> tuple[Tensor, Tensor]:
     """The same by the other ops."""
     z, r, u, hidden = reference.split_projected(projected, decay_proj)
-    decay = F.linear(F.gelu(hidden), decay_proj)
+    decay = linear(F.gelu(hidden), decay_proj)
     if w_g is None:
         gamma, x = mdi(decay, decay_bias, z, u, gate_bias)
         h = scan(gamma, x, h0, reset)

@@ -16,7 +16,7 @@ from mm_rec.ops.backend import NativeUnavailableError
 
 __all__ = ["LEVELS", "LIBRARY_PATH", "CpuLibrary", "openmp_runtimes"]
 
-LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
+LEVELS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 LIBRARY_PATH = Path(__file__).resolve().parents[1] / "cpp" / CPU_LIBRARY
 INTERFACE = 2  # mm_rec_interface() of mm_rec/cpp/src/level.cpp
 REBUILD = "cd mm_rec/cpp && python setup.py build_ext --inplace"
@@ -56,6 +56,7 @@ _SIGNATURES = {
     "cross_entropy": ("i nn p p p p i i", "i"),
     "adamw_many": ("n p ppp pp p p i", "-"),
     "sum_of_squares": ("n p p p i", "d"),
+    "tile_product": ("i nnn pni pni pn i i", "i"),
     "step_scratch": ("p n i", "n"),
     "step": ("p p n p p p i", "i"),
     "pack_layout": ("nn p p p i", "n"),
@@ -100,7 +101,7 @@ class CpuLibrary:
         self.call = SimpleNamespace()
         for name, (arguments, result) in _SIGNATURES.items():
             try:
-                function = library[f"mm_rec_{name}_{self.level}"]
+                function = library[f"mm_rec_{name}_{_compiled_for(name, self.level)}"]
             except AttributeError as error:
                 raise NativeUnavailableError(
                     f"the native library is broken ({error}); rebuild it with: {REBUILD}"
@@ -108,6 +109,11 @@ class CpuLibrary:
             function.argtypes = [_TYPES[code] for code in arguments.replace(" ", "")]
             function.restype = None if result == "-" else _TYPES[result]
             setattr(self.call, name, function)
+
+
+def _compiled_for(name: str, level: str) -> str:
+    """The level whose function runs at ``level``: amx has matrix products of its own and is avx512bf16 otherwise."""
+    return "avx512bf16" if level == "amx" and name != "tile_product" else level
 
 
 def _choose_level(best: int) -> str:

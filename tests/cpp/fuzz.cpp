@@ -23,6 +23,7 @@
 #include "sample.h"
 #include "scan.h"
 #include "step.h"
+#include "tile_product.h"
 
 using namespace mm_rec::MM_LEVEL;
 
@@ -439,7 +440,25 @@ static void fuzz_sample(Source& from) {
         if (tokens.data[r] < 0 || tokens.data[r] >= n) abort();
 }
 
-constexpr int64_t CASES = 21;
+// Blocks of any size, down to one step of one panel; a sum is the same whatever they are.
+template <class T>
+static void fuzz_tile_product(Source& from) {
+    const int64_t rows = from.number(1, 70), columns = from.number(1, 70), depth = from.number(1, 130);
+    const bool a_last = from.flag(), b_last = from.flag();
+    const int threads = threads_of(from);
+    Strided<bf16> a(from, a_last ? rows : depth, a_last ? depth : rows);
+    Strided<bf16> b(from, b_last ? columns : depth, b_last ? depth : columns);
+    Strided<T> c(from, rows, columns), d(from, rows, columns, c.row);
+    memcpy(d.data, c.data, c.n * sizeof(T));
+    const TileOperand left{a, rows, depth, a.row, a_last}, right{b, columns, depth, b.row, b_last};
+    const TileBlocks most{PANEL * from.number(1, 3), PANEL * from.number(1, 3), STEP * from.number(1, 4)};
+    const bool add = from.flag();
+    tile_product(left, right, TileResult<T>{c, c.row, add}, most, threads);
+    tile_product(left, right, TileResult<T>{d, d.row, add}, TILE_BLOCKS, 1);
+    if (memcmp(c.data, d.data, c.n * sizeof(T))) abort();
+}
+
+constexpr int64_t CASES = 23;
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Source from{data, size};
@@ -465,6 +484,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         case 18: fuzz_step<bf16>(from); break;
         case 19: fuzz_sample(from); break;
         case 20: fuzz_packed(from); break;
+        case 21: fuzz_tile_product<float>(from); break;
+        case 22: fuzz_tile_product<bf16>(from); break;
     }
     return 0;
 }
