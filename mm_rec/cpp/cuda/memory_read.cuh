@@ -137,9 +137,8 @@ struct ReadPlan {
       });
     }
 
-    static __device__ __forceinline__ int row(int i) { return static_cast<int>(threadIdx.x + i * kThreads) / kLanes; }
-
    private:
+    static __device__ __forceinline__ int row(int i) { return static_cast<int>(threadIdx.x + i * kThreads) / kLanes; }
     static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) % kLanes * 4; }
 
     Four raw_[kCount][2];
@@ -187,16 +186,15 @@ struct ReadPlan {
                                                     int dim) {
     using Loads = RowLoads<Rows, float>;
     Loads key, value;
-    float mass[Loads::kCount], scale[Loads::kCount];
     key.fetch(in.key + first * dim, dim, rows, dim);
     value.fetch(in.value + first * dim, dim, rows, dim);
-#pragma unroll
-    for (int i = 0; i < Loads::kCount; ++i) mass[i] = Loads::row(i) < rows ? in.mass[first + Loads::row(i)] : 0.0f;
-#pragma unroll
-    for (int i = 0; i < Loads::kCount; ++i) {
-      if (threadIdx.x % kLanes == 0) bias[Loads::row(i)] = mass[i] > 0.0f ? __log2f(mass[i]) : -INFINITY;
-      scale[i] = mass[i] > 0.0f ? 1.0f / mass[i] : 1.0f;
-    }
+    // Lane l has the mass of the warp's l-th row, counted through the rows that its lanes load at a time.
+    constexpr int kAtOnce = 32 / kLanes;
+    const int lane = threadIdx.x % 32;
+    const int own = static_cast<int>(threadIdx.x) / 32 * kAtOnce + lane % kAtOnce + lane / kAtOnce * (kThreads / kLanes);
+    const bool real = lane < kAtOnce * Loads::kCount;
+    const float mass = real && own < rows ? in.mass[first + own] : 0.0f;
+    if (real) bias[own] = mass > 0.0f ? __log2f(mass) : -INFINITY;
     key.each([&](int, int row, int column, float(&a)[4], float(&b)[4]) {
       float squares = 0.0f;
 #pragma unroll
@@ -211,10 +209,11 @@ struct ReadPlan {
       keys.set(row, Dim / 2 + column, b);
     });
     value.each([&](int i, int row, int column, float(&a)[4], float(&b)[4]) {
+      const float whole = __shfl_sync(kFullWarp, mass, lane / kLanes + i * kAtOnce), scale = whole > 0.0f ? 1.0f / whole : 1.0f;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        a[j] *= scale[i];
-        b[j] *= scale[i];
+        a[j] *= scale;
+        b[j] *= scale;
       }
       values.set(row, column, a);
       values.set(row, Dim / 2 + column, b);

@@ -73,27 +73,25 @@ struct SharedTurn {
   }
 };
 
-// How 128 threads divide a tile: each has 8 columns of both halves of two rows. Copies go along rows, ...
+// How 128 threads divide a tile to turn it: each has 8 columns of both halves of two rows, along rows, ...
 struct RowPieces {
   static __device__ __forceinline__ int row(int i) { return static_cast<int>(threadIdx.x) % 128 / 4 + 32 * i; }
   static __device__ __forceinline__ int column(int) { return static_cast<int>(threadIdx.x) % 4 * 8; }
 };
-// ... which costs bank conflicts where the tile is read or written by the threads themselves.
+// ... or along columns, without bank conflicts.
 struct ColumnPieces {
   static __device__ __forceinline__ int row(int) { return static_cast<int>(threadIdx.x) % 64; }
   static __device__ __forceinline__ int column(int i) { return (static_cast<int>(threadIdx.x) % 128 / 64 + 2 * i) * 8; }
 };
 
-// Start copying 64 rows, `stride` elements apart, to a tile; rows past the first `rows` are zero.
+// Start copying 64 rows, `stride` elements apart, to a tile, by 128 threads; rows past the first `rows` are zero.
 __device__ __forceinline__ void walk_copy(bf16* tile, const bf16* source, int64_t stride, int rows) {
+  const int column = static_cast<int>(threadIdx.x) % 8 * 8;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = RowPieces::row(i), column = RowPieces::column(i);
+  for (int i = 0; i < 4; ++i) {
+    const int row = static_cast<int>(threadIdx.x) % 128 / 8 + 16 * i;
     const bool inside = row < rows;
-    const bf16* from = source + (inside ? row * stride + column : 0);
-    bf16* to = tile + row * WalkTile::kStride + column;
-    cp_async_16(to, from, inside);
-    cp_async_16(to + kWalkDim / 2, from + (inside ? kWalkDim / 2 : 0), inside);
+    cp_async_16(tile + row * WalkTile::kStride + column, source + (inside ? row * stride + column : 0), inside);
   }
 }
 

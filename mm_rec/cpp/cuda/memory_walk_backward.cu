@@ -90,7 +90,8 @@ class Service {
       const bf16* out = static_cast<const bf16*>(walk_.p.out) + at + (real ? row * extent.width() : 0) + RowPieces::column(r);
       out_[r][0] = *reinterpret_cast<const Words<bf16, 8>*>(out);
       out_[r][1] = *reinterpret_cast<const Words<bf16, 8>*>(out + kWalkDim / 2);
-      lse_[r] = real ? walk_.p.lse[line + row] * kLog2e : INFINITY;  // queries that are not there have no weights
+      lse_[r] = INFINITY;  // queries that are not there have no weights
+      if (real) lse_[r] = walk_.p.lse[line + row];
     }
     const int64_t t = t0 + threadIdx.x;
     if (threadIdx.x < kWalkTile) position_ = t < extent.time ? walk_.p.in.position[walk_.b * extent.time + t] : 0;
@@ -122,7 +123,7 @@ class Service {
       }
       inner = group_sum<4>(inner);
       if (threadIdx.x % 4 != 0) continue;
-      shared.stat[place][row] = make_float2(lse_[r], inner);
+      shared.stat[place][row] = make_float2(lse_[r] * kLog2e, inner);
       if (walk_.owns_queries(i) && t0 + row < extent.time) walk_.p.inner[line + row] = inner;
     }
     Angles<ColumnPieces>(walk_.turn(shared, i + kWalkBehind)).rotate(shared.q[place].hi);

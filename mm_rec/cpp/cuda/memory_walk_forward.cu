@@ -16,6 +16,19 @@ struct Shared {
   Visible<kWalkTile> visible;
 };
 
+// Start copying 64 rows to a tile, each thread what it will turn, so that it need not wait for others.
+__device__ __forceinline__ void copy_pieces(bf16* tile, const bf16* source, int64_t stride, int rows) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = RowPieces::row(i), column = RowPieces::column(i);
+    const bool inside = row < rows;
+    const bf16* from = source + (inside ? row * stride + column : 0);
+    bf16* to = tile + row * WalkTile::kStride + column;
+    cp_async_16(to, from, inside);
+    cp_async_16(to + kWalkDim / 2, from + (inside ? kWalkDim / 2 : 0), inside);
+  }
+}
+
 // What decides what query `threadIdx.x` of a tile may see, on its way.
 struct View {
   int64_t t, position;
@@ -82,11 +95,11 @@ struct Queries {
 
 // Running softmax of the two rows of a thread, in base 2, and the weighted sum of values.
 struct Running {
-  Fragments<kWalkDim / 8> sum = {};
-  float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
+  Fragments<kWalkDim / 8> sum;
+  float top[2], total[2];
 
   // Turn scores, which `scale` brings to base 2, -inf for what is not seen, into weights.
-  template <int N>
+  template <bool First, int N>
   __device__ __forceinline__ void weigh(Fragments<2> (&scores)[N], float scale) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -95,8 +108,9 @@ struct Running {
       for (int n = 0; n < 2 * N; ++n) {
         largest = fmaxf(largest, fmaxf(scores[n / 2][n % 2][2 * r], scores[n / 2][n % 2][2 * r + 1]));
       }
-      largest = fmaxf(top[r], scale * group_max<4>(largest));
-      const float base = largest == -INFINITY ? 0.0f : largest, shrink = exp2f(top[r] - base);
+      largest = scale * group_max<4>(largest);
+      if (!First) largest = fmaxf(top[r], largest);
+      const float base = largest == -INFINITY ? 0.0f : largest, shrink = First ? 0.0f : exp2f(top[r] - base);
       top[r] = largest;
       float added = 0.0f;
 #pragma unroll
@@ -108,11 +122,12 @@ struct Running {
           added += x;
         }
       }
-      total[r] = fmaf(total[r], shrink, group_sum<4>(added));
+      added = group_sum<4>(added);
+      total[r] = First ? added : fmaf(total[r], shrink, added);
 #pragma unroll
       for (int n = 0; n < kWalkDim / 8; ++n) {
-        sum[n][2 * r] *= shrink;
-        sum[n][2 * r + 1] *= shrink;
+        sum[n][2 * r] = First ? 0.0f : shrink * sum[n][2 * r];
+        sum[n][2 * r + 1] = First ? 0.0f : shrink * sum[n][2 * r + 1];
       }
     }
   }
@@ -133,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const int64_t from = extent.context_at(b, static_cast<int64_t>(j) * kWalkTile, head);
     const int rows = static_cast<int>(min(extent.context() - static_cast<int64_t>(j) * kWalkTile, int64_t{kWalkTile}));
     const int at = place(j) * WalkTile::kStride;
-    walk_copy(shared.k.hi + at, static_cast<const bf16*>(in.k) + from, width, rows);
+    copy_pieces(shared.k.hi + at, static_cast<const bf16*>(in.k) + from, width, rows);
     walk_copy(shared.v.hi + at, static_cast<const bf16*>(in.v) + from, width, rows);
     cp_async_commit();
   };
@@ -150,15 +165,16 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const int64_t t0 = static_cast<int64_t>(tile) * kWalkTile;
     const int rows = static_cast<int>(min(extent.time - t0, int64_t{kWalkTile})) - warp_row;
     const int newest_context = tile + kWalkBehind;  // tile of the queries' own contexts
-    Queries queries;
-    queries.load(static_cast<const bf16*>(in.q) + extent.token_at(b, t0 + warp_row, head), width, rows);
+    const bf16* q = static_cast<const bf16*>(in.q) + extent.token_at(b, t0 + warp_row, head);
+    Queries turned;
+    turned.load(q, width, rows);
     {
       const Angles<RowPieces> angles(turn(newest_context));
       view.put(shared.visible);
       cp_async_wait<0>();
       angles.rotate(shared.k.hi + place(newest_context) * WalkTile::kStride);
     }
-    const Queries turned = queries.rotated(turn(newest_context), warp_row);
+    turned = turned.rotated(turn(newest_context), warp_row);
     __syncthreads();
     int unused, oldest, newest;
     shared.visible.bounds(unused, oldest, newest);
@@ -197,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
           }
         }
       }
-      running.weigh(scores, kBase2);
+      running.weigh<true>(scores, kBase2);
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
         if (n >= hidden) multiply_step<true>(running.sum, to_left<false>(scores[n], 0), shared.v, 0, ring_row(n));
@@ -217,6 +233,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
                            extent.slots, kWalkDim);
       __syncthreads();
       if (shared.visible.any_of_warp(warp_row, version)) {
+        Queries queries;  // slots have no place: queries meet them un-rotated
+        queries.load(q, width, rows);
         Fragments<2> scores[kWalkTile / 16];
 #pragma unroll
         for (int n = 0; n < kWalkTile / 16; ++n) {
@@ -232,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
             scores[n][i / 4][i % 4] = seen ? fmaf(scores[n][i / 4][i % 4], kBase2, bias) : -INFINITY;
           }
         }
-        running.weigh(scores, 1.0f);
+        running.weigh<false>(scores, 1.0f);
 #pragma unroll
         for (int n = 0; n < kWalkTile / 16; ++n) {
           multiply_step<true>(running.sum, to_left<false>(scores[n], 0), shared.slot_value, 0, 16 * n);

@@ -57,7 +57,7 @@ __device__ __forceinline__ void compute_weights(Shared& shared, const Place& pla
   };
   fetch(0, writes.token(0));
   fetch(1, writes.token(1));
-  int coming = writes.token(2);
+  int coming = writes.token(2), later = writes.token(3);
   cp_async_wait<1>();
   named_barrier(2, kGroup);
   if (count > 0) weigh(0);
@@ -65,7 +65,16 @@ __device__ __forceinline__ void compute_weights(Shared& shared, const Place& pla
   named_barrier(1, kThreads);
   for (int e = 0; e < count; ++e) {
     fetch(e + 2, coming);
-    coming = writes.token(e + 3);
+    if (later >= 0) {  // its tokens will be asked for in the next turn
+      const int64_t at = extent.context_at(place.b, later + threadIdx.x % kWalkTile, place.head);
+      if (threadIdx.x < kWalkTile) {
+        prefetch_l2(static_cast<const bf16*>(place.in.k) + at);
+      } else if (place.of_value) {
+        prefetch_l2(static_cast<const bf16*>(place.in.v) + at);
+      }
+    }
+    coming = later;
+    later = writes.token(e + 4);
     if (e + 1 < count) weigh(e + 1);
     cp_async_wait<0>();
     named_barrier(1, kThreads);
