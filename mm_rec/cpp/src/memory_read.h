@@ -3,7 +3,8 @@
 // Queries go in runs of up to RUN consecutive tokens of one document that see the same version of the memory.
 // All that a run can see are rows: its window first, then the slots. Scores are kept transposed, a row per key
 // and a column per query, so that the softmax is plain arithmetic across queries and no buffer is larger than
-// (W + RUN + S) x RUN.
+// (W + RUN + S) x RUN. Of the window, a query sees a band: blocks of keys and queries that don't see each other are
+// neither multiplied nor written.
 //
 // Matrix products take elements and cells (product.h), everything else is float32. Where cells are pairs of rows, a
 // window begins and ends at an even row, and what it must not see in them is masked.
@@ -14,7 +15,11 @@
 namespace mm_rec {
 namespace MM_LEVEL {
 
-constexpr int64_t RUN = 64;
+constexpr int64_t RUN = 64, BLOCK = 16;
+
+struct Span {
+    int64_t begin, end;
+};
 
 template <class T>
 struct ReadInputs {
@@ -30,13 +35,40 @@ struct Run {
     int64_t first_key;        // the first row of the context that any of them sees
     int64_t key_begin, keys;  // rows [key_begin, key_begin + keys) of the context, whole cells
     bool slots;               // whether the long-term memory is read
+    int64_t window;
     int64_t queries() const { return end - begin; }
+    int64_t blocks() const { return (queries() + BLOCK - 1) / BLOCK; }
+
+    // The rows of its keys, in whole blocks, that any of queries [block * BLOCK, (block + 1) * BLOCK) sees.
+    Span rows_of(int64_t block) const {
+        const int64_t first = begin + block * BLOCK + 1, last = min64(end, begin + (block + 1) * BLOCK) + window;
+        return {max64(first - key_begin, 0) / BLOCK * BLOCK, min64(round_up(last - key_begin, BLOCK), keys)};
+    }
+    // Calls body(row, n, queries) for every block of n rows of its keys with the queries, in whole blocks, that see any.
+    template <class F>
+    void for_blocks(F body) const {
+        for (int64_t row = 0; row < keys; row += BLOCK) {
+            int64_t first = 0, last = blocks();
+            while (first < last && rows_of(first).end <= row) ++first;
+            while (last > first && rows_of(last - 1).begin > row) --last;
+            body(row, min64(BLOCK, keys - row), Span{first * BLOCK, last * BLOCK});
+        }
+    }
+    // Calls body(queries, row, n) for every block of queries with the n rows of its keys that they see.
+    template <class F>
+    void for_queries(F body) const {
+        for (int64_t block = 0; block < blocks(); ++block) {
+            const Span rows = rows_of(block);
+            body(Span{block * BLOCK, min64(queries(), (block + 1) * BLOCK)}, rows.begin, rows.end - rows.begin);
+        }
+    }
 };
 
 // The run that starts at token `begin`, where `version` writes have happened before it.
 static Run next_run(const MemoryShape& s, int64_t b, int64_t begin, int64_t version, int64_t depth) {
     Run run;
     run.begin = begin;
+    run.window = s.window;
     run.version = version + s.writes(b, begin);
     run.slots = s.at(b, begin) >= s.window;
     int64_t t = begin + 1;
@@ -168,14 +200,16 @@ template <class T>
 static int64_t read_scores(const ReadInputs<T>& in, const Run& run, int64_t at, ReadScratch<T>& w) {
     const MemoryShape& s = in.shape;
     const int64_t columns = round_up(run.queries(), W), depth = w.cells(s.d), row = w.pitch / w.depth;
-    product<false>(run.keys, columns, depth, w.as_cells(w.k + run.key_begin * w.pitch), row, 1, w.q_rotated_columns, RUN,
-                   w.scores, RUN);
-    for (int64_t r = 0; r < run.keys; ++r) {  // query i sees rows (begin + i, window + begin + i] of the context
-        const int64_t key = run.key_begin + r;
-        const int64_t first = key < run.first_key ? columns : min64(key - s.window - run.begin, columns);
-        fill(w.scores + r * RUN, 0, first, -__builtin_inff());
-        fill(w.scores + r * RUN, key - run.begin, columns, -__builtin_inff());
-    }
+    run.for_blocks([&](int64_t begin, int64_t rows, Span queries) {
+        product<false>(rows, queries.end - queries.begin, depth, w.as_cells(w.k + (run.key_begin + begin) * w.pitch), row,
+                       1, w.q_rotated_columns + queries.begin, RUN, w.scores + begin * RUN + queries.begin, RUN);
+        for (int64_t r = begin; r < begin + rows; ++r) {  // query i sees rows (begin + i, window + begin + i] of the context
+            const int64_t key = run.key_begin + r;
+            const int64_t first = key < run.first_key ? queries.end : min64(key - s.window - run.begin, queries.end);
+            fill(w.scores + r * RUN, queries.begin, first, -__builtin_inff());
+            fill(w.scores + r * RUN, max64(key - run.begin, queries.begin), queries.end, -__builtin_inff());
+        }
+    });
     if (!run.slots) return run.keys;
     float* slots = w.scores + run.keys * RUN;
     product<false>(s.slots, columns, depth, w.as_cells(w.slot_key_rows), row, 1, w.q_columns, RUN, slots, RUN);
@@ -187,21 +221,41 @@ static int64_t read_scores(const ReadInputs<T>& in, const Run& run, int64_t at, 
     return run.keys + s.slots;
 }
 
-// Scores to exponentials in score_rows; sums (columns) of them, and the log of the softmax's denominators to lse.
+// Calls body(r, n) for rows [row, row + count) and, of a run that reads slots, theirs; n = 2 rows at once where cells
+// are pairs, if there are two.
+template <class T, class F>
+MM_INLINE void for_score_rows(const MemoryShape& s, const Run& run, int64_t row, int64_t count, F body) {
+    constexpr int64_t step = DEPTH<typename Operand<T>::Cell>;
+    const int64_t end = row + count, slots = run.slots ? run.keys + s.slots : run.keys;
+    for (int64_t r = row; r < end; r += step) body(r, min64(step, end - r));
+    for (int64_t r = run.keys; r < slots; r += step) body(r, min64(step, slots - r));
+}
+
+// Scores to exponentials, as cells of score_pairs; sums (columns) of them, and the log of the softmax's denominators to
+// lse.
 template <class T>
-static void read_softmax(int64_t rows, int64_t queries, float* lse, ReadScratch<T>& w) {
-    for (int64_t i = 0; i < queries; i += W) {
-        vf top = load(w.scores + i);
-        for (int64_t r = 1; r < rows; ++r) top = max(load(w.scores + r * RUN + i), top);
-        vf total = {};
-        for (int64_t r = 0; r < rows; ++r) {
-            const vf e = exp(load(w.scores + r * RUN + i) - top);
-            total += e;
-            store(w.score_rows + r * RUN + i, e);
+static void read_softmax(const MemoryShape& s, const Run& run, float* lse, ReadScratch<T>& w) {
+    run.for_queries([&](Span queries, int64_t row, int64_t count) {
+        for (int64_t i = queries.begin; i < queries.end; i += W) {
+            vf top = load(w.scores + row * RUN + i), total = {};
+            for_score_rows<T>(s, run, row, count, [&](int64_t r, int64_t n) {
+                top = max(load(w.scores + r * RUN + i), top);
+                if (n == 2) top = max(load(w.scores + (r + 1) * RUN + i), top);
+            });
+            for_score_rows<T>(s, run, row, count, [&](int64_t r, int64_t n) {
+                const vf e = exp(load(w.scores + r * RUN + i) - top);
+                const vf other = n == 2 ? exp(load(w.scores + (r + 1) * RUN + i) - top) : vf{};
+                total += e + other;
+                if (w.depth == 1)
+                    store(w.scores + r * RUN + i, e);
+                else
+                    store_pairs(e, other, w.score_pairs + r / 2 * RUN + i);
+            });
+            store(w.sums + i, total);
+            for (int64_t lane = i; lane < min64(i + W, queries.end); ++lane)
+                lse[lane] = logf(w.sums[lane]) + top[lane - i];
         }
-        store(w.sums + i, total);
-        for (int64_t lane = i; lane < min64(i + W, queries); ++lane) lse[lane] = logf(w.sums[lane]) + top[lane - i];
-    }
+    });
 }
 
 template <class T>
@@ -218,13 +272,16 @@ static void read_task(const ReadInputs<T>& in, int64_t b, int64_t head, T* out, 
             prepared = run.version;
         }
         read_queries(in, run, b, head, w);
-        const int64_t rows = read_scores(in, run, at, w);
-        read_softmax(rows, run.queries(), lse + (b * s.heads + head) * s.time + run.begin, w);
-        pack_pairs(rows, RUN, w.score_rows, w.score_pairs);
+        read_scores(in, run, at, w);
+        read_softmax(s, run, lse + (b * s.heads + head) * s.time + run.begin, w);
 
         const int64_t queries = run.queries(), keys = run.keys / w.depth;
-        product<false>(queries, w.pitch, keys, w.score_pairs, 1, RUN, w.v_pairs + run.key_begin / w.depth * w.pitch,
-                       w.pitch, w.out, w.pitch);
+        run.for_queries([&](Span some, int64_t row, int64_t count) {
+            product<false>(some.end - some.begin, w.pitch, count / w.depth,
+                           w.score_pairs + row / w.depth * RUN + some.begin, 1, RUN,
+                           w.v_pairs + (run.key_begin + row) / w.depth * w.pitch, w.pitch, w.out + some.begin * w.pitch,
+                           w.pitch);
+        });
         if (run.slots)
             product<true>(queries, w.pitch, w.cells(s.slots), w.score_pairs + keys * RUN, 1, RUN, w.slot_value_pairs,
                           w.pitch, w.out, w.pitch);

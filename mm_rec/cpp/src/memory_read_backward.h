@@ -70,28 +70,36 @@ static void read_weights_backward(const ReadInputs<T>& in, const Run& run, int64
     pack_pairs(queries, w.pitch, w.dout, w.dout_pairs);
     const int64_t row = w.pitch / w.depth;
     transpose(queries, depth, w.as_cells(w.dout), row, w.dout_columns, RUN);
-    product<false>(run.keys, columns, depth, w.as_cells(w.v + run.key_begin * w.pitch), row, 1, w.dout_columns, RUN,
-                   w.dscores, RUN);
+    run.for_blocks([&](int64_t begin, int64_t rows, Span some) {
+        product<false>(rows, some.end - some.begin, depth, w.as_cells(w.v + (run.key_begin + begin) * w.pitch), row, 1,
+                       w.dout_columns + some.begin, RUN, w.dscores + begin * RUN + some.begin, RUN);
+    });
     if (run.slots)
         product<false>(s.slots, columns, depth, w.as_cells(w.slot_value_rows), row, 1, w.dout_columns, RUN,
                        w.dscores + run.keys * RUN, RUN);
 }
 
-// Scores to weights, in score_rows, and dscores = weight * (dweight - dout . out) in place and in dscore_rows.
+// Scores to weights, in score_rows, and dscores = weight * (dweight - dout . out) in place, in dscore_rows and as cells.
 template <class T>
-static void read_softmax_backward(const Run& run, int64_t rows, const float* lse, ReadBackwardScratch<T>& w) {
-    for (int64_t i = 0; i < run.queries(); i += W) {
-        const vf log_sum = load(lse + i, run.queries() - i), pull = load(w.sums + i);
-        for (int64_t r = 0; r < rows; ++r) {
-            const int64_t at = r * RUN + i;
-            const vf weight = exp(load(w.scores + at) - log_sum);
-            const vf dscore = weight * (load(w.dscores + at) - pull);
-            store(w.score_rows + at, weight);
-            store(w.dscores + at, dscore);
-            if (w.depth > 1) store(w.dscore_rows + at, dscore);
+static void read_softmax_backward(const MemoryShape& s, const Run& run, const float* lse, ReadBackwardScratch<T>& w) {
+    run.for_queries([&](Span queries, int64_t row, int64_t count) {
+        for (int64_t i = queries.begin; i < queries.end; i += W) {
+            const vf log_sum = load(lse + i, run.queries() - i), pull = load(w.sums + i);
+            const auto one = [&](int64_t r) {
+                const int64_t at = r * RUN + i;
+                const vf weight = exp(load(w.scores + at) - log_sum);
+                const vf dscore = weight * (load(w.dscores + at) - pull);
+                store(w.score_rows + at, weight);
+                store(w.dscores + at, dscore);
+                if (w.depth > 1) store(w.dscore_rows + at, dscore);
+                return dscore;
+            };
+            for_score_rows<T>(s, run, row, count, [&](int64_t r, int64_t n) {
+                const vf even = one(r), odd = n == 2 ? one(r + 1) : vf{};
+                store_pairs(even, odd, w.dscore_pairs + r / 2 * RUN + i);
+            });
         }
-    }
-    pack_pairs(rows, RUN, w.dscore_rows, w.dscore_pairs);
+    });
 }
 
 // Gradients at normed keys and averaged values of the slots to those at one version of the memory.
@@ -130,16 +138,24 @@ static void read_run_backward(const ReadInputs<T>& in, const ReadFromAbove<T>& a
     const int64_t at = slot_index(s, b, run.version, head), pitch = w.pitch, queries = run.queries();
     const int64_t row = RUN / w.depth, paired = w.cells(queries), keys = run.keys / w.depth;
     read_queries(in, run, b, head, w);
-    const int64_t rows = read_scores(in, run, at, w);
+    read_scores(in, run, at, w);
     read_weights_backward(in, run, b, head, above, w);
-    read_softmax_backward(run, rows, above.lse + (b * s.heads + head) * s.time + run.begin, w);
+    read_softmax_backward(s, run, above.lse + (b * s.heads + head) * s.time + run.begin, w);
 
     pack_pairs(queries, pitch, w.q_rotated, w.q_rotated_pairs);
-    float *dk = w.dk + run.key_begin * pitch, *dv = w.dv + run.key_begin * pitch;
-    product<true>(run.keys, pitch, paired, w.as_cells(w.score_rows), row, 1, w.dout_pairs, pitch, dv, pitch);
-    product<true>(run.keys, pitch, paired, w.as_cells(w.dscore_rows), row, 1, w.q_rotated_pairs, pitch, dk, pitch);
-    product<false>(queries, pitch, keys, w.dscore_pairs, 1, RUN, w.k_pairs + run.key_begin / w.depth * pitch, pitch,
-                   w.dq, pitch);
+    run.for_blocks([&](int64_t begin, int64_t rows, Span some) {
+        const int64_t cell = some.begin / w.depth, n = w.cells(min64(some.end, queries) - some.begin);
+        float *dk = w.dk + (run.key_begin + begin) * pitch, *dv = w.dv + (run.key_begin + begin) * pitch;
+        product<true>(rows, pitch, n, w.as_cells(w.score_rows + begin * RUN) + cell, row, 1, w.dout_pairs + cell * pitch,
+                      pitch, dv, pitch);
+        product<true>(rows, pitch, n, w.as_cells(w.dscore_rows + begin * RUN) + cell, row, 1,
+                      w.q_rotated_pairs + cell * pitch, pitch, dk, pitch);
+    });
+    run.for_queries([&](Span some, int64_t begin, int64_t count) {
+        product<false>(some.end - some.begin, pitch, count / w.depth,
+                       w.dscore_pairs + begin / w.depth * RUN + some.begin, 1, RUN,
+                       w.k_pairs + (run.key_begin + begin) / w.depth * pitch, pitch, w.dq + some.begin * pitch, pitch);
+    });
     for (int64_t i = 0; i < queries; ++i) {
         const int64_t angle = (s.window + run.begin + i) * (s.d / 2);
         rotate_row(s.d, in.cosine + angle, in.sine + angle, -1, 1, w.dq + i * pitch, w.dq + i * pitch);

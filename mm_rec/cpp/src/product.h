@@ -103,5 +103,14 @@ static void pack_pairs(int64_t rows, int64_t pitch, const bf16* from, Pair* to) 
 }
 #endif
 
+// Two rows of W floats as cells of B, if cells are pairs.
+MM_INLINE void store_pairs(vf, vf, float*) {}
+#if defined(__AVX512BF16__)
+MM_INLINE void store_pairs(vf even, vf odd, Pair* to) {
+    const vu pairs = __builtin_convertvector(narrow(even), vu) | (__builtin_convertvector(narrow(odd), vu) << 16);
+    memcpy(to, &pairs, sizeof pairs);
+}
+#endif
+
 }  // namespace MM_LEVEL
 }  // namespace mm_rec
