@@ -98,7 +98,9 @@ static void pack_columns(const TileOperand& b, int64_t r, int64_t begin, int64_t
 
 // sums (32 x 32) = or, with `add`, += panel a times panel b, at least one step of both. The next step's tiles are asked
 // for as soon as a register is free: a core shared with another thread looks too short a way ahead to do so by itself.
-static void tile_block(int64_t steps, const uint32_t* a, const uint32_t* b, float* sums, bool add) {
+// Calls meanwhile() in every step, for work that fits between the products.
+template <class F>
+MM_INLINE void tile_block(int64_t steps, const uint32_t* a, const uint32_t* b, float* sums, bool add, F meanwhile) {
     constexpr int64_t CELL_ROW = 4 * TILE, SUM_ROW = 4 * PANEL;  // bytes
     float* lower = sums + TILE * PANEL;
     tiles_fence();
@@ -128,11 +130,13 @@ static void tile_block(int64_t steps, const uint32_t* a, const uint32_t* b, floa
         MM_TILE_DOT(3, 5, 7);
         MM_TILE_LOAD(7, b + TILE_CELLS, CELL_ROW);
         MM_TILE_LOAD(5, a + TILE_CELLS, CELL_ROW);
+        meanwhile();
     }
     MM_TILE_DOT(0, 4, 6);
     MM_TILE_DOT(1, 4, 7);
     MM_TILE_DOT(2, 5, 6);
     MM_TILE_DOT(3, 5, 7);
+    meanwhile();
     MM_TILE_STORE(0, sums, SUM_ROW);
     MM_TILE_STORE(1, sums + TILE, SUM_ROW);
     MM_TILE_STORE(2, lower, SUM_ROW);
@@ -147,19 +151,22 @@ struct TileResult {
     bool add;     // to what is there
 };
 
-// The first rows x columns of a block of sums, to (i, j) of the result.
+// A block of sums on its way to the result, some rows at a time: what is left of it are `rows` from row i, column j.
 template <class T>
-static void write_block(const float* sums, int64_t rows, int64_t columns, const TileResult<T>& c, int64_t i,
-                        int64_t j) {
-    for (int64_t r = 0; r < rows; ++r) {
-        T* to = c.data + (i + r) * c.row + j;
-        const float* from = sums + r * PANEL;
-        for_vectors(columns, [&](int64_t k, auto n) {
-            const vf x = load(from + k);
-            store(to + k, c.add ? load(to + k, n) + x : x, n);
-        });
+struct TileOutput {
+    const float* sums;
+    int64_t rows, columns, i, j;
+
+    void write(const TileResult<T>& c, int64_t most) {
+        for (; rows > 0 && most > 0; --rows, --most, ++i, sums += PANEL) {
+            T* to = c.data + i * c.row + j;
+            for_vectors(columns, [&](int64_t k, auto n) {
+                const vf x = load(sums + k);
+                store(to + k, c.add ? load(to + k, n) + x : x, n);
+            });
+        }
     }
-}
+};
 
 // Parts of at most `most`, all about alike and multiples of `unit`.
 MM_INLINE int64_t even_part(int64_t size, int64_t most, int64_t unit) {
@@ -178,7 +185,7 @@ struct TileTask {
     const TileResult<T>& c;
     int64_t depth;                // of a block
     uint32_t *a_tiles, *b_tiles;  // a panel of A and a block of B
-    float* sums;                  // 32 x 32 for each pair of panels, or once if they need not be kept
+    float* sums;                  // 32 x 32 for each pair of panels; two in turn if they need not be kept
 
     bool is_whole() const { return depth >= a.depth; }
 
@@ -186,19 +193,23 @@ struct TileTask {
         const int64_t end = min64(p + depth, b.depth);
         for (int64_t j = j0; j < j1; j += PANEL) pack_columns(b, j, p, end, b_tiles + (j - j0) * depth / 2);
     }
-    // The products of a range with the packed block of B, p to p + depth; the last such block writes the result.
+    // The products of a range with the packed block of B, p to p + depth. With the last such block, sums go to the
+    // result while the next ones are computed.
     void multiply(const TileRange& range, int64_t p) const {
         const int64_t end = min64(p + depth, a.depth), steps = (end - p + STEP - 1) / STEP;
-        float* to = sums;
+        const int64_t rows_a_step = (PANEL + steps - 1) / steps;
+        TileOutput<T> before{};
+        int64_t blocks = 0;
         for (int64_t i = range.i0; i < range.i1; i += PANEL) {
             pack_rows(a, i, p, end, a_tiles);
-            for (int64_t j = range.j0; j < range.j1; j += PANEL) {
-                tile_block(steps, a_tiles, b_tiles + (j - range.j0) * depth / 2, to, p > 0);
-                if (end == a.depth)
-                    write_block(to, min64(PANEL, range.i1 - i), min64(PANEL, range.j1 - j), c, i, j);
-                if (!is_whole()) to += PANEL * PANEL;
+            for (int64_t j = range.j0; j < range.j1; j += PANEL, ++blocks) {
+                float* to = sums + (is_whole() ? blocks % 2 : blocks) * PANEL * PANEL;
+                const uint32_t* b_panel = b_tiles + (j - range.j0) * depth / 2;
+                tile_block(steps, a_tiles, b_panel, to, p > 0, [&] { before.write(c, rows_a_step); });
+                if (end == a.depth) before = {to, min64(PANEL, range.i1 - i), min64(PANEL, range.j1 - j), i, j};
             }
         }
+        before.write(c, PANEL);
     }
 };
 
@@ -211,7 +222,7 @@ static bool tile_product(const TileOperand& a, const TileOperand& b, const TileR
     const int64_t columns = even_part(all.j1 - all.j0, most.columns, PANEL);
     const int64_t rows = even_part(all.i1 - all.i0, whole ? all.i1 - all.i0 : most.rows, PANEL);
     const int64_t a_cells = PANEL * depth / 2, b_cells = columns * depth / 2;
-    const Scratch block(a_cells + b_cells + (whole ? PANEL * PANEL : rows * columns));
+    const Scratch block(a_cells + b_cells + (whole ? 2 * PANEL * PANEL : rows * columns));
     if (!block.data) return false;
     uint32_t* cells = reinterpret_cast<uint32_t*>(block.data);
     const TileTask<T> task{a, b, c, depth, cells, cells + a_cells, block.data + a_cells + b_cells};
