@@ -128,25 +128,6 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
     }
   };
 
-  // The token that causes write e, known a write ahead, so that what the write needs can be brought closer.
-  const auto event = [&](int64_t e) { return e >= 0 ? in.index.event[b * extent.writes() + e] : -1; };
-  const auto is_first = [&](int t) { return t >= 0 && in.position[b * extent.time + t] == extent.window; };
-  const auto prefetch = [&](int64_t version, int t) {
-    const int64_t at = extent.slots_at(b, version, head) * dim;
-    for (int i = threadIdx.x * 32; i < slots * dim; i += kThreads * 32) {
-      prefetch_l2(out.dkey + at + i);
-      prefetch_l2(out.dvalue + at + i);
-      if (t < 0) continue;
-      prefetch_l2(out.key + at + i);
-      prefetch_l2(out.value + at + i);
-    }
-    if (t < 0) return;
-    for (int i = threadIdx.x; i < block; i += kThreads) {
-      const int64_t token = extent.context_at(b, t + i, head);
-      prefetch_l2(static_cast<const T*>(in.k) + token);
-      prefetch_l2(static_cast<const T*>(in.v) + token);
-    }
-  };
   // Contexts that no write reads have no gradient.
   const auto clear = [&](int64_t from, int64_t to) {
     const int pairs = dim / 2;
@@ -160,23 +141,13 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 
   float drate = 0.0f;
   int64_t cleared = extent.context();  // from here on dk and dv are there
-  int coming = event(extent.writes() - 1);
-  bool coming_starts = is_first(coming);
   for (int64_t e = extent.writes() - 1; e >= 0; --e) {
     const int64_t before = extent.slots_at(b, e, head);
-    const int t = coming;
-    const bool starts = coming_starts;
-    coming = event(e - 1);
-    if (e > 0) prefetch(e - 1, coming);
-    coming_starts = is_first(coming);
-    Rows old;  // M, on its way before it is needed where there is one tile
-    const auto load_old = [&](int s) {
-      load_rows(memory + (before + static_cast<int64_t>(s) * Q) * dim, first, slots - s * Q, dim, dim - column, old);
-    };
+    const int t = in.index.event[b * extent.writes() + e];
+    const bool starts = t >= 0 && in.position[b * extent.time + t] == extent.window;
     if (t >= 0) {
       clear(t + block, cleared);
       cleared = t;
-      if constexpr (Resident) load_old(0);
       // Factors.
       Logits w, dw;
       typename Plan::Softmax softmax;
@@ -192,6 +163,8 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
       // Their gradients: G . M.
       for (int s = 0; s < tiles; ++s) {
         const int64_t at = static_cast<int64_t>(s) * Q * dim;
+        Rows old;
+        load_rows(memory + before * dim + at, first, slots - s * Q, dim, dim - column, old);
         if constexpr (Resident) {
           auto& tile = of_value ? shared.dvalue : shared.dkey;
 #pragma unroll
@@ -203,7 +176,6 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
             }
           }
         } else {
-          load_old(s);
           load_rows(running + at, first, slots - s * Q, dim, dim - column, gradient);
         }
         float inner[2] = {0.0f, 0.0f};
@@ -374,10 +346,10 @@ extern "C" int mm_rec_cuda_memory_update_backward(
   float* drate_partial = workspace + batch * address_size;
   UpdateInputs in{k, v, address, rate, position, {}};
   const UpdateGradients out{dkey, dvalue, dmass,   key,    value,     mass,         dk,
-                      dv,   dkey0,  dvalue0, dmass0, workspace, drate_partial};
+                            dv,   dkey0,  dvalue0, dmass0, workspace, drate_partial};
   cudaError_t error = make_write_index(position, extent, workspace + partial_floats(extent), &in.index, stream);
   if (error == cudaSuccess) {
-    error = walks(dtype, extent)  ? write_backward(in, out, extent, stream)
+    error = walks(dtype, extent) ? write_backward(in, out, extent, stream)
             : dtype == kBFloat16 ? dispatch<bf16>(in, out, extent, stream)
                                  : dispatch<float>(in, out, extent, stream);
   }
