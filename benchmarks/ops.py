@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 import torch
@@ -36,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     config = PRESETS["100m"]
-    matrix_rate = products_action(config, "bf16", 1024)()
+    products = products_action(config, "bf16", 1024)
+    products()  # warms up
+    matrix_rate = statistics.median(products() for _ in range(5))
     result: dict[str, object] = {
         "settings": describe_machine() | {"threads": options.threads, "rounds": options.rounds},
         "matrix_tflops": round(matrix_rate / 1e12, 3),
