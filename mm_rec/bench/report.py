@@ -124,6 +124,8 @@ def _measure_training(settings: BenchSettings, write: Callable[[str], object]) -
                 f" {one.flops / one.matrix_rate:6.0%}{ratio}"
             )
             found.append(one)
+        for name in [name for name in entries if name not in times]:
+            write(f"  {batch}x{length} {entries[name].label:26} does not fit into the memory")
     return found
 
 

@@ -205,18 +205,28 @@ def _run(contender: Contender, batch: tuple[Tensor, Tensor]) -> None:
 def compare_steps(
     config: ModelConfig, precision: str, batch_size: int, seq_len: int, entries: Mapping[str, Contender], rounds: int
 ) -> dict[str, StepTime]:
-    """Let every contender take a step in turn, ``rounds`` times after one to warm up, the limit measured in between."""
+    """Let every contender take a step in turn, ``rounds`` times after one to warm up, the limit measured in between.
+
+    Returns:
+        By name, without those that the GPU has no memory for.
+    """
     batch = random_batch(config, batch_size, seq_len)
     threads = torch.get_num_threads()
     measure_rate = products_action(config, precision, batch_size * seq_len)
     times: dict[str, list[float]] = {name: [] for name in entries}
     rates = []
+    too_large: set[str] = set()
     try:
         for turn in range(rounds + 1):
             torch.set_num_threads(threads)
             rates.append(measure_rate())
-            for name, contender in entries.items():
-                seconds = timed(partial(_run, contender, batch))
+            for name in [name for name in entries if name not in too_large]:
+                try:
+                    seconds = timed(partial(_run, entries[name], batch))
+                except torch.OutOfMemoryError:
+                    too_large.add(name)
+                    torch.cuda.empty_cache()
+                    continue
                 if turn:
                     times[name].append(seconds)
     finally:
@@ -225,6 +235,7 @@ def compare_steps(
     return {
         name: StepTime(one.label, batch_size, seq_len, one.threads, tuple(times[name]), one.flop_per_token, rate)
         for name, one in entries.items()
+        if name not in too_large
     }
 
 

@@ -1,7 +1,8 @@
 // Drives every CPU kernel through its raw pointers, on shapes, strides and values taken from a string of bytes. Every
 // buffer is a heap block of exactly the size that the kernel is told, so that the sanitizers see a step beyond it.
 //
-// With libFuzzer: clang++ -fsanitize=fuzzer,address,undefined. On its own (-DMM_STANDALONE): fuzz SECONDS [SEED].
+// With libFuzzer: clang++ -fsanitize=fuzzer,address,undefined. On its own (-DMM_STANDALONE): fuzz SECONDS [SEED]. Both
+// with level.cpp.
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -458,6 +459,11 @@ static void fuzz_tile_product(Source& from) {
     if (memcmp(c.data, d.data, c.n * sizeof(T))) abort();
 }
 
+extern "C" int mm_rec_best_level();  // of level.cpp
+
+// Asking for the best level also asks Linux for the tile registers of AMX.
+extern "C" int LLVMFuzzerInitialize(int*, char***) { return mm_rec_best_level() < 0; }
+
 constexpr int64_t CASES = 23;
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
@@ -492,6 +498,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
 
 #if defined(MM_STANDALONE)
 int main(int count, char** arguments) {
+    LLVMFuzzerInitialize(&count, &arguments);
     const double seconds = count > 1 ? atof(arguments[1]) : 10;
     std::mt19937 random(count > 2 ? unsigned(atoi(arguments[2])) : 0);
     const time_t end = time(nullptr) + time_t(seconds);

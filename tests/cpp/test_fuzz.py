@@ -27,7 +27,8 @@ def test_no_finding(tmp_path: Path) -> None:
 
     def build(level: str) -> None:
         command = [cpu_compiler(), *FLAGS, *LEVEL_FLAGS[level], f"-DMM_LEVEL={level}", "-DMM_STANDALONE"]
-        command += [f"-I{HERE / 'src'}", str(Path(__file__).with_name("fuzz.cpp")), "-o", str(tmp_path / level)]
+        sources = [Path(__file__).with_name("fuzz.cpp"), HERE / "src" / "level.cpp"]
+        command += [f"-I{HERE / 'src'}", *map(str, sources), "-o", str(tmp_path / level)]
         subprocess.run(command, check=True, capture_output=True)
 
     with ThreadPoolExecutor() as pool:  # a minute of the compiler each

@@ -40,8 +40,9 @@ def processor_seconds() -> float:
 
 def _build_fuzzer(level: str) -> Path:
     """The program for a level; built once for these sources."""
-    sources = [*sorted((HERE / "src").glob("*.h")), FUZZ / "fuzz.cpp", FUZZ / "fuzz_kernel.cpp"]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    sources = [FUZZ / "fuzz_kernel.cpp", HERE / "src" / "level.cpp"]
+    read = [*sorted((HERE / "src").glob("*.h")), FUZZ / "fuzz.cpp", *sources]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in read)).hexdigest()[:12]
     program = ROOT / "build" / "fuzz" / f"{level}-{digest}" / "fuzz"
     if not program.exists():
         program.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,7 @@ def _build_fuzzer(level: str) -> Path:
         ]
         command = ["clang++", *flags, *LEVEL_FLAGS[level], f"-DMM_LEVEL={level}", f"-I{HERE / 'src'}"]
         built = program.with_name(f"fuzz.{os.getpid()}")
-        subprocess.run([*command, str(FUZZ / "fuzz_kernel.cpp"), "-o", str(built)], check=True)
+        subprocess.run([*command, *map(str, sources), "-o", str(built)], check=True)
         built.rename(program)
     return program
 

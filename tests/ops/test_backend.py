@@ -17,7 +17,7 @@ import torch
 from mm_rec import ops
 from mm_rec.ops import backend, native, reference
 from mm_rec.ops.backend import NativeUnavailableError
-from mm_rec.ops.native import LEVELS, CpuLibrary, openmp_runtimes
+from mm_rec.ops.native import LEVELS, CpuLibrary
 
 from .cases import CASES
 
@@ -65,8 +65,9 @@ def test_float64_takes_the_reference() -> None:
 
 def test_one_openmp_runtime() -> None:
     """The library must share PyTorch's runtime: two pools of threads would fight for the cores."""
-    ops.status()
-    assert len(openmp_runtimes()) == 1
+    code = "from mm_rec.ops import native, status; status(); print(len(native.openmp_runtimes()))"
+    result = _python(code)  # a process of its own: what other tests import may bring another runtime
+    assert result.stdout == "1\n", result.stderr
 
 
 def _python(code: str, emulator: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess[str]:
@@ -140,7 +141,7 @@ def test_levels_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_environment_forces_the_reference() -> None:
-    result = _python("from mm_rec import ops; print(ops.status())", MM_REC_BACKEND="reference")
+    result = _python("from mm_rec import ops; print(ops.status())", MM_REC_BACKEND="reference", CUDA_VISIBLE_DEVICES="")
     assert result.stdout.strip() == "cpu: reference (forced)"
     result = _python("from mm_rec import ops; print(ops.status())", MM_REC_BACKEND="fast")
     assert "MM_REC_BACKEND must be one of" in result.stderr
