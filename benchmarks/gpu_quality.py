@@ -283,7 +283,7 @@ def main() -> None:
             torch.cuda.empty_cache()
     else:
         parts = [json.loads(path.read_text()) for path in options.results]
-        rows = [{**row, "commit": part["machine"]["commit"]} for part in parts for row in part["runs"]]
+        rows = [{"commit": part["machine"]["commit"], **row} for part in parts for row in part["runs"]]
         options.output.write_text(json.dumps({**parts[0], "runs": rows}, indent=1) + "\n")
         draw(rows, options.picture)
         for row in sorted(rows, key=lambda row: mean(row["bits_per_byte"])):
