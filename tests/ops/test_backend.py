@@ -121,7 +121,8 @@ def test_the_compiler_is_not_imported_for_nothing() -> None:
 @pytest.mark.timeout(1200)  # emulated
 @pytest.mark.skipif(not shutil.which("qemu-x86_64"), reason="needs qemu-x86_64 (Debian: qemu-user)")
 @pytest.mark.parametrize(("processor", "level"), [("SandyBridge", "baseline"), ("Haswell", "avx2")])
-def test_older_processors_run_the_level_they_have(processor: str, level: str) -> None:
+def test_older_processors_run_the_level_they_have(processor: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MM_REC_CPU_LEVEL", raising=False)
     code = (
         "import torch; from mm_rec import ops; from mm_rec.ops import reference; a = torch.rand(2, 9, 40);"
         "torch.testing.assert_close(ops.scan(a, a), reference.scan(a, a)); print(ops.status()['cpu'].level)"
