@@ -43,6 +43,7 @@ def find_decoder(model: MMRecModel, domain: str | None) -> Decoder | None:
     decoder = known.get(domain)
     if decoder is not None and decoder.is_current(model):
         return decoder if backend.runs_native("step", decoder.weight) else None
+    known.pop(domain, None)
     weight = model.embedding.weight
     if hasattr(model, "reshard"):  # FSDP: the weights have no lasting place
         return None

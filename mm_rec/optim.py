@@ -185,6 +185,8 @@ class AdamW:
             updates.append(ops.Update(slot.master, slot.exp_avg, slot.exp_avg_sq, total, out, decay, int(slot.step)))
         beta1, beta2 = self.betas
         ops.adamw_many_(updates, lr=lr, beta1=beta1, beta2=beta2, eps=self.eps, grad_scale=scale)
+        # The kernel writes behind PyTorch's back, and copies of weights (ops.step.PackedMatrix) go by their versions.
+        torch.autograd.graph.increment_version([slot.own for slot in slots])
 
     def _update_on_device(self, slots: list[_Slot], lr: float, max_norm: float, norm: Tensor) -> None:
         """The same in few launches, with PyTorch's fused kernel: it can skip the update without the host knowing."""

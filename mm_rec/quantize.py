@@ -28,15 +28,13 @@ def pack_matrices(model: MMRecModel) -> None:
 
     Single tokens on the CPU are then computed from a quarter fewer bytes, with the same results, bit for bit. What is
     not bfloat16, on the CPU and better packed stays as it is, and so does everything where the processor would be
-    slower for it. The copies take three quarters of the bytes of their matrices. Packed matrices can't be trained; one
-    that is replaced or changed in place later is read unpacked.
+    slower for it. The copies take three quarters of the bytes of their matrices. A matrix that is replaced, trained or
+    changed in place later is read unpacked, unless it is changed through ``.data``, which PyTorch does not count.
     """
     if ops.status()["cpu"].level not in PACKED_LEVELS:
         return
     matrices = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 2}
     model.packed = pack_weights(matrices)
-    for name in model.packed:
-        matrices[name].requires_grad_(False)
 
 
 @torch.no_grad()
@@ -47,6 +45,7 @@ def quantize_int8(model: MMRecModel) -> None:
     else, such as reading a prompt or scoring text, uses the same rounded values in the type of the parameters; for
     bfloat16 that rounds once more, by less than its own products do. The model can't be trained on.
     """
+    model.packed = {}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         if parameter.ndim >= 2 and name.rpartition(".")[2] not in KEEP_WHOLE:

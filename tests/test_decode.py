@@ -20,6 +20,7 @@ from mm_rec.device import apply_precision
 from mm_rec.model import MMRecModel
 from mm_rec.ops.native import LEVELS, CpuLibrary
 from mm_rec.ops.step import pack_weights, quantize_rows
+from mm_rec.optim import AdamW
 from mm_rec.quantize import pack_matrices, quantize_int8
 from mm_rec.state import ModelState, flatten_state, map_state, unflatten_state
 
@@ -254,6 +255,25 @@ def test_packed_matrices_change_no_bit(monkeypatch: pytest.MonkeyPatch, rows: in
         torch.set_num_threads(threads)
         logits, _ = step_through(model, tokens, model.initial_state(rows, domain), domain)
         assert torch.equal(logits, expected)
+    model.packed["experts.text.blocks.0.ffn_down"].data.zero_()
+    logits, _ = step_through(model, tokens, model.initial_state(rows, domain), domain)
+    if rows != 7:  # between the numbers of rows at which levels begin to read the matrix itself
+        assert torch.equal(logits, expected) == (rows == 11)
+
+
+def test_training_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer's kernel writes weights by their addresses."""
+    model, column = packed_model(monkeypatch), tokens_of(2)[:, 0]
+    pack_matrices(model)
+    state = model.initial_state(2, "text")
+    before, _ = model.step(column, state, "text")
+    weight = model.experts["text"].blocks[0].ffn_down
+    weight.requires_grad_(True).grad = torch.ones_like(weight)
+    AdamW([("ffn_down", weight)]).step(lr=0.1, max_norm=0)
+    changed, _ = model.step(column, state, "text")
+    assert not torch.equal(changed, before)
+    model.packed = {}
+    assert torch.equal(model.step(column, state, "text")[0], changed)
 
 
 def test_a_packed_matrix_that_changes_is_read_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

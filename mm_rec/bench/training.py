@@ -225,10 +225,10 @@ def compare_steps(
                     seconds = timed(partial(_run, entries[name], batch))
                 except torch.OutOfMemoryError:
                     too_large.add(name)
+                else:
+                    times[name].extend([seconds] if turn else [])
+                if name in too_large:  # its memory is free only behind the exception
                     torch.cuda.empty_cache()
-                    continue
-                if turn:
-                    times[name].append(seconds)
     finally:
         torch.set_num_threads(threads)
     rate = statistics.median(rates)

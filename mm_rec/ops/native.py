@@ -18,7 +18,7 @@ __all__ = ["LEVELS", "LIBRARY_PATH", "CpuLibrary", "openmp_runtimes"]
 
 LEVELS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 LIBRARY_PATH = Path(__file__).resolve().parents[1] / "cpp" / CPU_LIBRARY
-INTERFACE = 2  # mm_rec_interface() of mm_rec/cpp/src/level.cpp
+INTERFACE = 3  # mm_rec_interface() of mm_rec/cpp/src/level.cpp
 REBUILD = "cd mm_rec/cpp && python setup.py build_ext --inplace"
 
 _TYPES: dict[str, Any] = {

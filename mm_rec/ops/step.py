@@ -87,10 +87,14 @@ def pack_weights(weights: Mapping[str, Tensor]) -> dict[str, PackedMatrix]:
     """
     layouts = {}
     for name, weight in weights.items():
-        if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.is_inference():
+        if not (weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()):
+            continue
+        if not weight.is_inference():
             base, start, size = _layout(weight := weight.detach())
-            if weight.is_contiguous() and size <= _WORTH_PACKING * weight.nbytes:
+            if size <= _WORTH_PACKING * weight.nbytes:
                 layouts[name] = weight, base, start, size
+    if not layouts:
+        return {}
     memory = _in_large_pages(sum(size for *_, size in layouts.values()))
     packed, offset = {}, 0
     for name, (weight, base, start, size) in layouts.items():

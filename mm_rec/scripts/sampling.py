@@ -14,7 +14,7 @@ __all__ = [
     "given_sampling",
 ]
 
-WEIGHTS_HELP = "full, or int8: half the bytes, so faster on the CPU, at a small loss of quality"
+WEIGHTS_HELP = "full, or int8: fewer bytes, so faster on the CPU, at a small loss of quality"
 
 # Defaults are those of Sampling, which is not imported here: it brings PyTorch, and --help should be quick.
 FLAGS: dict[str, tuple[int | float, str]] = {

@@ -2,6 +2,7 @@
 
 #include <stdint.h>
 #if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -9,14 +10,16 @@
 #define MM_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Raised with every change of the C interface, so that an old library is told from a broken one.
-MM_EXPORT int mm_rec_interface() { return 2; }
+MM_EXPORT int mm_rec_interface() { return 3; }
 
 // Whether this process may use the tile registers of AMX: Linux wants to be asked, since they add 8 kB to the state of
 // every thread that does.
 static bool has_tiles() {
 #if defined(__linux__) && defined(__x86_64__)
     constexpr int ASK_FOR_STATE = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
-    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+    constexpr unsigned TILES = 1u << 24 | 1u << 22;        // AMX-TILE, AMX-BF16; compilers know their names only lately
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & TILES) == TILES &&
            syscall(SYS_arch_prctl, ASK_FOR_STATE, TILE_DATA) == 0;
 #else
     return false;

@@ -99,7 +99,7 @@ MM_INLINE int recurrence_group(int64_t batch, int64_t heads) {
     return group;
 }
 
-// Heads of a task: as many as leave one for every thread.
+// Heads of a task: as many as still leave a task for every thread.
 MM_INLINE int64_t recurrence_heads(int64_t heads, int64_t groups, int threads) {
     int64_t together = min64(MAX_HEADS, max64(1, heads * groups / threads));
     while (heads % together) --together;
