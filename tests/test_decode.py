@@ -6,7 +6,7 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -261,37 +261,41 @@ def test_packed_matrices_change_no_bit(monkeypatch: pytest.MonkeyPatch, rows: in
         assert torch.equal(logits, expected) == (rows == 11)
 
 
-def test_training_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The optimizer's kernel writes weights by their addresses."""
+def packed_step(monkeypatch: pytest.MonkeyPatch) -> tuple[MMRecModel, Callable[[], Tensor]]:
+    """A packed model, and the logits of its next step."""
     model, column = packed_model(monkeypatch), tokens_of(2)[:, 0]
     pack_matrices(model)
     state = model.initial_state(2, "text")
-    before, _ = model.step(column, state, "text")
+    return model, lambda: model.step(column, state, "text")[0]
+
+
+def test_training_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer's kernel writes weights by their addresses."""
+    model, step = packed_step(monkeypatch)
+    before = step()
     weight = model.experts["text"].blocks[0].ffn_down
-    weight.requires_grad_(True).grad = torch.ones_like(weight)
+    weight.grad = torch.ones_like(weight)
     AdamW([("ffn_down", weight)]).step(lr=0.1, max_norm=0)
-    changed, _ = model.step(column, state, "text")
+    changed = step()
     assert not torch.equal(changed, before)
     model.packed = {}
-    assert torch.equal(model.step(column, state, "text")[0], changed)
+    assert torch.equal(step(), changed)
 
 
 def test_a_packed_matrix_that_changes_is_read_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, column = packed_model(monkeypatch), tokens_of(2)[:, 0]
-    pack_matrices(model)
-    state = model.initial_state(2, "text")
-    before, _ = model.step(column, state, "text")
+    model, step = packed_step(monkeypatch)
+    before = step()
     weight = model.experts["text"].blocks[0].ffn_down
     kept = weight.clone()
     weight.mul_(2)
-    changed, _ = model.step(column, state, "text")
+    changed = step()
     assert not torch.equal(changed, before)
     weight.data = kept
-    assert torch.equal(model.step(column, state, "text")[0], before)
+    assert torch.equal(step(), before)
     model.experts["text"].blocks[0].ffn_down = torch.nn.Parameter(2 * kept)
-    assert torch.equal(model.step(column, state, "text")[0], changed)
+    assert torch.equal(step(), changed)
     pack_matrices(model)
-    assert torch.equal(model.step(column, state, "text")[0], changed)
+    assert torch.equal(step(), changed)
 
 
 def test_packing_takes_any_weights_and_leaves_what_gains_nothing() -> None:

@@ -202,6 +202,14 @@ def _run(contender: Contender, batch: tuple[Tensor, Tensor]) -> None:
     contender.step(*batch)
 
 
+def _seconds(contender: Contender, batch: tuple[Tensor, Tensor]) -> float | None:
+    """Of a step; None if the GPU has no memory for it."""
+    try:
+        return timed(partial(_run, contender, batch))
+    except torch.OutOfMemoryError:
+        return None
+
+
 def compare_steps(
     config: ModelConfig, precision: str, batch_size: int, seq_len: int, entries: Mapping[str, Contender], rounds: int
 ) -> dict[str, StepTime]:
@@ -215,27 +223,24 @@ def compare_steps(
     measure_rate = products_action(config, precision, batch_size * seq_len)
     times: dict[str, list[float]] = {name: [] for name in entries}
     rates = []
-    too_large: set[str] = set()
     try:
         for turn in range(rounds + 1):
             torch.set_num_threads(threads)
             rates.append(measure_rate())
-            for name in [name for name in entries if name not in too_large]:
-                try:
-                    seconds = timed(partial(_run, entries[name], batch))
-                except torch.OutOfMemoryError:
-                    too_large.add(name)
-                else:
-                    times[name].extend([seconds] if turn else [])
-                if name in too_large:  # its memory is free only behind the exception
+            for name in list(times):
+                seconds = _seconds(entries[name], batch)
+                if seconds is None:
+                    del times[name]
                     torch.cuda.empty_cache()
+                elif turn:
+                    times[name].append(seconds)
     finally:
         torch.set_num_threads(threads)
     rate = statistics.median(rates)
     return {
         name: StepTime(one.label, batch_size, seq_len, one.threads, tuple(times[name]), one.flop_per_token, rate)
         for name, one in entries.items()
-        if name not in too_large
+        if name in times
     }
 
 

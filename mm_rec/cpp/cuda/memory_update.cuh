@@ -15,6 +15,16 @@ struct UpdateInputs {
   WriteIndex index;
 };
 
+// The memory before, and all versions of it.
+struct UpdateOutputs {
+  const float* key0;
+  const float* value0;
+  const float* mass0;
+  float* key;
+  float* value;
+  float* mass;
+};
+
 struct UpdateGradients {
   const float* dkey;  // of all versions
   const float* dvalue;

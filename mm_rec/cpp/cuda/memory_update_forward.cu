@@ -6,15 +6,6 @@
 namespace mm_rec {
 namespace {
 
-struct Outputs {
-  const float* key0;
-  const float* value0;
-  const float* mass0;
-  float* key;
-  float* value;
-  float* mass;
-};
-
 template <typename Plan>
 struct Shared {
   typename Plan::Tokens k, v;
@@ -27,7 +18,7 @@ struct Shared {
 
 template <typename T, typename Plan>
 __global__ void __launch_bounds__(Plan::kThreads, Plan::kDim <= 64 ? 2 : 1)
-    forward_kernel(const UpdateInputs in, const Outputs out, const MemoryExtent extent) {
+    forward_kernel(const UpdateInputs in, const UpdateOutputs out, const MemoryExtent extent) {
   constexpr int Q = Plan::kQ;
   auto& shared = *reinterpret_cast<Shared<Plan>*>(dynamic_shared());
   const int64_t b = blockIdx.z, head = blockIdx.y;
@@ -127,7 +118,7 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kDim <= 64 ? 2 : 1)
 }
 
 template <typename T, int Dim, int Q, int Sides>
-cudaError_t run(const UpdateInputs& in, const Outputs& out, const MemoryExtent& extent, void* stream) {
+cudaError_t run(const UpdateInputs& in, const UpdateOutputs& out, const MemoryExtent& extent, void* stream) {
   using Plan = UpdatePlan<T, Dim, Q, Sides>;
   const dim3 grid(static_cast<unsigned>(ceil_div(extent.slots, Q)), static_cast<unsigned>(extent.heads),
                   static_cast<unsigned>(extent.batch));
@@ -135,7 +126,7 @@ cudaError_t run(const UpdateInputs& in, const Outputs& out, const MemoryExtent& 
 }
 
 template <typename T>
-cudaError_t dispatch(const UpdateInputs& in, const Outputs& out, const MemoryExtent& extent, void* stream) {
+cudaError_t dispatch(const UpdateInputs& in, const UpdateOutputs& out, const MemoryExtent& extent, void* stream) {
   if (extent.dim <= 64) return run<T, 64, 64, 2>(in, out, extent, stream);
   if (extent.dim <= 128) return run<T, 128, 32, 2>(in, out, extent, stream);
   if (extent.dim <= 256) return run<T, 256, 32, 2>(in, out, extent, stream);
@@ -158,9 +149,9 @@ extern "C" int mm_rec_cuda_memory_update_forward(const void* k, const void* v, i
   using namespace mm_rec;
   const MemoryExtent extent{batch, time, heads, static_cast<int>(dim), static_cast<int>(slots), static_cast<int>(window)};
   UpdateInputs in{k, v, address, rate, position, {}};
-  const Outputs out{key0, value0, mass0, key, value, mass};
+  const UpdateOutputs out{key0, value0, mass0, key, value, mass};
   const cudaError_t error = make_write_index(position, extent, workspace, &in.index, stream);
   if (error != cudaSuccess) return error;
-  if (walks(dtype, extent)) return write_forward(in, key0, value0, mass0, key, value, mass, extent, stream);
+  if (walks(dtype, extent)) return write_forward(in, out, extent, stream);
   return dtype == kBFloat16 ? dispatch<bf16>(in, out, extent, stream) : dispatch<float>(in, out, extent, stream);
 }

@@ -122,8 +122,7 @@ __device__ __forceinline__ void load_split(SplitTile& tile, const float* source,
   }
 }
 
-cudaError_t write_forward(const UpdateInputs& in, const float* key0, const float* value0, const float* mass0, float* key,
-                          float* value, float* mass, const MemoryExtent& extent, void* stream);
+cudaError_t write_forward(const UpdateInputs& in, const UpdateOutputs& out, const MemoryExtent& extent, void* stream);
 cudaError_t write_backward(const UpdateInputs& in, const UpdateGradients& out, const MemoryExtent& extent, void* stream);
 
 }  // namespace mm_rec

@@ -9,15 +9,6 @@ namespace {
 
 constexpr int kGroup = 32 * kWriteWarps, kThreads = 2 * kGroup, kRing = 3;
 
-struct Outputs {
-  const float* key0;
-  const float* value0;
-  const float* mass0;
-  float* key;
-  float* value;
-  float* mass;
-};
-
 struct Shared {
   SplitTile address;
   WalkTile k[kRing], v[kRing];
@@ -81,7 +72,8 @@ __device__ __forceinline__ void compute_weights(Shared& shared, const Place& pla
   }
 }
 
-__device__ __forceinline__ void apply_writes(const Shared& shared, const Place& place, const Outputs& out, int count) {
+__device__ __forceinline__ void apply_writes(const Shared& shared, const Place& place, const UpdateOutputs& out,
+                                             int count) {
   const auto& extent = place.extent;
   const Writes writes{place.in, extent, place.b};
   const int thread = static_cast<int>(threadIdx.x) - kGroup, first = thread / 32 * 16, slots = extent.slots;
@@ -135,7 +127,7 @@ __device__ __forceinline__ void apply_writes(const Shared& shared, const Place& 
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
-    forward_kernel(const UpdateInputs in, const Outputs out, const MemoryExtent extent) {
+    forward_kernel(const UpdateInputs in, const UpdateOutputs out, const MemoryExtent extent) {
   auto& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   const Place place{in, extent, blockIdx.z, blockIdx.y, blockIdx.x == 1};
   const int count = Writes{in, extent, place.b}.count();
@@ -150,11 +142,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 }  // namespace
 
-cudaError_t write_forward(const UpdateInputs& in, const float* key0, const float* value0, const float* mass0, float* key,
-                          float* value, float* mass, const MemoryExtent& extent, void* stream) {
+cudaError_t write_forward(const UpdateInputs& in, const UpdateOutputs& out, const MemoryExtent& extent, void* stream) {
   const dim3 grid(2, static_cast<unsigned>(extent.heads), static_cast<unsigned>(extent.batch));
-  return launch(forward_kernel, grid, dim3(kThreads), sizeof(Shared), stream, in,
-                Outputs{key0, value0, mass0, key, value, mass}, extent);
+  return launch(forward_kernel, grid, dim3(kThreads), sizeof(Shared), stream, in, out, extent);
 }
 
 }  // namespace mm_rec
