@@ -19,12 +19,16 @@ from typing import Any
 import psutil
 import torch
 
+from mm_rec import ops
 from mm_rec.storage import write_atomic
 
 __all__ = ["Tuning", "cache_file", "cores", "threads_are_given", "tune"]
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-MACHINE_VARIABLES = (*THREAD_VARIABLES, "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
+MACHINE_VARIABLES = (
+    *THREAD_VARIABLES, "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY",
+    "MM_REC_CPU_LEVEL", "MM_REC_BACKEND",
+)  # fmt: skip
 ROUNDS = 7
 TOKENS, WIDTH, HIDDEN = 1024, 512, 2048  # the widest product of a block of `100m`
 FEWER_THREADS_PAY = 1.1
@@ -106,16 +110,16 @@ def _measure(candidates: list[int], precisions: list[str]) -> dict[tuple[str, in
     before = torch.get_num_threads()
     best: dict[tuple[str, int], float] = {}
     operands = {
-        name: (torch.ones(TOKENS, WIDTH, dtype=types[name]), torch.ones(WIDTH, HIDDEN, dtype=types[name]))
+        name: (torch.ones(1, TOKENS, WIDTH, dtype=types[name]), torch.ones(HIDDEN, WIDTH, dtype=types[name]))
         for name in precisions
     }
     try:
         for turn in range(ROUNDS + 1):
             for threads in candidates:
                 torch.set_num_threads(threads)
-                for name, (left, right) in operands.items():
+                for name, (x, weight) in operands.items():
                     start = time.perf_counter()
-                    torch.mm(left, right)
+                    ops.linear(x, weight)
                     seconds = time.perf_counter() - start
                     if turn:
                         rate = 2.0 * TOKENS * WIDTH * HIDDEN / seconds

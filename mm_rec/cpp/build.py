@@ -37,8 +37,8 @@ LEVEL_FLAGS: dict[str, list[str]] = {
     "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
     "amx": [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
-SOURCES = ("kernels.cpp", "step.cpp", "tile_product.cpp")
-ONLY_SOURCES = {"amx": ("tile_product.cpp",)}  # everything else of this level is that of the one before
+SOURCES = ("kernels.cpp", "step.cpp", "products.cpp")
+ONLY_SOURCES = {"amx": ("products.cpp",)}  # everything else of this level is that of the one before
 
 # The run-time library is linked in, so the one that PyTorch brings may be of any version. Subnormal numbers count as
 # zero: exponentials and reciprocals, which many kernels are made of, then take one instruction in place of four.

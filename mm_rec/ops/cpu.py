@@ -50,8 +50,8 @@ def load() -> Native:
         adamw_many_, sum_of_squares, *cpu_branches.KERNELS,
     ]  # fmt: skip
     functions = {kernel.__name__: kernel for kernel in kernels}
-    if library.level == "amx":
-        matmul.use(_call.tile_product)
+    if library.level in ("avx512bf16", "amx"):
+        matmul.use(_call.tile_product if library.level == "amx" else _call.vector_product)
         functions |= {"mm": matmul.mm, "linear": cpu_branches.linear}
     raw = {name: getattr(_call, name) for name in RAW}
     return Native(str(library.path), library.level, functions | raw)

@@ -1,6 +1,6 @@
-"""Matrix products on the CPU: PyTorch's, or of bfloat16 where the processor has AMX a kernel of our own.
+"""Matrix products on the CPU: PyTorch's, or of bfloat16 where the processor multiplies those kernels of our own.
 
-The kernel adds in a fixed order, so a product depends neither on the number of threads nor on the other rows.
+The kernels add in a fixed order, so a product depends neither on the number of threads nor on the other rows.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ __all__ = ["add_mm", "mm", "use"]
 LEAST_SIZE = 16  # rows and columns of a tile: smaller products would mostly multiply zeros
 ONE_THREAD_WORK = 4_000_000  # multiplications that are done before a second thread has begun
 
-_tile_product: Callable[..., int] | None = None
+_product: Callable[..., int] | None = None
 
 
-def use(tile_product: Callable[..., int] | None) -> None:
-    """Multiply with this function of ``tile_product.cpp`` from now on; None leaves all products to PyTorch."""
-    global _tile_product
-    _tile_product = tile_product
+def use(product: Callable[..., int] | None) -> None:
+    """Multiply with this function of ``products.cpp`` from now on; None leaves all products to PyTorch."""
+    global _product
+    _product = product
 
 
 def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """:func:`torch.mm`, into ``out`` if that is given, whose rows are contiguous."""
-    if _tile_product is None or not _fits(left, right):
+    if _product is None or not _fits(left, right):
         return torch.mm(left, right) if out is None else torch.mm(left, right, out=out)
     if out is None:
         out = torch.empty((left.shape[0], right.shape[1]), dtype=left.dtype)
-    _multiply(_tile_product, left, right, out, add=False)
+    _multiply(_product, left, right, out, add=False)
     return out
 
 
 def add_mm(total: Tensor, left: Tensor, right: Tensor, scratch: Tensor) -> None:
     """Add ``left`` times ``right`` to the float32 ``total``; ``scratch`` has its shape and the type of the operands."""
-    if _tile_product is None or not _fits(left, right):
+    if _product is None or not _fits(left, right):
         total += torch.mm(left, right, out=scratch)
     else:
-        _multiply(_tile_product, left, right, total, add=True)
+        _multiply(_product, left, right, total, add=True)
 
 
 def _fits(left: Tensor, right: Tensor) -> bool:
@@ -53,11 +53,11 @@ def _fits(left: Tensor, right: Tensor) -> bool:
     )
 
 
-def _multiply(tile_product: Callable[..., int], left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
+def _multiply(product: Callable[..., int], left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
     (rows, depth), columns = left.shape, right.shape[1]
     left_last, right_last = left.stride(1) == 1, right.stride(0) == 1  # is the depth the fast index?
     threads = torch.get_num_threads() if rows * columns * depth > ONE_THREAD_WORK else 1
-    result = tile_product(
+    result = product(
         int(out.dtype == torch.bfloat16), rows, columns, depth, left.data_ptr(), left.stride(0 if left_last else 1),
         left_last, right.data_ptr(), right.stride(1 if right_last else 0), right_last, out.data_ptr(), out.stride(0),
         add, threads,

@@ -18,7 +18,7 @@ __all__ = ["LEVELS", "LIBRARY_PATH", "CpuLibrary", "openmp_runtimes"]
 
 LEVELS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 LIBRARY_PATH = Path(__file__).resolve().parents[1] / "cpp" / CPU_LIBRARY
-INTERFACE = 3  # mm_rec_interface() of mm_rec/cpp/src/level.cpp
+INTERFACE = 4  # mm_rec_interface() of mm_rec/cpp/src/level.cpp
 REBUILD = "cd mm_rec/cpp && python setup.py build_ext --inplace"
 
 _TYPES: dict[str, Any] = {
@@ -57,6 +57,7 @@ _SIGNATURES = {
     "adamw_many": ("n p ppp pp p p i", "-"),
     "sum_of_squares": ("n p p p i", "d"),
     "tile_product": ("i nnn pni pni pn i i", "i"),
+    "vector_product": ("i nnn pni pni pn i i", "i"),
     "step_scratch": ("p n i", "n"),
     "step": ("p p n p p p i", "i"),
     "pack_layout": ("nn p p p i", "n"),

@@ -25,6 +25,7 @@
 #include "scan.h"
 #include "step.h"
 #include "tile_product.h"
+#include "vector_product.h"
 
 using namespace mm_rec::MM_LEVEL;
 
@@ -441,22 +442,39 @@ static void fuzz_sample(Source& from) {
         if (tokens.data[r] < 0 || tokens.data[r] >= n) abort();
 }
 
-// Blocks of any size, down to one step of one panel; a sum is the same whatever they are.
-template <class T>
-static void fuzz_tile_product(Source& from) {
-    const int64_t rows = from.number(1, 70), columns = from.number(1, 70), depth = from.number(1, 130);
+// Calls run(A, B, C, D) with operands of any layout and two equal results to write or add to, which must stay equal.
+template <class T, class F>
+static void fuzz_product(Source& from, F run) {
+    const int64_t rows = from.number(1, 70), columns = from.number(1, 150), depth = from.number(1, 130);
     const bool a_last = from.flag(), b_last = from.flag();
-    const int threads = threads_of(from);
     Strided<bf16> a(from, a_last ? rows : depth, a_last ? depth : rows);
     Strided<bf16> b(from, b_last ? columns : depth, b_last ? depth : columns);
     Strided<T> c(from, rows, columns), d(from, rows, columns, c.row);
     memcpy(d.data, c.data, c.n * sizeof(T));
-    const TileOperand left{a, rows, depth, a.row, a_last}, right{b, columns, depth, b.row, b_last};
-    const TileBlocks most{PANEL * from.number(1, 3), PANEL * from.number(1, 3), STEP * from.number(1, 4)};
     const bool add = from.flag();
-    tile_product(left, right, TileResult<T>{c, c.row, add}, most, threads);
-    tile_product(left, right, TileResult<T>{d, d.row, add}, TILE_BLOCKS, 1);
+    run(ProductOperand{a, rows, depth, a.row, a_last}, ProductOperand{b, columns, depth, b.row, b_last},
+        ProductResult<T>{c, c.row, add}, ProductResult<T>{d, d.row, add});
     if (memcmp(c.data, d.data, c.n * sizeof(T))) abort();
+}
+
+// Blocks of any size, down to one step of one panel; a sum is the same whatever they are.
+template <class T>
+static void fuzz_tile_product(Source& from) {
+    const TileBlocks most{PANEL * from.number(1, 3), PANEL * from.number(1, 3), STEP * from.number(1, 4)};
+    const int threads = threads_of(from);
+    fuzz_product<T>(from, [&](auto a, auto b, auto c, auto d) {
+        tile_product(a, b, c, most, threads);
+        tile_product(a, b, d, TILE_BLOCKS, 1);
+    });
+}
+template <class T>
+static void fuzz_vector_product(Source& from) {
+    const VectorBlocks most{TILE * from.number(1, 3), STEP * from.number(1, 4)};
+    const int threads = threads_of(from);
+    fuzz_product<T>(from, [&](auto a, auto b, auto c, auto d) {
+        vector_product(a, b, c, most, threads);
+        vector_product(a, b, d, VECTOR_BLOCKS, 1);
+    });
 }
 
 extern "C" int mm_rec_best_level();  // of level.cpp
@@ -464,7 +482,7 @@ extern "C" int mm_rec_best_level();  // of level.cpp
 // Asking for the best level also asks Linux for the tile registers of AMX.
 extern "C" int LLVMFuzzerInitialize(int*, char***) { return mm_rec_best_level() < 0; }
 
-constexpr int64_t CASES = 23;
+constexpr int64_t CASES = 25;
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Source from{data, size};
@@ -492,6 +510,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         case 20: fuzz_packed(from); break;
         case 21: fuzz_tile_product<float>(from); break;
         case 22: fuzz_tile_product<bf16>(from); break;
+        case 23: fuzz_vector_product<float>(from); break;
+        case 24: fuzz_vector_product<bf16>(from); break;
     }
     return 0;
 }

@@ -25,7 +25,7 @@ def _exports(library: Path) -> set[str]:
 def test_library_has_every_level_and_nothing_else() -> None:
     names = _exports(CpuLibrary().path)
     levels = LEVELS if platform.machine() == "x86_64" else LEVELS[:1]
-    assert {f"mm_rec_tile_product_{level}" for level in levels} <= names
+    assert {f"mm_rec_{kind}_product_{level}" for kind in ("tile", "vector") for level in levels} <= names
     assert {f"mm_rec_scan_forward_{level}" for level in levels if level != "amx"} <= names
     assert all(name.startswith("mm_rec_") for name in names)
 

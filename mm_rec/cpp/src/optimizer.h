@@ -7,6 +7,7 @@ namespace mm_rec {
 namespace MM_LEVEL {
 
 constexpr int64_t PIECE = 1 << 14;  // elements that one task takes at a time
+constexpr int64_t AHEAD = 256;      // elements between what is computed and what is asked for: four streams are many
 
 // Settings of one tensor's update, seven floats also in the C interface.
 struct AdamW {
@@ -42,12 +43,16 @@ MM_INLINE auto with_data(const void* data, int32_t type, F body) {
     return type == 0 ? body(static_cast<const float*>(data)) : body(static_cast<const bf16*>(data));
 }
 
-// out may be null.
+// out may be null; `past_caches` says how to write it.
 template <class T>
 MM_INLINE void adamw_piece(int64_t begin, int64_t end, float* master, float* m, float* v, const T* grad, bf16* out,
-                           AdamW p) {
-    for (int64_t i = begin; i < end; i += W) {
-        const int64_t left = end - i;
+                           bool past_caches, AdamW p) {
+    for_vectors(end - begin, [&](int64_t offset, auto left) {
+        const int64_t i = begin + offset;
+        __builtin_prefetch(master + i + AHEAD, 1);
+        __builtin_prefetch(m + i + AHEAD, 1);
+        __builtin_prefetch(v + i + AHEAD, 1);
+        __builtin_prefetch(grad + i + AHEAD);
         const vf g = load(grad + i, left) * p.grad_scale;
         const vf m_new = p.beta1 * load(m + i, left) + (1.0f - p.beta1) * g;
         const vf v_new = p.beta2 * load(v + i, left) + (1.0f - p.beta2) * (g * g);
@@ -56,8 +61,11 @@ MM_INLINE void adamw_piece(int64_t begin, int64_t end, float* master, float* m, 
         store(m + i, m_new, left);
         store(v + i, v_new, left);
         store(master + i, x, left);
-        if (out) store(out + i, x, left);
-    }
+        if (past_caches && left == W)
+            stream(out + i, x);
+        else if (out)
+            store(out + i, x, left);
+    });
 }
 
 // The tensors of a model and what AdamW keeps for each; out[k] may be null, types are those of the gradients.
@@ -78,9 +86,12 @@ static void adamw(AdamWTensors all, int threads) {
     for (int64_t piece = 0; piece < pieces; ++piece) {
         at.find(piece);
         const int64_t k = at.tensor;
+        const bool past_caches = all.out[k] && streams(all.out[k], W, all.sizes[k]);
         with_data(all.grad[k], all.types[k], [&](auto grad) {
-            adamw_piece(at.begin, at.end, all.master[k], all.m[k], all.v[k], grad, all.out[k], all.settings[k]);
+            adamw_piece(at.begin, at.end, all.master[k], all.m[k], all.v[k], grad, all.out[k], past_caches,
+                        all.settings[k]);
         });
+        if (past_caches) end_streams();
     }
 }
 

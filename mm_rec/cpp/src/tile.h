@@ -5,13 +5,10 @@
 // operation and tiles_end() after its last.
 #pragma once
 
-#include "vec.h"
+#include "product_operand.h"
 
 namespace mm_rec {
 namespace MM_LEVEL {
-
-constexpr int64_t TILE = 16;                 // rows of a tile, and cells of 4 bytes in a row
-constexpr int64_t TILE_CELLS = TILE * TILE;  // a cell is a float or a pair of bfloat16
 
 #if defined(__AMX_BF16__)
 
