@@ -46,6 +46,7 @@ CUDA_FLAGS = ["-std=c++17", "-O3", "-ftz=true", "-Xcompiler", "-fPIC", "-cudart"
 CUDA_ARCHITECTURES = "80 90"
 """The two generations with bf16 matrix units that differ; of the last one also PTX, which the driver compiles for later
 ones. MM_REC_CUDA_ARCHITECTURES names others, or fewer for a shorter build."""
+HOPPER_SOURCES = ("memory_walk_backward.cu",)  # with instructions that only capability 9.0 has, which "90a" stands for
 
 
 class BuildError(RuntimeError):
@@ -106,9 +107,10 @@ def cuda_compiler() -> str | None:
     return None
 
 
-def _architecture_flags() -> list[str]:
+def _architecture_flags(source: str = "") -> list[str]:
     names = os.environ.get("MM_REC_CUDA_ARCHITECTURES", "").split() or CUDA_ARCHITECTURES.split()
-    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    own = [f"{name}a" if name == "90" and source in HOPPER_SOURCES else name for name in names]
+    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in own]
     return [*flags, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
 
 
@@ -122,8 +124,9 @@ def build_cuda(folder: Path = HERE) -> Path:
     if compiler is None:
         raise BuildError("no CUDA compiler found; install the CUDA toolkit and put nvcc on PATH, or set CUDACXX")
     target = folder / CUDA_LIBRARY
-    command = [compiler, *CUDA_FLAGS, *_architecture_flags()]
-    _build([(command, source) for source in sorted((HERE / "cuda").glob("*.cu"))], [*command, "-shared"], [], target)
+    command = [compiler, *CUDA_FLAGS]
+    jobs = [([*command, *_architecture_flags(source.name)], source) for source in sorted((HERE / "cuda").glob("*.cu"))]
+    _build(jobs, [*command, *_architecture_flags(), "-shared"], [], target)
     return target
 
 

@@ -47,6 +47,10 @@ def test_no_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_the_generations_of_gpus_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MM_REC_CUDA_ARCHITECTURES", raising=False)
     assert [flag.rpartition("=")[2] for flag in build._architecture_flags()] == ["sm_80", "sm_90", "compute_90"]
+    for source in build.HOPPER_SOURCES:  # what only that generation can run is not for later ones
+        found = [flag.rpartition("=")[2] for flag in build._architecture_flags(source)]
+        assert found == ["sm_80", "sm_90a", "compute_90"]
+        assert (build.HERE / "cuda" / source).exists()
     monkeypatch.setenv("MM_REC_CUDA_ARCHITECTURES", "86")
     assert [flag.rpartition("=")[2] for flag in build._architecture_flags()] == ["sm_86", "compute_86"]
 

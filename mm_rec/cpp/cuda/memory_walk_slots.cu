@@ -3,12 +3,12 @@
 // window.
 #include "launch.cuh"
 #include "memory_read_backward.cuh"
-#include "memory_walk.cuh"
+#include "memory_walk_rows.cuh"
 
 namespace mm_rec {
 namespace {
 
-constexpr int kThreads = 128, kResident = 4;
+constexpr int kThreads = 128, kResident = 3;  // four would leave too few registers
 
 struct Shared {
   WalkTile key, value, q, dout, dscores;  // (slot, query)
@@ -98,20 +98,7 @@ __global__ void __launch_bounds__(kThreads, kResident) slot_kernel(const ReadBac
   if (warp_row < tokens) {
     Fragments<kWalkDim / 8> dq = {};
     multiply<true, true, kWalkTile>(dq, shared.dscores, warp_row, shared.key, 0);
-    bf16* target = static_cast<bf16*>(p.dq) + at + warp_row * width;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (warp_row + fragment_row(2 * r) >= tokens) continue;
-      bf16* row = target + fragment_row(2 * r) * width + fragment_column(0, 0);
-#pragma unroll
-      for (int n = 0; n < kWalkDim / 8; ++n) {
-        float sum[2];
-        load<2>(row + 8 * n, sum);
-        sum[0] = fmaf(kWalkScale, dq[n][2 * r], sum[0]);
-        sum[1] = fmaf(kWalkScale, dq[n][2 * r + 1], sum[1]);
-        store<2>(row + 8 * n, sum);
-      }
-    }
+    add_heads(static_cast<bf16*>(p.dq) + at + warp_row * width, width, tokens - warp_row, kWalkScale, dq);
   }
 
   // Through M_value / mass and the norm of M_key. A mass scales a weight and divides a value, so that of its gradient
