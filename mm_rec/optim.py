@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from mm_rec import ops
 
@@ -100,7 +99,8 @@ class AdamW:
     ) -> None:
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self._slots: list[_Slot] = []
-        self._norm: Tensor | None = None
+        self._norm: Tensor | None = None  # of the gradients as they are, and the updates that they make
+        self._updates: list[ops.Update] = []
         for name, parameter in named_parameters:
             master = _own(parameter.detach()).float()  # the parameter itself if it is float32
             step = torch.zeros((), dtype=torch.float32, device=master.device)
@@ -118,7 +118,7 @@ class AdamW:
 
     def zero_grad(self) -> None:
         """Forget the gradients, those already accumulated included."""
-        self._norm = None
+        self._norm, self._updates = None, []
         for slot in self._slots:
             slot.parameter.grad = slot.total = None
 
@@ -132,16 +132,14 @@ class AdamW:
         self.accumulate()
         if self._norm is None:
             active = self._active()
-            if not self._on_cpu:
-                _widen(active)
             self._norm = self._total_norm(active) if active else self._slots[0].master.new_zeros(())
+            # Here rather than in the step: who waits for the norm before it wants the step to start at once.
+            self._updates = [self._update(slot) for slot in active]
         return self._norm
 
     def _total_norm(self, slots: list[_Slot]) -> Tensor:
         """Norm of the summed gradients of ``slots``, float32 of shape ()."""
-        if self._on_cpu:
-            return ops.sum_of_squares(_totals(slots)).sqrt().float()
-        return nn.utils.get_total_norm(_totals(slots))
+        return ops.sum_of_squares([slot.total for slot in slots if slot.total is not None]).sqrt().float()
 
     @torch.no_grad()
     def step(self, lr: float, max_norm: float) -> Tensor:
@@ -156,65 +154,20 @@ class AdamW:
             finite nothing was updated.
         """
         norm = self.gradient_norm()
-        active = self._active()
-        if active:
-            update = self._update if self._on_cpu else self._update_on_device
-            update(active, lr, max_norm, norm)
-        for slot in active:
-            slot.total = None
-        self._norm = None
+        if self._updates:
+            beta1, beta2 = self.betas
+            ops.adamw_(self._updates, norm, lr=lr, beta1=beta1, beta2=beta2, eps=self.eps, max_norm=max_norm)
+        self.zero_grad()
         return norm
-
-    @property
-    def _on_cpu(self) -> bool:
-        return self._slots[0].master.device.type == "cpu"
 
     def _active(self) -> list[_Slot]:
         return [slot for slot in self._slots if slot.total is not None]
 
-    def _update(self, slots: list[_Slot], lr: float, max_norm: float, norm: Tensor) -> None:
-        """One pass over memory to clip, update and round to the type of the model."""
-        if not norm.isfinite():
-            return
-        scale = min(1.0, max_norm / float(norm)) if max_norm and norm else 1.0
-        updates = []
-        for slot, total in zip(slots, _totals(slots), strict=True):
-            slot.step += 1
-            out = slot.own if slot.has_own_master else None
-            decay = self.weight_decay if slot.decayed else 0.0
-            updates.append(ops.Update(slot.master, slot.exp_avg, slot.exp_avg_sq, total, out, decay, int(slot.step)))
-        beta1, beta2 = self.betas
-        ops.adamw_many_(updates, lr=lr, beta1=beta1, beta2=beta2, eps=self.eps, grad_scale=scale)
-        # The kernel writes behind PyTorch's back, and copies of weights (ops.step.PackedMatrix) go by their versions.
-        torch.autograd.graph.increment_version([slot.own for slot in slots])
-
-    def _update_on_device(self, slots: list[_Slot], lr: float, max_norm: float, norm: Tensor) -> None:
-        """The same in few launches, with PyTorch's fused kernel: it can skip the update without the host knowing."""
-        divisor = (norm / max_norm).clamp(min=1.0) if max_norm else torch.ones_like(norm)
-        skip = 1.0 - norm.isfinite().float()
-        for decayed in (True, False):
-            group = [slot for slot in slots if slot.decayed is decayed]
-            if not group:
-                continue
-            adamw(
-                [slot.master for slot in group],
-                _totals(group),
-                [slot.exp_avg for slot in group],
-                [slot.exp_avg_sq for slot in group],
-                [],
-                [slot.step for slot in group],
-                fused=True,
-                grad_scale=divisor,
-                found_inf=skip,
-                amsgrad=False,
-                beta1=self.betas[0],
-                beta2=self.betas[1],
-                lr=lr,
-                weight_decay=self.weight_decay if decayed else 0.0,
-                eps=self.eps,
-                maximize=False,
-            )
-        _round(slots)
+    def _update(self, slot: _Slot) -> ops.Update:
+        assert slot.total is not None
+        out = slot.own if slot.has_own_master else None
+        decay = self.weight_decay if slot.decayed else 0.0
+        return ops.Update(slot.master, slot.exp_avg, slot.exp_avg_sq, slot.total, out, slot.step, decay)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Moments and step counts by name (``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``), not copied."""
@@ -280,18 +233,3 @@ def _round(slots: list[_Slot]) -> None:
     narrow = [slot for slot in slots if slot.has_own_master]
     if narrow:
         torch._foreach_copy_([slot.own for slot in narrow], [slot.master for slot in narrow])
-
-
-@torch.no_grad()
-def _widen(slots: list[_Slot]) -> None:
-    """Turn summed gradients into float32."""
-    narrow = [slot for slot in slots if slot.total is not None and slot.total.dtype != torch.float32]
-    if narrow:
-        wide = [slot.wide_buffer() for slot in narrow]
-        torch._foreach_copy_(wide, _totals(narrow))
-        for slot, total in zip(narrow, wide, strict=True):
-            slot.total = total
-
-
-def _totals(slots: list[_Slot]) -> list[Tensor]:
-    return [slot.total for slot in slots if slot.total is not None]

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from mm_rec import ops
 from mm_rec.optim import AdamW, is_decayed
 
 SHAPES = {"embedding.weight": (37, 8), "blocks.0.bias": (13,), "blocks.0.w_g": (2, 5, 5), "blocks.0.address": (2, 3, 5)}
 
 
-@pytest.fixture(autouse=True, params=["ops", "fused"])
-def update(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test runs with the update of the CPU and with that of other devices, which PyTorch also has for the CPU."""
-    if request.param == "fused":
-        monkeypatch.setattr(AdamW, "_on_cpu", False)
-    return str(request.param)
+@pytest.fixture(autouse=True, params=["native", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test runs with the kernels and with their definition."""
+    with ops.use_backend(request.param):
+        yield
 
 
 def make_parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, nn.Parameter]:

@@ -24,9 +24,7 @@ ADAMW: dict[str, Any] = {
     "beta1": 0.9,
     "beta2": 0.95,
     "eps": 1e-8,
-    "weight_decay": 0.1,
-    "step": 10,
-    "grad_scale": 1.0,
+    "max_norm": 1.0,
 }
 
 
@@ -137,7 +135,8 @@ def _streams(batch: int, length: int, width: int, heads: int) -> Iterator[Work]:
     for name, op, arguments, forward, backward in rows:
         yield from _both_ways(name, op, arguments, (forward * n, backward * n), (0.0, 0.0))
     master, m, v, grad, out = torch.randn(n), torch.zeros(n), torch.zeros(n), half().flatten(), half().flatten()
-    yield Work("adamw_", partial(ops.adamw_, master, m, v, grad, out, **ADAMW), (4 * 6 + 2 + 2) * n)
+    update = ops.Update(master, m, v, grad, out, torch.full((), 10.0), weight_decay=0.1)
+    yield Work("adamw_", partial(ops.adamw_, [update], torch.ones(()), **ADAMW), (4 * 6 + 2 + 2) * n)
     yield Work("sum_of_squares", partial(ops.sum_of_squares, [grad]), 2 * n)
 
 

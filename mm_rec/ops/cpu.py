@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -47,7 +48,7 @@ def load() -> Native:
         recurrence, recurrence_backward, scan, scan_backward, mdi, mdi_backward, rms_norm, rms_norm_backward,
         add_rms_norm, add_rms_norm_backward, readout, readout_backward, relu_squared, relu_squared_backward,
         memory_update, memory_update_backward, memory_read, memory_read_backward, linear_cross_entropy, adamw_,
-        adamw_many_, sum_of_squares, *cpu_branches.KERNELS,
+        sum_of_squares, *cpu_branches.KERNELS,
     ]  # fmt: skip
     functions = {kernel.__name__: kernel for kernel in kernels}
     if library.level in ("avx512bf16", "amx"):
@@ -585,32 +586,20 @@ def _selected_rows_cross_entropy(
 
 
 def adamw_(
-    master: Tensor,
-    m: Tensor,
-    v: Tensor,
-    grad: Tensor,
-    param_out: Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float | Tensor,
+    updates: Sequence[Update], norm: Tensor, lr: float, beta1: float, beta2: float, eps: float, max_norm: float
 ) -> None:
-    adamw_many_([Update(master, m, v, grad, param_out, weight_decay, step)], lr, beta1, beta2, eps, grad_scale)
-
-
-def adamw_many_(
-    updates: Sequence[Update], lr: float, beta1: float, beta2: float, eps: float, grad_scale: float | Tensor
-) -> None:
-    count, scale = len(updates), float(grad_scale)
+    total = float(norm)
+    if not math.isfinite(total):
+        return
+    scale = min(1.0, max_norm / total) if max_norm and total else 1.0
     settings: list[float] = []
     for one in updates:
-        rate, inverse = lr / (1 - beta1**one.step), 1 / (1 - beta2**one.step)
+        one.step.add_(1)
+        step = int(one.step)
+        rate, inverse = lr / (1 - beta1**step), 1 / (1 - beta2**step)
         settings += (beta1, beta2, eps, 1 - lr * one.weight_decay, rate, inverse, scale)
     _call.adamw_many(
-        count, _sizes([one.master for one in updates]), _pointers([one.master for one in updates]),
+        len(updates), _sizes([one.master for one in updates]), _pointers([one.master for one in updates]),
         _pointers([one.m for one in updates]), _pointers([one.v for one in updates]),
         _pointers([one.grad for one in updates]), _types([one.grad for one in updates]),
         _pointers([one.param_out for one in updates]), (ctypes.c_float * len(settings))(*settings),

@@ -6,6 +6,7 @@ strided as long as rows are evenly spaced; others are copied. Results are contig
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from mm_rec.ops.backend import Native, NativeUnavailableError
-from mm_rec.ops.cuda_library import CudaLibrary, aligned, all_dense, dense, nested_rows, rows_of
+from mm_rec.ops.cuda_library import CudaLibrary, all_dense, dense, nested_rows, rows_of
+from mm_rec.ops.optimizer import Update
 from mm_rec.ops.reference import rotary_angles
 
 __all__ = ["load"]
@@ -361,36 +363,30 @@ def linear_cross_entropy(
 
 
 def adamw_(
-    master: Tensor,
-    m: Tensor,
-    v: Tensor,
-    grad: Tensor,
-    param_out: Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float | Tensor,
+    updates: Sequence[Update], norm: Tensor, lr: float, beta1: float, beta2: float, eps: float, max_norm: float
 ) -> None:
-    if not all(x is None or aligned(x) for x in (master, m, v, grad, param_out)):
-        raise ValueError("the optimizer's tensors must begin at multiples of 16 bytes")
-    on_device = isinstance(grad_scale, Tensor)
+    table: list[int] = []
+    for one in updates:
+        rounded = 0 if one.param_out is None else one.param_out.data_ptr()
+        table += (
+            one.master.data_ptr(), one.m.data_ptr(), one.v.data_ptr(), one.grad.data_ptr(), rounded,
+            one.step.data_ptr(), one.master.numel(), _DTYPES[one.grad.dtype],
+        )  # fmt: skip
+    rows = (ctypes.c_int64 * len(table))(*table)
+    decays = (ctypes.c_double * len(updates))(*[one.weight_decay for one in updates])
     _library.call(
-        "adamw", master, master, m, v, grad, _DTYPES[grad.dtype], param_out, master.numel(), float(lr), beta1,
-        beta2, eps, float(weight_decay), 1 - beta1**step, 1 - beta2**step, 1.0 if on_device else float(grad_scale),
-        grad_scale if on_device else None,
+        "adamw_many", norm, len(updates), rows, decays, norm, float(max_norm), float(lr), beta1, beta2, eps,
+        _workspace("adamw_many", norm, len(updates)),
     )  # fmt: skip
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     tensors = all_dense(*tensors)
-    blocks = [_library.size("squares", x, x.numel()) for x in tensors]
-    partial = _empty(tensors[0], sum(blocks), dtype=torch.float64)
-    for x, out in zip(tensors, partial.split(blocks), strict=True):
-        _library.call("squares", x, x, _DTYPES[x.dtype], x.numel(), out)
-    return partial.sum()
+    table = [value for x in tensors for value in (x.data_ptr(), x.numel(), _DTYPES[x.dtype])]
+    partial = _empty(tensors[0], _library.size("sum_of_squares", tensors[0], len(tensors)), dtype=torch.float64)
+    total = _empty(tensors[0], dtype=torch.float64)
+    _library.call("sum_of_squares", total, len(tensors), (ctypes.c_int64 * len(table))(*table), partial, total)
+    return total
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

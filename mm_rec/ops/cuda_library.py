@@ -21,6 +21,8 @@ _PREFIX = "mm_rec_cuda_"
 
 def _argument(value: Any) -> Any:
     """Pointers, integers and floating-point numbers of the C interface are void*, int64_t and double."""
+    if isinstance(value, ctypes.Array):
+        return value
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
     if value is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,120 +12,110 @@ from mm_rec.ops.backend import kernel, runs_native
 from mm_rec.ops.checks import check_type
 from mm_rec.ops.registry import NATIVE_OPS
 
-__all__ = ["Update", "adamw_", "adamw_many_", "sum_of_squares"]
+__all__ = ["Update", "adamw_", "sum_of_squares"]
 
 NATIVE_OPS += ["adamw_", "sum_of_squares"]  # in place and outside autograd: called directly, not dispatched
 
 
-class Update(NamedTuple):
-    """One tensor of :func:`adamw_many_`; the fields are those arguments of :func:`adamw_`."""
+@dataclass(frozen=True)
+class Update:
+    """One tensor of :func:`adamw_` and all that belongs to it, on one device, each contiguous.
+
+    Attributes:
+        master, m, v: weights and moments, float32, of the same shape.
+        grad: of that shape, float32 or bfloat16.
+        param_out: of that shape, bfloat16: the weights of the model. None if ``master`` is them.
+        step: how many updates there have been, float32 of shape ().
+
+    Raises:
+        TypeError, ValueError: an attribute has the wrong type, shape or layout; the message names it.
+    """
 
     master: Tensor
     m: Tensor
     v: Tensor
     grad: Tensor
     param_out: Tensor | None
-    weight_decay: float
-    step: int
+    step: Tensor
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._check("master", self.master, torch.float32)
+        self._check("m", self.m, torch.float32)
+        self._check("v", self.v, torch.float32)
+        self._check("grad", self.grad, self.grad.dtype)
+        if self.param_out is not None:
+            self._check("param_out", self.param_out, torch.bfloat16)
+        if self.step.dtype != torch.float32 or self.step.shape or self.step.device != self.master.device:
+            check_type("step", self.step, torch.Size(), torch.float32, self.master)
+
+    def _check(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
+        """Written for speed: a step makes an update of every tensor of a model."""
+        like = self.master
+        if x.dtype != dtype or x.shape != like.shape or x.device != like.device:
+            check_type(name, x, like.shape, dtype, like)
+        if not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights of the model."""
+        return self.master if self.param_out is None else self.param_out
 
 
 def _reference_adamw_(
-    master: Tensor,
-    m: Tensor,
-    v: Tensor,
-    grad: Tensor,
-    param_out: Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float | Tensor,
+    updates: Sequence[Update], norm: Tensor, lr: float, beta1: float, beta2: float, eps: float, max_norm: float
 ) -> None:
-    g = grad.float() * grad_scale
-    m.lerp_(g, 1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    denominator = (v / (1 - beta2**step)).sqrt_().add_(eps)
-    master.mul_(1 - lr * weight_decay).addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
-    if param_out is not None:
-        param_out.copy_(master)
+    finite = norm.isfinite()
+    scale = (max_norm / norm).clamp(max=1.0) if max_norm else 1.0
+    for one in updates:
+        g = one.grad.float() * scale
+        step = one.step.double() + 1
+        m = one.m.lerp(g, 1 - beta1)
+        v = (one.v * beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = (v / (1 - beta2**step)).sqrt_().add_(eps)
+        master = one.master * (1 - lr * one.weight_decay) - lr / (1 - beta1**step) * m / denominator
+        for held, new in ((one.step, step), (one.m, m), (one.v, v), (one.master, master)):
+            held.copy_(torch.where(finite, new, held))
+        if one.param_out is not None:
+            one.param_out.copy_(torch.where(finite, one.master, one.param_out))
 
 
 @torch.no_grad()
 def adamw_(
-    master: Tensor,
-    m: Tensor,
-    v: Tensor,
-    grad: Tensor,
-    param_out: Tensor | None = None,
+    updates: Sequence[Update],
+    norm: Tensor,
     *,
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float | Tensor = 1.0,
+    max_norm: float = 0.0,
 ) -> None:
-    """One AdamW update in place, in a single pass over memory.
+    """One AdamW update of many tensors in place, in a single pass over memory; nothing waits for the device.
 
-    With g = grad * grad_scale: m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2;
+    With g = grad * min(1, max_norm / norm), each tensor by itself: step <- step + 1;
+    m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2;
     master <- (1 - lr weight_decay) master - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps);
-    param_out <- master.
+    param_out <- master. If ``norm`` is not finite nothing changes, the steps included.
 
     Args:
-        master, m, v: float32, contiguous, the same shape.
-        grad: the same shape, float32 or bfloat16, contiguous.
-        param_out: the same shape, bfloat16, contiguous: the weights of the model. None if ``master`` is them.
-        step: how many updates this parameter has had, this one included, from 1.
-        grad_scale: factor on the gradient (clipping, loss scaling); a 0-d float32 tensor on the device of
-            the gradient also does, so that nothing waits for its value.
+        updates: the tensors, at least one, all on one device.
+        norm: of all gradients together, float32 of shape () on that device.
+        max_norm: 0 never clips.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or layout; the message names it.
-    """
-    _check(Update(master, m, v, grad, param_out, weight_decay, step))
-    update = kernel("adamw_", master.device.type) if runs_native("adamw_", master, grad) else _reference_adamw_
-    update(master, m, v, grad, param_out, lr, beta1, beta2, eps, weight_decay, step, grad_scale)
-
-
-@torch.no_grad()
-def adamw_many_(
-    updates: Sequence[Update], *, lr: float, beta1: float, beta2: float, eps: float, grad_scale: float | Tensor = 1.0
-) -> None:
-    """:func:`adamw_` of many tensors at once: on the CPU one parallel region for all of them.
-
-    Raises:
-        TypeError, ValueError: a tensor has the wrong type, shape or layout, or there are none; the message names it.
+        TypeError, ValueError: ``norm`` is of the wrong type or shape, or there are no updates; the message names it.
     """
     if not updates:
         raise ValueError("updates is empty")
-    for one in updates:
-        _check(one)
-    master = updates[0].master
-    if master.device.type == "cpu" and runs_native("adamw_", master, *(one.grad for one in updates)):
-        kernel("adamw_many_", "cpu")(updates, lr, beta1, beta2, eps, grad_scale)
-        return
-    for master, m, v, grad, out, weight_decay, step in updates:
-        update = kernel("adamw_", master.device.type) if runs_native("adamw_", master, grad) else _reference_adamw_
-        update(master, m, v, grad, out, lr, beta1, beta2, eps, weight_decay, step, grad_scale)
-
-
-def _check(one: Update) -> None:
-    """Raise unless the tensors of an update fit together."""
-    master = one.master
-    check_type("master", master, master.shape, torch.float32, master)
-    check_type("m", one.m, master.shape, torch.float32, master)
-    check_type("v", one.v, master.shape, torch.float32, master)
-    check_type("grad", one.grad, master.shape, one.grad.dtype, master)
-    if one.param_out is not None:
-        check_type("param_out", one.param_out, master.shape, torch.bfloat16, master)
-    for name, x in one._asdict().items():
-        if isinstance(x, Tensor) and not x.is_contiguous():
-            raise ValueError(f"{name} must be contiguous")
-    if one.step < 1:
-        raise ValueError(f"step counts from 1, got {one.step}")
+    check_type("norm", norm, torch.Size(), torch.float32, updates[0].master)
+    if runs_native("adamw_", updates[0].master, *(one.grad for one in updates)):
+        kernel("adamw_", norm.device.type)(updates, norm, lr, beta1, beta2, eps, max_norm)
+        # The kernel writes behind PyTorch's back, and copies of weights (ops.step.PackedMatrix) go by their versions.
+        torch.autograd.graph.increment_version([one.weights for one in updates])
+    else:
+        _reference_adamw_(updates, norm, lr, beta1, beta2, eps, max_norm)
 
 
 @torch.no_grad()

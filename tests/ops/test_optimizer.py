@@ -2,60 +2,97 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch import Tensor
 
 from mm_rec import ops
 
 BACKENDS = pytest.mark.parametrize("backend", ["native", "reference"])
-SETTINGS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+SETTINGS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+
+
+def an_update(size: int, grad: Tensor, *, rounds: bool = False, decay: float = 0.1, step: int = 0) -> ops.Update:
+    out = torch.empty(size, dtype=torch.bfloat16) if rounds else None
+    moments = torch.full((2, size), 0.5 if step else 0.0)
+    return ops.Update(torch.linspace(-1, 1, size), *moments, grad, out, torch.tensor(float(step)), decay)
 
 
 @BACKENDS
 @pytest.mark.parametrize("size", [1, 77, 40_000])
 def test_ten_steps_of_adamw(backend: str, size: int) -> None:
     generator = torch.Generator().manual_seed(size)
-    start = torch.randn(size, generator=generator)
-    wanted = start.clone().requires_grad_()
+    update = an_update(size, torch.empty(size), rounds=True)
+    wanted = update.master.clone().requires_grad_()
     optimizer = torch.optim.AdamW([wanted], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    master, m, v, out = start.clone(), torch.zeros(size), torch.zeros(size), torch.empty(size, dtype=torch.bfloat16)
     with ops.use_backend(backend):
-        for step in range(1, 11):
-            grad = torch.randn(size, generator=generator)
-            wanted.grad = grad * 0.5
+        for _ in range(10):
+            update.grad.copy_(torch.randn(size, generator=generator))
+            wanted.grad = update.grad * 0.5
             optimizer.step()
-            ops.adamw_(master, m, v, grad, out, lr=1e-2, step=step, grad_scale=0.5, **SETTINGS)
-    torch.testing.assert_close(master, wanted.detach(), rtol=1e-5, atol=1e-6)
-    assert torch.equal(out, master.bfloat16())
+            ops.adamw_([update], torch.tensor(2.0), max_norm=1.0, **SETTINGS)
+    torch.testing.assert_close(update.master, wanted.detach(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(update.weights, update.master.bfloat16())
+    assert update.step == 10
 
 
 @BACKENDS
-def test_adamw_takes_bfloat16_gradients_and_tensor_scales(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("norm", "max_norm", "scale"),
+    [(4.0, 1.0, 0.25), (0.5, 1.0, 1.0), (4.0, 0.0, 1.0), (0.0, 1.0, 1.0), (4.0, math.inf, 1.0)],
+)
+def test_gradients_are_clipped(backend: str, norm: float, max_norm: float, scale: float) -> None:
     grad = torch.linspace(-2, 2, 33).bfloat16()
-    results = []
     with ops.use_backend(backend):
-        for g, scale in ((grad, torch.tensor(0.25)), (grad.float() * 0.25, 1.0)):
-            master, m, v = torch.ones(33), torch.zeros(33), torch.zeros(33)
-            ops.adamw_(master, m, v, g, lr=1e-2, step=1, grad_scale=scale, **SETTINGS)
-            results.append((master, m, v))
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want)
+        got, want = an_update(33, grad), an_update(33, grad.float() * scale)
+        ops.adamw_([got], torch.tensor(norm), max_norm=max_norm, **SETTINGS)
+        ops.adamw_([want], torch.tensor(1.0), **SETTINGS)
+    for name in ("master", "m", "v"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name))
+
+
+@BACKENDS
+@pytest.mark.parametrize("norm", [math.inf, math.nan])
+def test_a_norm_that_is_not_finite_changes_nothing(backend: str, norm: float) -> None:
+    update, before = (an_update(50, torch.full((50,), norm), rounds=True, step=3) for _ in range(2))
+    for one in (update, before):
+        one.weights.copy_(one.master)
+    with ops.use_backend(backend):
+        ops.adamw_([update], torch.tensor(norm), max_norm=1.0, **SETTINGS)
+    for name in ("master", "m", "v", "param_out", "step"):
+        assert torch.equal(getattr(update, name), getattr(before, name)), name
+
+
+@BACKENDS
+def test_weights_get_a_new_version(backend: str) -> None:
+    """By which copies of them know that they are old."""
+    updates = [an_update(5, torch.ones(5), rounds=rounds) for rounds in (False, True)]
+    versions = [one.weights._version for one in updates]
+    with ops.use_backend(backend):
+        ops.adamw_(updates, torch.tensor(1.0), **SETTINGS)
+    assert all(one.weights._version > version for one, version in zip(updates, versions, strict=True))
 
 
 def test_adamw_names_what_is_wrong() -> None:
-    x, half = torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.bfloat16)
-    good = {"lr": 1e-3, "step": 1, **SETTINGS}
-    for arguments, changes, name in [
-        ((half, x, x, x), {}, "master"),
-        ((x, half, x, x), {}, "m must"),
-        ((x, x, x[:2], x), {}, "v must"),
-        ((x, x, x, x[:2]), {}, "grad"),
-        ((x, x, x, x, x), {}, "param_out"),
-        ((x, x, x, torch.zeros(3, 4).t()), {}, "grad must be contiguous"),
-        ((x, x, x, x), {"step": 0}, "step"),
+    x, half, step = torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.bfloat16), torch.zeros(())
+    for arguments, name in [
+        ((half, x, x, x, None, step), "master"),
+        ((x, half, x, x, None, step), "m must"),
+        ((x, x, x[:2], x, None, step), "v must"),
+        ((x, x, x, x[:2], None, step), "grad"),
+        ((x, x, x, x, x, step), "param_out"),
+        ((x, x, x, torch.zeros(3, 4).t(), None, step), "grad must be contiguous"),
+        ((x, x, x, x, None, torch.zeros(1)), "step"),
+        ((x, x, x, x, None, torch.zeros((), dtype=torch.int64)), "step"),
     ]:
         with pytest.raises((TypeError, ValueError), match=name):
-            ops.adamw_(*arguments, **{**good, **changes})
+            ops.Update(*arguments)
+    good = ops.Update(x, x, x, x, None, step)
+    for updates, norm, name in [([], torch.ones(()), "updates"), ([good], torch.ones(1), "norm")]:
+        with pytest.raises(ValueError, match=name):
+            ops.adamw_(updates, norm, **SETTINGS)
 
 
 @BACKENDS
@@ -65,25 +102,20 @@ def test_many_tensors_at_once_are_updated_as_each_alone(backend: str, threads: i
     together, alone = [], []
     for index, size in enumerate((1, 40_000, 0, 16_384, 77)):
         grad = torch.randn(size, generator=generator).to(torch.bfloat16 if index % 2 else torch.float32)
-        out = torch.empty(size, dtype=torch.bfloat16) if index != 1 else None
         for group in (together, alone):
-            tensors = (torch.linspace(-1, 1, size), torch.ones(size), torch.ones(size))
-            group.append(ops.Update(*tensors, grad, None if out is None else out.clone(), 0.1 * index, index + 1))
-    betas = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+            group.append(an_update(size, grad, rounds=index != 1, decay=0.1 * index, step=index + 1))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
         with ops.use_backend(backend):
-            ops.adamw_many_(together, lr=1e-2, grad_scale=0.5, **betas)
-            for master, m, v, grad, out, decay, step in alone:
-                ops.adamw_(master, m, v, grad, out, lr=1e-2, weight_decay=decay, step=step, grad_scale=0.5, **betas)
+            ops.adamw_(together, torch.tensor(2.0), max_norm=1.0, **SETTINGS)
+            for one in alone:
+                ops.adamw_([one], torch.tensor(2.0), max_norm=1.0, **SETTINGS)
     finally:
         torch.set_num_threads(before)
     for one, other in zip(together, alone, strict=True):
-        for got, want in zip(one, other, strict=True):
-            assert torch.equal(got, want) if isinstance(got, torch.Tensor) else got == want
-    with pytest.raises(ValueError, match="updates"):
-        ops.adamw_many_([], lr=1e-2, **betas)
+        for name in ("master", "m", "v", "step", "weights"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
 @BACKENDS
@@ -108,8 +140,8 @@ def test_threads_change_nothing() -> None:
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        master, m, v = x.clone(), torch.zeros_like(x), torch.zeros_like(x)
-        ops.adamw_(master, m, v, x, lr=1e-2, step=1, **SETTINGS)
-        found.append(torch.cat([master, m, v, ops.sum_of_squares([x])[None].float()]))
+        one = ops.Update(x.clone(), torch.zeros_like(x), torch.zeros_like(x), x, None, torch.zeros(()))
+        ops.adamw_([one], torch.tensor(1.0), **SETTINGS)
+        found.append(torch.cat([one.master, one.m, one.v, ops.sum_of_squares([x])[None].float()]))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
