@@ -41,6 +41,7 @@ from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
 from mm_rec.plan import Plan
 from mm_rec.progress import describe_seconds
+from mm_rec.replicas import ReplicatedAdamW
 from mm_rec.run_config import differences
 from mm_rec.run_folder import RunFolder
 from mm_rec.settings import TrainSettings
@@ -153,7 +154,7 @@ def _model_and_optimizer(
     config: ModelConfig, plan: Plan, precision: str, device: torch.device, sharded: bool
 ) -> tuple[MMRecModel, AdamW]:
     """On ``device``; what is ``sharded`` has no values yet."""
-    kind = AdamW
+    kind = AdamW if distributed.size() == 1 else ReplicatedAdamW
     if sharded:
         from mm_rec.sharding import ShardedAdamW, sharded_model  # a second of imports that few runs need
 

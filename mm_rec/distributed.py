@@ -1,9 +1,10 @@
 """Several processes that train one model, on one host or many, as torchrun starts them.
 
-Every process runs the same command. It reads its rows of each micro-batch, a pure function of seed, step and rank; DDP
-averages the gradients (replicas.py), or FSDP where a process holds only its part of the model (sharding.py); the first
-process alone writes the run folder. What is saved doesn't depend on their number: a run goes on with any number of
-processes that divides the rows of a micro-batch. Without torchrun all functions here do what suits a single process.
+Every process runs the same command. It reads its rows of each micro-batch, a pure function of seed, step and rank; the
+optimizer averages the gradients (replicas.py), or FSDP where a process holds only its part of the model (sharding.py);
+the first process alone writes the run folder. What is saved doesn't depend on their number: a run goes on with any
+number of processes that divides the rows of a micro-batch. Without torchrun all functions here do what suits a single
+process.
 
 What processes tell each other besides tensors is JSON, never a pickle, and goes through the CPU (gloo).
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import gc
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -85,7 +85,6 @@ def joined(device: str) -> Iterator[None]:
     try:
         yield
     finally:
-        gc.collect()  # NCCL waits for the end of every graph that it is part of
         dist.destroy_process_group()
 
 
@@ -135,7 +134,9 @@ def agree(number: int) -> int:
 
 def mean_(values: Tensor) -> Tensor:
     """Replace ``values`` by their mean over the processes."""
-    if size() > 1:
+    if size() > 1 and values.is_cuda:
+        dist.all_reduce(values, dist.ReduceOp.AVG)  # which gloo has not
+    elif size() > 1:
         dist.all_reduce(values)
         values /= size()
     return values

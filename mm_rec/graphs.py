@@ -20,9 +20,6 @@ from mm_rec.state import ModelState, map_state
 
 __all__ = ["GraphedPass", "LossFunction", "run_pass"]
 
-DDP_WARM_UPS = 11
-"""Passes before DDP can be recorded: it arranges its buckets after the first and times the first ten."""
-
 LossFunction = Callable[[Batch, ModelState | None], tuple[Tensor, ModelState]]
 """Loss of a micro-batch, to be differentiated, and the state after it."""
 
@@ -86,13 +83,11 @@ class GraphedPass:
         """Run the pass as it is, for all that is made at a first time, then record it."""
         batch = replace(batch, **{name: getattr(batch, name).clone() for name in _FIELDS})
         state = None if state is None else map_state(state, torch.clone)
-        several = distributed.size() > 1
-        for _ in range(DDP_WARM_UPS if several else 1):
-            run_pass(self._loss_of, batch, state, self._parts)
-            self._clear()
+        run_pass(self._loss_of, batch, state, self._parts)
+        self._clear()
         graph = torch.cuda.CUDAGraph()
-        # The threads of NCCL go on with their own business meanwhile.
-        mode = "thread_local" if several else "global"
+        # With several processes the threads of NCCL go on with their own business meanwhile.
+        mode = "thread_local" if distributed.size() > 1 else "global"
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
             loss, after = run_pass(self._loss_of, batch, state, self._parts)
             after = map_state(after, Tensor.detach)

@@ -38,10 +38,9 @@ from mm_rec.plan import Plan
 from mm_rec.plots import draw_losses
 from mm_rec.position import Position
 from mm_rec.progress import Meter, Progress, StepReport
-from mm_rec.replicas import averaged
 from mm_rec.run_folder import METRICS, RunFolder
 from mm_rec.signals import Interrupted, SignalGuard
-from mm_rec.state import ModelState, flatten_state, map_state, unflatten_state
+from mm_rec.state import ModelState, detach_state, flatten_state, map_state, unflatten_state
 from mm_rec.storage import write_atomic
 from mm_rec.tokenizer import Tokenizer
 
@@ -108,7 +107,6 @@ class Trainer:
         self.carried: dict[str, ModelState] = {}
         self.feed = Feed(self.device, distributed.own_batch)
         self._sharded = runtime.get("parallel") == "fsdp"
-        self._loss = averaged(model, sharded=self._sharded, parts=plan.accumulation)
         self._graphs: GraphedPass | None = None
         self._between = guard.check if distributed.size() == 1 else _nothing
 
@@ -197,8 +195,10 @@ class Trainer:
 
     def micro_batch_loss(self, batch: Batch, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
         """Loss of a micro-batch on the device, to be differentiated, and the state after it."""
-        loss, after = self._loss(batch, state)
-        return loss, after
+        output, after = self.model(
+            batch.tokens, state, batch.domain, batch.reset, targets=batch.targets, weight=batch.weight
+        )
+        return output.loss, detach_state(after)
 
     def _pass(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
         """Forward and backward of a micro-batch: its loss, and the state after it.
