@@ -15,11 +15,10 @@ from mm_rec.ops.matmul import mm
 __all__ = ["KERNELS"]
 
 
-def _slices(product: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The parts z, r, u (B, T, D) and hidden (B * T, K) of a product (B * T, 3 D + K)."""
+def _slices(product: Tensor, shape: torch.Size) -> list[Tensor]:
+    """The parts z, r, u (B, T, D) and hidden (B, T, K) of a product (B * T, 3 D + K)."""
     width = shape[2]
-    z, r, u = (product[:, i * width : (i + 1) * width].unflatten(0, shape[:2]) for i in range(3))
-    return z, r, u, product[:, 3 * width :]
+    return product.view(*shape[:2], -1).split_with_sizes([width, width, width, product.shape[1] - 3 * width], 2)
 
 
 def linear_branch(
@@ -35,7 +34,7 @@ def linear_branch(
 ) -> tuple[Tensor, ...]:
     product = mm(n.flatten(0, 1), in_proj.t())
     z, r, u, hidden = _slices(product, n.shape)
-    activated = F.gelu(hidden)
+    activated = F.gelu(hidden).flatten(0, 1)
     decay_logits = mm(activated, decay_proj.t())
     h, y = cpu.gated_scan(z, u, r, decay_logits, decay_bias, gate_bias, h0, reset, heads)
     delta = mm(y.flatten(0, 1), out_proj.t())
@@ -69,7 +68,7 @@ def linear_branch_backward(
     )
     ddecay = ddecay.flatten(0, 1)
     ddecay_proj, dactivated = mm(ddecay.t(), activated), mm(ddecay, decay_proj)
-    torch.ops.aten.gelu_backward.grad_input(dactivated, hidden, grad_input=dhidden)
+    torch.ops.aten.gelu_backward.grad_input(dactivated.view(hidden.shape), hidden, grad_input=dhidden)
     din_proj, dn = mm(dproduct.t(), rows), mm(dproduct, in_proj)
     return dn.view(n.shape), din_proj, ddecay_proj, ddecay_bias, dgate_bias, dout_proj, dh0
 
