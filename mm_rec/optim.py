@@ -50,8 +50,7 @@ class _Slot:
 
     def add_gradient(self) -> None:
         """Move ``parameter.grad`` into ``total``: the first as it is, in float32 from the second on."""
-        if self.parameter.grad is None:
-            return
+        assert self.parameter.grad is not None
         gradient = _own(self.parameter.grad)
         self.parameter.grad = None
         if self.total is None:
@@ -100,7 +99,7 @@ class AdamW:
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self._slots: list[_Slot] = []
         self._norm: Tensor | None = None  # of the gradients as they are, and the updates that they make
-        self._updates: list[ops.Update] = []
+        self._updates: ops.Updates | None = None
         for name, parameter in named_parameters:
             master = _own(parameter.detach()).float()  # the parameter itself if it is float32
             step = torch.zeros((), dtype=torch.float32, device=master.device)
@@ -111,14 +110,15 @@ class AdamW:
 
     def accumulate(self) -> None:
         """Add every ``.grad`` to the float32 sum for the next step and clear it; call after each micro-batch."""
-        if any(slot.parameter.grad is not None for slot in self._slots):
+        learned = [slot for slot in self._slots if slot.parameter.grad is not None]
+        if learned:
             self._norm = None
-        for slot in self._slots:
+        for slot in learned:
             slot.add_gradient()
 
     def zero_grad(self) -> None:
         """Forget the gradients, those already accumulated included."""
-        self._norm, self._updates = None, []
+        self._norm = self._updates = None
         for slot in self._slots:
             slot.parameter.grad = slot.total = None
 
@@ -133,8 +133,7 @@ class AdamW:
         if self._norm is None:
             active = self._active()
             self._norm = self._total_norm(active) if active else self._slots[0].master.new_zeros(())
-            # Here rather than in the step: who waits for the norm before it wants the step to start at once.
-            self._updates = [self._update(slot) for slot in active]
+            self._updates = ops.Updates([self._update(slot) for slot in active]) if active else None
         return self._norm
 
     def _total_norm(self, slots: list[_Slot]) -> Tensor:
@@ -154,7 +153,7 @@ class AdamW:
             finite nothing was updated.
         """
         norm = self.gradient_norm()
-        if self._updates:
+        if self._updates is not None:
             beta1, beta2 = self.betas
             ops.adamw_(self._updates, norm, lr=lr, beta1=beta1, beta2=beta2, eps=self.eps, max_norm=max_norm)
         self.zero_grad()

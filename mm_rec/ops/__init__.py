@@ -14,7 +14,7 @@ from mm_rec.ops.mdi import mdi
 from mm_rec.ops.memory import memory_read, memory_update
 from mm_rec.ops.memory_context import memory_context
 from mm_rec.ops.norm import add_rms_norm, readout, relu_squared, rms_norm
-from mm_rec.ops.optimizer import Update, adamw_, sum_of_squares
+from mm_rec.ops.optimizer import Update, Updates, adamw_, sum_of_squares
 from mm_rec.ops.recurrence import recurrence
 from mm_rec.ops.reference import rotate
 from mm_rec.ops.scan import scan
@@ -24,6 +24,7 @@ __all__ = [
     "NativeUnavailableError",
     "Status",
     "Update",
+    "Updates",
     "adamw_",
     "add_rms_norm",
     "feed_forward",

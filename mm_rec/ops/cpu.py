@@ -585,7 +585,11 @@ def _selected_rows_cross_entropy(
     return loss, nll, dy, dembedding
 
 
-def adamw_(
+def adamw_(updates: Sequence[Update]) -> Callable[..., None]:
+    return functools.partial(_adamw_many, updates)
+
+
+def _adamw_many(
     updates: Sequence[Update], norm: Tensor, lr: float, beta1: float, beta2: float, eps: float, max_norm: float
 ) -> None:
     total = float(norm)

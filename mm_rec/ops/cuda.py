@@ -362,9 +362,7 @@ def linear_cross_entropy(
     return torch.dot(nll, weight), nll, dy, dembedding
 
 
-def adamw_(
-    updates: Sequence[Update], norm: Tensor, lr: float, beta1: float, beta2: float, eps: float, max_norm: float
-) -> None:
+def adamw_(updates: Sequence[Update]) -> Callable[..., None]:
     table: list[int] = []
     for one in updates:
         rounded = 0 if one.param_out is None else one.param_out.data_ptr()
@@ -374,10 +372,15 @@ def adamw_(
         )  # fmt: skip
     rows = (ctypes.c_int64 * len(table))(*table)
     decays = (ctypes.c_double * len(updates))(*[one.weight_decay for one in updates])
-    _library.call(
-        "adamw_many", norm, len(updates), rows, decays, norm, float(max_norm), float(lr), beta1, beta2, eps,
-        _workspace("adamw_many", norm, len(updates)),
-    )  # fmt: skip
+    workspace = _workspace("adamw_many", updates[0].master, len(updates))
+
+    def run(norm: Tensor, lr: float, beta1: float, beta2: float, eps: float, max_norm: float) -> None:
+        _library.call(
+            "adamw_many", norm, len(updates), rows, decays, norm, float(max_norm), float(lr), beta1, beta2, eps,
+            workspace,
+        )  # fmt: skip
+
+    return run
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:

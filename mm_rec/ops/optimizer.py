@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,11 @@ from mm_rec.ops.backend import kernel, runs_native
 from mm_rec.ops.checks import check_type
 from mm_rec.ops.registry import NATIVE_OPS
 
-__all__ = ["Update", "adamw_", "sum_of_squares"]
+__all__ = ["Update", "Updates", "adamw_", "sum_of_squares"]
 
-NATIVE_OPS += ["adamw_", "sum_of_squares"]  # in place and outside autograd: called directly, not dispatched
+# In place and outside autograd: called directly, not dispatched. The kernel of adamw_ takes the updates and gives back
+# what runs them, with the other arguments.
+NATIVE_OPS += ["adamw_", "sum_of_squares"]
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,26 @@ def _reference_adamw_(
             one.param_out.copy_(torch.where(finite, one.master, one.param_out))
 
 
+class Updates:
+    """The tensors of :func:`adamw_`, at least one, with all done that the host can do ahead.
+
+    Who has waited for the norm wants the update to start at once.
+    """
+
+    def __init__(self, updates: Sequence[Update]) -> None:
+        if not updates:
+            raise ValueError("updates is empty")
+        self.like = updates[0].master
+        self.run: Callable[..., None] = functools.partial(_reference_adamw_, updates)
+        self.written: list[Tensor] = []  # by a kernel, so behind PyTorch's back
+        if runs_native("adamw_", self.like, *(one.grad for one in updates)):
+            self.run = kernel("adamw_", self.like.device.type)(updates)
+            self.written = [one.weights for one in updates]
+
+
 @torch.no_grad()
 def adamw_(
-    updates: Sequence[Update],
+    updates: Updates | Sequence[Update],
     norm: Tensor,
     *,
     lr: float,
@@ -100,22 +120,17 @@ def adamw_(
     param_out <- master. If ``norm`` is not finite nothing changes, the steps included.
 
     Args:
-        updates: the tensors, at least one, all on one device.
+        updates: the tensors, at least one, all on one device; they may have been made ready before.
         norm: of all gradients together, float32 of shape () on that device.
         max_norm: 0 never clips.
 
     Raises:
         TypeError, ValueError: ``norm`` is of the wrong type or shape, or there are no updates; the message names it.
     """
-    if not updates:
-        raise ValueError("updates is empty")
-    check_type("norm", norm, torch.Size(), torch.float32, updates[0].master)
-    if runs_native("adamw_", updates[0].master, *(one.grad for one in updates)):
-        kernel("adamw_", norm.device.type)(updates, norm, lr, beta1, beta2, eps, max_norm)
-        # The kernel writes behind PyTorch's back, and copies of weights (ops.step.PackedMatrix) go by their versions.
-        torch.autograd.graph.increment_version([one.weights for one in updates])
-    else:
-        _reference_adamw_(updates, norm, lr, beta1, beta2, eps, max_norm)
+    updates = updates if isinstance(updates, Updates) else Updates(updates)
+    check_type("norm", norm, torch.Size(), torch.float32, updates.like)
+    updates.run(norm, lr, beta1, beta2, eps, max_norm)
+    torch.autograd.graph.increment_version(updates.written)  # by which copies of weights know (ops.step.PackedMatrix)
 
 
 @torch.no_grad()
