@@ -44,7 +44,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 # Beside the common cases: every head size that a recurrence kernel is written for, with batches that fill its groups
 # of sequences or don't, and so many that they are taken in groups; several tiles of time for scan; heads past 64 and
-# slots past a tile for the memories, and sizes at which a block walks through many tiles, in one part and in two.
+# slots past a tile for the memories, and sizes at which a block walks through many tiles, in one part and in two, and
+# at which sequences are cut where documents start.
 HEADS = [
     (1, 1, 64, 1),
     (19, 18, 128, 2),
@@ -62,6 +63,8 @@ MEMORIES = {
     "long-walk": (24, 330, 128, 8, 64, 64, [0, 90, 500], {(0, 100), (3, 1), (5, 64), (5, 320)}),
     "walks-of-two": (8, 700, 128, 8, 64, 50, [0, 129, 70, 1000], {(0, 300), (3, 63), (3, 650), (6, 0), (6, 512)}),
     "ends-of-tiles": (3, 65, 128, 1, 64, 64, [0, 300, 64], {(1, 30), (1, 31), (2, 64)}),
+    "cut-in-two": (1, 1300, 128, 1, 64, 64, [77], {(0, t) for t in (300, 433, 562, 691, 820, 949, 1100)}),
+    "cut-in-five": (1, 2600, 128, 2, 64, 60, [63], {(0, t) for t in (300, 562, 900, 1500, 1813, 2000, 2001, 2500)}),
     "wide-window": (1, 400, 180, 1, 32, 70, [500], {(0, 250)}),
 }
 EXTRA: dict[str, dict[str, Builder]] = {

@@ -1,6 +1,7 @@
 // memory_update for the sizes of most models (as in memory_walk.cuh): bfloat16, heads of 64, a window of 128, up to 64 slots.
 // A write is then one tile of 64 tokens and one of slots. Its weights don't depend on what is in the memory, so some warps
-// compute those of the write after while others apply the one before.
+// compute those of the write after while others apply the one before. Where sequences are few they are cut in parts where a
+// document makes its first write, before which nothing counts.
 #ifndef MM_REC_MEMORY_WRITE_CUH
 #define MM_REC_MEMORY_WRITE_CUH
 
@@ -27,7 +28,48 @@ struct Writes {
   __device__ __forceinline__ float keep(int token) const {
     return token >= 0 && in.position[b * extent.time + token] == kWalkWindow ? 0.0f : 1.0f;
   }
+  // Where the writes are cut near the `e`-th: at a document's first write, the nearest of the 32 around `e` or else the first
+  // after them; at the end if there is none. Whole warps take part.
+  __device__ __forceinline__ int cut(int e, int all) const {
+    for (int from = max(e - 16, 0); from < all; from += 32) {
+      const int own = from + static_cast<int>(threadIdx.x) % 32;
+      const unsigned starts = __ballot_sync(kFullWarp, own < all && keep(token(own)) == 0.0f);
+      if (starts == 0) continue;
+      const unsigned before = from < e ? starts & ((1u << (e - from)) - 1) : 0, after = starts ^ before;
+      const int last = from + 31 - __clz(before), next = from + __ffs(after) - 1;
+      return after == 0 || (before != 0 && e - last < next - e) ? last : next;
+    }
+    return all;
+  }
 };
+
+// The writes of a block of threads: all of a sequence or, if `Cut`, one of its parts, from one that starts a document to
+// another.
+template <bool Cut>
+struct WritePart {
+  int begin, end;
+  bool first, last;  // of the parts that have any
+
+  __device__ __forceinline__ WritePart(const Writes& writes, int part, int parts)
+      : begin(0), end(writes.count()), first(true), last(true) {
+    if (!Cut) return;
+    const int all = end;
+    const auto cut = [&](int i) { return writes.cut(static_cast<int>(static_cast<int64_t>(all) * i / parts), all); };
+    first = part == 0;
+    if (!first) begin = cut(part);
+    if (part + 1 < parts) end = cut(part + 1);
+    last = end == all;
+  }
+  __device__ __forceinline__ bool idle() const { return !first && begin == end; }
+};
+
+// How many parts let `blocks`, one for each whole sequence, become as many as run at a time. Parts have eight writes or more on
+// average, so that their beginnings don't count.
+inline int write_parts(const MemoryExtent& extent, int64_t blocks, int64_t resident) {
+  const int64_t room = resident / blocks, most = extent.writes() / 8, parts = room < most ? room : most;
+  return static_cast<int>(parts > 1 ? parts : 1);
+}
+int write_backward_parts(const MemoryExtent& extent);
 
 // Products and sums over the tokens of a warp, of the two slots that a lane is left with.
 struct ColumnParts {

@@ -2,6 +2,7 @@
 // one before only G has to be known, which takes the write's factors a and nothing else of it. So eight warps walk through
 // the writes, last to first, with G in registers: they compute weights and factors, put G down and go on to the version
 // before. Eight others, one write behind, turn G into the gradients of tokens, addresses and rate.
+#include "device.cuh"
 #include "launch.cuh"
 #include "memory_write.cuh"
 #include "reduce.cuh"
@@ -22,19 +23,27 @@ struct Shared {
   float drate[kGroup / 32];
 };
 
+template <bool Cut>
 struct Place {
   const UpdateInputs& in;
   const UpdateGradients& out;
   const MemoryExtent& extent;
   int64_t b, head;
-  int count;  // of writes
+  WritePart<Cut> part;
 
-  __device__ __forceinline__ int token(int e) const { return e < 0 ? -1 : Writes{in, extent, b}.token(e); }
+  __device__ __forceinline__ int token(int e) const { return e < part.begin ? -1 : Writes{in, extent, b}.token(e); }
+  __device__ __forceinline__ int count() const { return part.end - part.begin; }
+  __device__ __forceinline__ int write(int i) const { return part.end - 1 - i; }  // the i-th to be undone
+  // Of the part's sums of gradients of address and rate, (part, b, head).
+  __device__ __forceinline__ int64_t sums_at() const {
+    return ((Cut ? int64_t{blockIdx.x} * extent.batch : 0) + b) * extent.heads + head;
+  }
   __device__ __forceinline__ int64_t context_at(int token) const { return extent.context_at(b, token, head); }
 };
 
 // Zero the gradients of contexts that no write reads, by 128 threads.
-__device__ __forceinline__ void clear(const Place& place, int64_t from, int64_t to) {
+template <bool Cut>
+__device__ __forceinline__ void clear(const Place<Cut>& place, int64_t from, int64_t to) {
   constexpr int kPieces = kWalkDim / 8;
   for (int64_t i = threadIdx.x % 128; i < (to - from) * kPieces; i += 128) {
     const int64_t at = place.extent.context_at(place.b, from + i / kPieces, place.head) + i % kPieces * 8;
@@ -44,10 +53,11 @@ __device__ __forceinline__ void clear(const Place& place, int64_t from, int64_t 
 }
 
 // Ask for what write e needs: its tokens, and in the second-level cache the memory before it and its gradient. 128 threads.
-__device__ __forceinline__ void fetch(Shared& shared, const Place& place, int e, int token) {
+template <bool Cut>
+__device__ __forceinline__ void fetch(Shared& shared, const Place<Cut>& place, int e, int token) {
   const auto& extent = place.extent;
-  if (e < 0) return;
-  const int ring = (place.count - 1 - e) % kRing;
+  if (e < place.part.begin) return;
+  const int ring = (place.part.end - 1 - e) % kRing;
   walk_copy(shared.k[ring].hi, static_cast<const bf16*>(place.in.k) + place.context_at(token), extent.width(), kWalkTile);
   walk_copy(shared.v[ring].hi, static_cast<const bf16*>(place.in.v) + place.context_at(token), extent.width(), kWalkTile);
   const int line = static_cast<int>(threadIdx.x) % 128 * 32;
@@ -60,7 +70,8 @@ __device__ __forceinline__ void fetch(Shared& shared, const Place& place, int e,
 }
 
 // The warps with G: 16 slots of the keys or of the values each.
-__device__ __forceinline__ void walk_writes(Shared& shared, const Place& place) {
+template <bool Cut>
+__device__ __forceinline__ void walk_writes(Shared& shared, const Place<Cut>& place) {
   const auto& extent = place.extent;
   const auto& out = place.out;
   const int thread = threadIdx.x, warp = thread / 32, first = warp % kWriteWarps * 16, slots = extent.slots;
@@ -75,11 +86,12 @@ __device__ __forceinline__ void walk_writes(Shared& shared, const Place& place) 
   };
 
   // Versions past the last write repeat it.
+  const int64_t newest = place.part.last ? extent.writes() : place.part.end;
   Fragments<kWalkDim / 8> gradient;
-  load(upstream, extent.writes(), gradient);
-  float dmass = mass_at(out.dmass, extent.writes());
+  load(upstream, newest, gradient);
+  float dmass = mass_at(out.dmass, newest);
 #pragma unroll 1
-  for (int64_t e = extent.writes() - 1; e >= place.count; --e) {
+  for (int64_t e = newest - 1; e >= place.part.end; --e) {
     Fragments<kWalkDim / 8> own;
     load(upstream, e, own);
     dmass += mass_at(out.dmass, e);
@@ -90,10 +102,11 @@ __device__ __forceinline__ void walk_writes(Shared& shared, const Place& place) 
     }
   }
 
-  int64_t cleared = extent.context();  // from here on dk and dv are there
-  int token = place.token(place.count - 1), before = place.token(place.count - 2);
-  for (int i = 0; i < place.count; ++i) {
-    const int e = place.count - 1 - i;
+  // From here on dk and dv are there.
+  int64_t cleared = place.part.last ? extent.context() : Writes{place.in, extent, place.b}.token(place.part.end);
+  int token = place.token(place.write(0)), before = place.token(place.write(1));
+  for (int i = 0; i < place.count(); ++i) {
+    const int e = place.write(i);
     const bool starts = Writes{place.in, extent, place.b}.keep(token) == 0.0f;
     const int coming = place.token(e - 2);
     if (of_value) {
@@ -151,16 +164,19 @@ __device__ __forceinline__ void walk_writes(Shared& shared, const Place& place) 
     cp_async_wait<0>();
     named_barrier(1, kThreads);
   }
-  if (of_value) clear(place, 0, cleared);
-  const int64_t home = (place.b * extent.heads + place.head) * slots;
-  store_rows((of_value ? out.dvalue0 : out.dkey0) + home * kWalkDim, first, slots, kWalkDim, kWalkDim, gradient);
-  if (thread < slots) out.dmass0[home + thread] = dmass;
+  if (place.part.first) {
+    if (of_value) clear(place, 0, cleared);
+    const int64_t home = (place.b * extent.heads + place.head) * slots;
+    store_rows((of_value ? out.dvalue0 : out.dkey0) + home * kWalkDim, first, slots, kWalkDim, kWalkDim, gradient);
+    if (thread < slots) out.dmass0[home + thread] = dmass;
+  }
   named_barrier(1, kThreads);
 }
 
 // The warps behind: 16 tokens each; of the gradients of weights one half of the slots, then of keys, or of values and of 16
 // addresses.
-__device__ __forceinline__ void spread(Shared& shared, const Place& place) {
+template <bool Cut>
+__device__ __forceinline__ void spread(Shared& shared, const Place<Cut>& place) {
   const auto& extent = place.extent;
   const auto& out = place.out;
   const int warp = (static_cast<int>(threadIdx.x) - kGroup) / 32, side = warp / kWriteWarps, row = warp % kWriteWarps * 16;
@@ -168,8 +184,8 @@ __device__ __forceinline__ void spread(Shared& shared, const Place& place) {
   Fragments<kWalkDim / 8> address_sum = {};
   float drate = 0.0f;
   named_barrier(1, kThreads);
-  for (int i = 0; i < place.count; ++i) {
-    const int token = place.token(place.count - 1 - i), slot = 32 * side;
+  for (int i = 0; i < place.count(); ++i) {
+    const int token = place.token(place.write(i)), slot = 32 * side;
     const auto& weights = shared.weights[i % 2];
     const auto &k = shared.k[i % kRing], &v = shared.v[i % kRing];
     Fragments<4> dw = {}, w;
@@ -231,7 +247,7 @@ __device__ __forceinline__ void spread(Shared& shared, const Place& place) {
     named_barrier(1, kThreads);
   }
   if (side == 1) {
-    const int64_t home = (place.b * extent.heads + place.head) * extent.slots;
+    const int64_t home = place.sums_at() * extent.slots;
     store_rows(out.daddress + home * kWalkDim, row, extent.slots, kWalkDim, kWalkDim, address_sum);
   }
   drate = group_sum(drate);
@@ -240,17 +256,24 @@ __device__ __forceinline__ void spread(Shared& shared, const Place& place) {
   if (threadIdx.x == kGroup) {
     float total = 0.0f;
     for (int w = 0; w < kGroup / 32; ++w) total += shared.drate[w];
-    out.drate[place.b * extent.heads + place.head] = total / rate;
+    out.drate[place.sums_at()] = total / rate;
   }
 }
 
+template <bool Cut>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const UpdateInputs in, const UpdateGradients out, const MemoryExtent extent) {
   auto& shared = *reinterpret_cast<Shared*>(dynamic_shared());
-  const int64_t b = blockIdx.y, head = blockIdx.x;
-  const Place place{in, out, extent, b, head, Writes{in, extent, b}.count()};
+  const int64_t b = blockIdx.z, head = blockIdx.y;
+  const Place<Cut> place{in, out, extent, b, head, WritePart<Cut>({in, extent, b}, blockIdx.x, gridDim.x)};
+  if (place.part.idle()) {  // its sums are empty
+    const int size = extent.slots * kWalkDim;
+    for (int i = threadIdx.x; i < size; i += kThreads) out.daddress[place.sums_at() * size + i] = 0.0f;
+    if (threadIdx.x == 0) out.drate[place.sums_at()] = 0.0f;
+    return;
+  }
   if (threadIdx.x < 128) {
-    fetch(shared, place, place.count - 1, place.token(place.count - 1));
+    fetch(shared, place, place.write(0), place.token(place.write(0)));
     cp_async_commit();
   }
   load_split(shared.address, in.address + head * extent.slots * kWalkDim, extent.slots, threadIdx.x, kThreads);
@@ -265,9 +288,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
+int write_backward_parts(const MemoryExtent& extent) {
+  return write_parts(extent, extent.heads * extent.batch, multiprocessors());
+}
+
 cudaError_t write_backward(const UpdateInputs& in, const UpdateGradients& out, const MemoryExtent& extent, void* stream) {
-  const dim3 grid(static_cast<unsigned>(extent.heads), static_cast<unsigned>(extent.batch));
-  return launch(backward_kernel, grid, dim3(kThreads), sizeof(Shared), stream, in, out, extent);
+  const int parts = write_backward_parts(extent);
+  const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(extent.heads), static_cast<unsigned>(extent.batch));
+  const auto kernel = parts > 1 ? backward_kernel<true> : backward_kernel<false>;
+  return launch(kernel, grid, dim3(kThreads), sizeof(Shared), stream, in, out, extent);
 }
 
 }  // namespace mm_rec
