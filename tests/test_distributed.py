@@ -168,14 +168,22 @@ def test_fusion_in_several_processes(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_training_on_gpus(tmp_path: Path) -> None:
-    """The command itself, by CUDA graphs: the losses of the CPU, on one GPU and, by DDP and FSDP, on two."""
+    """The command itself, by CUDA graphs: the losses of the CPU, on one GPU and, by DDP and FSDP, on two; resuming."""
     cuda = ["--device", "cuda"]
     runs = [Run(1, "cpu", 4), Run(1, "one", 4, cuda)]
     if torch.cuda.device_count() > 1:
         runs += [Run(2, "ddp", 4, cuda), Run(2, "fsdp", 4, [*cuda, *FSDP])]
+        runs += [
+            Run(2, "stopped", 2, cuda),
+            Run(2, "stopped", 4, cuda),
+            Run(2, "moved", 2, cuda),
+            Run(1, "moved", 4, cuda),
+        ]
     train(tmp_path, *runs)
     for run in runs[1:]:
         assert losses(tmp_path / run.folder) == pytest.approx(losses(tmp_path / "cpu"), rel=2e-4), run.folder
+    if torch.cuda.device_count() > 1:
+        assert_same_checkpoint(tmp_path / "ddp", tmp_path / "stopped")
 
 
 def events(run: Path) -> str:
