@@ -8,7 +8,6 @@
 
 #include "device.cuh"
 #include "memory_read.cuh"
-#include "wgmma.cuh"
 
 namespace mm_rec {
 
@@ -112,31 +111,21 @@ class Angles {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       bf16* first = tile + Pieces::row(i) * WalkTile::kStride + Pieces::column(i);
-      turn(i, first, first + kWalkDim / 2);
-    }
-  }
-  __device__ __forceinline__ void rotate(SwizzledTile& tile) const {
+      const auto a = *reinterpret_cast<const Words<bf16, 8>*>(first);
+      const auto b = *reinterpret_cast<const Words<bf16, 8>*>(first + kWalkDim / 2);
+      float x[8], y[8];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      bf16* first = tile.elements + SwizzledTile::at(Pieces::row(i), Pieces::column(i));
-      turn(i, first, tile.elements + SwizzledTile::at(Pieces::row(i), Pieces::column(i) + kWalkDim / 2));
+      for (int j = 0; j < 8; ++j) {
+        const float cosine = cosine_[2 * i + j / 4][j % 4], sine = sine_[2 * i + j / 4][j % 4];
+        x[j] = a[j] * cosine - b[j] * sine;
+        y[j] = b[j] * cosine + a[j] * sine;
+      }
+      put(first, x);
+      put(first + kWalkDim / 2, y);
     }
   }
 
  private:
-  __device__ __forceinline__ void turn(int i, bf16* first, bf16* second) const {
-    const auto a = *reinterpret_cast<const Words<bf16, 8>*>(first);
-    const auto b = *reinterpret_cast<const Words<bf16, 8>*>(second);
-    float x[8], y[8];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float cosine = cosine_[2 * i + j / 4][j % 4], sine = sine_[2 * i + j / 4][j % 4];
-      x[j] = a[j] * cosine - b[j] * sine;
-      y[j] = b[j] * cosine + a[j] * sine;
-    }
-    put(first, x);
-    put(second, y);
-  }
   static __device__ __forceinline__ void put(bf16* to, const float (&x)[8]) {
     *reinterpret_cast<uint4*>(to) =
         make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));

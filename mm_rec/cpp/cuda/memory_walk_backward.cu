@@ -1,38 +1,36 @@
 // memory_read, backward, for the sizes of most models on compute capability 9.0: the gradients of the window, each score
-// computed once, by three warpgroups (memory_walk_servants.cuh, memory_walk_keys.cuh), which meet after every step.
+// computed once, by four warpgroups, which work step by step in parallel and wait for each other after each.
 #include "launch.cuh"
+#include "memory_walk_fetch.cuh"
 #include "memory_walk_keys.cuh"
-#include "memory_walk_servants.cuh"
+#include "memory_walk_queries.cuh"
 
 namespace mm_rec {
 namespace {
 
-__global__ void __launch_bounds__(kWalkThreads, 1) window_kernel(const ReadBackward p, const MemoryExtent extent, int length) {
+__global__ void __launch_bounds__(kWalkThreads, 1)
+    window_kernel(const ReadBackward p, const MemoryExtent extent, int length) {
 #ifdef MM_REC_WGMMA
   unsigned char* memory = dynamic_shared();
+  // The swizzle counts rows from addresses that are multiples of 1,024.
   auto& shared = *reinterpret_cast<WalkShared*>(memory + (1024 - shared_address(memory) % 1024) % 1024);
   const Runs runs(p, extent, length);
   shared.load_angles(runs);
+  if (threadIdx.x == 0) Gate(shared.gate).open(kWalkThreads);
   __syncthreads();
+  // There are 128 registers a thread, which Keys keep.
   const unsigned group = __shfl_sync(kFullWarp, threadIdx.x / kGroup, 0);
   if (group == 0) {
-    take_registers<216>();
-    serve(runs, shared);
+    give_registers<112>();
+    Fetchers(runs, shared).walk();
   } else if (group == 1) {
-    give_registers<144>();
-    bool first = true;
-    named_barrier(kStepBarrier, kWalkThreads);
-    for (Step step(runs); step.real(runs); step.advance(runs)) {
-      if (step.has_contexts()) Values(runs, shared, step).meet_queries(first);
-      named_barrier(kStepBarrier, kWalkThreads);
-    }
+    take_registers<152>();
+    Queries(runs, shared).walk();
+  } else if (group == 2) {
+    give_registers<120>();
+    walk_with<Values>(runs, shared);
   } else {
-    give_registers<144>();
-    named_barrier(kStepBarrier, kWalkThreads);
-    for (Step step(runs); step.real(runs); step.advance(runs)) {
-      if (step.has_contexts()) Keys(runs, shared, step).meet_queries();
-      named_barrier(kStepBarrier, kWalkThreads);
-    }
+    walk_with<Keys>(runs, shared);
   }
 #endif
 }

@@ -1,4 +1,5 @@
-// What the warpgroups of memory_walk_backward.cu share: tiles on their way, and which step of the walk is which.
+// What the warpgroups of memory_walk_backward.cu share: tiles on their way, and which step of the walk is which. Step j of a
+// run is tile j of the contexts, against the tiles of queries j - 2, j - 1 and j.
 #ifndef MM_REC_MEMORY_WALK_BACKWARD_CUH
 #define MM_REC_MEMORY_WALK_BACKWARD_CUH
 
@@ -8,10 +9,10 @@
 
 namespace mm_rec {
 
-constexpr int kGroup = 128, kWalkThreads = 3 * kGroup;  // threads
-constexpr int kStepBarrier = 1;                         // of all of them
-constexpr int kSpan = kWalkBehind + 1;                  // tiles of queries that a step meets
-// Tiles are asked for two steps ahead and made ready one step ahead; the servants need keys a step longer.
+constexpr int kGroup = 128, kWalkThreads = 4 * kGroup;
+constexpr int kFetchBarrier = 1, kFullBarrier = 2, kEmptyBarrier = 3;  // of Fetchers; of weights from Values to Keys
+constexpr int kSpan = kWalkBehind + 1;  // tiles of queries that a step meets
+// Tiles are asked for two steps ahead and made ready one step ahead; the queries' gradients need keys a step longer.
 constexpr int kQueryRing = kSpan + 2, kKeyRing = 4, kValueRing = 3;
 
 // A block walks along one run of tiles after the other; a run is `length` tiles of queries of a head of a sequence.
@@ -27,13 +28,13 @@ struct Runs {
   }
 };
 
-// Which tiles of queries meet the contexts of a step at all, and of which every query sees every context unless it is later
-// than the query.
+// Which tiles of queries meet the contexts of a step at all; of which every query sees all of them; of which each sees the
+// whole window before it. (Beside that, no query sees what is later.)
 struct Plan {
-  unsigned met, whole;
+  unsigned met, whole, plain;
 };
 
-struct WalkShared {
+struct WalkShared {  // in a ring of n, tiles of step s are at s % n
   SwizzledTile q[kQueryRing], dout[kQueryRing], k[kKeyRing], v[kValueRing];
   SwizzledTile dscores[2][kSpan];                     // (key, query)
   uint4 weights[kWalkTile / 16][kGroup];              // of one tile of queries, as left operands of each thread
@@ -43,6 +44,7 @@ struct WalkShared {
   float row_angles[kWalkTile * SharedTurn::kStride];  // of the first tile of contexts
   float tile_angles[(kWalkLongest + kWalkBehind) * kWalkDim];  // of the first row of each
   Plan plan[2];
+  uint64_t gate;  // of all warpgroups
 
   __device__ __forceinline__ void load_angles(const Runs& runs) {
     const float* rotary = runs.p.in.rotary;
@@ -61,7 +63,9 @@ struct WalkShared {
 struct Step {
   int run, number, b, head, first, end, tile;
 
-  __device__ __forceinline__ explicit Step(const Runs& runs) : run(static_cast<int>(blockIdx.x)), number(0) { begin(runs); }
+  __device__ __forceinline__ explicit Step(const Runs& runs) : run(static_cast<int>(blockIdx.x)), number(0) {
+    begin(runs);
+  }
   __device__ __forceinline__ void begin(const Runs& runs) {
     const int heads = static_cast<int>(runs.extent.heads), part = run / heads % runs.parts;
     head = run % heads;
@@ -85,6 +89,7 @@ struct Step {
   __device__ __forceinline__ bool has_queries(int d) const {
     return queries(d) >= max(first - kWalkBehind, 0) && queries(d) < end;
   }
+  // Where it is in the ring.
   __device__ __forceinline__ int queries_at(int d) const { return (number + kQueryRing - kWalkBehind + d) % kQueryRing; }
   // Angles of the tile of contexts, which are also those of the newest queries two steps before.
   __device__ __forceinline__ SharedTurn turn(const WalkShared& shared, int ahead = 0) const {

@@ -1,6 +1,6 @@
-// The second and the third warpgroup of memory_walk_backward.cu. The second makes scores into weights and sums up the gradients
-// of 64 values; the third takes the weights from it, makes the gradients of the scores, puts them down for the servants and
-// sums up the gradients of 64 keys.
+// The two warpgroups of memory_walk_backward.cu that have 64 contexts each step. Values makes scores into weights and sums up
+// the gradients of the values; Keys takes the weights from it, makes the gradients of the scores, puts them down for Queries
+// and sums up the gradients of the keys.
 #ifndef MM_REC_MEMORY_WALK_KEYS_CUH
 #define MM_REC_MEMORY_WALK_KEYS_CUH
 
@@ -8,7 +8,6 @@
 
 namespace mm_rec {
 
-constexpr int kFullBarrier = 3, kEmptyBarrier = 4;  // of the weights in shared memory
 constexpr float kBase2 = kWalkScale * kLog2e;  // of scores
 
 // The tiles of queries that a step meets, one after the other.
@@ -18,6 +17,7 @@ class Tiles {
     const Plan plan = shared.plan[step.number % 2];
     met_ = __shfl_sync(kFullWarp, plan.met, 0);  // tells the compiler that the warp is of one mind
     whole_ = plan.whole;
+    plain_ = plan.plain;
   }
   __device__ __forceinline__ unsigned met() const { return met_; }
   __device__ __forceinline__ bool more() const { return met_ != 0; }
@@ -27,9 +27,10 @@ class Tiles {
     return d;
   }
   __device__ __forceinline__ bool whole(int d) const { return (whole_ >> d & 1) != 0; }
+  __device__ __forceinline__ bool plain(int d) const { return (plain_ >> d & 1) != 0; }
 
  private:
-  unsigned met_, whole_;
+  unsigned met_, whole_, plain_;
 };
 
 // What is said of each query to a thread that has its column of a tile.
@@ -39,7 +40,7 @@ __device__ __forceinline__ void load_queries(const float (&of_tile)[kWalkTile], 
   for (int n = 0; n < kWalkTile / 8; ++n) x[n] = *reinterpret_cast<const float2*>(&of_tile[fragment_column(n, 0)]);
 }
 
-// What the second and the third warpgroup have in common: 16 contexts a warp.
+// What both have in common: 16 contexts a warp.
 struct Contexts {
   const Runs& runs;
   WalkShared& shared;
@@ -51,6 +52,7 @@ struct Contexts {
     warp_row = rank / 32 * 16;
   }
   __device__ __forceinline__ void store(void* gradient, float scale, const Sums64& sums) const {
+    if (!step.owns_contexts(runs)) return;
     const auto& extent = runs.extent;
     const int64_t c0 = static_cast<int64_t>(step.tile) * kWalkTile + warp_row;
     store_heads(static_cast<bf16*>(gradient) + extent.context_at(step.b, c0, step.head), extent.width(),
@@ -78,13 +80,22 @@ class Values : Contexts {
       for (bool more = true; more;) {
         more = tiles.more();
         const int next = more ? tiles.take() : d;  // one product too many at the end costs less than a branch
-        weigh(d, tiles.whole(d));
+        weigh();
+        if (d == 0) hide_later();
+        if (!tiles.whole(d)) {
+          if (d == kWalkBehind && tiles.plain(d)) {
+            hide_earlier();
+          } else {
+            hide_others(d);
+          }
+        }
         if (!first) named_barrier(kEmptyBarrier, 2 * kGroup);
         first = false;
 #pragma unroll
         for (int k = 0; k < kWalkTile / 16; ++k) {
           weights_[k] = to_left<false>(scores_, k);
-          shared.weights[k][rank] = make_uint4(weights_[k].hi[0], weights_[k].hi[1], weights_[k].hi[2], weights_[k].hi[3]);
+          const uint32_t(&pairs)[4] = weights_[k].hi;
+          shared.weights[k][rank] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
         }
         arrive_at_barrier(kFullBarrier, 2 * kGroup);
         wgmma_begin();
@@ -99,16 +110,16 @@ class Values : Contexts {
         d = next;
       }
     }
-    if (step.owns_contexts(runs)) store(runs.p.dv, 1.0f, dv_);
   }
+  __device__ __forceinline__ void store() const { Contexts::store(runs.p.dv, 1.0f, dv_); }
 
  private:
   __device__ __forceinline__ void ask_scores(int d) {
     wgmma<Along::kSummed, Along::kSummed, false>(scores_, describe(shared.k[step.number % kKeyRing]),
                                                  describe(shared.q[step.queries_at(d)]));
   }
-  // Scores of tile d to weights.
-  __device__ __forceinline__ void weigh(int d, bool whole) {
+  // Scores to weights.
+  __device__ __forceinline__ void weigh() {
 #pragma unroll
     for (int n = 0; n < kWalkTile / 8; ++n) {
 #pragma unroll
@@ -116,16 +127,31 @@ class Values : Contexts {
         scores_[n][e] = exp2f(fmaf(scores_[n][e], kBase2, e % 2 == 0 ? -lse_[n].x : -lse_[n].y));
       }
     }
-    if (d == 0) {  // queries see contexts up to their own place
+  }
+  // Contexts after the queries' own, in the oldest tile.
+  __device__ __forceinline__ void hide_later() {
 #pragma unroll
-      for (int n = 0; n < kWalkTile / 8; ++n) {
+    for (int n = 0; n < kWalkTile / 8; ++n) {
+      if (8 * n >= warp_row + 16) break;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (fragment_column(n, e) < warp_row + fragment_row(e)) scores_[n][e] = 0.0f;
-        }
+      for (int e = 0; e < 4; ++e) {
+        if (fragment_column(n, e) < warp_row + fragment_row(e)) scores_[n][e] = 0.0f;
       }
     }
-    if (whole) return;
+  }
+  // Those before the window of queries that see all of it, in the newest tile.
+  __device__ __forceinline__ void hide_earlier() {
+#pragma unroll
+    for (int n = kWalkTile / 8 - 1; n >= 0; --n) {
+      if (8 * n + 8 <= warp_row) break;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (fragment_column(n, e) >= warp_row + fragment_row(e)) scores_[n][e] = 0.0f;
+      }
+    }
+  }
+  // Those before the window or the document of queries of tile d.
+  __device__ __forceinline__ void hide_others(int d) {
     const int c0 = step.tile * kWalkTile + warp_row;
     const int(&lows)[kWalkTile] = shared.low[step.queries_at(d)];
 #pragma unroll
@@ -147,11 +173,13 @@ class Keys : Contexts {
  public:
   using Contexts::Contexts;
 
-  __device__ __forceinline__ void meet_queries() {
+  __device__ __forceinline__ void meet_queries(bool&) {
     Tiles tiles(shared, step);
+    if (tiles.met() != (1u << kSpan) - 1) {  // Queries takes all of them
 #pragma unroll
-    for (int d = 0; d < kSpan; ++d) {
-      if ((tiles.met() >> d & 1) == 0) put_down(d, {});
+      for (int d = 0; d < kSpan; ++d) {
+        if ((tiles.met() >> d & 1) == 0) put_down(d, {});
+      }
     }
     if (tiles.more()) {
       int d = tiles.take();
@@ -180,10 +208,10 @@ class Keys : Contexts {
         d = next;
       }
     }
-    publish_to_wgmma();
-    if (!step.owns_contexts(runs)) return;
+  }
+  __device__ __forceinline__ void store() {
     walk_back(dk_, step.turn(shared), warp_row);
-    store(runs.p.dk, kWalkScale, dk_);
+    Contexts::store(runs.p.dk, kWalkScale, dk_);
   }
 
  private:
@@ -224,6 +252,21 @@ class Keys : Contexts {
   OfQueries inner_;
   Left<false> dscores_[kWalkTile / 16] = {};  // of the product under way
 };
+
+// All steps of a warpgroup that has contexts.
+template <typename Role>
+__device__ __forceinline__ void walk_with(const Runs& runs, WalkShared& shared) {
+  Gate gate(shared.gate);
+  gate.arrive();
+  bool first = true;
+  for (Step step(runs); step.real(runs); step.advance(runs)) {
+    Role role(runs, shared, step);
+    gate.wait();
+    if (step.has_contexts()) role.meet_queries(first);
+    gate.arrive();
+    if (step.has_contexts()) role.store();
+  }
+}
 
 }  // namespace mm_rec
 

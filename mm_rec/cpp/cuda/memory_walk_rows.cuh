@@ -6,8 +6,8 @@
 
 namespace mm_rec {
 
-// Of a row of 64 elements lane l of four has words n (n < 8) with the columns 8 n + 2 l and 8 n + 2 l + 1, as in accumulators;
-// afterwards it has the four words each of the pieces l and l + 4 of eight columns. The same again leads back.
+// Of a row of 64 elements lane l of four has words n (n < 8) with the columns 8 n + 2 l and 8 n + 2 l + 1, as in
+// accumulators; afterwards it has the four words each of the pieces l and l + 4 of eight columns. The same again leads back.
 __device__ __forceinline__ void exchange_words(uint32_t (&words)[8]) {
   const bool odd = threadIdx.x % 2 != 0, upper = threadIdx.x / 2 % 2 != 0;
 #pragma unroll

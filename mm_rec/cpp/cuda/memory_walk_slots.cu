@@ -8,12 +8,14 @@
 namespace mm_rec {
 namespace {
 
-constexpr int kThreads = 128, kResident = 3;  // four would leave too few registers
+constexpr int kThreads = 128, kResident = 3;  // with four, registers would be spilled
 
 struct Shared {
   WalkTile key, value, q, dout, dscores;  // (slot, query)
-  float bias[kWalkTile];
-  float2 stat[kWalkTile];  // of queries: denominator in base 2, inner
+  float bias[kWalkTile];                  // of slots: logarithm of the mass in base 2, -inf without mass, ...
+  float norm[kWalkTile];                  // ... factor that norms the key, ...
+  float inverse[kWalkTile];               // ... factor of the value, 0 for what is not there
+  float2 stat[kWalkTile];                 // of queries: denominator in base 2, inner
 };
 
 // Of the rows of slots from `row` on, `count` of them.
@@ -24,6 +26,46 @@ __device__ __forceinline__ void clear(const ReadBackward& p, int64_t row, int co
     store<4>(p.dvalue + row * kWalkDim + i, zeros);
   }
   for (int i = threadIdx.x; i < count; i += kThreads) p.dmass[row + i] = 0.0f;
+}
+
+// Slots from row `first` on: keys normed, values divided by their mass.
+__device__ __forceinline__ void fill_slots(Shared& shared, const ReadInputs& in, int64_t first, int count) {
+  typename WalkPlan::RowLoads<kWalkTile, float> key, value;
+  key.fetch(in.key + first * kWalkDim, kWalkDim, count, kWalkDim);
+  value.fetch(in.value + first * kWalkDim, kWalkDim, count, kWalkDim);
+  float mass[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = static_cast<int>(threadIdx.x + i * kThreads) / 8;
+    mass[i] = row < count ? in.mass[first + row] : 0.0f;
+  }
+  key.each([&](int i, int row, int column, float(&a)[4], float(&b)[4]) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) squares = fmaf(a[j], a[j], fmaf(b[j], b[j], squares));
+    const float norm = rsqrtf(group_sum<8>(squares) / kWalkDim + kNormEps);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      a[j] *= norm;
+      b[j] *= norm;
+    }
+    shared.key.set(row, column, a);
+    shared.key.set(row, kWalkDim / 2 + column, b);
+    if (threadIdx.x % 8 != 0) return;
+    shared.norm[row] = norm;
+    shared.bias[row] = mass[i] > 0.0f ? __log2f(mass[i]) : -INFINITY;
+    shared.inverse[row] = mass[i] > 0.0f ? 1.0f / mass[i] : 0.0f;
+  });
+  value.each([&](int i, int row, int column, float(&a)[4], float(&b)[4]) {
+    const float scale = mass[i] > 0.0f ? 1.0f / mass[i] : 1.0f;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      a[j] *= scale;
+      b[j] *= scale;
+    }
+    shared.value.set(row, column, a);
+    shared.value.set(row, kWalkDim / 2 + column, b);
+  });
 }
 
 __global__ void __launch_bounds__(kThreads, kResident) slot_kernel(const ReadBackward p, const MemoryExtent extent) {
@@ -54,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, kResident) slot_kernel(const ReadBac
     shared.stat[threadIdx.x] = real ? make_float2(p.lse[line + threadIdx.x] * kLog2e, p.inner[line + threadIdx.x])
                                     : make_float2(INFINITY, 0.0f);
   }
-  WalkPlan::fill_slots(shared.key, shared.value, shared.bias, p.in, slot0, count, kWalkDim);
+  fill_slots(shared, p.in, slot0, count);
   cp_async_wait<0>();
   __syncthreads();
 
@@ -106,31 +148,25 @@ __global__ void __launch_bounds__(kThreads, kResident) slot_kernel(const ReadBac
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = warp_row + fragment_row(2 * r);
-    const bool real = row < count;
-    const float mass = real ? p.in.mass[slot0 + row] : 0.0f, inverse = mass > 0.0f ? 1.0f / mass : 1.0f;
-    const int64_t to = (slot0 + row) * kWalkDim + fragment_column(0, 0);
-    float memory[kWalkDim / 8][2] = {}, squares = 0.0f, product = 0.0f;
+    const float inverse = shared.inverse[row], scale = kWalkScale * shared.norm[row];
+    float key[kWalkDim / 8][2], product = 0.0f;
 #pragma unroll
     for (int n = 0; n < kWalkDim / 8; ++n) {
-      if (real) load<2>(p.in.key + to + 8 * n, memory[n]);
+      load<2>(shared.key.hi + row * WalkTile::kStride + fragment_column(n, 0), key[n]);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        squares = fmaf(memory[n][j], memory[n][j], squares);
-        product = fmaf(memory[n][j], dk[n][2 * r + j], product);
-      }
+      for (int j = 0; j < 2; ++j) product = fmaf(key[n][j], dk[n][2 * r + j], product);
     }
-    const float norm = rsqrtf(group_sum<4>(squares) / kWalkDim + kNormEps), scale = kWalkScale * norm;
-    const float slope = scale * norm * norm * group_sum<4>(product) / kWalkDim;
-    const float inner = group_sum<4>(weighted_inner[r]);
-    if (!real) continue;
+    const float along = group_sum<4>(product) / kWalkDim, inner = group_sum<4>(weighted_inner[r]);
+    if (row >= count) continue;
+    const int64_t to = (slot0 + row) * kWalkDim + fragment_column(0, 0);
 #pragma unroll
     for (int n = 0; n < kWalkDim / 8; ++n) {
-      const float dkey[2] = {scale * dk[n][2 * r] - slope * memory[n][0], scale * dk[n][2 * r + 1] - slope * memory[n][1]};
+      const float dkey[2] = {scale * (dk[n][2 * r] - along * key[n][0]), scale * (dk[n][2 * r + 1] - along * key[n][1])};
       const float dvalue[2] = {inverse * dv[n][2 * r], inverse * dv[n][2 * r + 1]};
       store<2>(p.dkey + to + 8 * n, dkey);
       store<2>(p.dvalue + to + 8 * n, dvalue);
     }
-    if (threadIdx.x % 4 == 0) p.dmass[slot0 + row] = mass > 0.0f ? -inner * inverse : 0.0f;
+    if (threadIdx.x % 4 == 0) p.dmass[slot0 + row] = -inner * inverse;
   }
 }
 

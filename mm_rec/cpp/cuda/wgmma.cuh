@@ -1,6 +1,7 @@
 // Matrix products of a warpgroup (four warps), which read tiles of shared memory themselves, once for 64 rows. Compute
-// capability 9.0 alone has these instructions: kernels with them have a body only where MM_REC_WGMMA is defined, and are launched
-// only if has_wgmma().
+// capability 9.0 alone has these instructions: kernels with them have a body only where MM_REC_WGMMA is defined, and are
+// launched only if has_wgmma(). What products may be in flight, and what must not be touched meanwhile, is in the description
+// of wgmma.mma_async in NVIDIA's "PTX ISA".
 #ifndef MM_REC_WGMMA_CUH
 #define MM_REC_WGMMA_CUH
 
@@ -78,7 +79,8 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(Pending) : "memory");
 }
 
-// Nothing that is done to sums passes this: between products and the wait for them, the compiler must not touch them.
+// Nothing that is done to sums passes this. Between products and the wait for them the compiler must not touch them, not even
+// to copy them; where it does, ptxas warns that products are serialized.
 __device__ __forceinline__ void settle(Sums64& sums) { asm volatile("" : MM_REC_ROWS(sums)); }
 
 // Sums are of no interest before the next product, so that their registers need not be copied.
@@ -121,11 +123,6 @@ __device__ __forceinline__ void hold(const Left<false> (&left)[4]) {
   }
 }
 
-// Shared memory that this thread wrote will be read by products of threads that it meets at the next barrier.
-__device__ __forceinline__ void publish_to_wgmma() {
-  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
-}
-
 // Take registers from those of the block that gave some back, by all threads of a warpgroup; numbers are multiples of 8.
 template <int Count>
 __device__ __forceinline__ void take_registers() {
@@ -140,6 +137,36 @@ __device__ __forceinline__ void give_registers() {
 __device__ __forceinline__ void arrive_at_barrier(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
 }
+
+// Where threads of several warpgroups meet step by step; a thread may do other things between its arrival and its wait.
+class Gate {
+ public:
+  __device__ __forceinline__ explicit Gate(uint64_t& barrier) : at_(shared_address(&barrier)) {}
+
+  // By one thread, before all others wait for it in some other way.
+  __device__ __forceinline__ void open(int threads) const {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(at_), "r"(threads) : "memory");
+  }
+  // What this thread wrote to shared memory is there for all that wait, also for their products.
+  __device__ __forceinline__ void arrive() const {
+    asm volatile("{\n.reg .b64 state;\nfence.proxy.async.shared::cta;\n"
+                 "mbarrier.arrive.shared::cta.b64 state, [%0];\n}\n" ::"r"(at_)
+                 : "memory");
+  }
+  __device__ __forceinline__ void wait() {
+    for (int there = 0; there == 0;) {
+      asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}\n"
+                   : "=r"(there)
+                   : "r"(at_), "r"(phase_)
+                   : "memory");
+    }
+    phase_ ^= 1;
+  }
+
+ private:
+  uint32_t at_;
+  unsigned phase_ = 0;
+};
 
 // Four 8x8 matrices of 16-bit elements to shared memory; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void stmatrix(void* row, const uint32_t (&x)[4]) {
