@@ -11,7 +11,7 @@ from torch import Tensor
 from mm_rec import ops
 from mm_rec.bench.timing import Action, median_seconds
 from mm_rec.config import ModelConfig
-from mm_rec.ops.matmul import mm
+from mm_rec.ops.cpu.matmul import mm
 
 __all__ = ["COPY_BYTES", "copy_action", "copy_rate", "matrix_work", "products_action"]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from mm_rec.ops import cpu
+from mm_rec.ops.cpu import common
 
 
 @pytest.fixture(autouse=True)
@@ -24,4 +24,4 @@ def poisoned_results(monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.full(tuple(shape), torch.nan, dtype=dtype)
 
-    monkeypatch.setattr(cpu, "_empty", poisoned)
+    monkeypatch.setattr(common, "empty", poisoned)

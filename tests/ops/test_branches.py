@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from mm_rec import ops
-from mm_rec.ops import branches, cpu
+from mm_rec.ops import branches
+from mm_rec.ops.cpu import sequence
 
 from .cases import CASES, TIME_SHAPES, Builder, Random
 from .compare import assert_agree, run
@@ -44,10 +45,10 @@ def test_threads_change_nothing(shape: tuple[int, int, int, int]) -> None:
     found: list[list[Tensor]] = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        h, y = cpu.gated_scan(z, u, r, *rest, heads)
+        h, y = sequence.gated_scan(z, u, r, *rest, heads)
         dwide = torch.zeros_like(wide)
         slices = [dwide[..., i * width : (i + 1) * width] for i in range(3)]
-        gradients = cpu.gated_scan_backward(dy, dh_last, h, z, u, r, *rest, heads, *slices)
+        gradients = sequence.gated_scan_backward(dy, dh_last, h, z, u, r, *rest, heads, *slices)
         assert not dwide[..., 3 * width :].any()
         found.append([h, y, dwide, *gradients])
     for other in found[1:]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mm_rec import ops
-from mm_rec.ops import cpu, reference
+from mm_rec.ops import reference
+from mm_rec.ops.cpu import loss
 
 from .cases import linear_cross_entropy
 from .compare import assert_agree, run, tolerance, widen
@@ -19,7 +20,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 @DTYPES
 def test_chunks_of_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "LOGIT_BYTES", 4000)
+    monkeypatch.setattr(loss, "LOGIT_BYTES", 4000)
     arguments = linear_cross_entropy(63, 20, 130, True, dtype)
     got = run(ops.linear_cross_entropy, arguments)
     assert_agree(got, run(reference.linear_cross_entropy, widen(arguments)), tolerance(OP, dtype, "any"))
@@ -85,7 +86,7 @@ def test_large_logits() -> None:
 
 
 def test_training_after_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_kept", threading.local())
+    monkeypatch.setattr(loss, "_kept", threading.local())
     arguments = linear_cross_entropy(63, 20, 130, True, torch.float32)
     with torch.inference_mode():
         ops.linear_cross_entropy(*arguments)

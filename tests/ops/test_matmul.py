@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mm_rec import ops
-from mm_rec.ops import backend, cpu, cpu_branches, matmul
+from mm_rec.ops import backend
+from mm_rec.ops.cpu import branches, loss, matmul
 from mm_rec.ops.native import CpuLibrary
 
 SIZES = st.one_of(st.sampled_from([16, 17, 31, 32, 33, 64, 95]), st.integers(16, 130))
@@ -118,7 +119,7 @@ def test_linear(learns_x: bool, learns_weight: bool, monkeypatch: pytest.MonkeyP
     ops.status()
     native = backend._loaded["cpu"]
     assert isinstance(native, backend.Native)
-    kernels = {**native.kernels, "mm": matmul.mm, "linear": cpu_branches.linear}
+    kernels = {**native.kernels, "mm": matmul.mm, "linear": branches.linear}
     monkeypatch.setitem(backend._loaded, "cpu", dataclasses.replace(native, kernels=kernels))
     generator = torch.Generator().manual_seed(0)
     x, weight, dy = (
@@ -143,13 +144,13 @@ def test_linear_names_what_is_wrong() -> None:
 
 def test_large_losses_add_their_parts_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of the embedding is a sum over chunks of rows."""
-    monkeypatch.setattr(cpu, "LOGIT_BYTES", 2 * 70 * 30)
+    monkeypatch.setattr(loss, "LOGIT_BYTES", 2 * 70 * 30)
     generator = torch.Generator().manual_seed(0)
     y, embedding = (torch.randn(shape, generator=generator).bfloat16() for shape in ((90, 48), (70, 48)))
     targets = torch.randint(70, (90,), generator=generator)
     weight = torch.rand(90, generator=generator)
-    found = cpu.linear_cross_entropy(y, embedding, targets, weight, True, True)
+    found = loss.linear_cross_entropy(y, embedding, targets, weight, True, True)
     monkeypatch.setattr(matmul, "_product", None)
-    wanted = cpu.linear_cross_entropy(y, embedding, targets, weight, True, True)
+    wanted = loss.linear_cross_entropy(y, embedding, targets, weight, True, True)
     for got, want in zip(found, wanted, strict=True):
         assert _error(got, want.double()) < 2 * ROUNDED

@@ -1,4 +1,4 @@
-"""Whole branches of a block on the CPU: the products of :mod:`.matmul`, and between them the kernels of :mod:`.cpu`.
+"""Whole branches of a block on the CPU: the products of :mod:`.matmul`, and between them kernels of the other modules.
 
 Gradients of slices of a product are written where the product's gradient is wanted, and buffers are used again.
 """
@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm_rec.ops import cpu
-from mm_rec.ops.matmul import mm
+from mm_rec.ops.cpu.matmul import mm
+from mm_rec.ops.cpu.norm import relu_squared, relu_squared_backward_into
+from mm_rec.ops.cpu.sequence import gated_scan, gated_scan_backward
 
 __all__ = ["KERNELS"]
 
 
-def _slices(product: Tensor, shape: torch.Size) -> list[Tensor]:
+def _slices(product: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
     """The parts z, r, u (B, T, D) and hidden (B, T, K) of a product (B * T, 3 D + K)."""
     width = shape[2]
     return product.view(*shape[:2], -1).split_with_sizes([width, width, width, product.shape[1] - 3 * width], 2)
@@ -36,7 +37,7 @@ def linear_branch(
     z, r, u, hidden = _slices(product, n.shape)
     activated = F.gelu(hidden).flatten(0, 1)
     decay_logits = mm(activated, decay_proj.t())
-    h, y = cpu.gated_scan(z, u, r, decay_logits, decay_bias, gate_bias, h0, reset, heads)
+    h, y = gated_scan(z, u, r, decay_logits, decay_bias, gate_bias, h0, reset, heads)
     delta = mm(y.flatten(0, 1), out_proj.t())
     return delta.view(n.shape), h[:, -1].clone(), product, activated, decay_logits, h, y
 
@@ -63,7 +64,7 @@ def linear_branch_backward(
     dout_proj, dy = mm(above.t(), y.flatten(0, 1)), mm(above, out_proj)
     dproduct = torch.empty_like(product)
     (z, r, u, hidden), (dz, dr, du, dhidden) = _slices(product, n.shape), _slices(dproduct, n.shape)
-    ddecay, ddecay_bias, dgate_bias, dh0 = cpu.gated_scan_backward(
+    ddecay, ddecay_bias, dgate_bias, dh0 = gated_scan_backward(
         dy, dh_last, h, z, u, r, decay_logits, decay_bias, gate_bias, h0, reset, heads, dz, du, dr
     )
     ddecay = ddecay.flatten(0, 1)
@@ -75,7 +76,7 @@ def linear_branch_backward(
 
 def feed_forward(n: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     hidden = mm(n.flatten(0, 1), up.t())
-    squared = cpu.relu_squared(hidden)
+    squared = relu_squared(hidden)
     return mm(squared, down.t()).view(n.shape), hidden, squared
 
 
@@ -84,7 +85,7 @@ def feed_forward_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     above = ddelta.flatten(0, 1)
     ddown, dhidden = mm(above.t(), squared), mm(above, down)
-    cpu.relu_squared_backward_into(dhidden, hidden, dhidden)
+    relu_squared_backward_into(dhidden, hidden, dhidden)
     return mm(dhidden, up).view(n.shape), mm(dhidden.t(), n.flatten(0, 1)), ddown
 
 

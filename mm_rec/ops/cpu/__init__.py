@@ -1,0 +1,37 @@
+"""The CPU back end: the kernels of ``mm_rec/cpp/src`` on PyTorch tensors.
+
+Every function has the arguments of the op's schema. Inputs may be strided as long as rows are evenly spaced,
+which slices of a wide product are; others are copied. Results are contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mm_rec.ops.backend import Native
+from mm_rec.ops.cpu import branches, common, loss, matmul, memory, norm, optimizer, sequence
+from mm_rec.ops.native import CpuLibrary
+
+__all__ = ["load"]
+
+RAW = ("step", "step_scratch", "pack_layout", "pack", "sample", "sample_scratch")  # for mm_rec.ops.step and .sample
+
+
+def load() -> Native:
+    """Load the library and return its kernels, by op name.
+
+    Raises:
+        NativeUnavailableError: the library is missing or broken.
+    """
+    library = CpuLibrary()
+    common.call = call = library.call
+    modules = (sequence, norm, memory, loss, optimizer, branches)
+    kernels: dict[str, Callable[..., Any]] = {
+        kernel.__name__: kernel for module in modules for kernel in module.KERNELS
+    }
+    if library.level in ("avx512bf16", "amx"):
+        matmul.use(call.tile_product if library.level == "amx" else call.vector_product)
+        kernels |= {"mm": matmul.mm, "linear": branches.linear}
+    raw = {name: getattr(call, name) for name in RAW}
+    return Native(str(library.path), library.level, kernels | raw)
