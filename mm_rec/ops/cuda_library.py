@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mm_rec.cpp.build import CUDA_LIBRARY
+from mm_rec.errors import UserError
 from mm_rec.ops.backend import NativeUnavailableError
 
 __all__ = ["LIBRARY_PATH", "CudaLibrary", "aligned", "all_dense", "dense", "nested_rows", "rows_of"]
@@ -17,6 +18,7 @@ __all__ = ["LIBRARY_PATH", "CudaLibrary", "aligned", "all_dense", "dense", "nest
 LIBRARY_PATH = Path(__file__).resolve().parents[1] / "cpp" / CUDA_LIBRARY
 REBUILD = "cd mm_rec/cpp && python setup.py build_ext --inplace"
 _PREFIX = "mm_rec_cuda_"
+_OUT_OF_RESOURCES = 701  # cudaErrorLaunchOutOfResources, which launch.cuh answers
 
 
 def _argument(value: Any) -> Any:
@@ -55,11 +57,17 @@ class CudaLibrary:
         """Enqueue the function ``mm_rec_cuda_<name>`` on the current stream of the device of ``like``.
 
         Raises:
+            UserError: the device has too little shared memory for it.
             RuntimeError: the kernel could not be started.
         """
         with torch.cuda.device(like.device):
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             error = self._library[_PREFIX + name](*map(_argument, arguments), stream)
+        if error == _OUT_OF_RESOURCES:
+            raise UserError(
+                f"this GPU has too little shared memory for {name} with heads of this size and type; "
+                "use --precision bf16 and heads of 64, or MM_REC_BACKEND=reference, which is slow"
+            )
         if error:
             raise RuntimeError(f"the CUDA kernel {name} did not start: {self._error_string(error).decode()}")
 

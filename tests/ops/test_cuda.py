@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mm_rec import ops
+from mm_rec.errors import UserError
 from mm_rec.ops import cuda, reference
 
 from .cases import (
@@ -67,6 +68,7 @@ MEMORIES = {
     "cut-in-five": (1, 2600, 128, 2, 64, 60, [63], {(0, t) for t in (300, 562, 900, 1500, 1813, 2000, 2001, 2500)}),
     "wide-window": (1, 400, 180, 1, 32, 70, [500], {(0, 250)}),
 }
+LARGE_HEADS = ("heads-of-128", "heads-of-256")
 EXTRA: dict[str, dict[str, Builder]] = {
     "recurrence": {
         "x".join(map(str, shape)) + f"-{state}": partial(recurrence_case, shape, state)
@@ -113,6 +115,27 @@ def test_agrees_with_reference(op: str, build: Builder, dtype: torch.dtype) -> N
         got = to_host(run(getattr(ops, op), on_device(arguments)))
     want = run(getattr(reference, op), widen(arguments))
     assert_agree(got, want, TOLERANCE_ROUNDED if op in ROUNDED and dtype == torch.bfloat16 else TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("limit", "dtype"), [(163, torch.float32), (163, torch.bfloat16), (99, torch.bfloat16)], ids=["A100", "A100", "RTX"]
+)
+@pytest.mark.parametrize("op", ["recurrence", "memory_update", "memory_read"])
+def test_gpus_with_less_shared_memory(op: str, limit: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MM_REC_CUDA_SHARED_MEMORY", str(limit * 1024))
+    cases = {**CASES[op], **EXTRA[op]}
+    for build in [build for name, build in cases.items() if name not in LARGE_HEADS]:
+        arguments = build(dtype)
+        with ops.use_backend("native"):
+            got = to_host(run(getattr(ops, op), on_device(arguments)))
+        assert_agree(got, run(getattr(reference, op), widen(arguments)), TOLERANCE)
+
+
+def test_what_does_not_fit_names_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MM_REC_CUDA_SHARED_MEMORY", str(50 * 1024))
+    arguments = on_device(memory_read(MEMORY_SHAPES["model-sizes"], torch.float32))
+    with pytest.raises(UserError, match="MM_REC_BACKEND=reference"):
+        run(ops.memory_read, arguments)
 
 
 @pytest.mark.parametrize("strided", ["slice", "transposed"])

@@ -6,6 +6,8 @@
 
 #include <cstddef>
 
+#include "device.cuh"
+
 namespace mm_rec {
 
 // Dynamic shared memory of the running block, 16-byte aligned.
@@ -14,11 +16,13 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return memory;
 }
 
-// Enqueue a kernel on `stream`; never waits. Raises the kernel's limit of dynamic shared memory if needed.
+// Enqueue a kernel on `stream`; never waits. Raises the kernel's limit of dynamic shared memory if needed; answers
+// cudaErrorLaunchOutOfResources if the device has less.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                    Arguments... arguments) {
   if (shared_bytes > 48 * 1024) {
+    if (shared_bytes > shared_memory_limit()) return cudaErrorLaunchOutOfResources;
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    static_cast<int>(shared_bytes));

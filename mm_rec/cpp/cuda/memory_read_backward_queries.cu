@@ -185,7 +185,7 @@ extern "C" int mm_rec_cuda_memory_read_backward(const void* dout, const void* ou
   ReadBackward p{{q, k, v, key, value, mass, position, rotary, {}},
                  out, dout, lse, workspace, dq, dk, dv, dkey, dvalue, dmass};
   cudaError_t error = make_write_index(position, extent, workspace + batch * heads * time, &p.in.index, stream);
-  if (error == cudaSuccess && walks(dtype, extent) && has_wgmma()) {
+  if (error == cudaSuccess && walks_backward(dtype, extent)) {
     error = walk_backward_window(p, extent, stream);
     return error == cudaSuccess ? walk_backward_slots(p, extent, stream) : error;
   }

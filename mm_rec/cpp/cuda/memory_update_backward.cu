@@ -322,7 +322,7 @@ cudaError_t dispatch(const UpdateInputs& in, const UpdateGradients& out, const M
 
 // Sums of the gradients of address and rate: a sequence has one of each, or one for each of its parts.
 int64_t partials(const MemoryExtent& extent) {
-  return extent.batch * (walks(kBFloat16, extent) ? write_backward_parts(extent) : 1);
+  return extent.batch * (writes_backward(kBFloat16, extent) ? write_backward_parts(extent) : 1);
 }
 int64_t partial_floats(const MemoryExtent& extent) {
   return partials(extent) * extent.heads * (static_cast<int64_t>(extent.slots) * extent.dim + 1);
@@ -345,14 +345,14 @@ extern "C" int mm_rec_cuda_memory_update_backward(
     int64_t batch, int64_t time, int64_t heads, int64_t dim, int64_t slots, int64_t window, void* stream) {
   using namespace mm_rec;
   const MemoryExtent extent{batch, time, heads, static_cast<int>(dim), static_cast<int>(slots), static_cast<int>(window)};
-  const int64_t address_size = heads * slots * dim, count = walks(dtype, extent) ? partials(extent) : batch;
+  const int64_t address_size = heads * slots * dim, count = writes_backward(dtype, extent) ? partials(extent) : batch;
   float* drate_partial = workspace + count * address_size;
   UpdateInputs in{k, v, address, rate, position, {}};
   const UpdateGradients out{dkey, dvalue, dmass,   key,    value,     mass,         dk,
                             dv,   dkey0,  dvalue0, dmass0, workspace, drate_partial};
   cudaError_t error = make_write_index(position, extent, workspace + partial_floats(extent), &in.index, stream);
   if (error == cudaSuccess) {
-    error = walks(dtype, extent) ? write_backward(in, out, extent, stream)
+    error = writes_backward(dtype, extent) ? write_backward(in, out, extent, stream)
             : dtype == kBFloat16 ? dispatch<bf16>(in, out, extent, stream)
                                  : dispatch<float>(in, out, extent, stream);
   }

@@ -152,6 +152,6 @@ extern "C" int mm_rec_cuda_memory_update_forward(const void* k, const void* v, i
   const UpdateOutputs out{key0, value0, mass0, key, value, mass};
   const cudaError_t error = make_write_index(position, extent, workspace, &in.index, stream);
   if (error != cudaSuccess) return error;
-  if (walks(dtype, extent)) return write_forward(in, out, extent, stream);
+  if (writes_forward(dtype, extent)) return write_forward(in, out, extent, stream);
   return dtype == kBFloat16 ? dispatch<bf16>(in, out, extent, stream) : dispatch<float>(in, out, extent, stream);
 }

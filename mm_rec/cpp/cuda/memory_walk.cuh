@@ -22,6 +22,8 @@ inline bool walks(int64_t dtype, const MemoryExtent& extent) {
 
 inline int64_t walk_tiles(const MemoryExtent& extent) { return ceil_div(extent.time, kWalkTile); }  // of queries
 
+// Whether the window's kernel of the backward pass is for such sizes and runs on the device.
+bool walks_backward(int64_t dtype, const MemoryExtent& extent);
 cudaError_t walk_forward(const ReadInputs& in, void* out, float* lse, const MemoryExtent& extent, void* stream);
 
 // Tiles of queries a block should walk through, up to kWalkLongest, if `resident` blocks run at a time: a block has as much to

@@ -8,12 +8,14 @@
 namespace mm_rec {
 namespace {
 
+constexpr size_t kAlignment = 1024;  // the swizzle counts rows from multiples of it
+constexpr size_t kSharedBytes = sizeof(WalkShared) + kAlignment;
+
 __global__ void __launch_bounds__(kWalkThreads, 1)
     window_kernel(const ReadBackward p, const MemoryExtent extent, int length) {
 #ifdef MM_REC_WGMMA
   unsigned char* memory = dynamic_shared();
-  // The swizzle counts rows from addresses that are multiples of 1,024.
-  auto& shared = *reinterpret_cast<WalkShared*>(memory + (1024 - shared_address(memory) % 1024) % 1024);
+  auto& shared = *reinterpret_cast<WalkShared*>(memory + (kAlignment - shared_address(memory) % kAlignment) % kAlignment);
   const Runs runs(p, extent, length);
   shared.load_angles(runs);
   if (threadIdx.x == 0) Gate(shared.gate).open(kWalkThreads);
@@ -37,12 +39,16 @@ __global__ void __launch_bounds__(kWalkThreads, 1)
 
 }  // namespace
 
+bool walks_backward(int64_t dtype, const MemoryExtent& extent) {
+  return walks(dtype, extent) && has_wgmma() && kSharedBytes <= shared_memory_limit();
+}
+
 cudaError_t walk_backward_window(const ReadBackward& p, const MemoryExtent& extent, void* stream) {
   const int64_t processors = multiprocessors();
   const int length = walk_length(extent, processors, kWalkBehind);
   const int64_t runs = extent.batch * extent.heads * ceil_div(walk_tiles(extent), length);
   return launch(window_kernel, dim3(static_cast<unsigned>(runs < processors ? runs : processors)), dim3(kWalkThreads),
-                sizeof(WalkShared) + 1024, stream, p, extent, length);
+                kSharedBytes, stream, p, extent, length);
 }
 
 }  // namespace mm_rec

@@ -164,6 +164,9 @@ __device__ __forceinline__ void load_split(SplitTile& tile, const float* source,
   }
 }
 
+// Whether these kernels are for such sizes and fit the device.
+bool writes_forward(int64_t dtype, const MemoryExtent& extent);
+bool writes_backward(int64_t dtype, const MemoryExtent& extent);
 cudaError_t write_forward(const UpdateInputs& in, const UpdateOutputs& out, const MemoryExtent& extent, void* stream);
 cudaError_t write_backward(const UpdateInputs& in, const UpdateGradients& out, const MemoryExtent& extent, void* stream);
 

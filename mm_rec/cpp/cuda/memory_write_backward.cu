@@ -292,6 +292,10 @@ int write_backward_parts(const MemoryExtent& extent) {
   return write_parts(extent, extent.heads * extent.batch, multiprocessors());
 }
 
+bool writes_backward(int64_t dtype, const MemoryExtent& extent) {
+  return walks(dtype, extent) && sizeof(Shared) <= shared_memory_limit();
+}
+
 cudaError_t write_backward(const UpdateInputs& in, const UpdateGradients& out, const MemoryExtent& extent, void* stream) {
   const int parts = write_backward_parts(extent);
   const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(extent.heads), static_cast<unsigned>(extent.batch));

@@ -156,6 +156,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 }  // namespace
 
+bool writes_forward(int64_t dtype, const MemoryExtent& extent) {
+  return walks(dtype, extent) && sizeof(Shared) <= shared_memory_limit();
+}
+
 cudaError_t write_forward(const UpdateInputs& in, const UpdateOutputs& out, const MemoryExtent& extent, void* stream) {
   const int parts = write_parts(extent, 2 * extent.heads * extent.batch, int64_t{kResident} * multiprocessors());
   const dim3 grid(static_cast<unsigned>(2 * parts), static_cast<unsigned>(extent.heads), static_cast<unsigned>(extent.batch));

@@ -95,7 +95,7 @@ struct AnySize {
     threads = static_cast<int>(dim < 1024 ? ceil_div(dim, 32) * 32 : 1024);
     const size_t matrix = sizeof(float) * dim * (dim + 1);
     shared_bytes = sizeof(float) * vectors * dim;
-    keep_matrix = shared_bytes + matrix <= static_cast<size_t>(shared_memory_limit());
+    keep_matrix = shared_bytes + matrix <= shared_memory_limit();
     if (keep_matrix) shared_bytes += matrix;
   }
   dim3 grid(const Extent& extent) const {

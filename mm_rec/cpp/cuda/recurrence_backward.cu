@@ -187,7 +187,7 @@ cudaError_t dispatch(const RecurrenceBackward& p, float* dbias_partial, const Ex
   if (dim == 64) return run<U, Tile64, 8, 2, 4>(p, dbias_partial, extent, stream);
   if (dim == 128) return run<U, MatrixTile<128, 4, 4, 2, 0>, 4, 2, 2>(p, dbias_partial, extent, stream);
   using Tile256 = MatrixTile<256, 8, 4, 2, 16>;
-  if (dim == 256 && sizeof(Shared<Tile256, 2, 2>) <= static_cast<size_t>(shared_memory_limit())) {
+  if (dim == 256 && sizeof(Shared<Tile256, 2, 2>) <= shared_memory_limit()) {
     return run<U, Tile256, 2, 2, 1>(p, dbias_partial, extent, stream);
   }
   const AnySize plan(dim, 3);

@@ -383,7 +383,7 @@ cudaError_t run(const RecurrenceBackward& p, float* dw_partial, float* dbias_par
 }  // namespace
 
 bool recurrence_grouped(int64_t dim) {
-  return dim == kDim && sizeof(Shared<float>) <= static_cast<size_t>(shared_memory_limit());
+  return dim == kDim && sizeof(Shared<float>) <= shared_memory_limit();
 }
 
 int64_t recurrence_grouped_workspace(const Extent& extent) {

@@ -156,7 +156,7 @@ cudaError_t dispatch(const Arguments& p, const Extent& extent, int dim, void* st
   if (dim == 64) return run<U, MatrixTile<64, 4, 4, 1, 0>, 8, 3, 8>(p, extent, stream);
   if (dim == 128) return run<U, MatrixTile<128, 4, 4, 2, 0>, 8, 2, 2>(p, extent, stream);
   using Tile256 = MatrixTile<256, 8, 4, 2, 16>;
-  if (dim == 256 && sizeof(Shared<U, Tile256, 4, 2>) <= static_cast<size_t>(shared_memory_limit())) {
+  if (dim == 256 && sizeof(Shared<U, Tile256, 4, 2>) <= shared_memory_limit()) {
     return run<U, Tile256, 4, 2, 1>(p, extent, stream);
   }
   const AnySize plan(dim, 2);
