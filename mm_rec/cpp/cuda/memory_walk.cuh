@@ -13,6 +13,7 @@ namespace mm_rec {
 
 constexpr int kWalkDim = 64, kWalkTile = 64, kWalkWindow = 128, kWalkBehind = kWalkWindow / kWalkTile, kWalkLongest = 32;
 constexpr float kWalkScale = 0.125f;  // 1 / sqrt(kWalkDim)
+constexpr float kBase2 = kWalkScale * kLog2e;  // of scores
 using WalkTile = Tile<kWalkTile, kWalkDim, false>;
 using WalkPlan = ReadPlan<bf16, kWalkDim>;
 
@@ -96,45 +97,6 @@ __device__ __forceinline__ void walk_copy(bf16* tile, const bf16* source, int64_
     cp_async_16(tile + row * WalkTile::kStride + column, source + (inside ? row * stride + column : 0), inside);
   }
 }
-
-// Angles of a thread's pieces of a tile.
-template <typename Pieces>
-class Angles {
- public:
-  template <typename Turn>
-  __device__ __forceinline__ explicit Angles(const Turn& turn) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      turn.template load<4>(Pieces::row(i / 2), Pieces::column(i / 2) + i % 2 * 4, cosine_[i], sine_[i]);
-    }
-  }
-  // Rotate them in place.
-  __device__ __forceinline__ void rotate(bf16* tile) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      bf16* first = tile + Pieces::row(i) * WalkTile::kStride + Pieces::column(i);
-      const auto a = *reinterpret_cast<const Words<bf16, 8>*>(first);
-      const auto b = *reinterpret_cast<const Words<bf16, 8>*>(first + kWalkDim / 2);
-      float x[8], y[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float cosine = cosine_[2 * i + j / 4][j % 4], sine = sine_[2 * i + j / 4][j % 4];
-        x[j] = a[j] * cosine - b[j] * sine;
-        y[j] = b[j] * cosine + a[j] * sine;
-      }
-      put(first, x);
-      put(first + kWalkDim / 2, y);
-    }
-  }
-
- private:
-  static __device__ __forceinline__ void put(bf16* to, const float (&x)[8]) {
-    *reinterpret_cast<uint4*>(to) =
-        make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
-  }
-
-  float cosine_[4][4], sine_[4][4];
-};
 
 // Turn accumulators of 16 rows of a tile, from `row` on, back.
 template <typename Turn>

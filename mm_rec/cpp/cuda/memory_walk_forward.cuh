@@ -7,7 +7,6 @@
 namespace mm_rec {
 
 constexpr int kWalkRing = kWalkWindow + kWalkTile;
-constexpr float kBase2 = kWalkScale * kLog2e;  // of scores
 
 // The contexts of a tile's queries, of which each tile replaces the oldest, and its slots.
 struct ForwardShared {

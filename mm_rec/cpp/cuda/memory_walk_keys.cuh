@@ -8,8 +8,6 @@
 
 namespace mm_rec {
 
-constexpr float kBase2 = kWalkScale * kLog2e;  // of scores
-
 // The tiles of queries that a step meets, one after the other.
 class Tiles {
  public:
