@@ -85,7 +85,7 @@ def assemble(
     before = found.trainer["runtime"] if found else {}
     runtime = choose_runtime(settings, device, before)
     runtime["precision"] = distributed.shared(runtime["precision"])
-    training = training_bytes(parameters, runtime["precision"])
+    training = training_bytes(parameters, runtime["precision"], replicated=distributed.size() > 1)
     if distributed.size() > 1:
         too_large = distributed.agree(int(with_margin(training, 0) > available))
         runtime["parallel"] = _choose_parallel(runtime["parallel"], settings.parallel, bool(too_large))

@@ -14,6 +14,8 @@ from mm_rec.optim import AdamW
 
 __all__ = ["ReplicatedAdamW"]
 
+ALIGNED = 8  # elements: each gradient starts at a multiple of 16 bytes, as kernels like it
+
 
 class ReplicatedAdamW(AdamW):
     """AdamW of a model of which every process holds all; in each the same parameters have got gradients.
@@ -36,9 +38,10 @@ class ReplicatedAdamW(AdamW):
         slots = [slot for slot in self._active() if slot.total is not None and slot.total.dtype == dtype]
         if not slots:
             return
-        sizes = [slot.master.numel() for slot in slots]
+        sizes = [-(-slot.master.numel() // ALIGNED) * ALIGNED for slot in slots]
         message = torch.empty(sum(sizes), dtype=dtype, device=slots[0].master.device)
-        parts = [part.view_as(slot.master) for part, slot in zip(message.split(sizes), slots, strict=True)]
+        pieces = zip(message.split(sizes), slots, strict=True)
+        parts = [piece[: slot.master.numel()].view_as(slot.master) for piece, slot in pieces]
         torch._foreach_copy_(parts, [slot.total for slot in slots if slot.total is not None])
         distributed.mean_(message)
         for slot, part in zip(slots, parts, strict=True):

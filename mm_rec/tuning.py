@@ -20,14 +20,14 @@ import psutil
 import torch
 
 from mm_rec import ops
+from mm_rec.ops import native
 from mm_rec.storage import write_atomic
 
 __all__ = ["Tuning", "cache_file", "cores", "threads_are_given", "tune"]
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 MACHINE_VARIABLES = (
-    *THREAD_VARIABLES, "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY",
-    "MM_REC_CPU_LEVEL", "MM_REC_BACKEND",
+    *THREAD_VARIABLES, "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY"
 )  # fmt: skip
 ROUNDS = 7
 TOKENS, WIDTH, HIDDEN = 1024, 512, 2048  # the widest product of a block of `100m`
@@ -92,6 +92,7 @@ def _machine(candidates: list[int], has_bf16: bool) -> str:
     """What a choice holds for."""
     facts: dict[str, Any] = {"cores": cores(), "threads": candidates, "bf16": has_bf16, "torch": torch.__version__}
     facts["capability"] = torch.backends.cpu.get_cpu_capability()
+    facts["kernels"] = [ops.status()["cpu"].level, native.INTERFACE]
     facts |= {name: os.environ[name] for name in MACHINE_VARIABLES if os.environ.get(name)}
     return json.dumps(facts, sort_keys=True)
 

@@ -1,4 +1,4 @@
-"""Training in several processes, by DDP and by FSDP: the losses of one, the same checkpoints, exact resume."""
+"""Training in several processes, the model whole in each or in parts: losses of one, same checkpoints, exact resume."""
 
 from __future__ import annotations
 
@@ -100,13 +100,15 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
 def test_any_number_of_processes_trains_alike(tmp_path: Path) -> None:
     whole = [Run(1, "one", 4), Run(2, "two", 4), Run(4, "four", 4)]
     stopped = [Run(2, "stopped", 2), Run(2, "stopped", 4), Run(2, "moved", 2), Run(4, "moved", 4)]
-    printed = train(tmp_path, *whole, *stopped)
-    assert printed.count("stage1: 4 steps done") == 5  # the first process alone speaks
+    half = ["--precision", "bf16", "--accumulation", "1"]  # gradients are averaged in bfloat16
+    printed = train(tmp_path, *whole, *stopped, Run(1, "half", 4, half), Run(2, "half of two", 4, half))
+    assert printed.count("stage1: 4 steps done") == 7  # the first process alone speaks
     one = losses(tmp_path / "one")
     assert len(one) == 4
     for name in ("two", "four", "stopped", "moved"):
         assert losses(tmp_path / name) == pytest.approx(one, rel=2e-5), name
         assert events(tmp_path / name).count("new run") == 1
+    assert losses(tmp_path / "half of two") == pytest.approx(losses(tmp_path / "half"), rel=1e-3)
     assert "processes was 2, is 4" in events(tmp_path / "moved")
     assert "not the same machine" not in events(tmp_path / "stopped")
     assert_same_checkpoint(tmp_path / "two", tmp_path / "stopped")
@@ -142,7 +144,7 @@ def test_sharded_models_train_alike(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_fusion_in_several_processes(tmp_path: Path) -> None:
-    """Steps of the fusion alone, then of all parameters, with the state carried; DDP, FSDP, and FSDP by itself."""
+    """Steps of the fusion alone, then of all, with the state carried; whole, by FSDP, and by FSDP by itself."""
     whole = with_margin(training_bytes(count_parameters(ModelConfig.preset("tiny")), "fp32"), 0)
     stage3 = ["--stage", "stage3", "--init_from", str(tmp_path / "one" / "stage1"), "--accumulation", "1"]
     runs = [
@@ -168,7 +170,7 @@ def test_fusion_in_several_processes(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_training_on_gpus(tmp_path: Path) -> None:
-    """The command itself, by CUDA graphs: the losses of the CPU, on one GPU and, by DDP and FSDP, on two; resuming."""
+    """The command itself, by CUDA graphs: losses of the CPU, on one GPU and on two, whole and by FSDP; resuming."""
     cuda = ["--device", "cuda"]
     runs = [Run(1, "cpu", 4), Run(1, "one", 4, cuda)]
     if torch.cuda.device_count() > 1:

@@ -88,7 +88,7 @@ def test_what_the_user_set_wins(measured: list[list[int]], monkeypatch: pytest.M
 
 def test_a_measurement_leaves_the_threads_as_they_are() -> None:
     before = torch.get_num_threads()
-    rates = tuning._measure([1, 2], ["fp32"])
-    assert rates.keys() == {("fp32", 1), ("fp32", 2)}
+    rates = tuning._measure([1, 2], ["fp32", "bf16"])
+    assert rates.keys() == {("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)}
     assert min(rates.values()) > 0
     assert torch.get_num_threads() == before

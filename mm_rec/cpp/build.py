@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -46,6 +47,7 @@ CUDA_FLAGS = ["-std=c++17", "-O3", "-ftz=true", "-Xcompiler", "-fPIC", "-cudart"
 CUDA_ARCHITECTURES = "80 90"
 """The two generations with bf16 matrix units that differ; of the last one also PTX, which the driver compiles for later
 ones. MM_REC_CUDA_ARCHITECTURES names others, or fewer for a shorter build."""
+OLDEST_CUDA = (12, 1)  # the first whose kernels take more than 4 kB of parameters
 HOPPER_SOURCES = ("memory_walk_backward.cu",)  # with instructions that only capability 9.0 has, which "90a" stands for
 
 
@@ -123,6 +125,10 @@ def build_cuda(folder: Path = HERE) -> Path:
     compiler = cuda_compiler()
     if compiler is None:
         raise BuildError("no CUDA compiler found; install the CUDA toolkit and put nvcc on PATH, or set CUDACXX")
+    answer = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", answer)
+    if release and (int(release[1]), int(release[2])) < OLDEST_CUDA:
+        raise BuildError(f"{compiler} is of CUDA {release[1]}.{release[2]}; the kernels need CUDA 12.1 or newer")
     target = folder / CUDA_LIBRARY
     command = [compiler, *CUDA_FLAGS]
     jobs = [([*command, *_architecture_flags(source.name)], source) for source in sorted((HERE / "cuda").glob("*.cu"))]

@@ -26,6 +26,7 @@ __all__ = [
     "Native",
     "NativeUnavailableError",
     "Status",
+    "fits",
     "kernel",
     "runs_fused",
     "runs_native",
@@ -50,11 +51,13 @@ class Native:
         library: path of the shared library.
         level: what the kernels are compiled for, for example ``avx512`` or ``sm_90``.
         kernels: a function for each op name it serves, with the arguments of the op's schema.
+        fits: whether the kernels of a memory op can run, by name, type, size of a head and slots; None if all can.
     """
 
     library: str
     level: str
     kernels: Mapping[str, Callable[..., Any]]
+    fits: Callable[[str, torch.dtype, int, int], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -167,9 +170,29 @@ def _native_has(op: str, device_type: str) -> bool:
     return isinstance(loaded, Native) and op in loaded.kernels
 
 
+def _native_fits(op: str, device_type: str, dtype: torch.dtype, dim: int, slots: int, forced: str | None) -> bool:
+    """Whether the kernels of a memory op fit the device; warns once of each that does not.
+
+    Raises:
+        NativeUnavailableError: they don't, and ``native`` is forced.
+    """
+    loaded = _load(device_type)
+    if not isinstance(loaded, Native) or loaded.fits is None or loaded.fits(op, dtype, dim, slots):
+        return True
+    kind = str(dtype).removeprefix("torch.")
+    problem = f"{op} with heads of {dim} in {kind} needs more shared memory than this GPU has"
+    if forced == "native":
+        raise NativeUnavailableError(f"the native back end is forced but cannot run: {problem}")
+    if problem not in _warned:
+        _warned.add(problem)
+        warnings.warn(f"mm_rec runs a slow reference op: {problem}", RuntimeWarning, stacklevel=4)
+    return False
+
+
 # What torch.compiler.assume_constant_result does, which would import the compiler, two seconds at every start.
 _native_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _native_has._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_native_fits._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def runs_native(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> bool:
@@ -178,6 +201,11 @@ def runs_native(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> bool:
         return False
     forced = _forced.name or _from_environment()
     return forced != "reference" and _native_serves(op, x.device.type, forced)
+
+
+def fits(op: str, x: torch.Tensor, dim: int, slots: int) -> bool:
+    """Whether a memory op that runs natively fits the device of ``x`` with heads of ``dim`` and so many slots."""
+    return _native_fits(op, x.device.type, x.dtype, dim, slots, _forced.name or _from_environment())
 
 
 def runs_fused(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> bool:

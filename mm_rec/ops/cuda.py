@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mm_rec.ops.backend import Native, NativeUnavailableError
-from mm_rec.ops.cuda_library import CudaLibrary, all_dense, dense, nested_rows, rows_of
+from mm_rec.ops.cuda_library import CudaLibrary, DoesNotFitError, all_dense, dense, nested_rows, rows_of
 from mm_rec.ops.optimizer import Update
 from mm_rec.ops.reference import rotary_angles
 
@@ -50,7 +51,36 @@ def load() -> Native:
         sum_of_squares, *cuda_fused.KERNELS,
     ]  # fmt: skip
     level = "sm_{}{}".format(*capability)
-    return Native(str(_library.path), level, {kernel.__name__: kernel for kernel in kernels})
+    return Native(str(_library.path), level, {kernel.__name__: kernel for kernel in kernels}, fits)
+
+
+def fits(op: str, dtype: torch.dtype, dim: int, slots: int) -> bool:
+    """Whether the current device has the shared memory that a memory op wants both ways."""
+    limit = os.environ.get("MM_REC_CUDA_SHARED_MEMORY")  # read by device.cuh
+    return _fits(op, dtype, dim, slots, torch.cuda.current_device(), limit)
+
+
+@functools.cache
+def _fits(op: str, dtype: torch.dtype, dim: int, slots: int, device: int, limit: str | None) -> bool:
+    """Run the kernels on one token that writes: only when they are started do they know."""
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    window, context, memory = 2, zeros(1, 3, 1, dim, dtype=dtype), zeros(1, 2, 1, slots, dim)
+    mass, position = zeros(1, 2, 1, slots), torch.full((1, 1), window, device=device)
+    try:
+        if op == "memory_update":
+            inputs = (context, context, memory[0, 0], zeros(1), position)
+            memory_update(*inputs, memory[:, 0], memory[:, 0], mass[:, 0])
+            memory_update_backward(memory, memory, mass, memory, memory, mass, *inputs)
+        else:
+            read = (context[:, 2:], context, context, memory, memory, mass, position, 1000.0)
+            out, lse = memory_read(*read)
+            memory_read_backward(out, out, lse, *read)
+    except DoesNotFitError:
+        return False
+    return True
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -10,15 +10,19 @@ import torch
 from torch import Tensor
 
 from mm_rec.cpp.build import CUDA_LIBRARY
-from mm_rec.errors import UserError
 from mm_rec.ops.backend import NativeUnavailableError
 
-__all__ = ["LIBRARY_PATH", "CudaLibrary", "aligned", "all_dense", "dense", "nested_rows", "rows_of"]
+__all__ = ["LIBRARY_PATH", "CudaLibrary", "DoesNotFitError", "aligned", "all_dense", "dense", "nested_rows", "rows_of"]
 
 LIBRARY_PATH = Path(__file__).resolve().parents[1] / "cpp" / CUDA_LIBRARY
 REBUILD = "cd mm_rec/cpp && python setup.py build_ext --inplace"
 _PREFIX = "mm_rec_cuda_"
-_OUT_OF_RESOURCES = 701  # cudaErrorLaunchOutOfResources, which launch.cuh answers
+_INTERFACE = 2  # mm_rec_cuda_interface() of mm_rec/cpp/cuda/errors.cu
+_DOES_NOT_FIT = 20_000  # kDoesNotFit of mm_rec/cpp/cuda/launch.cuh
+
+
+class DoesNotFitError(RuntimeError):
+    """The device has too little shared memory for a kernel."""
 
 
 def _argument(value: Any) -> Any:
@@ -49,25 +53,27 @@ class CudaLibrary:
         try:
             self._library = ctypes.CDLL(str(path))
             self._error_string = self._library.mm_rec_cuda_error_string
+            interface = self._library.mm_rec_cuda_interface()
         except (OSError, AttributeError) as error:
             raise NativeUnavailableError(f"{path} cannot be used ({error}); rebuild it with: {REBUILD}") from error
+        if interface != _INTERFACE:
+            raise NativeUnavailableError(
+                f"{path} has interface {interface}, not {_INTERFACE}; rebuild it with: {REBUILD}"
+            )
         self._error_string.restype = ctypes.c_char_p
 
     def call(self, name: str, like: Tensor, *arguments: Any) -> None:
         """Enqueue the function ``mm_rec_cuda_<name>`` on the current stream of the device of ``like``.
 
         Raises:
-            UserError: the device has too little shared memory for it.
+            DoesNotFitError: the device has too little shared memory for it.
             RuntimeError: the kernel could not be started.
         """
         with torch.cuda.device(like.device):
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             error = self._library[_PREFIX + name](*map(_argument, arguments), stream)
-        if error == _OUT_OF_RESOURCES:
-            raise UserError(
-                f"this GPU has too little shared memory for {name} with heads of this size and type; "
-                "use --precision bf16 and heads of 64, or MM_REC_BACKEND=reference, which is slow"
-            )
+        if error == _DOES_NOT_FIT:
+            raise DoesNotFitError(f"this GPU has too little shared memory for the CUDA kernel {name}")
         if error:
             raise RuntimeError(f"the CUDA kernel {name} did not start: {self._error_string(error).decode()}")
 

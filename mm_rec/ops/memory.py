@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mm_rec.ops import reference
-from mm_rec.ops.backend import runs_native
+from mm_rec.ops.backend import fits, runs_native
 from mm_rec.ops.checks import check_float, check_shape, check_type, one_type
 from mm_rec.ops.registry import below_autograd, define, differentiable
 
@@ -215,7 +215,8 @@ def memory_update(
     check_shape("key0", key0, (batch, heads, slots, head_dim), k)
     check_shape("value0", value0, (batch, heads, slots, head_dim), k)
     check_shape("mass0", mass0, (batch, heads, slots), k)
-    if not runs_native("memory_update", k, v, address, rate, key0, value0, mass0):
+    native = runs_native("memory_update", k, v, address, rate, key0, value0, mass0)
+    if not native or not fits("memory_update", k, head_dim, slots):
         return reference.memory_update(k, v, address, rate, position, key0, value0, mass0)
     k_, v_ = one_type(k, v)
     memory: tuple[Tensor, Tensor, Tensor] = _update(
@@ -265,7 +266,7 @@ def memory_read(
     check_shape("key", key, (batch, versions, heads, slots, head_dim), k)
     check_shape("value", value, (batch, versions, heads, slots, head_dim), k)
     check_shape("mass", mass, (batch, versions, heads, slots), k)
-    if not runs_native("memory_read", q, k, v, key, value, mass):
+    if not runs_native("memory_read", q, k, v, key, value, mass) or not fits("memory_read", k, head_dim, slots):
         return reference.memory_read(q, k, v, key, value, mass, position, rotary_base)
     out_dtype = q.dtype
     q_, k_, v_ = one_type(q, k, v)

@@ -46,7 +46,7 @@ class Update:
         self._check("master", self.master, torch.float32)
         self._check("m", self.m, torch.float32)
         self._check("v", self.v, torch.float32)
-        self._check("grad", self.grad, self.grad.dtype)
+        self._check("grad", self.grad, torch.bfloat16 if self.grad.dtype == torch.bfloat16 else torch.float32)
         if self.param_out is not None:
             self._check("param_out", self.param_out, torch.bfloat16)
         if self.step.dtype != torch.float32 or self.step.shape or self.step.device != self.master.device:

@@ -463,8 +463,7 @@ static void fuzz_tile_product(Source& from) {
     const TileBlocks most{PANEL * from.number(1, 3), PANEL * from.number(1, 3), STEP * from.number(1, 4)};
     const int threads = threads_of(from);
     fuzz_product<T>(from, [&](auto a, auto b, auto c, auto d) {
-        tile_product(a, b, c, most, threads);
-        tile_product(a, b, d, TILE_BLOCKS, 1);
+        if (!tile_product(a, b, c, most, threads) || !tile_product(a, b, d, TILE_BLOCKS, 1)) abort();
     });
 }
 template <class T>
@@ -472,8 +471,7 @@ static void fuzz_vector_product(Source& from) {
     const VectorBlocks most{TILE * from.number(1, 3), STEP * from.number(1, 4)};
     const int threads = threads_of(from);
     fuzz_product<T>(from, [&](auto a, auto b, auto c, auto d) {
-        vector_product(a, b, c, most, threads);
-        vector_product(a, b, d, VECTOR_BLOCKS, 1);
+        if (!vector_product(a, b, c, most, threads) || !vector_product(a, b, d, VECTOR_BLOCKS, 1)) abort();
     });
 }
 

@@ -55,6 +55,15 @@ def test_the_generations_of_gpus_can_be_chosen(monkeypatch: pytest.MonkeyPatch) 
     assert [flag.rpartition("=")[2] for flag in build._architecture_flags()] == ["sm_86", "compute_86"]
 
 
+def test_an_old_cuda_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "nvcc"
+    old.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(old))
+    with pytest.raises(build.BuildError, match=r"11\.8; the kernels need CUDA 12\.1"):
+        build.build_cuda(tmp_path)
+
+
 def test_what_the_compiler_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "broken-compiler"
     broken.write_text("#!/bin/sh\necho 'cannot do it' >&2\nexit 1\n")

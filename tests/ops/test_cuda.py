@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from mm_rec import ops
-from mm_rec.errors import UserError
-from mm_rec.ops import cuda, reference
+from mm_rec.ops import backend, cuda, reference
 
 from .cases import (
     CASES,
@@ -117,25 +116,38 @@ def test_agrees_with_reference(op: str, build: Builder, dtype: torch.dtype) -> N
     assert_agree(got, want, TOLERANCE_ROUNDED if op in ROUNDED and dtype == torch.bfloat16 else TOLERANCE)
 
 
+@DTYPES
+@pytest.mark.parametrize("kilobytes", [163, 99], ids=["A100", "RTX"])
 @pytest.mark.parametrize(
-    ("limit", "dtype"), [(163, torch.float32), (163, torch.bfloat16), (99, torch.bfloat16)], ids=["A100", "A100", "RTX"]
+    ("op", "build"),
+    [
+        pytest.param(op, build, id=f"{op}-{name}")
+        for op in ("recurrence", "memory_update", "memory_read")
+        for name, build in {**CASES[op], **EXTRA[op]}.items()
+        if name not in LARGE_HEADS
+    ],
 )
-@pytest.mark.parametrize("op", ["recurrence", "memory_update", "memory_read"])
-def test_gpus_with_less_shared_memory(op: str, limit: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MM_REC_CUDA_SHARED_MEMORY", str(limit * 1024))
-    cases = {**CASES[op], **EXTRA[op]}
-    for build in [build for name, build in cases.items() if name not in LARGE_HEADS]:
-        arguments = build(dtype)
-        with ops.use_backend("native"):
-            got = to_host(run(getattr(ops, op), on_device(arguments)))
-        assert_agree(got, run(getattr(reference, op), widen(arguments)), TOLERANCE)
+def test_gpus_with_less_shared_memory(
+    op: str, build: Builder, kilobytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MM_REC_CUDA_SHARED_MEMORY", str(kilobytes * 1024))
+    arguments = build(dtype)
+    with ops.use_backend("native"):
+        got = to_host(run(getattr(ops, op), on_device(arguments)))
+    want = run(getattr(reference, op), widen(arguments))
+    assert_agree(got, want, TOLERANCE_ROUNDED if op in ROUNDED and dtype == torch.bfloat16 else TOLERANCE)
 
 
-def test_what_does_not_fit_names_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MM_REC_CUDA_SHARED_MEMORY", str(50 * 1024))
-    arguments = on_device(memory_read(MEMORY_SHAPES["model-sizes"], torch.float32))
-    with pytest.raises(UserError, match="MM_REC_BACKEND=reference"):
-        run(ops.memory_read, arguments)
+@pytest.mark.parametrize(("op", "build"), [("memory_update", memory_update), ("memory_read", memory_read)])
+def test_what_does_not_fit_runs_as_it_is_defined(op: str, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MM_REC_CUDA_SHARED_MEMORY", str(60 * 1024))
+    monkeypatch.setattr(backend, "_warned", set())
+    arguments = build(MEMORIES["heads-of-128"], torch.float32)
+    with ops.use_backend("native"), pytest.raises(backend.NativeUnavailableError, match="heads of 128 in float32"):
+        run(getattr(ops, op), on_device(arguments))
+    with pytest.warns(RuntimeWarning, match="more shared memory than this GPU has"):
+        got = to_host(run(getattr(ops, op), on_device(arguments)))
+    assert_agree(got, run(getattr(reference, op), widen(arguments)), TOLERANCE)
 
 
 @pytest.mark.parametrize("strided", ["slice", "transposed"])

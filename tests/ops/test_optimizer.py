@@ -82,6 +82,7 @@ def test_adamw_names_what_is_wrong() -> None:
         ((x, half, x, x, None, step), "m must"),
         ((x, x, x[:2], x, None, step), "v must"),
         ((x, x, x, x[:2], None, step), "grad"),
+        ((x, x, x, x.double(), None, step), "grad must be torch.float32"),
         ((x, x, x, x, x, step), "param_out"),
         ((x, x, x, torch.zeros(3, 4).t(), None, step), "grad must be contiguous"),
         ((x, x, x, x, None, torch.zeros(1)), "step"),

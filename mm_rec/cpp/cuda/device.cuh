@@ -20,9 +20,16 @@ inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessor
 // Bytes of shared memory that one block can have. MM_REC_CUDA_SHARED_MEMORY sets fewer, so that what smaller GPUs run can be
 // tested on any.
 inline size_t shared_memory_limit() {
-  const char* fewer = std::getenv("MM_REC_CUDA_SHARED_MEMORY");
-  const size_t limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), wanted = fewer ? std::atoi(fewer) : limit;
-  return wanted < limit ? wanted : limit;
+  const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const char* setting = std::getenv("MM_REC_CUDA_SHARED_MEMORY");
+  const int fewer = setting == nullptr ? 0 : std::atoi(setting);
+  return fewer > 0 && fewer < limit ? fewer : limit;
+}
+
+// Blocks of so much shared memory that a multiprocessor holds at a time, up to `most`.
+inline int resident_blocks(int most, size_t bytes) {
+  const int held = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / static_cast<int>(bytes);
+  return held < 1 ? 1 : held < most ? held : most;
 }
 
 }  // namespace mm_rec

@@ -16,13 +16,15 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return memory;
 }
 
-// Enqueue a kernel on `stream`; never waits. Raises the kernel's limit of dynamic shared memory if needed; answers
-// cudaErrorLaunchOutOfResources if the device has less.
+// What the functions of this library return, beside CUDA's own errors, if the device has too little shared memory.
+constexpr cudaError_t kDoesNotFit = static_cast<cudaError_t>(20000);
+
+// Enqueue a kernel on `stream`; never waits. Raises the kernel's limit of dynamic shared memory if needed.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                    Arguments... arguments) {
   if (shared_bytes > 48 * 1024) {
-    if (shared_bytes > shared_memory_limit()) return cudaErrorLaunchOutOfResources;
+    if (shared_bytes > shared_memory_limit()) return kDoesNotFit;
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    static_cast<int>(shared_bytes));

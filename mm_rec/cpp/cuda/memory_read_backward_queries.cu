@@ -2,7 +2,6 @@
 #include "launch.cuh"
 #include "memory_read_backward.cuh"
 #include "memory_walk.cuh"
-#include "wgmma.cuh"
 
 namespace mm_rec {
 namespace {

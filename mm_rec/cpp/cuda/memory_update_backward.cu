@@ -301,20 +301,25 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   }
 }
 
+template <typename T, int Dim, int Q, int Sides>
+size_t shared_bytes(const MemoryExtent& extent) {
+  return sizeof(Shared<UpdatePlan<T, Dim, Q, Sides>>) + 3 * sizeof(float) * ceil_div(extent.slots, Q) * Q;
+}
+
 template <typename T, int Dim, int Q, int Sides, bool Resident>
 cudaError_t run(const UpdateInputs& in, const UpdateGradients& out, const MemoryExtent& extent, void* stream) {
   using Plan = UpdatePlan<T, Dim, Q, Sides>;
   const dim3 grid(static_cast<unsigned>(extent.heads), static_cast<unsigned>(extent.batch));
-  const size_t bytes = sizeof(Shared<Plan>) + 3 * sizeof(float) * ceil_div(extent.slots, Q) * Q;
-  return launch(backward_kernel<T, Plan, Resident>, grid, dim3(Plan::kThreads), bytes, stream, in, out, extent);
+  return launch(backward_kernel<T, Plan, Resident>, grid, dim3(Plan::kThreads), shared_bytes<T, Dim, Q, Sides>(extent), stream,
+                in, out, extent);
 }
 
 template <typename T>
 cudaError_t dispatch(const UpdateInputs& in, const UpdateGradients& out, const MemoryExtent& extent, void* stream) {
-  if (extent.dim <= 64 && extent.slots <= 64 && extent.block() <= 64) {
-    return run<T, 64, 64, 4, true>(in, out, extent, stream);
+  if (extent.dim <= 64 && shared_bytes<T, 64, 64, 4>(extent) <= shared_memory_limit()) {
+    const bool resident = extent.slots <= 64 && extent.block() <= 64;
+    return resident ? run<T, 64, 64, 4, true>(in, out, extent, stream) : run<T, 64, 64, 4, false>(in, out, extent, stream);
   }
-  if (extent.dim <= 64) return run<T, 64, 64, 4, false>(in, out, extent, stream);
   if (extent.dim <= 128) return run<T, 128, 32, 2, false>(in, out, extent, stream);
   if (extent.dim <= 256) return run<T, 256, 32, 2, false>(in, out, extent, stream);
   return cudaErrorInvalidValue;

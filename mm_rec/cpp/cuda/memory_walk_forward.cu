@@ -247,7 +247,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
 }  // namespace
 
 cudaError_t walk_forward(const ReadInputs& in, void* out, float* lse, const MemoryExtent& extent, void* stream) {
-  const int length = walk_length(extent, int64_t{kResident} * multiprocessors(), 1);
+  const int64_t resident = int64_t{resident_blocks(kResident, sizeof(ForwardShared))} * multiprocessors();
+  const int length = walk_length(extent, resident, 1);
   const dim3 grid(static_cast<unsigned>(ceil_div(walk_tiles(extent), length)), static_cast<unsigned>(extent.heads),
                   static_cast<unsigned>(extent.batch));
   return launch(forward_kernel, grid, dim3(kThreads), sizeof(ForwardShared), stream, in, static_cast<bf16*>(out), lse, extent,

@@ -161,7 +161,8 @@ bool writes_forward(int64_t dtype, const MemoryExtent& extent) {
 }
 
 cudaError_t write_forward(const UpdateInputs& in, const UpdateOutputs& out, const MemoryExtent& extent, void* stream) {
-  const int parts = write_parts(extent, 2 * extent.heads * extent.batch, int64_t{kResident} * multiprocessors());
+  const int64_t resident = int64_t{resident_blocks(kResident, sizeof(Shared))} * multiprocessors();
+  const int parts = write_parts(extent, 2 * extent.heads * extent.batch, resident);
   const dim3 grid(static_cast<unsigned>(2 * parts), static_cast<unsigned>(extent.heads), static_cast<unsigned>(extent.batch));
   const auto kernel = parts > 1 ? forward_kernel<true> : forward_kernel<false>;
   return launch(kernel, grid, dim3(kThreads), sizeof(Shared), stream, in, out, extent);
