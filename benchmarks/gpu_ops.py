@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from mm_rec import ops
+from mm_rec.config import PRESETS
+from mm_rec.model import MMRecModel
 
 RESULT = Path(__file__).parent / "results" / "gpu_ops.json"
 WIDTH, HEAD, WINDOW, SLOTS = 512, 64, 128, 64
@@ -163,6 +165,22 @@ def memory_cases(batch: int, time: int) -> Iterator[tuple[str, Action, int]]:
     )
 
 
+def optimizer_cases() -> Iterator[tuple[str, Action, int]]:
+    """AdamW and the norm of gradients over the parameters of one domain of `100m`, all in bfloat16 with masters."""
+    with torch.device("meta"):
+        parameters = list(MMRecModel(PRESETS["100m"]).named_parameters())
+    shapes = [p.shape for name, p in parameters if not name.startswith(("experts.code.", "fusion."))]
+    updates = [
+        ops.Update(wide(*s), wide(*s), wide(*s).square(), half(*s), half(*s), torch.ones((), device="cuda"), 0.1)
+        for s in shapes
+    ]
+    gradients, norm = [one.grad for one in updates], torch.ones((), device="cuda")
+    settings = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "max_norm": 1.0}
+    n = size(*gradients) // 2
+    yield "adamw", lambda: ops.adamw_(updates, norm, **settings), n * (6 * 4 + 2 + 2)
+    yield "sum_of_squares", lambda: ops.sum_of_squares(gradients), n * 2
+
+
 def loss_row() -> dict[str, Any]:
     rows, vocabulary = 65536, 32000
     y, embedding = half(rows, WIDTH), half(vocabulary, WIDTH)
@@ -187,16 +205,20 @@ def measure(only: list[str]) -> dict[str, Any]:
 
     copy = copy_rate()
     table: list[dict[str, Any]] = []
+
+    def add(cases: Iterator[tuple[str, Action, int]], shape: list[int]) -> None:
+        for name, action, moved in cases:
+            if wanted(name):
+                ms = milliseconds(action)
+                table.append({"op": name, "shape": shape, "ms": ms, "share": moved / copy * 1e3 / ms})
+        torch.cuda.empty_cache()
+
     if wanted("recurrence"):
         table += recurrence_rows()
     for batch, time in SHAPES:
-        for cases in (bandwidth_cases, memory_cases):
-            for name, action, moved in cases(batch, time):
-                if wanted(name):
-                    ms = milliseconds(action)
-                    share = moved / copy * 1e3 / ms
-                    table.append({"op": name, "shape": [batch, time, WIDTH], "ms": ms, "share": share})
-            torch.cuda.empty_cache()
+        add(bandwidth_cases(batch, time), [batch, time, WIDTH])
+        add(memory_cases(batch, time), [batch, time, WIDTH])
+    add(optimizer_cases(), [])
     if wanted("linear_cross_entropy"):
         table.append(loss_row())
     return {"copy GB/s": copy / 1e9, "matrix TFLOP/s": matrix_rate() / 1e12, "rows": table}
