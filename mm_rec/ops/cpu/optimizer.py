@@ -28,10 +28,10 @@ def _adamw_many(
     if not math.isfinite(total):
         return
     scale = min(1.0, max_norm / total) if max_norm and total else 1.0
+    steps = [one.step for one in updates]
+    torch._foreach_add_(steps, 1)
     settings: list[float] = []
-    for one in updates:
-        one.step.add_(1)
-        step = int(one.step)
+    for one, step in zip(updates, torch.stack(steps).tolist(), strict=True):
         rate, inverse = lr / (1 - beta1**step), 1 / (1 - beta2**step)
         settings += (beta1, beta2, eps, 1 - lr * one.weight_decay, rate, inverse, scale)
     common.call.adamw_many(
