@@ -220,7 +220,7 @@ def measure_recurrence(config: ModelConfig, batch: int, length: int, rounds: int
         torch.autograd.grad(gru(x)[0], [x, *gru.parameters()], above)
 
     seconds = median_seconds({"forward": forward, "native": native, "gru": gru_step}, rounds)
-    slow = median_seconds({"native": native, "loop": loop}, max(2, rounds // 5))
+    slow = median_seconds({"native": native, "loop": loop}, max(5, rounds // 2))
     return {
         "shape": f"{batch}x{length}x{width}, {heads} heads",
         "forward_ms": round(seconds["forward"] * 1e3, 3),

@@ -98,15 +98,12 @@ static void adamw(AdamWTensors all, int threads) {
 template <class T>
 MM_INLINE double piece_sum_of_squares(int64_t n, const T* x) {
     double total = 0;
-    for (int64_t begin = 0; begin < n; begin += 64 * W) {  // short enough for float32 sums
-        vf squares = {};
-        const int64_t end = min64(n, begin + 64 * W);
-        for (int64_t i = begin; i < end; i += W) {
-            const vf v = load(x + i, end - i);
-            squares += v * v;
-        }
-        total += sum(squares);
-    }
+    for (int64_t begin = 0; begin < n; begin += 64 * W)  // short enough for float32 sums
+        total += sum_over(min64(n - begin, 64 * W), [&](int64_t i, auto left) {
+            __builtin_prefetch(x + begin + i + 4 * AHEAD);
+            const vf v = load(x + begin + i, left);
+            return v * v;
+        });
     return total;
 }
 
