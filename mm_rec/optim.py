@@ -48,6 +48,12 @@ class _Slot:
         """Whether the parameter is of lower precision than its master, and not the same tensor."""
         return self.parameter.dtype != self.master.dtype
 
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient of a parameter that has got one."""
+        assert self.total is not None
+        return self.total
+
     def add_gradient(self) -> None:
         """Move ``parameter.grad`` into ``total``: the first as it is, in float32 from the second on."""
         assert self.parameter.grad is not None
@@ -138,7 +144,7 @@ class AdamW:
 
     def _total_norm(self, slots: list[_Slot]) -> Tensor:
         """Norm of the summed gradients of ``slots``, float32 of shape ()."""
-        return ops.sum_of_squares([slot.total for slot in slots if slot.total is not None]).sqrt().float()
+        return ops.sum_of_squares([slot.gradient for slot in slots]).sqrt().float()
 
     @torch.no_grad()
     def step(self, lr: float, max_norm: float) -> Tensor:
@@ -163,10 +169,9 @@ class AdamW:
         return [slot for slot in self._slots if slot.total is not None]
 
     def _update(self, slot: _Slot) -> ops.Update:
-        assert slot.total is not None
         out = slot.own if slot.has_own_master else None
         decay = self.weight_decay if slot.decayed else 0.0
-        return ops.Update(slot.master, slot.exp_avg, slot.exp_avg_sq, slot.total, out, slot.step, decay)
+        return ops.Update(slot.master, slot.exp_avg, slot.exp_avg_sq, slot.gradient, out, slot.step, decay)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Moments and step counts by name (``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``), not copied."""

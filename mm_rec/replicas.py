@@ -35,14 +35,14 @@ class ReplicatedAdamW(AdamW):
 
     def _average(self, dtype: torch.dtype) -> None:
         """Replace the gradients of a type by their means, laid end to end so that they are one message."""
-        slots = [slot for slot in self._active() if slot.total is not None and slot.total.dtype == dtype]
+        slots = [slot for slot in self._active() if slot.gradient.dtype == dtype]
         if not slots:
             return
         sizes = [-(-slot.master.numel() // ALIGNED) * ALIGNED for slot in slots]
         message = torch.empty(sum(sizes), dtype=dtype, device=slots[0].master.device)
         pieces = zip(message.split(sizes), slots, strict=True)
         parts = [piece[: slot.master.numel()].view_as(slot.master) for piece, slot in pieces]
-        torch._foreach_copy_(parts, [slot.total for slot in slots if slot.total is not None])
+        torch._foreach_copy_(parts, [slot.gradient for slot in slots])
         distributed.mean_(message)
         for slot, part in zip(slots, parts, strict=True):
             slot.total = part

@@ -2,6 +2,7 @@
 // mm_rec_scan_forward_avx512. Pointers may be null where the header says so; strides count elements; `type` is
 // 0 for float32 and 1 for bfloat16. Functions that need scratch memory return 0, or 1 if there is none.
 
+#include "export.h"
 #include "gated_scan.h"
 #include "loss.h"
 #include "mdi.h"
@@ -13,11 +14,6 @@
 #include "scan.h"
 
 using namespace mm_rec::MM_LEVEL;
-
-#define MM_JOIN(a, b) a##_##b
-#define MM_WITH_LEVEL(name, level) MM_JOIN(name, level)
-#define MM_EXPORT(result, name) \
-    extern "C" __attribute__((visibility("default"))) result MM_WITH_LEVEL(mm_rec_##name, MM_LEVEL)
 
 // Calls `body` with T the activation type.
 template <class F>

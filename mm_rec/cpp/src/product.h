@@ -34,8 +34,7 @@ template <>
 constexpr int DEPTH<Pair> = 2;
 
 MM_INLINE vf multiply_add(Pair a, const Pair* b, vf sum) {
-    const __m512bh pairs = (__m512bh)_mm512_loadu_si512(b);
-    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a.bits)), pairs);
+    return add_pairs(sum, (vu)_mm512_set1_epi32(int(a.bits)), (vu)_mm512_loadu_si512(b));
 }
 #endif
 
@@ -97,7 +96,7 @@ static void pack_pairs(int64_t rows, int64_t pitch, const bf16* from, Pair* to) 
             vh even, odd = {};
             memcpy(&even, from + r * pitch + i, sizeof even);
             if (r + 1 < rows) memcpy(&odd, from + (r + 1) * pitch + i, sizeof odd);
-            const vu pairs = __builtin_convertvector(even, vu) | (__builtin_convertvector(odd, vu) << 16);
+            const vu pairs = pairs_of(even, odd);
             memcpy(to + r / 2 * pitch + i, &pairs, sizeof pairs);
         }
 }
@@ -107,7 +106,7 @@ static void pack_pairs(int64_t rows, int64_t pitch, const bf16* from, Pair* to) 
 MM_INLINE void store_pairs(vf, vf, float*) {}
 #if defined(__AVX512BF16__)
 MM_INLINE void store_pairs(vf even, vf odd, Pair* to) {
-    const vu pairs = __builtin_convertvector(narrow(even), vu) | (__builtin_convertvector(narrow(odd), vu) << 16);
+    const vu pairs = pairs_of(narrow(even), narrow(odd));
     memcpy(to, &pairs, sizeof pairs);
 }
 #endif

@@ -98,7 +98,7 @@ MM_INLINE vu cells_across_depth(const ProductOperand& x, int64_t r, int64_t p) {
         if (p < x.depth) memcpy(&even, from, bytes);
         if (p + 1 < x.depth) memcpy(&odd, from + x.row, bytes);
     }
-    return __builtin_convertvector(even, vu) | (__builtin_convertvector(odd, vu) << 16);
+    return pairs_of(even, odd);
 }
 
 // The tile from (r, p): as it is in memory, 16 rows of cells, or transposed.

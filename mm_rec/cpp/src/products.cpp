@@ -2,15 +2,11 @@
 // The level amx has the instructions for tiles and avx512bf16 those for vectors: at the others they are emulated, for
 // tests.
 
+#include "export.h"
 #include "tile_product.h"
 #include "vector_product.h"
 
 using namespace mm_rec::MM_LEVEL;
-
-#define MM_JOIN(a, b) a##_##b
-#define MM_WITH_LEVEL(name, level) MM_JOIN(name, level)
-#define MM_EXPORT(result, name) \
-    extern "C" __attribute__((visibility("default"))) result MM_WITH_LEVEL(mm_rec_##name, MM_LEVEL)
 
 // C (rows x columns) = A B^T, or += with `add`: A is (rows, depth), B (columns, depth), both bfloat16; a flag says of each
 // whether the depth, at least 1, is the fast index in memory. `type` is that of C.

@@ -1,15 +1,11 @@
 // The C interface of a step and of the draw after it, compiled once per level like kernels.cpp; its conventions are those.
 
 #pragma GCC diagnostic ignored "-Wunused-function"  // the headers hold more than a step needs
+#include "export.h"
 #include "sample.h"
 #include "step.h"
 
 using namespace mm_rec::MM_LEVEL;
-
-#define MM_JOIN(a, b) a##_##b
-#define MM_WITH_LEVEL(name, level) MM_JOIN(name, level)
-#define MM_EXPORT(result, name) \
-    extern "C" __attribute__((visibility("default"))) result MM_WITH_LEVEL(mm_rec_##name, MM_LEVEL)
 
 MM_EXPORT(int64_t, step_scratch)(const StepPlan* plan, int64_t batch, int threads) {
     return step_scratch(*plan, batch, threads);

@@ -64,7 +64,7 @@ MM_INLINE __m512bh step_load(const int8_t* p, bf16) {  // exact: bfloat16 has ei
 }
 MM_INLINE __m512bh step_load(const float*, bf16) { return __m512bh{}; }  // no plan pairs float32 weights with bfloat16
 MM_INLINE vf step_multiply_add(__m512bh a, __m512bh b, vf sum) {
-    return (vf)_mm512_dpbf16_ps((__m512)sum, a, b);
+    return add_pairs(sum, (vu)a, (vu)b);
 }
 #endif
 

@@ -80,6 +80,18 @@ MM_INLINE vh narrow(vf x) {
     return __builtin_convertvector(x == x ? rounded : quiet, vh);
 #endif
 }
+// Pairs of bfloat16, the first element in the lower half; and sum + a b of such pairs.
+MM_INLINE vu pairs_of(vh first, vh second) {
+    return __builtin_convertvector(first, vu) | (__builtin_convertvector(second, vu) << 16);
+}
+MM_INLINE vf add_pairs(vf sum, vu a, vu b) {
+#if defined(__AVX512BF16__)
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    return sum + (vf)(a & 0xffff0000) * (vf)(b & 0xffff0000) + (vf)(a << 16) * (vf)(b << 16);
+#endif
+}
+
 // Rows of one head are far apart, a pattern that the processor does not foresee.
 template <bool WRITE = false, class T>
 MM_INLINE void prefetch_row(const T* row, int64_t d) {

@@ -23,14 +23,6 @@ struct VectorBlocks {
 };
 constexpr VectorBlocks VECTOR_BLOCKS{512, 2048};
 
-MM_INLINE vf add_pairs(vf sum, vu a, vu b) {
-#if defined(__AVX512BF16__)
-    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#else
-    return sum + (vf)(a & 0xffff0000) * (vf)(b & 0xffff0000) + (vf)(a << 16) * (vf)(b << 16);
-#endif
-}
-
 // Pairs of the rows of A from some p on; distances in bytes.
 struct PairRows {
     const char* data;
