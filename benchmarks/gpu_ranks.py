@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from benchmarks.gpu_ops import machine
-from mm_rec import distributed
+from mm_rec import processes
 from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.data.batches import Batch
 from mm_rec.data.feed import Feed
@@ -37,6 +37,7 @@ from mm_rec.device import apply_precision
 from mm_rec.graphs import GraphedPass, run_pass
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
+from mm_rec.ranks import own_batch
 from mm_rec.replicas import ReplicatedAdamW
 from mm_rec.sharding import ShardedAdamW, sharded_model
 from mm_rec.stages import learning_rate
@@ -113,7 +114,7 @@ class Contestant:
         self.losses: list[float] = []
         self._times: list[float] = []
         self._peak = 0
-        self._feed = Feed(torch.device("cuda"), distributed.own_batch if parallel else lambda batch: batch)
+        self._feed = Feed(torch.device("cuda"), own_batch if parallel else lambda batch: batch)
         self._source = Words(shape)
         self._pass: Callable[[Batch, ModelState | None], tuple[Tensor, ModelState]]
         if parallel == "fsdp":
@@ -154,7 +155,7 @@ class Contestant:
             state = map_state(after, torch.clone) if parts > 1 else None
             losses.append(loss)
         loss = torch.stack(losses).mean()
-        numbers = torch.stack([distributed.mean_(loss) if self.parallel else loss, self.optimizer.gradient_norm()])
+        numbers = torch.stack([processes.all_mean_(loss) if self.parallel else loss, self.optimizer.gradient_norm()])
         self._feed.prefetch(self._source, (step + 1) * parts)
         seen = float(numbers[0])
         self.optimizer.step(learning_rate(step + 1, self.shape.steps, self.shape.rate), 1.0)
@@ -163,29 +164,29 @@ class Contestant:
     def row(self) -> dict[str, Any]:
         """What was found. All processes ask for it; the last of them had no other model in its memory."""
         seconds, tokens = statistics.median(self._times), self.shape.rows * self.shape.length
-        last = not self.parallel or dist.get_rank() == distributed.size() - 1
+        last = not self.parallel or dist.get_rank() == processes.world_size() - 1
         return {
             "model": "large" if self.shape is LARGE_SHAPE else "100m",
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "ranks": distributed.size() if self.parallel else 1,
+            "ranks": processes.world_size() if self.parallel else 1,
             "parallel": self.parallel,
             "rows": self.shape.rows,
             "length": self.shape.length,
             "ms": seconds * 1e3,
             "tokens/s": tokens / seconds,
-            "peak GB": (distributed.agree(self._peak * last) if self.parallel else self._peak) / 1e9,
+            "peak GB": (processes.all_max(self._peak * last) if self.parallel else self._peak) / 1e9,
             "losses": self.losses,
         }
 
 
 def measure(shape: Shape, parallel: str) -> list[dict[str, Any]]:
     """The rows of one GPU, where the model fits on one, and of all."""
-    one = Contestant(shape, None) if distributed.is_first() and shape is not LARGE_SHAPE else None
+    one = Contestant(shape, None) if processes.is_rank_zero() and shape is not LARGE_SHAPE else None
     several: Contestant | None = None
     for _ in range(TURNS):
         if one is not None:
             one.take_turn()
-        distributed.agree(0)  # the others wait
+        processes.all_max(0)  # the others wait
         several = several or Contestant(shape, parallel)
         several.take_turn()
     assert several is not None
@@ -205,10 +206,10 @@ def main() -> None:
     parser.add_argument("--commit", help="of the code measured, where git does not know")
     arguments = parser.parse_args()
     shapes = [LARGE_SHAPE] if arguments.model == "large" else [SHAPES[name] for name in arguments.shapes]
-    with distributed.joined("cuda"):
+    with processes.process_group("cuda"):
         for shape in shapes:
             rows = measure(shape, arguments.parallel)
-            if distributed.is_first():
+            if processes.is_rank_zero():
                 record(rows, arguments)
             gc.collect()
             torch.cuda.empty_cache()

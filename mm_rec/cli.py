@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
-import warnings
-from collections.abc import Callable
 from typing import NamedTuple
 
-from mm_rec.errors import UserError, is_out_of_memory
-from mm_rec.signals import Interrupted, SignalGuard
+from mm_rec.program import run_program
 
-__all__ = ["COMMANDS", "main", "run_program"]
+__all__ = ["COMMANDS", "main"]
 
 
 class Command(NamedTuple):
@@ -76,40 +72,6 @@ def main(arguments: list[str] | None = None) -> int:
         return int(module.main(rest, prog=f"mm-rec {name}"))
 
     return run_program(run)
-
-
-def run_program(program: Callable[[], int]) -> int:
-    """Run a program and turn what ends it into an exit code.
-
-    A :class:`UserError` becomes ``error: ...`` and 2, Ctrl-C 130, SIGTERM 143, a reader that went away 141.
-    Warnings become one line each. Other errors are bugs and keep their traceback.
-    """
-    warnings.showwarning = _show_warning
-    try:
-        with SignalGuard(last=True):
-            code = program()
-        sys.stdout.flush()
-        return code
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except (MemoryError, RuntimeError, SystemError) as error:
-        if not is_out_of_memory(error):
-            raise
-        sys.stderr.write("error: out of memory; free some, or use less data or a smaller model\n")
-        return 2
-    except Interrupted as stop:
-        return stop.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # Python would complain again while flushing at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-
-
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    sys.stderr.write(f"warning: {message}\n")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from mm_rec.errors import UserError
-from mm_rec.tuning import threads_are_given, tune
+from mm_rec.tuning import cores, threads_are_given, tune
 
 __all__ = [
     "PRECISIONS",
     "apply_precision",
     "available_memory",
     "changes_precision",
+    "default_threads",
     "has_fast_bf16",
     "keep_freed_memory",
     "select_device",
@@ -76,6 +77,11 @@ def set_threads(requested: int | None) -> int:
     if requested is not None:
         torch.set_num_threads(requested)
     return torch.get_num_threads()
+
+
+def default_threads(processes: int) -> int:
+    """Returns the CPU threads of one of several processes on this host: its share of the cores that it may use."""
+    return max(1, cores() // processes)
 
 
 KEPT_BYTES = 2**31 - 1

@@ -15,14 +15,13 @@ import torch
 
 from mm_rec import checkpoint, ops, storage
 from mm_rec.checkpoint import Checkpoint, CheckpointError
-from mm_rec.cli import run_program
 from mm_rec.data.manifest import MANIFEST, check_files, read_manifest
 from mm_rec.device import available_memory, select_device, select_precision
 from mm_rec.errors import UserError
 from mm_rec.lock import owner_of
+from mm_rec.program import Parser, run_program
 from mm_rec.run_config import differences, read_config, versions
 from mm_rec.run_folder import LOCK, RECORDS
-from mm_rec.settings import Parser
 
 __all__ = ["Finding", "check_data", "check_machine", "check_run", "main"]
 

@@ -9,9 +9,11 @@ from rich.console import Console
 from mm_rec import checkpoint
 from mm_rec.data.prepare_conversations import prepare_conversations
 from mm_rec.errors import UserError
-from mm_rec.launch import starting_checkpoint, train_stages
+from mm_rec.program import say
+from mm_rec.run_stages import train_stages
 from mm_rec.settings import TrainSettings
 from mm_rec.signals import SignalGuard
+from mm_rec.starting_point import starting_checkpoint
 from mm_rec.tokenizer import Tokenizer
 
 __all__ = ["conversations_of", "finetune"]
@@ -56,6 +58,6 @@ def finetune(settings: TrainSettings, conversations: Path, guard: SignalGuard, c
         cache=one.checkpoint_dir / "prepared",
         max_samples=one.max_samples,
         skip_bad=one.skip_bad,
-        progress=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+        progress=lambda line: say(console, line),
     )
     return train_stages(one, data, guard, console)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mm_rec import distributed
+from mm_rec import processes
 from mm_rec.data.batches import Batch
 from mm_rec.state import ModelState, map_state
 
@@ -87,7 +87,7 @@ class GraphedPass:
         self._clear()
         graph = torch.cuda.CUDAGraph()
         # With several processes the threads of NCCL go on with their own business meanwhile.
-        mode = "thread_local" if distributed.size() > 1 else "global"
+        mode = "thread_local" if processes.world_size() > 1 else "global"
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
             loss, after = run_pass(self._loss_of, batch, state, self._parts)
             after = map_state(after, Tensor.detach)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mm_rec import ops
 
-__all__ = ["AdamW", "is_decayed"]
+__all__ = ["AdamW", "ParameterSlot", "is_decayed"]
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
@@ -25,7 +25,7 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
 
 
 @dataclass
-class _Slot:
+class ParameterSlot:
     """One parameter and all that the optimizer keeps for it; ``total`` is the gradient summed so far."""
 
     name: str
@@ -103,14 +103,14 @@ class AdamW:
         decayed: Callable[[str, Tensor], bool] = is_decayed,
     ) -> None:
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
-        self._slots: list[_Slot] = []
+        self._slots: list[ParameterSlot] = []
         self._norm: Tensor | None = None  # of the gradients as they are, and the updates that they make
         self._updates: ops.Updates | None = None
         for name, parameter in named_parameters:
             master = _own(parameter.detach()).float()  # the parameter itself if it is float32
             step = torch.zeros((), dtype=torch.float32, device=master.device)
             moments = torch.zeros_like(master), torch.zeros_like(master)
-            self._slots.append(_Slot(name, parameter, master, *moments, step, decayed(name, parameter)))
+            self._slots.append(ParameterSlot(name, parameter, master, *moments, step, decayed(name, parameter)))
         if not self._slots:
             raise ValueError("there are no parameters to optimize")
 
@@ -142,7 +142,7 @@ class AdamW:
             self._updates = ops.Updates([self._update(slot) for slot in active]) if active else None
         return self._norm
 
-    def _total_norm(self, slots: list[_Slot]) -> Tensor:
+    def _total_norm(self, slots: list[ParameterSlot]) -> Tensor:
         """Norm of the summed gradients of ``slots``, float32 of shape ()."""
         return ops.sum_of_squares([slot.gradient for slot in slots]).sqrt().float()
 
@@ -165,10 +165,10 @@ class AdamW:
         self.zero_grad()
         return norm
 
-    def _active(self) -> list[_Slot]:
+    def _active(self) -> list[ParameterSlot]:
         return [slot for slot in self._slots if slot.total is not None]
 
-    def _update(self, slot: _Slot) -> ops.Update:
+    def _update(self, slot: ParameterSlot) -> ops.Update:
         out = slot.own if slot.has_own_master else None
         decay = self.weight_decay if slot.decayed else 0.0
         return ops.Update(slot.master, slot.exp_avg, slot.exp_avg_sq, slot.gradient, out, slot.step, decay)
@@ -190,18 +190,20 @@ class AdamW:
         self._copy_all(self._masters(), weights, "weights")
         _round(self._slots)
 
-    def _state(self) -> dict[str, tuple[_Slot, Tensor]]:
+    def _state(self) -> dict[str, tuple[ParameterSlot, Tensor]]:
         return {
             f"{kind}.{slot.name}": (slot, getattr(slot, kind))
             for slot in self._slots
             for kind in ("exp_avg", "exp_avg_sq", "step")
         }
 
-    def _masters(self) -> dict[str, tuple[_Slot, Tensor]]:
+    def _masters(self) -> dict[str, tuple[ParameterSlot, Tensor]]:
         return {slot.name: (slot, slot.master) for slot in self._slots}
 
     @torch.no_grad()
-    def _copy_all(self, targets: Mapping[str, tuple[_Slot, Tensor]], sources: Mapping[str, Tensor], what: str) -> None:
+    def _copy_all(
+        self, targets: Mapping[str, tuple[ParameterSlot, Tensor]], sources: Mapping[str, Tensor], what: str
+    ) -> None:
         """Copy tensors by name; nothing is copied unless all names and shapes agree."""
         wrong = sorted(targets.keys() ^ sources.keys())
         if not wrong:
@@ -216,11 +218,11 @@ class AdamW:
         for name, (slot, held) in targets.items():
             held.copy_(self._part(slot, sources[name]))
 
-    def _whole(self, slot: _Slot, held: Tensor) -> Tensor:
+    def _whole(self, slot: ParameterSlot, held: Tensor) -> Tensor:
         """The tensor of a parameter of which this process holds ``held``."""
         return held
 
-    def _part(self, slot: _Slot, whole: Tensor) -> Tensor:
+    def _part(self, slot: ParameterSlot, whole: Tensor) -> Tensor:
         """What this process holds of the tensor ``whole`` of a parameter."""
         return whole
 
@@ -232,7 +234,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _round(slots: list[_Slot]) -> None:
+def _round(slots: list[ParameterSlot]) -> None:
     """Set the parameters from their masters."""
     narrow = [slot for slot in slots if slot.has_own_master]
     if narrow:

@@ -15,9 +15,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mm_rec.program import say
 from mm_rec.storage import format_bytes
 
-__all__ = ["Meter", "Progress", "StepReport", "describe_seconds"]
+__all__ = ["Meter", "ProgressLine", "StepReport", "describe_seconds"]
 
 WINDOW = 20
 """Steps over which the shown loss and speed are averaged."""
@@ -63,7 +64,7 @@ class Meter:
         return self._process.cpu_percent() / self._threads, self._process.memory_info().rss
 
 
-class Progress:
+class ProgressLine:
     """The line of a run. Messages scroll above it."""
 
     def __init__(self, console: Console, steps: int, first_step: int, meter: Meter) -> None:
@@ -77,7 +78,7 @@ class Progress:
         self._live: Live | None = None
 
     @contextmanager
-    def running(self) -> Iterator[Progress]:
+    def running(self) -> Iterator[ProgressLine]:
         """While the context lasts the line is live, if the console is a terminal."""
         self._start = time.monotonic()
         if not self._console.is_terminal:
@@ -92,7 +93,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Print a line or more above the live line."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self._console, text)
 
     def update(self, report: StepReport) -> tuple[float, int]:
         """Show a step; returns what the meter read."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mm_rec import distributed
+from mm_rec import processes
 from mm_rec.optim import AdamW
 
 __all__ = ["ReplicatedAdamW"]
@@ -43,6 +43,6 @@ class ReplicatedAdamW(AdamW):
         pieces = zip(message.split(sizes), slots, strict=True)
         parts = [piece[: slot.master.numel()].view_as(slot.master) for piece, slot in pieces]
         torch._foreach_copy_(parts, [slot.gradient for slot in slots])
-        distributed.mean_(message)
+        processes.all_mean_(message)
         for slot, part in zip(slots, parts, strict=True):
             slot.total = part

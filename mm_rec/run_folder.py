@@ -24,23 +24,46 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-
-from torch import Tensor
+from typing import Any, Protocol, Self
 
 from mm_rec import checkpoint, storage
 from mm_rec.checkpoint import Checkpoint, CheckpointError, Event
-from mm_rec.config import ModelConfig
 from mm_rec.errors import UserError
 from mm_rec.lock import Lock
 from mm_rec.run_config import Config, differences, list_runs, plain, read_config, same_run, versions, write_config
-from mm_rec.tokenizer import Tokenizer
 
-__all__ = ["RECORDS", "RunFolder"]
+__all__ = ["RECORDS", "Run", "RunFolder"]
 
 METRICS, LOSS_LOG, TIMING, EVENTS, LOCK = "metrics.jsonl", "loss_log.txt", "timing.jsonl", "events.log", "run.lock"
 RECORDS = (METRICS, LOSS_LOG)
 """Files that hold the same bytes whether a run was stopped or not; resuming cuts them back to its checkpoint."""
+
+
+class Run(Protocol):
+    """What a trainer needs of its run folder; :class:`RunFolder` has it on rank 0, a stand-in on the other ranks."""
+
+    path: Path
+    checkpoints: Path
+    samples: Path
+    step: int
+
+    def rewind(self) -> Checkpoint | None:
+        """Load the newest valid checkpoint and cut the records back to it."""
+
+    def save(self, step: int, *, trainer: Mapping[str, Any], **content: Any) -> Path:
+        """Write the checkpoint of ``step``; returns its path."""
+
+    def log_metrics(self, step: int, **values: Any) -> None:
+        """Record what a repeated run would yield again."""
+
+    def log_loss(self, step: int, loss: float) -> None:
+        """Record the loss of a step."""
+
+    def log_timing(self, step: int, **values: Any) -> None:
+        """Record what differs from run to run."""
+
+    def event(self, message: str) -> None:
+        """Record what happened, with the time."""
 
 
 class RunFolder:
@@ -212,29 +235,22 @@ class RunFolder:
         self,
         step: int,
         *,
-        config: ModelConfig,
-        weights: Mapping[str, Tensor],
-        optimizer: Mapping[str, Tensor],
-        carried: Mapping[str, Tensor],
         trainer: Mapping[str, Any],
-        tokenizer: Tokenizer,
+        **content: Any,
     ) -> Path:
-        """Write the checkpoint of ``step``, with how far the records are; see :func:`mm_rec.checkpoint.save`.
+        """Write the checkpoint of ``step``, with how far the records are; returns its path.
 
         If this step is saved already, that checkpoint is left as it is.
+
+        Args:
+            step: optimizer steps taken.
+            trainer: what the trainer keeps, as plain values.
+            content: the other arguments of :func:`mm_rec.checkpoint.save`.
         """
         path = self.checkpoints / checkpoint.checkpoint_name(step)
         if not path.exists():
             run = {"stage": self.config["stage"], "identity": self.config["identity"], "records": self._sync_records()}
-            checkpoint.save(
-                path,
-                config=config,
-                weights=weights,
-                optimizer=optimizer,
-                carried=carried,
-                trainer={"step": step, **trainer, "run": run},
-                tokenizer=tokenizer,
-            )
+            checkpoint.save(path, trainer={"step": step, **trainer, "run": run}, **content)
         self.step = step
         return path
 

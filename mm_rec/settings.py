@@ -1,65 +1,50 @@
-"""Run settings: defaults, then a YAML file, then the command line. Unknown keys are errors.
-
-A settings class is a frozen dataclass whose fields are annotated with :class:`Option`; the command line
-flags, the keys of the YAML file and their checks all follow from it.
-"""
+"""The settings of training: what a user may ask for, and its defaults."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import os
-import types
-import typing
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any
 
-import yaml
-
-from mm_rec.config import DEFAULT_PRESET, PRESETS
+from mm_rec.config import DEFAULT_PRESET, PRESETS, ModelConfig
 from mm_rec.errors import UserError
-from mm_rec.stages import PRETRAINING, STAGES
+from mm_rec.options import Option
+from mm_rec.stages import PRETRAINING
+from mm_rec.tokenizer import MIN_VOCAB_SIZE
 
-__all__ = ["Option", "Parser", "TrainSettings", "add_arguments", "from_arguments", "step_cap"]
+__all__ = ["MODEL_SHAPE", "TrainSettings", "step_cap"]
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Option:
-    """What a setting is for and which values it takes.
-
-    ``section`` marks one that only the file has, ``shared`` one that cannot differ between the stages of a command.
-    """
-
-    help: str
-    minimum: float | None = None
-    maximum: float = float("inf")
-    choices: tuple[str, ...] | None = None
-    section: bool = False
-    shared: bool = False
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def __init__(self, **keywords: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **keywords)
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with code 2 and one line that points to ``--help``."""
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+MODEL_SHAPE = (
+    "vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "gate_every", "window", "slots", "rotary_base"
+)  # fmt: skip
+"""Settings that change the shape of a preset: fields of ModelConfig."""
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What a training command takes. None means: derived from the stage, the device and the data."""
+    """What a training command takes. None means: derived from the preset, the stage, the device and the data."""
 
     stage: Annotated[str, Option("what to train", choices=(*PRETRAINING, "all"))] = "stage1"
     preset: Annotated[str, Option("size of the model", choices=tuple(PRESETS), shared=True)] = DEFAULT_PRESET
+    vocab_size: Annotated[
+        int | None, Option("tokens of the tokenizer at most", minimum=MIN_VOCAB_SIZE, shared=True)
+    ] = None
+    d_model: Annotated[int | None, Option("width of the model", minimum=1, shared=True)] = None
+    n_heads: Annotated[int | None, Option("heads, into which the width is split", minimum=1, shared=True)] = None
+    n_layers: Annotated[int | None, Option("blocks of each expert", minimum=1, shared=True)] = None
+    d_ff: Annotated[int | None, Option("width inside the feed-forward part of a block", minimum=1, shared=True)] = None
+    gate_every: Annotated[
+        int | None,
+        Option("every how many blocks one is a memory block, which attends", minimum=1, shared=True),
+    ] = None
+    window: Annotated[int | None, Option("tokens of short-term memory", minimum=2, shared=True)] = None
+    slots: Annotated[int | None, Option("slots of long-term memory of each head", minimum=1, shared=True)] = None
+    rotary_base: Annotated[
+        float | None, Option("base of the rotary encoding inside the window", minimum=1, shared=True)
+    ] = None
     data_dir: Annotated[Path, Option("folder with text/*.jsonl and code/*.jsonl", shared=True)] = Path("data")
     download_data: Annotated[bool, Option("download data into --data_dir if none is there", shared=True)] = False
     use_synthetic: Annotated[bool, Option("made-up data for a quick test, nothing is downloaded", shared=True)] = False
@@ -115,66 +100,28 @@ class TrainSettings:
         values = {**self.stages.get(name, {}), "stage": name, "stages": {}}
         return dataclasses.replace(self, **values)
 
+    def model_shape(self) -> dict[str, Any]:
+        """Returns the fields of :class:`ModelConfig` that were set, by name."""
+        return {name: value for name in MODEL_SHAPE if (value := getattr(self, name)) is not None}
 
-def _fields(cls: type) -> dict[str, tuple[Any, Option]]:
-    """Name, type and :class:`Option` of every setting."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Annotated}
+    def model_config(self, vocab_size: int | None = None) -> ModelConfig:
+        """Returns the shape of a new model: the preset with what was set beside it.
 
+        Args:
+            vocab_size: rows of the embedding; those of the settings if None.
 
-def add_arguments(
-    parser: argparse.ArgumentParser,
-    cls: type,
-    defaults: Mapping[str, Any] | None = None,
-    without: Container[str] = (),
-) -> None:
-    """Add ``--config`` and a flag for every field of a settings class.
-
-    Flags that are not given leave no trace in the namespace, so that :func:`from_arguments` can tell.
-
-    Args:
-        parser: to add to.
-        cls: the settings class.
-        defaults: those of this command where they differ from the class's, for the help text.
-        without: settings that mean nothing to this command.
-    """
-    group = parser.add_argument_group("settings")
-    group.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the settings below")
-    for name, (hint, option) in _fields(cls).items():
-        default = (defaults or {}).get(name, getattr(cls, name, None))
-        if option.section or name in without:
-            continue
-        if hint is bool:
-            group.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=option.help)
-            continue
-        group.add_argument(
-            f"--{name}",
-            default=argparse.SUPPRESS,
-            choices=option.choices,
-            metavar=None if option.choices else _kind(hint).__name__.upper(),
-            help=option.help + ("" if default is None else f" (default {default})"),
-        )
-
-
-def from_arguments(cls: type[T], arguments: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> T:
-    """Settings from parsed arguments: defaults, then the file of ``--config``, then the flags.
-
-    Raises:
-        UserError: for an unreadable file, an unknown key or a value that does not fit.
-    """
-    fields = _fields(cls)
-    flags = _checked({name: value for name, value in vars(arguments).items() if name in fields}, fields, "--")
-    path: Path | None = getattr(arguments, "config", None)
-    values = dict(defaults or {})
-    if path is not None:
-        values |= _checked(_read_yaml(path), fields, f"{path}: ")
-    for name, (_, option) in fields.items():
-        if option.section and name in values:
-            values[name] = {
-                stage: {key: value for key, value in section.items() if key not in flags}
-                for stage, section in values[name].items()
-            }
-    return cls(**(values | flags))
+        Raises:
+            UserError: if the sizes do not fit together.
+        """
+        shape = self.model_shape()
+        if vocab_size is None and "vocab_size" in shape:
+            vocab_size = -(-shape["vocab_size"] // 64) * 64
+        if vocab_size is not None:
+            shape["vocab_size"] = vocab_size
+        try:
+            return ModelConfig.preset(self.preset, **shape)
+        except ValueError as error:
+            raise UserError(f"these sizes do not make a model: {error}") from None
 
 
 def step_cap() -> int | None:
@@ -185,77 +132,3 @@ def step_cap() -> int | None:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise UserError(f"MM_REC_MAX_STEPS must be a whole number of at least 1, got {text!r}")
     return int(text)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the settings file {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold settings as `name: value` lines, not a {type(content).__name__}")
-    return content
-
-
-def _checked(values: Mapping[str, Any], fields: Mapping[str, tuple[Any, Option]], origin: str) -> dict[str, Any]:
-    """Settings by name, each converted to its type; ``origin`` says in errors where they come from."""
-    checked: dict[str, Any] = {}
-    for name, value in values.items():
-        where = f"{origin}{name}"
-        if name not in fields:
-            raise UserError(f"unknown setting {where}{_suggestion(str(name), fields)}")
-        hint, option = fields[name]
-        checked[name] = _section(where, value, fields) if option.section else _convert(where, value, hint, option)
-    return checked
-
-
-def _section(where: str, value: Any, fields: Mapping[str, tuple[Any, Option]]) -> dict[str, dict[str, Any]]:
-    """Settings of single stages, as ``stages: {stage2: {max_steps: 100}}`` in the file."""
-    if not isinstance(value, dict) or not all(isinstance(one, dict) for one in value.values()):
-        raise UserError(f"{where} must hold the settings of each stage under its name")
-    unknown = [name for name in value if name not in STAGES]
-    if unknown:
-        raise UserError(f"unknown stage {where}.{unknown[0]}{_suggestion(str(unknown[0]), STAGES)}")
-    for name, one in value.items():
-        for key in one:
-            if key in fields and fields[key][1].shared:
-                raise UserError(f"{where}.{name}.{key} cannot differ between stages; set {key} outside of {where}")
-    plain = {name: entry for name, entry in fields.items() if not entry[1].section and name != "stage"}
-    return {name: _checked(one, plain, f"{where}.{name}.") for name, one in value.items()}
-
-
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(known))}"
-
-
-def _kind(hint: Any) -> type:
-    """The one type of an annotation such as ``int`` or ``int | None``."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    kind: type = next(one for one in kinds if one is not types.NoneType)
-    return kind
-
-
-def _convert(where: str, value: Any, hint: Any, option: Option) -> Any:
-    """``value`` as the type of its setting; a value that does not fit is an error that says what does."""
-    kind = _kind(hint)
-    if value is None and isinstance(hint, types.UnionType):
-        return None
-    try:
-        if (kind is bool) != isinstance(value, bool) or isinstance(value, list | dict) or value is None:
-            raise ValueError
-        converted = value if kind is bool else kind(str(value))
-    except ValueError:
-        wanted = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}.get(kind, "text")
-        raise UserError(f"{where} must be {wanted}, got {value!r}") from None
-    if option.minimum is not None and not option.minimum <= converted < float("inf"):
-        raise UserError(f"{where} must be at least {option.minimum} and finite, got {value}")
-    if option.minimum is not None and converted > option.maximum:
-        raise UserError(f"{where} must be at most {option.maximum}, got {value}")
-    if option.choices and converted not in option.choices:
-        raise UserError(f"{where} must be one of {', '.join(option.choices)}, got {value!r}")
-    return converted

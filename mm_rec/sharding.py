@@ -23,12 +23,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mm_rec import distributed
+from mm_rec import processes
 from mm_rec.blocks.mm_rec_block import MMRecBlock
 from mm_rec.config import ModelConfig
 from mm_rec.device import apply_precision, changes_precision
 from mm_rec.model import MMRecModel
-from mm_rec.optim import AdamW, _Slot
+from mm_rec.optim import AdamW, ParameterSlot
 
 __all__ = ["ShardedAdamW", "same_logits", "sharded_model"]
 
@@ -41,7 +41,7 @@ def sharded_model(config: ModelConfig, precision: str, device: torch.device) -> 
     with torch.device("meta"):
         model = MMRecModel(config)
     apply_precision(model, precision)
-    mesh = init_device_mesh(device.type, (distributed.size(),))
+    mesh = init_device_mesh(device.type, (processes.world_size(),))
     whole = {parameter for name, parameter in model.named_parameters() if not changes_precision(name, parameter)}
     for block in [module for module in model.modules() if isinstance(module, MMRecBlock)]:
         fully_shard(block, mesh=mesh, ignored_params=whole)
@@ -74,12 +74,12 @@ class ShardedAdamW(AdamW):
             slot.parameter.grad for slot in self._slots if not _is_sharded(slot) and slot.parameter.grad is not None
         ]
         if gradients:
-            mean = distributed.mean_(torch.cat([gradient.flatten() for gradient in gradients]))
+            mean = processes.all_mean_(torch.cat([gradient.flatten() for gradient in gradients]))
             for gradient, part in zip(gradients, mean.split([one.numel() for one in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
         super().accumulate()
 
-    def _total_norm(self, slots: list[_Slot]) -> Tensor:
+    def _total_norm(self, slots: list[ParameterSlot]) -> Tensor:
         """Of all parts together; what every process holds counts once."""
         squares = [torch.zeros((), dtype=torch.float64, device=slots[0].master.device) for _ in range(2)]
         for index, sharded in enumerate((True, False)):
@@ -88,13 +88,13 @@ class ShardedAdamW(AdamW):
         dist.all_reduce(squares[0])
         return (squares[0] + squares[1]).sqrt().float()
 
-    def _whole(self, slot: _Slot, held: Tensor) -> Tensor:
+    def _whole(self, slot: ParameterSlot, held: Tensor) -> Tensor:
         """Gathered on the device, one tensor at a time, and kept by the first process only."""
         if held.ndim and _is_sharded(slot):
             held = _like(slot.parameter, held).full_tensor()
-        return held.cpu() if distributed.is_first() else held.new_empty(0)
+        return held.cpu() if processes.is_rank_zero() else held.new_empty(0)
 
-    def _part(self, slot: _Slot, whole: Tensor) -> Tensor:
+    def _part(self, slot: ParameterSlot, whole: Tensor) -> Tensor:
         if not whole.ndim or not _is_sharded(slot):
             return whole
         parameter: Any = slot.parameter
@@ -123,7 +123,7 @@ def same_logits(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def _is_sharded(slot: _Slot) -> bool:
+def _is_sharded(slot: ParameterSlot) -> bool:
     return isinstance(slot.parameter, DTensor)
 
 

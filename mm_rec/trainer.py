@@ -15,13 +15,12 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from mm_rec import distributed
+from mm_rec import processes
 from mm_rec.board import Board
 from mm_rec.chat import QUESTIONS, ChatSession, transcript
 from mm_rec.checkpoint import Checkpoint, checkpoint_name, prune
@@ -36,13 +35,15 @@ from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
 from mm_rec.plan import Plan
 from mm_rec.plots import draw_losses
-from mm_rec.position import Position
-from mm_rec.progress import Meter, Progress, StepReport
-from mm_rec.run_folder import METRICS, RunFolder
+from mm_rec.progress import Meter, ProgressLine, StepReport
+from mm_rec.ranks import broadcast_checkpoint, own_batch
+from mm_rec.run_folder import METRICS, Run
+from mm_rec.runtime import Runtime
 from mm_rec.signals import Interrupted, SignalGuard
 from mm_rec.state import ModelState, detach_state, flatten_state, map_state, unflatten_state
 from mm_rec.storage import write_atomic
 from mm_rec.tokenizer import Tokenizer
+from mm_rec.training_progress import TrainingProgress
 
 __all__ = ["Trainer"]
 
@@ -82,8 +83,8 @@ class Trainer:
         valid: Mapping[str, Documents],
         bytes_per_token: Mapping[str, float],
         tokenizer: Tokenizer,
-        run: RunFolder,
-        runtime: Mapping[str, Any],
+        run: Run,
+        runtime: Runtime,
         guard: SignalGuard,
         console: Console,
         board: Board | None = None,
@@ -98,23 +99,23 @@ class Trainer:
         self.bytes_per_token = bytes_per_token
         self.tokenizer = tokenizer
         self.run = run
-        self.runtime = dict(runtime)
+        self.runtime = runtime
         self.guard = guard
         self.console = console
         self.board = board
         self.device = model.embedding.weight.device
-        self.at = Position()
+        self.progress = TrainingProgress()
         self.carried: dict[str, ModelState] = {}
-        self.feed = Feed(self.device, distributed.own_batch)
-        self._sharded = runtime.get("parallel") == "fsdp"
+        self.feed = Feed(self.device, own_batch)
+        self._sharded = runtime.sharded
         self._graphs: GraphedPass | None = None
-        self._between = guard.check if distributed.size() == 1 else _nothing
+        self._between = guard.check if processes.world_size() == 1 else _do_nothing
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of this stage."""
         self.optimizer.load_master_tensors(checkpoint.weights)
         self.optimizer.load_state_tensors(checkpoint.optimizer)
-        self.at = Position(**checkpoint.trainer["position"])
+        self.progress = TrainingProgress(**checkpoint.trainer["position"])
         self.carried = self._carried_in(checkpoint)
 
     def _carried_in(self, checkpoint: Checkpoint) -> dict[str, ModelState]:
@@ -127,7 +128,7 @@ class Trainer:
         flat: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in carried.items():
             key, _, rest = name.partition("/")
-            flat[key][rest] = distributed.own_rows(tensor).to(self.device)
+            flat[key][rest] = processes.own_rows(tensor).to(self.device)
         return {key: unflatten_state(tensors, self.model.config) for key, tensors in flat.items()}
 
     def fit(self) -> Path:
@@ -139,14 +140,14 @@ class Trainer:
             Interrupted: after a signal.
             UserError: if memory runs out or training stays unstable.
         """
-        progress = Progress(self.console, self.plan.last_step, self.at.step + 1, Meter(self.runtime["threads"]))
-        with progress.running(), self.guard.deferred():
+        line = ProgressLine(self.console, self.plan.last_step, self.progress.step + 1, Meter(self.runtime.threads))
+        with line.running(), self.guard.deferred():
             try:
-                self._loop(progress)
+                self._loop(line)
             except Interrupted:
                 path = self._save()
-                progress.message(
-                    f"stopped at step {self.at.step}, saved in {path}; the same command goes on from there"
+                line.message(
+                    f"stopped at step {self.progress.step}, saved in {path}; the same command goes on from there"
                 )
                 raise
             except (RuntimeError, MemoryError) as error:
@@ -155,38 +156,38 @@ class Trainer:
                 self.optimizer.zero_grad()
                 traceback.clear_frames(error.__traceback__)  # lest they keep tensors and graphs
                 remedy = memory_remedy(self.plan.batch_size, self.plan.seq_len)
-                raise UserError(f"out of memory in step {self.at.step + 1}; {remedy}") from error
+                raise UserError(f"out of memory in step {self.progress.step + 1}; {remedy}") from error
             finally:
                 self._graphs = None
                 if self.board is not None:
                     self.board.close()
         return self._save()
 
-    def _loop(self, progress: Progress) -> None:
+    def _loop(self, line: ProgressLine) -> None:
         plan = self.plan
         while True:
-            last = self.at.step >= plan.last_step
-            evaluate_now = last or self.at.step % plan.eval_interval == 0
+            last = self.progress.step >= plan.last_step
+            evaluate_now = last or self.progress.step % plan.eval_interval == 0
             # Saved first: a failed evaluation loses nothing, and one that was stopped is done again from its start.
-            if evaluate_now or self.at.step % plan.checkpoint_interval == 0:
+            if evaluate_now or self.progress.step % plan.checkpoint_interval == 0:
                 self._save()
-            if evaluate_now and (distributed.is_first() or self._sharded):  # all have to help with a sharded model
-                self._evaluate(progress)
-                if self.at.step > 0:
-                    self._sample(progress)
-                if self.at.step > 0 and distributed.is_first():
+            if evaluate_now and (processes.is_rank_zero() or self._sharded):  # all have to help with a sharded model
+                self._evaluate(line)
+                if self.progress.step > 0:
+                    self._sample(line)
+                if self.progress.step > 0 and processes.is_rank_zero():
                     title = f"{plan.stage.name}: {self.run.path}"
                     draw_losses(self.run.path / METRICS, self.run.path / "loss.png", title)
             if last:
                 return
-            distributed.check_signals(self.guard)
+            processes.check_signals(self.guard)
             report = self._take_step()
             if report is not None:
-                self._show(report, progress)
+                self._show(report, line)
 
-    def _show(self, report: StepReport, progress: Progress) -> None:
+    def _show(self, report: StepReport, line: ProgressLine) -> None:
         """What depends on the clock, and so stays out of the records: the line, timing.jsonl, TensorBoard."""
-        cpu, memory = progress.update(report)
+        cpu, memory = line.update(report)
         self.run.log_timing(report.step, seconds=report.seconds, cpu_percent=cpu, memory_bytes=memory)
         if self.board is not None:
             values = {"loss": report.loss, "bits_per_byte": report.bits_per_byte, "grad_norm": report.grad_norm}
@@ -213,9 +214,9 @@ class Trainer:
 
     def _take_step(self) -> StepReport | None:
         """One optimizer step; None if it was left out, rolled back or given up half way for a signal."""
-        step, plan, start = self.at.step + 1, self.plan, time.monotonic()
-        if step in self.at.skipped:
-            self.at.step = step
+        step, plan, start = self.progress.step + 1, self.plan, time.monotonic()
+        if step in self.progress.skipped:
+            self.progress.step = step
             self.run.log_metrics(step, skipped=True)
             return None
         fusion_only = step <= plan.fusion_steps
@@ -226,7 +227,7 @@ class Trainer:
         carried = dict(self.carried) if carry else {}
         parts: list[tuple[str, Tensor]] = []
         for index in range((step - 1) * plan.accumulation, step * plan.accumulation):
-            if parts and distributed.size() == 1 and self.guard.requested is not None:
+            if parts and processes.world_size() == 1 and self.guard.requested is not None:
                 self.optimizer.zero_grad()
                 return None
             batch = self.feed.take(batches, index)
@@ -236,7 +237,7 @@ class Trainer:
             parts.append((key, loss))
             if carry:
                 carried[key] = map_state(state, _keep)
-        numbers = distributed.mean_(torch.stack([loss for _, loss in parts]))
+        numbers = processes.all_mean_(torch.stack([loss for _, loss in parts]))
         numbers = torch.cat([numbers, self.optimizer.gradient_norm().view(1)])
         self.feed.prefetch(batches, step * plan.accumulation)
         *values, norm = numbers.tolist()  # the one time in a step that the device is waited for
@@ -244,24 +245,24 @@ class Trainer:
         for (key, _), value in zip(parts, values, strict=True):
             losses[key].append(value)
         means = {key: sum(some) / len(some) for key, some in losses.items()}
-        trouble = self.at.trouble(means)
+        trouble = self.progress.trouble(means)
         if trouble is None and not math.isfinite(norm):
             trouble = f"the norm of the gradient is {norm}"
         if trouble is not None:
             self._roll_back(step, trouble)
             return None
-        rate = plan.rate_at(step) * self.at.rate_scale
+        rate = plan.rate_at(step) * self.progress.rate_scale
         self.optimizer.step(rate, plan.clip or math.inf)
         self.carried = carried
-        self.at.step = step
-        self.at.tokens += plan.tokens_per_step
-        self.at.remember(means)
+        self.progress.step = step
+        self.progress.tokens += plan.tokens_per_step
+        self.progress.remember(means)
         total = sum(sum(some) for some in losses.values()) / plan.accumulation
         bits = sum(len(losses[key]) * means[key] / self.bytes_per_token[key] for key in means)
         bits /= plan.accumulation * math.log(2)
         self.run.log_loss(step, total)
         self.run.log_metrics(
-            step, loss=total, losses=means, bits_per_byte=bits, grad_norm=norm, rate=rate, tokens=self.at.tokens
+            step, loss=total, losses=means, bits_per_byte=bits, grad_norm=norm, rate=rate, tokens=self.progress.tokens
         )
         return StepReport(step, total, bits, norm, rate, plan.tokens_per_step, time.monotonic() - start)
 
@@ -273,19 +274,20 @@ class Trainer:
     def _roll_back(self, step: int, trouble: str) -> None:
         """Back to the last good checkpoint; from there on this step's batch is left out and the rate halved."""
         self.optimizer.zero_grad()
-        skipped, scale = [*self.at.skipped, step], self.at.rate_scale / 2
+        skipped, scale = [*self.progress.skipped, step], self.progress.rate_scale / 2
         if len(skipped) > MAX_ROLLBACKS:
             raise UserError(
                 f"training is unstable: {trouble} in step {step}, after {MAX_ROLLBACKS} times back; "
                 f"the last good checkpoint is in {self.run.checkpoints}; start anew with a lower --lr "
                 f"(the peak was {self.plan.rate:.1e})"
             )
-        checkpoint = distributed.shared_checkpoint(self.run.rewind())
+        checkpoint = broadcast_checkpoint(self.run.rewind())
         assert checkpoint is not None, "a run saves its start"
         self.restore(checkpoint)
-        self.at.skipped, self.at.rate_scale = skipped, scale
+        self.progress.skipped, self.progress.rate_scale = skipped, scale
         self.run.event(
-            f"{trouble} in step {step}: went back to step {self.at.step}; that batch is left out and the rate halved"
+            f"{trouble} in step {step}: went back to step {self.progress.step}; "
+            "that batch is left out and the rate halved"
         )
 
     def _save(self) -> Path:
@@ -293,22 +295,22 @@ class Trainer:
         carried = {
             f"{key}/{name}": tensor
             for key, state in self.carried.items()
-            for name, tensor in distributed.gather_rows(flatten_state(state)).items()
+            for name, tensor in processes.gather_rows(flatten_state(state)).items()
         }
         path = self.run.save(
-            self.at.step,
+            self.progress.step,
             config=self.model.config,
             weights=self.optimizer.master_tensors(),
             optimizer=self.optimizer.state_tensors(),
             carried=carried,
-            trainer={"position": asdict(self.at), "runtime": self.runtime, "steps": self.plan.steps},
+            trainer={"position": asdict(self.progress), "runtime": self.runtime.to_dict(), "steps": self.plan.steps},
             tokenizer=self.tokenizer,
         )
-        if distributed.is_first():
+        if processes.is_rank_zero():
             prune(self.run.checkpoints, self.plan.keep_checkpoints)
         return path
 
-    def _evaluate(self, progress: Progress) -> None:
+    def _evaluate(self, line: ProgressLine) -> None:
         """Bits per byte on held-out documents: as the stage runs the model and, where it fuses, by own expert too."""
         if not self.valid:
             return
@@ -319,27 +321,29 @@ class Trainer:
         if mixed and not self.plan.stage.conversations:
             records["valid_by_expert"] = {name: self._score(name, name) for name in self.valid}
             shown += [f"{name} by its expert {score:.3f}" for name, score in records["valid_by_expert"].items()]
-        self.run.log_metrics(self.at.step, **records)
+        self.run.log_metrics(self.progress.step, **records)
         if self.board is not None:
-            self.board.add(self.at.step, {f"valid/{name}": score for name, score in scores.items()})
-        progress.message(f"validation at step {self.at.step}, bits per byte: {', '.join(shown)}")
+            self.board.add(self.progress.step, {f"valid/{name}": score for name, score in scores.items()})
+        line.message(f"validation at step {self.progress.step}, bits per byte: {', '.join(shown)}")
 
     def _score(self, name: str, domain: str | None) -> float:
         return evaluate(self.model, self.valid[name], domain, between=self._between).bits_per_byte
 
-    def _sample(self, progress: Progress) -> None:
+    def _sample(self, line: ProgressLine) -> None:
         """A short text of each domain, or a conversation: the same for the same seed and step."""
-        sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, seed=(self.plan.seed * 1_000_003 + self.at.step) % 2**63)
+        sampling = Sampling(
+            max_new_tokens=SAMPLE_TOKENS, seed=(self.plan.seed * 1_000_003 + self.progress.step) % 2**63
+        )
         with self._same_logits():
             if self.plan.stage.conversations:
                 session = ChatSession.start(self.model, self.tokenizer, sampling=sampling)
                 sample = transcript(session, QUESTIONS, self._between)
             else:
                 sample = self._continue_texts(sampling)
-        if not distributed.is_first():
+        if not processes.is_rank_zero():
             return
-        write_atomic(self.run.samples / f"{checkpoint_name(self.at.step)}.txt", sample.encode("utf-8", "replace"))
-        progress.message(f"sample at step {self.at.step}:\n{sample}")
+        write_atomic(self.run.samples / f"{checkpoint_name(self.progress.step)}.txt", sample.encode("utf-8", "replace"))
+        line.message(f"sample at step {self.progress.step}:\n{sample}")
 
     def _same_logits(self) -> contextlib.AbstractContextManager[None]:
         if not self._sharded:
@@ -362,8 +366,8 @@ class Trainer:
         return "\n\n".join(texts) + "\n"
 
 
-def _nothing() -> None:
-    """Not even a look at signals: what one process alone does must not end in it alone."""
+def _do_nothing() -> None:
+    """Do nothing between two pieces of work: with several processes, a signal must not end rank 0 alone."""
 
 
 def _keep(tensor: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from mm_rec import __version__
-from mm_rec.cli import COMMANDS, main, run_program
+from mm_rec.cli import COMMANDS, main
 from mm_rec.data.synthetic import write_synthetic
 from mm_rec.errors import UserError
+from mm_rec.program import run_program
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +100,7 @@ def test_what_ends_a_program_becomes_its_exit_code(capsys: pytest.CaptureFixture
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    code = "import mm_rec.cli, sys\nsys.exit(mm_rec.cli.run_program(lambda: [print('x' * 1000) for _ in range(1000)]))"
+    code = "import sys, mm_rec.program as p; sys.exit(p.run_program(lambda: [print('x' * 1000) for _ in range(1000)]))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None

@@ -29,12 +29,12 @@ LAST = Path("stage1/checkpoints/step_000004")
 RANKS = """
 import os, sys
 import mm_rec.scripts.train, mm_rec.scripts.training, mm_rec.sharding
-from mm_rec import assembly, trainer
-from mm_rec.cli import run_program
+from mm_rec import runtime, trainer
+from mm_rec.program import run_program
 trainer.SAMPLE_TOKENS, trainer.draw_losses = 2, lambda *_: None
-measured = assembly.available_memory
+measured = runtime.available_memory
 for size, port, last, memory, arguments in eval(sys.argv[1]):
-    assembly.available_memory = (lambda _, bytes=memory * size: bytes) if memory else measured
+    runtime.available_memory = (lambda _, bytes=memory * size: bytes) if memory else measured
     children = []
     for rank in range(size):
         if child := os.fork():

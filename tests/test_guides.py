@@ -14,11 +14,11 @@ import torch
 
 import mm_rec
 from mm_rec import trainer
-from mm_rec.cli import run_program
 from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.data import download_data
 from mm_rec.data.hub import UnreachableError
 from mm_rec.data.sources import Source
+from mm_rec.program import run_program
 
 COMMANDS = [
     tuple(line.split("\t"))

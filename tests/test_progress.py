@@ -7,7 +7,7 @@ from PIL import Image
 from rich.console import Console
 
 from mm_rec.plots import draw_losses
-from mm_rec.progress import Meter, Progress, StepReport
+from mm_rec.progress import Meter, ProgressLine, StepReport
 
 
 def report(step: int) -> StepReport:
@@ -18,7 +18,7 @@ def report(step: int) -> StepReport:
 def test_the_line_says_what_is_promised(terminal: bool) -> None:
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal, width=200, _environ={})
-    progress = Progress(console, 3, 1, Meter(1))
+    progress = ProgressLine(console, 3, 1, Meter(1))
     with progress.running():
         for step in (1, 2, 3):
             cpu, memory = progress.update(report(step))
@@ -44,7 +44,7 @@ def test_the_line_says_what_is_promised(terminal: bool) -> None:
 
 def test_without_a_terminal_lines_are_rare() -> None:
     output = io.StringIO()
-    progress = Progress(Console(file=output, width=200), 500, 1, Meter(1))
+    progress = ProgressLine(Console(file=output, width=200), 500, 1, Meter(1))
     with progress.running():
         for step in range(1, 501):
             progress.update(report(step))

@@ -3,8 +3,10 @@ from pathlib import Path
 import pytest
 
 from mm_rec.errors import UserError
+from mm_rec.options import add_arguments, from_arguments
 from mm_rec.plan import make_plan
-from mm_rec.settings import Parser, TrainSettings, add_arguments, from_arguments, step_cap
+from mm_rec.program import Parser
+from mm_rec.settings import TrainSettings, step_cap
 from mm_rec.stages import STAGES, betas, learning_rate
 
 

@@ -15,17 +15,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from mm_rec import checkpoint, position, trainer
+from mm_rec import checkpoint, trainer, training_progress
 from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.data.batches import EvenBatches
 from mm_rec.data.prepare import Prepared, prepare
 from mm_rec.data.synthetic import write_synthetic
 from mm_rec.errors import UserError
 from mm_rec.estimate import FIXED_BYTES, count_parameters, measure_activations, training_bytes, with_margin
-from mm_rec.launch import train_stages
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
 from mm_rec.run_folder import RunFolder
+from mm_rec.run_stages import train_stages
 from mm_rec.settings import TrainSettings
 from mm_rec.signals import Interrupted, SignalGuard
 from mm_rec.trainer import Trainer
@@ -146,7 +146,7 @@ def test_half_a_step_is_given_up_for_a_signal(data: Prepared, tmp_path: Path, mo
 
     def interrupted(self: Trainer, *arguments: object) -> object:
         calls.append(1)
-        if self.at.step == 2 and len(calls) % 4 == 0:  # the two passes of the estimate come before
+        if self.progress.step == 2 and len(calls) % 4 == 0:  # the two passes of the estimate come before
             os.kill(os.getpid(), signal.SIGINT)
         return compute(self, *arguments)
 
@@ -313,7 +313,7 @@ def inject(monkeypatch: pytest.MonkeyPatch, faults: dict[int, float]) -> None:
 
     def faulty(self: Trainer, *arguments: object) -> object:
         loss, state = compute(self, *arguments)
-        return loss + faults.get(self.at.step + 1, 0.0), state
+        return loss + faults.get(self.progress.step + 1, 0.0), state
 
     monkeypatch.setattr(Trainer, "micro_batch_loss", faulty)
 
@@ -367,7 +367,7 @@ def test_rollbacks_are_repeated_exactly_by_a_run_that_was_stopped(
 
 
 def test_a_spike_is_rolled_back(data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(position, "HISTORY", 2)
+    monkeypatch.setattr(training_progress, "HISTORY", 2)
     inject(monkeypatch, {9: 1000.0})
     train(data, settings(tmp_path))
     assert "jumped" in (tmp_path / "stage1" / "events.log").read_text()
@@ -378,12 +378,12 @@ def test_a_spike_is_rolled_back(data: Prepared, tmp_path: Path, monkeypatch: pyt
 def test_a_step_in_trouble_is_judged_before_its_update(
     fault: float, data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(position, "HISTORY", 2)
+    monkeypatch.setattr(training_progress, "HISTORY", 2)
     inject(monkeypatch, {9: fault})
     applied: list[int] = []
     step, take = AdamW.step, Trainer._take_step
     monkeypatch.setattr(AdamW, "step", lambda self, *values: applied.append(at[-1]) or step(self, *values))
-    monkeypatch.setattr(Trainer, "_take_step", lambda self: at.append(self.at.step + 1) or take(self))
+    monkeypatch.setattr(Trainer, "_take_step", lambda self: at.append(self.progress.step + 1) or take(self))
     at: list[int] = [0]
     train(data, settings(tmp_path))
     assert 9 in at
@@ -407,7 +407,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
 
     def faulty(self: Trainer, *arguments: object) -> object:
         loss, state = compute(self, *arguments)
-        if self.at.step + 1 == 2:
+        if self.progress.step + 1 == 2:
             loss = loss + (self.model.embedding.weight.sum() * 0).sqrt()  # finite loss, gradient 0 / 0
         return loss, state
 
@@ -420,7 +420,7 @@ def test_what_cannot_fit_is_refused_before_it_starts(
     data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def available(count: float) -> None:
-        monkeypatch.setattr("mm_rec.assembly.available_memory", lambda _: int(count))
+        monkeypatch.setattr("mm_rec.runtime.available_memory", lambda _: int(count))
 
     large = settings(tmp_path, batch_size=8, seq_len=4096)
     available(1000)
@@ -446,7 +446,7 @@ def test_gradient_checkpointing_comes_when_nothing_else_fits(
     saved = measure_activations(MMRecModel(deep), "text")
     assert saved.checkpointed < 0.7 * saved.plain
     between = with_margin(training, (saved.checkpointed + saved.plain) / 2 * 1024)
-    monkeypatch.setattr("mm_rec.assembly.available_memory", lambda _: between)
+    monkeypatch.setattr("mm_rec.runtime.available_memory", lambda _: between)
     output = io.StringIO()
     train(data, wanted, output)
     assert "gradient checkpointing" in output.getvalue()
@@ -472,7 +472,7 @@ def test_memory_that_runs_out_is_a_message(data: Prepared, tmp_path: Path, monke
     compute = Trainer.micro_batch_loss
 
     def full(self: Trainer, *arguments: object) -> object:
-        if self.at.step == 2:
+        if self.progress.step == 2:
             torch.empty(2**60)
         return compute(self, *arguments)
 
@@ -494,7 +494,7 @@ def test_precision_and_threads_are_kept(data: Prepared, tmp_path: Path, monkeypa
     monkeypatch.setattr("mm_rec.device.has_fast_bf16", lambda _: True)
     final = train(data, settings(tmp_path, max_steps=2))
     assert checkpoint.load(final).trainer["runtime"]["precision"] == "fp32"
-    monkeypatch.setattr("mm_rec.assembly._describe_ops", lambda _: "other kernels")
+    monkeypatch.setattr("mm_rec.runtime._describe_ops", lambda _: "other kernels")
     train(data, settings(tmp_path, max_steps=3))
     assert 'is "other kernels"' in (tmp_path / "stage1" / "events.log").read_text()
 

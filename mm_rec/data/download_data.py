@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mm_rec.cli import run_program
 from mm_rec.data.fetch import fetch
 from mm_rec.data.hub import UnreachableError
 from mm_rec.data.local import take_builtin, take_own
 from mm_rec.data.sources import BUILTIN, DEFAULT_SOURCES, Source, describe_sources, find_source
 from mm_rec.errors import UserError
 from mm_rec.lock import Lock
-from mm_rec.settings import Parser
+from mm_rec.program import Parser, positive_int, run_program
 from mm_rec.storage import reporting_errors
 
 __all__ = ["DEFAULT_SAMPLES", "Request", "add_arguments", "download", "main", "read_arguments", "run"]
@@ -121,7 +120,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("data"), help="data folder (default ./data)")
     for kind, text in (("text", "text source"), ("code", "code source"), ("chat", "instruct or chat source")):
         default = f"{DEFAULT_SAMPLES[kind]:,}"
-        parser.add_argument(f"--{kind}_samples", type=_count, metavar="N", help=f"from each {text} (default {default})")
+        parser.add_argument(
+            f"--{kind}_samples", type=positive_int, metavar="N", help=f"from each {text} (default {default})"
+        )
     parser.add_argument("--no_code", action="store_true", help="no code")
     parser.add_argument("--no_wikitext", action="store_true", help="no text")
     parser.add_argument(
@@ -129,7 +130,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text_dir", type=Path, metavar="PATH", help="file or folder of your own for text")
     parser.add_argument("--code_dir", type=Path, metavar="PATH", help="file or folder of your own for code")
-    parser.add_argument("--skip_bad", type=_count, default=0, metavar="N", help="leave out up to N bad rows of them")
+    parser.add_argument(
+        "--skip_bad", type=positive_int, default=0, metavar="N", help="leave out up to N bad rows of them"
+    )
 
 
 def read_arguments(options: argparse.Namespace) -> Request:
@@ -161,12 +164,6 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     parser.epilog = EPILOG.format(prog=parser.prog, sources=describe_sources())
     add_arguments(parser)
     return run(parser.parse_args(arguments))
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _say(line: str) -> None:

@@ -6,7 +6,7 @@ again goes on with a run that was stopped.
 
 from __future__ import annotations
 
-from mm_rec.cli import run_program
+from mm_rec.program import run_program
 from mm_rec.scripts import train
 
 DEFAULTS = {"download_data": True}

@@ -6,10 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mm_rec.cli import run_program
 from mm_rec.config import DEFAULT_PRESET, PRESETS
 from mm_rec.errors import UserError
-from mm_rec.settings import Parser
+from mm_rec.program import Parser, positive_int, run_program
 
 EPILOG = """examples:
   mm-rec bench
@@ -25,25 +24,19 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--preset", choices=tuple(PRESETS), default=DEFAULT_PRESET)
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: CUDA if it is there (default)")
     parser.add_argument("--shapes", nargs="+", type=_shape, default=[(1, 256), (2, 512)], metavar="BxT")
-    parser.add_argument("--rounds", type=_count, default=5, help="runs that the medians are of (default 5)")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="runs that the medians are of (default 5)")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-    parser.add_argument("--threads", type=_count)
+    parser.add_argument("--threads", type=positive_int)
     parser.add_argument("--peers", action="store_true", help="GPT-2 110M and a GPT of 56M beside it: transformers")
     parser.add_argument("--output", type=Path, default=Path("bench"), help="folder for bench.json and roofline.png")
     return _measure(parser.parse_args(arguments))
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _shape(text: str) -> tuple[int, int]:
     batch, cross, length = text.partition("x")
     if not cross:
         raise argparse.ArgumentTypeError(f"must be batch x length, as in 2x512, got {text!r}")
-    return _count(batch), _count(length)
+    return positive_int(batch), positive_int(length)
 
 
 def _measure(options: argparse.Namespace) -> int:

@@ -7,10 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mm_rec.cli import run_program
 from mm_rec.errors import UserError
+from mm_rec.program import Parser, run_program
 from mm_rec.scripts.sampling import add_domain_argument, add_weights_argument
-from mm_rec.settings import Parser
 
 if TYPE_CHECKING:
     from mm_rec.evaluate import Documents

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mm_rec.cli import run_program
+from mm_rec.program import Parser, run_program
 from mm_rec.scripts.sampling import add_domain_argument
-from mm_rec.settings import Parser
 
 EPILOG = """examples:
   mm-rec export --model checkpoints_cpu --output my-model

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from mm_rec.cli import run_program
-from mm_rec.settings import Option, Parser, TrainSettings, add_arguments, from_arguments
+from mm_rec.options import Option, add_arguments, from_arguments
+from mm_rec.program import Parser, run_program
+from mm_rec.settings import MODEL_SHAPE, TrainSettings
 from mm_rec.stages import FINETUNING
 
 EPILOG = """
@@ -27,7 +28,7 @@ examples:
   mm-rec finetune --task instruct --data alpaca.jsonl --init_from ./checkpoints/stage1
 """
 
-NOT_HERE = ("stage", "preset", "download_data", "use_synthetic")
+NOT_HERE = ("stage", "preset", *MODEL_SHAPE, "download_data", "use_synthetic")
 """Settings of pre-training that the model brings along or that mean nothing to conversations."""
 
 
@@ -45,13 +46,13 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     add_arguments(parser, FinetuneSettings, without=NOT_HERE)
     settings = from_arguments(FinetuneSettings, parser.parse_args(arguments))
 
-    from mm_rec import distributed
+    from mm_rec import processes
     from mm_rec.finetune import conversations_of, finetune
     from mm_rec.signals import SignalGuard
 
     conversations = conversations_of(settings.task, settings.data, settings.data_dir)
-    with SignalGuard() as guard, distributed.joined(settings.device):
-        console = distributed.make_console()
+    with SignalGuard() as guard, processes.process_group(settings.device):
+        console = processes.make_console()
         finetune(dataclasses.replace(settings, stage=settings.task), conversations, guard, console)
     return 0
 

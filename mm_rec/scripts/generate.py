@@ -6,10 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mm_rec.cli import run_program
 from mm_rec.errors import UserError
+from mm_rec.program import Parser, run_program
 from mm_rec.scripts.sampling import add_domain_argument, add_sampling_arguments, add_weights_argument, given_sampling
-from mm_rec.settings import Parser
 
 EPILOG = """examples:
   mm-rec generate --model checkpoints_cpu --prompt "The "

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from mm_rec.cli import run_program
-from mm_rec.settings import Option, Parser, TrainSettings, add_arguments, from_arguments
+from mm_rec.options import Option, add_arguments, from_arguments
+from mm_rec.program import Parser, run_program, say
+from mm_rec.settings import TrainSettings
 from mm_rec.stages import FINETUNING
 
 if TYPE_CHECKING:
@@ -57,25 +58,25 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 
 def run(settings: PipelineSettings) -> int:
     """Run the pipeline; returns the exit code."""
-    from mm_rec import distributed
+    from mm_rec import processes
     from mm_rec.finetune import conversations_of, finetune
-    from mm_rec.launch import train_stages
+    from mm_rec.run_stages import train_stages
     from mm_rec.scripts.training import load_data
     from mm_rec.signals import SignalGuard
 
     named = {"instruct": settings.instruct_data, "chat": settings.chat_data}
     conversations = {task: conversations_of(task, named[task], settings.data_dir) for task in FINETUNING}
-    with SignalGuard() as guard, distributed.joined(settings.device):
-        console = distributed.make_console()
+    with SignalGuard() as guard, processes.process_group(settings.device):
+        console = processes.make_console()
         path = train_stages(settings, load_data(settings, console), guard, console)
-        if distributed.is_first():
+        if processes.is_rank_zero():
             _write_transcript("pretrain", path, settings, console)
         for task in FINETUNING:
             guard.check()
             path = finetune(
                 dataclasses.replace(settings, stage=task, init_from=path), conversations[task], guard, console
             )
-            if distributed.is_first():
+            if processes.is_rank_zero():
                 _write_transcript(task, path, settings, console)
     return 0
 
@@ -92,7 +93,7 @@ def _write_transcript(phase: str, path: Path, settings: TrainSettings, console: 
     said = transcript(ChatSession.start(model, tokenizer, sampling=sampling, domain=domain), QUESTIONS)
     file = settings.checkpoint_dir / f"transcript_{phase}.txt"
     write_atomic(file, said.encode())
-    console.print(f"a conversation after {phase}, kept in {file}:\n{said}", markup=False, highlight=False)
+    say(console, f"a conversation after {phase}, kept in {file}:\n{said}")
 
 
 if __name__ == "__main__":

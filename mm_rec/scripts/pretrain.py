@@ -12,7 +12,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the folder of this script is on the path, the package is not
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from mm_rec.cli import run_program
+from mm_rec.program import run_program
 from mm_rec.scripts import train
 
 DEFAULTS = {

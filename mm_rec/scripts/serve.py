@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from mm_rec.cli import run_program
 from mm_rec.errors import UserError
+from mm_rec.options import Option, add_arguments, from_arguments
+from mm_rec.program import Parser, run_program
 from mm_rec.scripts.sampling import WEIGHTS_HELP
-from mm_rec.settings import Option, Parser, add_arguments, from_arguments
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -6,9 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from mm_rec.cli import run_program
 from mm_rec.errors import UserError
-from mm_rec.settings import Parser
+from mm_rec.program import Parser, run_program
 
 EPILOG = """examples:
   mm-rec tokenizer --data_dir ./data --vocab_size 8192 --output ./tokenizer

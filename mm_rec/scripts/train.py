@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mm_rec.cli import run_program
-from mm_rec.settings import Parser, TrainSettings, add_arguments, from_arguments
+from mm_rec.options import add_arguments, from_arguments
+from mm_rec.program import Parser, run_program
+from mm_rec.settings import TrainSettings
 from mm_rec.stages import PRETRAINING, STAGES
 
 STAGE_HELP = "\n".join(["stages:", *(f"  {name:8}{STAGES[name].summary}" for name in PRETRAINING)])

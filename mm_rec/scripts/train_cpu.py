@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mm_rec.cli import run_program
+from mm_rec.program import run_program
 from mm_rec.scripts import train
 
 DEFAULTS = {"device": "cpu"}

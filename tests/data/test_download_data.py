@@ -6,7 +6,6 @@ import re
 
 import pytest
 
-from mm_rec.cli import run_program
 from mm_rec.data import builtin, download_data
 from mm_rec.data.download_data import Request, download, main
 from mm_rec.data.files import BadRows, read_texts
@@ -16,6 +15,7 @@ from mm_rec.data.sources import DEFAULT_SOURCES, SOURCES, describe_sources, find
 from mm_rec.data.synthetic import synthetic_code, synthetic_text
 from mm_rec.errors import UserError
 from mm_rec.lock import Lock
+from mm_rec.program import run_program
 
 
 @pytest.fixture

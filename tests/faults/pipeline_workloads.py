@@ -148,7 +148,11 @@ def killed_commands(folder: Path) -> Iterator[Trial]:
 
 PHASES = {
     "preparation": ["mm_rec.data.prepare:survey_domain", "mm_rec.data.prepare:_make", "mm_rec.data.prepare:_encode"],
-    "warm-up": ["mm_rec.assembly:measure_activations", "mm_rec.assembly:_seconds_per_step", "mm_rec.launch:assemble"],
+    "warm-up": [
+        "mm_rec.run_estimate:measure_activations",
+        "mm_rec.run_estimate:_seconds_per_step",
+        "mm_rec.run_stages:build_trainer",
+    ],
     "evaluation": ["mm_rec.trainer:Trainer._evaluate", "mm_rec.trainer:Trainer._sample"],
     "save": ["mm_rec.run_folder:RunFolder.save", "mm_rec.checkpoint:save", "mm_rec.storage:_seal"],
 }

@@ -26,10 +26,10 @@ import psutil
 from supervisor import clocks
 
 import mm_rec.data.prepare_conversations
-import mm_rec.launch
+import mm_rec.run_stages
 import mm_rec.scripts.finetune
 import mm_rec.scripts.training  # noqa: F401 - so that no forked process imports what takes long
-from mm_rec import assembly, cli, position, trainer
+from mm_rec import cli, run_estimate, trainer, training_progress
 from mm_rec.checkpoint import list_checkpoints
 from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.data.batches import Batch
@@ -104,7 +104,7 @@ def run(
     backend._loaded.clear()  # the process that this one was forked from may have chosen another level
     PRESETS["tiny"] = CONFIG
     trainer.SAMPLE_TOKENS = 3
-    assembly.PROBE_PARAMETERS = 1000  # only times an update
+    run_estimate.PROBE_PARAMETERS = 1000  # only times an update
     trainer.draw_losses = lambda *_: None  # type: ignore[assignment]
     if batches:
         note_batches(batches)
@@ -198,7 +198,7 @@ def note_batches(path: str) -> None:
         for tensor in (batch.tokens, batch.targets, batch.weight, batch.reset):
             digest.update(tensor.numpy().tobytes())
         if sys._getframe(1).f_code.co_name == "_take_step":  # not one that is only timed
-            os.write(descriptor, f"{self.at.step + 1} {next(parts)} {digest.hexdigest()}\n".encode())
+            os.write(descriptor, f"{self.progress.step + 1} {next(parts)} {digest.hexdigest()}\n".encode())
         return compute(self, batch, *args)
 
     Trainer._take_step = taken  # type: ignore[method-assign]
@@ -207,12 +207,12 @@ def note_batches(path: str) -> None:
 
 def spoil_losses(faults: dict[int, str]) -> None:
     """Make the loss or the gradient of some steps what it must not be, every time they are tried."""
-    position.HISTORY = 1  # a spike shows from the second loss of a domain on
+    training_progress.HISTORY = 1  # a spike shows from the second loss of a domain on
     compute = Trainer.micro_batch_loss
 
     def spoiled(self: Trainer, *args: Any) -> Any:
         loss, state = compute(self, *args)
-        match faults.get(self.at.step + 1):
+        match faults.get(self.progress.step + 1):
             case "nan loss":
                 loss = loss + float("nan")
             case "inf loss":

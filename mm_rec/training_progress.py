@@ -1,4 +1,4 @@
-"""Where a run is, and whether its next step may be taken."""
+"""How far a training run is, and whether its next step may be taken."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["Position"]
+__all__ = ["TrainingProgress"]
 
 HISTORY = 32
 SPIKE_NATS = 1.0
@@ -16,15 +16,15 @@ SPIKE_DEVIATIONS = 8.0
 
 
 @dataclass
-class Position:
-    """Where a run is; all of it is in its checkpoints.
+class TrainingProgress:
+    """How far a run is; all of it is in its checkpoints.
 
     Attributes:
         step: optimizer steps taken.
-        tokens: read so far.
-        rate_scale: on the learning rate, halved by each rollback.
-        skipped: steps whose batch made trouble and is left out.
-        losses: the last losses of each domain, by which a spike is told.
+        tokens: tokens read so far.
+        rate_scale: factor on the learning rate, halved by each roll-back.
+        skipped: steps that are left out, since their batch made the loss run away.
+        losses: the last losses of each domain, by which a spike is recognised.
     """
 
     step: int = 0

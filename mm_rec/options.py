@@ -1,0 +1,184 @@
+"""Options of a command: one frozen dataclass gives its flags, the keys of its YAML file, and their checks.
+
+Defaults come first, then the file, then the flags. Unknown keys are errors. A settings class is a frozen dataclass
+whose fields are annotated with :class:`Option`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import types
+import typing
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+
+from mm_rec.errors import UserError
+from mm_rec.stages import STAGES
+
+__all__ = ["Option", "add_arguments", "from_arguments", "from_values"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a setting is for and which values it takes.
+
+    ``section`` marks one that only the file has, ``shared`` one that cannot differ between the stages of a command.
+    """
+
+    help: str
+    minimum: float | None = None
+    maximum: float = float("inf")
+    choices: tuple[str, ...] | None = None
+    section: bool = False
+    shared: bool = False
+
+
+def _fields(cls: type) -> dict[str, tuple[Any, Option]]:
+    """Name, type and :class:`Option` of every setting."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Annotated}
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    cls: type,
+    defaults: Mapping[str, Any] | None = None,
+    without: Container[str] = (),
+) -> None:
+    """Add ``--config`` and a flag for every field of a settings class.
+
+    Flags that are not given leave no trace in the namespace, so that :func:`from_arguments` can tell.
+
+    Args:
+        parser: to add to.
+        cls: the settings class.
+        defaults: those of this command where they differ from the class's, for the help text.
+        without: settings that mean nothing to this command.
+    """
+    group = parser.add_argument_group("settings")
+    group.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the settings below")
+    for name, (hint, option) in _fields(cls).items():
+        default = (defaults or {}).get(name, getattr(cls, name, None))
+        if option.section or name in without:
+            continue
+        if hint is bool:
+            group.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=option.help)
+            continue
+        group.add_argument(
+            f"--{name}",
+            default=argparse.SUPPRESS,
+            choices=option.choices,
+            metavar=None if option.choices else _kind(hint).__name__.upper(),
+            help=option.help + ("" if default is None else f" (default {default})"),
+        )
+
+
+def from_arguments(cls: type[T], arguments: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> T:
+    """Settings from parsed arguments: defaults, then the file of ``--config``, then the flags.
+
+    Raises:
+        UserError: for an unreadable file, an unknown key or a value that does not fit.
+    """
+    fields = _fields(cls)
+    flags = _checked({name: value for name, value in vars(arguments).items() if name in fields}, fields, "--")
+    path: Path | None = getattr(arguments, "config", None)
+    values = dict(defaults or {})
+    if path is not None:
+        values |= _checked(_read_yaml(path), fields, f"{path}: ")
+    for name, (_, option) in fields.items():
+        if option.section and name in values:
+            values[name] = {
+                stage: {key: value for key, value in section.items() if key not in flags}
+                for stage, section in values[name].items()
+            }
+    return cls(**(values | flags))
+
+
+def from_values(cls: type[T], values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> T:
+    """Settings from Python values, checked as those of a file are; strings and paths are alike, sections are dicts.
+
+    Raises:
+        UserError: for an unknown name or a value that does not fit.
+    """
+    return cls(**{**(defaults or {}), **_checked(values, _fields(cls), "")})
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the settings file {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold settings as `name: value` lines, not a {type(content).__name__}")
+    return content
+
+
+def _checked(values: Mapping[str, Any], fields: Mapping[str, tuple[Any, Option]], origin: str) -> dict[str, Any]:
+    """Settings by name, each converted to its type; ``origin`` says in errors where they come from."""
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        where = f"{origin}{name}"
+        if name not in fields:
+            raise UserError(f"unknown setting {where}{_suggestion(str(name), fields)}")
+        hint, option = fields[name]
+        checked[name] = _section(where, value, fields) if option.section else _convert(where, value, hint, option)
+    return checked
+
+
+def _section(where: str, value: Any, fields: Mapping[str, tuple[Any, Option]]) -> dict[str, dict[str, Any]]:
+    """Settings of single stages, as ``stages: {stage2: {max_steps: 100}}`` in the file."""
+    if not isinstance(value, dict) or not all(isinstance(one, dict) for one in value.values()):
+        raise UserError(f"{where} must hold the settings of each stage under its name")
+    unknown = [name for name in value if name not in STAGES]
+    if unknown:
+        raise UserError(f"unknown stage {where}.{unknown[0]}{_suggestion(str(unknown[0]), STAGES)}")
+    for name, one in value.items():
+        for key in one:
+            if key in fields and fields[key][1].shared:
+                raise UserError(f"{where}.{name}.{key} cannot differ between stages; set {key} outside of {where}")
+    plain = {name: entry for name, entry in fields.items() if not entry[1].section and name != "stage"}
+    return {name: _checked(one, plain, f"{where}.{name}.") for name, one in value.items()}
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(known))}"
+
+
+def _kind(hint: Any) -> type:
+    """The one type of an annotation such as ``int`` or ``int | None``."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kind: type = next(one for one in kinds if one is not types.NoneType)
+    return kind
+
+
+def _convert(where: str, value: Any, hint: Any, option: Option) -> Any:
+    """``value`` as the type of its setting; a value that does not fit is an error that says what does."""
+    kind = _kind(hint)
+    if value is None and isinstance(hint, types.UnionType):
+        return None
+    try:
+        if (kind is bool) != isinstance(value, bool) or isinstance(value, list | dict) or value is None:
+            raise ValueError
+        converted = value if kind is bool else kind(str(value))
+    except ValueError:
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}.get(kind, "text")
+        raise UserError(f"{where} must be {wanted}, got {value!r}") from None
+    if option.minimum is not None and not option.minimum <= converted < float("inf"):
+        raise UserError(f"{where} must be at least {option.minimum} and finite, got {value}")
+    if option.minimum is not None and converted > option.maximum:
+        raise UserError(f"{where} must be at most {option.maximum}, got {value}")
+    if option.choices and converted not in option.choices:
+        raise UserError(f"{where} must be one of {', '.join(option.choices)}, got {value!r}")
+    return converted
