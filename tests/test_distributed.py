@@ -28,7 +28,7 @@ LAST = Path("stage1/checkpoints/step_000004")
 # One interpreter imports everything once; its children, forked before PyTorch has a thread, are the processes.
 RANKS = """
 import os, sys
-import mm_rec.scripts.train, mm_rec.scripts.training, mm_rec.sharding
+import mm_rec.scripts.train, mm_rec.load_data, mm_rec.run_stages, mm_rec.sharding
 from mm_rec import runtime, trainer
 from mm_rec.program import run_program
 trainer.SAMPLE_TOKENS, trainer.draw_losses = 2, lambda *_: None

@@ -60,8 +60,8 @@ def run(settings: PipelineSettings) -> int:
     """Run the pipeline; returns the exit code."""
     from mm_rec import processes
     from mm_rec.finetune import conversations_of, finetune
+    from mm_rec.load_data import load_data
     from mm_rec.run_stages import train_stages
-    from mm_rec.scripts.training import load_data
     from mm_rec.signals import SignalGuard
 
     named = {"instruct": settings.instruct_data, "chat": settings.chat_data}

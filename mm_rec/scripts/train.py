@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mm_rec.options import add_arguments, from_arguments
-from mm_rec.program import Parser, run_program
+from mm_rec.program import Parser, run_program, say
 from mm_rec.settings import TrainSettings
 from mm_rec.stages import PRETRAINING, STAGES
 
@@ -50,10 +50,32 @@ def main(
     add_arguments(parser, TrainSettings, defaults)
     settings = from_arguments(TrainSettings, parser.parse_args(arguments), defaults)
 
-    from mm_rec.data.download_data import Request
-    from mm_rec.scripts.training import train
+    return train(settings, samples or {})
 
-    return train(settings, Request(dict(samples or {})))
+
+def train(settings: TrainSettings, samples: Mapping[str, int]) -> int:
+    """Get the data and train the stages; returns the exit code.
+
+    Args:
+        settings: the settings of the command.
+        samples: how many documents to download by domain if that is asked for; a domain left out takes the default.
+    """
+    from mm_rec import processes
+    from mm_rec.data.download_data import Request
+    from mm_rec.load_data import load_data
+    from mm_rec.run_stages import train_stages
+    from mm_rec.signals import SignalGuard
+
+    with SignalGuard() as guard, processes.process_group(settings.device):
+        console = processes.make_console()
+        path = train_stages(settings, load_data(settings, console, Request(dict(samples))), guard, console)
+        run = path.parent.parent
+        say(
+            console,
+            f"\nloss picture: {run / 'loss.png'}\nsamples: {run / 'samples'}\n"
+            f'try it: mm-rec generate --model {run} --prompt "The "',
+        )
+    return 0
 
 
 if __name__ == "__main__":

@@ -25,10 +25,6 @@ from typing import Any
 import psutil
 from supervisor import clocks
 
-import mm_rec.data.prepare_conversations
-import mm_rec.run_stages
-import mm_rec.scripts.finetune
-import mm_rec.scripts.training  # noqa: F401 - so that no forked process imports what takes long
 from mm_rec import cli, run_estimate, trainer, training_progress
 from mm_rec.checkpoint import list_checkpoints
 from mm_rec.config import PRESETS, ModelConfig

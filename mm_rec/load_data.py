@@ -1,4 +1,4 @@
-"""What all training commands do once their settings are known: data, then stages."""
+"""The data that training settings name: made up, downloaded if asked for and missing, or what is there; prepared."""
 
 from __future__ import annotations
 
@@ -10,40 +10,28 @@ from pathlib import Path
 from rich.console import Console
 
 from mm_rec import processes
-from mm_rec.config import ModelConfig
+from mm_rec.config import PRESETS
 from mm_rec.data.download_data import Request, download
 from mm_rec.data.files import find_files
 from mm_rec.data.prepare import DOMAINS, Prepared, prepare
 from mm_rec.data.synthetic import DEFAULT_SAMPLES, write_synthetic
 from mm_rec.program import say
-from mm_rec.run_stages import train_stages
 from mm_rec.settings import TrainSettings
-from mm_rec.signals import SignalGuard
 
-__all__ = ["load_data", "train"]
-
-
-def train(settings: TrainSettings, request: Request | None = None) -> int:
-    """Get the data, train the stages; returns the exit code.
-
-    Args:
-        settings: of the command.
-        request: what to download if that is asked for and nothing is there; None for the default sources.
-    """
-    with SignalGuard() as guard, processes.process_group(settings.device):
-        console = processes.make_console()
-        path = train_stages(settings, load_data(settings, console, request), guard, console)
-        run = path.parent.parent
-        say(
-            console,
-            f"\nloss picture: {run / 'loss.png'}\nsamples: {run / 'samples'}\n"
-            f'try it: mm-rec generate --model {run} --prompt "The "',
-        )
-    return 0
+__all__ = ["load_data"]
 
 
 def load_data(settings: TrainSettings, console: Console, request: Request | None = None) -> Prepared:
-    """The data that ``settings`` name, prepared: made up, downloaded if asked for and missing, or what is there."""
+    """Returns the data that ``settings`` name, ready to be trained on.
+
+    Args:
+        settings: the settings of the command.
+        console: where to print.
+        request: what to download if that is asked for and nothing is there; None for the default sources.
+
+    Raises:
+        UserError: if there is no data, too little, or a file that cannot be used.
+    """
     tell = functools.partial(say, console)
     folder = settings.data_dir / "synthetic" if settings.use_synthetic else settings.data_dir
     with processes.rank_zero_first():
@@ -53,7 +41,7 @@ def load_data(settings: TrainSettings, console: Console, request: Request | None
             _download_missing(folder, settings.max_samples, request or Request({}), tell)
     return prepare(
         folder,
-        settings.vocab_size or ModelConfig.preset(settings.preset).vocab_size,
+        settings.vocab_size or PRESETS[settings.preset].vocab_size,
         max_samples=settings.max_samples,
         filters=not settings.use_synthetic,
         skip_bad=settings.skip_bad,
@@ -62,7 +50,7 @@ def load_data(settings: TrainSettings, console: Console, request: Request | None
 
 
 def _download_missing(folder: Path, max_samples: int | None, request: Request, tell: Callable[[str], None]) -> None:
-    """Download the domains that have no data file yet; without a network the builtin data stand in."""
+    """Download the domains that have no data file yet; without a network the builtin data take their place."""
     there = {name: (folder / name).is_dir() and bool(find_files(folder / name)) for name in DOMAINS}
     if all(there.values()):
         tell(f"the data in {folder} is there already")
