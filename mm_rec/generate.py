@@ -13,7 +13,7 @@ from mm_rec.sampling import Sampling, next_token
 from mm_rec.state import ModelState
 from mm_rec.tokenizer import Tokenizer
 
-__all__ = ["Sampling", "TextStream", "generate", "next_token", "read_prompt"]
+__all__ = ["TextStream", "generate", "read_prompt"]
 
 PROMPT_CHUNK = 512
 

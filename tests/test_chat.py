@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mm_rec.chat import ChatSession, Message, clean, encode_conversation, encode_message
+from mm_rec.chat import ChatSession
 from mm_rec.config import ModelConfig
+from mm_rec.conversation import Message, clean, encode_conversation, encode_message
 from mm_rec.errors import UserError
-from mm_rec.generate import Sampling
 from mm_rec.model import MMRecModel
+from mm_rec.sampling import Sampling
 from mm_rec.storage import DamageError
 from mm_rec.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
 

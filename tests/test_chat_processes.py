@@ -17,7 +17,7 @@ TALK = """
 import os, sys, torch
 from pathlib import Path
 from mm_rec.chat import ChatSession
-from mm_rec.generate import Sampling
+from mm_rec.sampling import Sampling
 from mm_rec.loading import load_model
 
 model, tokenizer, domain, _ = load_model(Path(sys.argv[1]), device="cpu", precision=sys.argv[2])

@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 
 from mm_rec.config import ModelConfig
 from mm_rec.errors import UserError
-from mm_rec.generate import Sampling, TextStream, generate, next_token, read_prompt
+from mm_rec.generate import TextStream, generate, read_prompt
 from mm_rec.model import MMRecModel
+from mm_rec.sampling import Sampling, next_token
 from mm_rec.tokenizer import Tokenizer, train_tokenizer
 
 SAMPLE = ["the cat sat on the mat, çok güzel bir gün 😀 漢字\n", "def f(x):\n    return x + 1\n"] * 20

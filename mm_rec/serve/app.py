@@ -18,8 +18,8 @@ from fastapi import FastAPI, Request
 from starlette.responses import HTMLResponse, Response
 
 from mm_rec import __version__
-from mm_rec.chat import Message, encode_conversation, encode_message
-from mm_rec.generate import Sampling
+from mm_rec.conversation import Message, encode_conversation, encode_message
+from mm_rec.sampling import Sampling
 from mm_rec.serve import schemas
 from mm_rec.serve.answer import Answer, respond
 from mm_rec.serve.engine import Engine

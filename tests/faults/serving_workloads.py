@@ -23,8 +23,8 @@ import uvicorn
 from fastapi.testclient import TestClient
 from workload import Trial, workload
 
-from mm_rec.chat import Message, clean, encode_conversation
 from mm_rec.config import ModelConfig
+from mm_rec.conversation import Message, clean, encode_conversation
 from mm_rec.data.conversations import encode_document, parse_conversation
 from mm_rec.model import MMRecModel
 from mm_rec.serve.app import Service, create_app

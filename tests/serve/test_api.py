@@ -10,9 +10,10 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from mm_rec.chat import Message, encode_conversation
-from mm_rec.generate import Sampling, generate
+from mm_rec.conversation import Message, encode_conversation
+from mm_rec.generate import generate
 from mm_rec.model import MMRecModel
+from mm_rec.sampling import Sampling
 from mm_rec.serve.app import Service
 from mm_rec.tokenizer import CONTROL_TOKENS, Tokenizer
 

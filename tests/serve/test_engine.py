@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from mm_rec.chat import ChatSession, Message, encode_message
-from mm_rec.generate import Sampling, generate
+from mm_rec.chat import ChatSession
+from mm_rec.conversation import Message, encode_message
+from mm_rec.generate import generate
 from mm_rec.model import MMRecModel
+from mm_rec.sampling import Sampling
 from mm_rec.serve.engine import ALONE_CHUNK, SHARED_CHUNK, Engine
 from mm_rec.serve.jobs import (
     EngineError,

@@ -13,7 +13,8 @@ import torch
 from fastapi.testclient import TestClient
 from safetensors.torch import load_file
 
-from mm_rec.chat import ChatSession, Message, encode_conversation
+from mm_rec.chat import ChatSession
+from mm_rec.conversation import Message, encode_conversation
 from mm_rec.errors import UserError
 from mm_rec.model import MMRecModel
 from mm_rec.serve.app import Service
