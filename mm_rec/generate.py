@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mm_rec import decode
 from mm_rec.model import MMRecModel
 from mm_rec.sampling import Sampling, next_token
 from mm_rec.state import ModelState
@@ -82,7 +83,7 @@ def read_prompt(
         chunk = ids[:, start : min(start + PROMPT_CHUNK, len(tokens) - 1)]
         no_loss = torch.zeros_like(chunk, dtype=torch.float32)
         _, state = model(chunk, state, domain, targets=chunk, weight=no_loss)
-    logits, state = model.step(ids[:, -1], state, domain)
+    logits, state = decode.step(model, ids[:, -1], state, domain)
     return logits[0], state
 
 
@@ -120,7 +121,7 @@ def generate(
             yield piece
         if stream.stopped:
             return
-        rows, state = model.step(torch.tensor([token], device=logits.device), state, domain, donate=True)
+        rows, state = decode.step(model, torch.tensor([token], device=logits.device), state, domain, donate=True)
         logits = rows[0]
     if piece := stream.finish():
         yield piece

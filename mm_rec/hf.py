@@ -17,9 +17,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from mm_rec import decode
 from mm_rec.blocks.mm_rec_block import MMRecBlock
 from mm_rec.config import DEFAULT_PRESET, ModelConfig
-from mm_rec.decode import find_decoder
 from mm_rec.experts import Fusion
 from mm_rec.hf_folder import AUTO_MAP, MODELING_CODE, MODELING_FILE
 from mm_rec.model import EMBEDDING_STD, MMRecModel
@@ -267,9 +267,9 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             return None
         starts = _document_starts(tokens, attention_mask, position_ids, cache.n_seen)
         domain = self.model.chosen(domain)
-        if starts is not None or find_decoder(self.model, domain) is None:
+        if starts is not None or decode.find_decoder(self.model, domain) is None:
             return None
-        logits, state = self.model.step(tokens[:, 0], cache.state, domain)
+        logits, state = decode.step(self.model, tokens[:, 0], cache.state, domain)
         cache.update_state(state, 1)
         return logits[:, None].to(weight.dtype)
 

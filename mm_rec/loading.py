@@ -31,12 +31,14 @@ class Loaded(NamedTuple):
         domain: what to pass as ``domain`` if the user names none: None, which fuses the experts, once fusion
             is trained, else the first expert.
         path: the checkpoint.
+        weights: of :data:`WEIGHTS`, as they were loaded.
     """
 
     model: MMRecModel
     tokenizer: Tokenizer
     domain: str | None
     path: Path
+    weights: str
 
     def choose_domain(self, requested: str | None) -> str | None:
         """The domain for what a user asks for: an expert, ``all`` for all fused (None), None for the default.
@@ -97,4 +99,4 @@ def load_model(path: Path, *, device: str = "auto", precision: str = "auto", wei
     if weights == "full":
         pack_matrices(model)
     domain = default_domain(found.config, found.weights)
-    return Loaded(model, Tokenizer.load(found.tokenizer_dir), domain, found.path)
+    return Loaded(model, Tokenizer.load(found.tokenizer_dir), domain, found.path, weights)

@@ -105,7 +105,7 @@ def _build(settings: ServeSettings, path: Path) -> FastAPI:
 
     set_threads(settings.threads)
     loaded = load_model(path, device=settings.device, precision=settings.precision, weights=settings.weights)
-    model, tokenizer, _, found = loaded
+    model, tokenizer = loaded.model, loaded.tokenizer
     domain = loaded.choose_domain(settings.domain)
     identity = fingerprint(model)
     sessions = SessionStore(
@@ -125,7 +125,7 @@ def _build(settings: ServeSettings, path: Path) -> FastAPI:
         max_body_bytes=6 * settings.max_prompt_bytes + 65_536,
         max_requests=settings.max_streams + settings.max_queue,
     )
-    sys.stdout.write(f"model {found}, {model.dtype}, expert {domain or 'all'}\n")
+    sys.stdout.write(f"model {loaded.path}, {model.dtype}, expert {domain or 'all'}\n")
     return create_app(service, api_key=settings.api_key, limits=limits)
 
 

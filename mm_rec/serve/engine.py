@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mm_rec import decode
 from mm_rec.generate import TextStream
 from mm_rec.model import MMRecModel
 from mm_rec.sampling import Draws, next_tokens
@@ -284,7 +285,7 @@ class Engine:
         """One token for every row of the batch."""
         assert self._state is not None
         tokens = torch.tensor([row.pending.pop(0) for row in self._batch], device=self.model.embedding.weight.device)
-        logits, self._state = self.model.step(tokens, self._state, self.domain, donate=True)
+        logits, self._state = decode.step(self.model, tokens, self._state, self.domain, donate=True)
         drawing = []
         for index, row in enumerate(self._batch):
             if row.pending:
