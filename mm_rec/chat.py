@@ -7,7 +7,7 @@ goes into one file.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from torch import Tensor
 from mm_rec import session_file
 from mm_rec.conversation import Message, encode_conversation, encode_message
 from mm_rec.errors import UserError
-from mm_rec.generate import TextStream, read_prompt
+from mm_rec.generate import GeneratedText, generate_pieces, read_prompt
 from mm_rec.model import MMRecModel
-from mm_rec.sampling import Sampling, next_token
+from mm_rec.sampling import Sampling
 from mm_rec.state import ModelState, flatten_state, unflatten_state
 from mm_rec.tokenizer import Tokenizer
 
@@ -84,33 +84,18 @@ class ChatSession:
         An answer ends at the end token, at a stop string, after ``max_new_tokens`` or when the caller closes the
         iterator. However it ended, the model sees it closed. The repetition penalty looks at this answer only.
         """
-        tokenizer, sampling = self.tokenizer, self.sampling
-        ends = (tokenizer.end_id, tokenizer.eos_id)
-        barred = [i for i in tokenizer.control_ids.values() if i not in ends]
-        stream = TextStream(tokenizer, sampling.stop)
+        tokenizer = self.tokenizer
         question, _ = encode_message(tokenizer, Message("user", text))
         logits = self._read([*question, tokenizer.control_ids["<|assistant|>"]])
-        answer: list[int] = []
+        answer = GeneratedText(tokenizer, self.model.config.vocab_size, self.sampling, self.generator)
         try:
-            while len(answer) < sampling.max_new_tokens and not stream.stopped:
-                scores = logits.float()
-                scores[barred] = -torch.inf
-                scores[tokenizer.vocab_size :] = -torch.inf
-                token = next_token(scores, sampling, self.generator, answer)
-                if token in ends:
-                    break
-                answer.append(token)
-                logits = self._read([token])
-                if piece := stream.push(token):
-                    yield piece
-            if piece := stream.finish():
-                yield piece
+            yield from generate_pieces(logits, self._read, answer)
         finally:
             self._read([tokenizer.end_id])
             self.turns += 1
 
-    def _read(self, ids: list[int]) -> Tensor:
-        """The logits (V,) after ``ids``."""
+    def _read(self, ids: Sequence[int]) -> Tensor:
+        """Reads ``ids`` and returns the logits (V,) after them."""
         logits, self.state = read_prompt(self.model, ids, self.domain, self.state)
         return logits
 

@@ -230,8 +230,8 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             **loss_settings: for the loss, such as ``num_items_in_batch``.
 
         Raises:
-            ValueError: for a mask of another length, padding between tokens, or a wish that it has no answer to:
-                attention maps, hidden states of its layers, embeddings in place of tokens.
+            ValueError: for a mask of another length, padding between tokens, or an argument that is not supported:
+                attention maps, hidden states of the layers, embeddings in place of tokens.
         """
         _refuse_unsupported(loss_settings)
         if input_ids is None:

@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
         import uvicorn
 
         from mm_rec.serve.gate import is_loopback
-        from mm_rec.serve.protocol import ImpatientProtocol
+        from mm_rec.serve.protocol import HeadTimeoutProtocol
     except ModuleNotFoundError as error:
         raise UserError(f"the server needs {error.name}; install it with: pip install 'mm-rec[serve]'") from None
     if settings.api_key is None and not is_loopback(settings.host):
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
         sys.stdout.write(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}/ (Ctrl-C stops)\n")
         sys.stdout.flush()
         config = uvicorn.Config(
-            app, http=ImpatientProtocol, timeout_graceful_shutdown=GRACE_SECONDS, server_header=False
+            app, http=HeadTimeoutProtocol, timeout_graceful_shutdown=GRACE_SECONDS, server_header=False
         )
         uvicorn.Server(config).run(sockets=[listener])
     return 0

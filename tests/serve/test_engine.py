@@ -18,12 +18,12 @@ from mm_rec.serve.jobs import (
     EngineError,
     Event,
     Job,
+    JobHandle,
     Output,
     OverdueError,
     PromptRead,
     QueueFullError,
     StoppedError,
-    Ticket,
     TokenScore,
 )
 from mm_rec.state import flatten_state
@@ -79,7 +79,7 @@ class Runner:
         defaults = {"ends": frozenset({self.tokenizer.eos_id})}
         return Job(ids, sampling, time.monotonic() + seconds, **{**defaults, **fields})  # type: ignore[arg-type]
 
-    def submit(self, *jobs: Job) -> list[tuple[Ticket, Reader]]:
+    def submit(self, *jobs: Job) -> list[tuple[JobHandle, Reader]]:
         readers = [Reader() for _ in jobs]
         for job, reader in zip(jobs, readers, strict=True):
             reader.expect(job.n)
