@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from mm_rec import decode
 from mm_rec.blocks.mm_rec_block import MMRecBlock
-from mm_rec.config import DEFAULT_PRESET, ModelConfig
+from mm_rec.config import DEFAULT_PRESET, FLOAT32_MATRICES, FLOAT32_VECTORS, ModelConfig
 from mm_rec.experts import Fusion
 from mm_rec.hf_folder import AUTO_MAP, MODELING_CODE, MODELING_FILE
 from mm_rec.model import EMBEDDING_STD, MMRecModel
@@ -168,7 +168,7 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     _is_stateful = True
     _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
     _no_split_modules = ["MMRecBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["w_g", "address", "decay_bias", "gate_bias", "rate_logit"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = [*FLOAT32_MATRICES, *FLOAT32_VECTORS]  # noqa: RUF012
 
     def __init__(self, config: MMRecConfig) -> None:
         super().__init__(config)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from mm_rec.cli import run_program
+from mm_rec.config import WEIGHTS
 from mm_rec.errors import UserError
 from mm_rec.scripts.sampling import WEIGHTS_HELP
 from mm_rec.settings import Option, Parser, add_arguments, from_arguments
@@ -50,7 +51,7 @@ class ServeSettings:
     time_limit: Annotated[float, Option("seconds for one request", minimum=1)] = 600.0
     device: Annotated[str, Option("cpu, cuda, or auto: CUDA if it is there")] = "auto"
     precision: Annotated[str, Option("type of the matrices", choices=("auto", "bf16", "fp32"))] = "auto"
-    weights: Annotated[str, Option(WEIGHTS_HELP, choices=("full", "int8"))] = "full"
+    weights: Annotated[str, Option(WEIGHTS_HELP, choices=WEIGHTS)] = WEIGHTS[0]
     threads: Annotated[int | None, Option("CPU threads; all if not given", minimum=1)] = None
 
 
