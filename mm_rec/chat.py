@@ -7,6 +7,7 @@ goes into one file.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,9 @@ class ChatSession:
 
     @torch.inference_mode()
     def reply(self, text: str) -> Iterator[str]:
-        """Say ``text`` as the user; yields the model's answer in pieces, never a part of a character.
+        """Says ``text`` as the user; yields the model's answer in pieces, never a part of a character.
+
+        Nothing is said until the first piece is asked for.
 
         An answer ends at the end token, at a stop string, after ``max_new_tokens`` or when the caller closes the
         iterator. However it ended, the model sees it closed. The repetition penalty looks at this answer only.
@@ -94,6 +97,10 @@ class ChatSession:
             self._read([tokenizer.end_id])
             self.turns += 1
 
+    def answer(self, text: str) -> str:
+        """Says ``text`` as the user and returns the model's whole answer; see :meth:`reply`."""
+        return "".join(self.reply(text))
+
     def _read(self, ids: Sequence[int]) -> Tensor:
         """Reads ``ids`` and returns the logits (V,) after them."""
         logits, self.state = read_prompt(self.model, ids, self.domain, self.state)
@@ -105,8 +112,8 @@ class ChatSession:
         generator.set_state(self.generator.get_state())
         return dataclasses.replace(self, generator=generator)
 
-    def save(self, path: Path) -> None:
-        """Write the session to ``path``, one safetensors file whose size doesn't depend on what was said.
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the session to ``path``, one safetensors file whose size doesn't depend on what was said.
 
         Raises:
             StorageError: if it can't be written; an earlier file of that name is then still whole.
@@ -116,7 +123,7 @@ class ChatSession:
         settings = {"domain": self.domain, "system": self.system, "sampling": dataclasses.asdict(self.sampling)}
         if self._identity is None:  # reads all weights, so once for all saves
             self._identity = _identity_of(self.model, self.tokenizer)
-        session_file.write(path, tensors, self._identity | settings)
+        session_file.write(Path(path), tensors, self._identity | settings)
 
     @classmethod
     def load(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,11 +15,24 @@ from mm_rec.errors import UserError
 from mm_rec.ops import backend
 from mm_rec.ops.sample import SampleRow, sample
 
-__all__ = ["Sampler", "Sampling", "next_tokens"]
+__all__ = ["Sampler", "Sampling", "SamplingOptions", "next_tokens"]
 
 FIRST_LIKELIEST = 256
 MIN_TEMPERATURE = 1e-6
 """Below it float32 overflows; the likeliest token is then all there is anyway."""
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Fields of :class:`Sampling` as keywords, of which any may be left out; ``stop`` may be one string."""
+
+    max_new_tokens: int
+    repetition_penalty: float
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    stop: str | Iterable[str]
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,22 @@ class Sampling:
         for message, holds in checks.items():
             if not holds:
                 raise UserError(message)
+
+    @classmethod
+    def from_options(cls, options: SamplingOptions, base: Sampling | None = None) -> Sampling:
+        """Returns ``base``, or the defaults, with the given options.
+
+        >>> Sampling.from_options({"temperature": 0, "stop": "."}).stop
+        ('.',)
+
+        Raises:
+            UserError: if a setting is out of its range.
+            TypeError: if there is no such setting.
+        """
+        given: dict[str, Any] = dict(options)
+        if "stop" in given:
+            given["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
+        return dataclasses.replace(base or cls(), **given)
 
 
 class Sampler:
