@@ -27,13 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_rec import ops
+from mm_rec import decode, ops
 from mm_rec.bench.limits import copy_action
 from mm_rec.bench.peers import gpt2_110m
 from mm_rec.bench.timing import timed
 from mm_rec.config import PRESETS
 from mm_rec.device import apply_precision
 from mm_rec.model import MMRecModel
+from mm_rec.ops.step import Int8Matrix
 from mm_rec.quantize import pack_matrices, quantize_int8
 from mm_rec.state import ModelState, flatten_state, map_state
 
@@ -67,14 +68,14 @@ def context_state(model: MMRecModel, domain: str | None, batch: int, context: in
 
 
 def mm_rec_turn(model: MMRecModel, domain: str | None, batch: int, context: int, steps: int) -> Turn:
-    """Greedy tokens with :meth:`MMRecModel.step`."""
+    """Greedy tokens with :func:`mm_rec.decode.step`."""
     start = context_state(model, domain, batch, context)
 
     @torch.inference_mode()
     def turn() -> int:
         tokens, state = torch.zeros(batch, dtype=torch.int64), start
         for _ in range(steps):
-            logits, state = model.step(tokens, state, domain, donate=state is not start)
+            logits, state = decode.step(model, tokens, state, domain, donate=state is not start)
             tokens = logits.argmax(-1)
         return steps
 
@@ -110,10 +111,11 @@ def bytes_per_step(model: MMRecModel, domain: str | None, batch: int) -> int:
     parameters |= {f"experts.{name}.{key}": p for name in names for key, p in model.experts[name].named_parameters()}
     read = 0
     for name, parameter in parameters.items():
-        if name in model.int8:
-            read += model.int8[name].data.nbytes + model.int8[name].scale.nbytes
-        elif name in model.packed:
-            read += model.packed[name].data.nbytes + model.packed[name].base.nbytes
+        matrix = decode.compressed_matrices(model).get(name)
+        if isinstance(matrix, Int8Matrix):
+            read += matrix.data.nbytes + matrix.scale.nbytes
+        elif matrix is not None:
+            read += matrix.data.nbytes + matrix.base.nbytes
         else:
             read += parameter.nbytes
     return read + sum(tensor.nbytes for tensor in flatten_state(model.initial_state(batch, domain)).values())

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_ops import machine
+from mm_rec import decode
 from mm_rec.config import PRESETS
 from mm_rec.device import apply_precision
 from mm_rec.model import MMRecModel
@@ -55,7 +56,7 @@ def generate(model: MMRecModel, tokens: Tensor) -> tuple[float, float]:
     read = time.perf_counter() - start
     start, token = time.perf_counter(), tokens[:, -1]
     for _ in range(NEW_TOKENS):
-        logits, state = model.step(token, state, "text")
+        logits, state = decode.step(model, token, state, "text")
         token = logits.argmax(dim=-1)
     torch.cuda.synchronize()
     return read, (time.perf_counter() - start) / NEW_TOKENS

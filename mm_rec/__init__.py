@@ -1,5 +1,63 @@
-"""MM-Rec: a small language model with a memory of fixed size, trained on the machine you have."""
+"""MM-Rec: a small language model with a memory of fixed size, trained on the machine you have.
+
+Example::
+
+    import mm_rec
+
+    model = mm_rec.load("checkpoints")
+    print(model.generate("The ", max_new_tokens=50))
+
+The names below are imported when they are first used, so ``import mm_rec`` loads the standard library alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mm_rec.api import Model, TokenLogits, load
+    from mm_rec.chat import ChatSession
+    from mm_rec.config import ModelConfig
+    from mm_rec.errors import UserError
+    from mm_rec.model import MMRecModel
+    from mm_rec.sampling import Sampling
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = [
+    "ChatSession",
+    "MMRecModel",
+    "Model",
+    "ModelConfig",
+    "Sampling",
+    "TokenLogits",
+    "UserError",
+    "__version__",
+    "load",
+]
+
+_MODULES = {
+    "ChatSession": "mm_rec.chat",
+    "MMRecModel": "mm_rec.model",
+    "Model": "mm_rec.api",
+    "ModelConfig": "mm_rec.config",
+    "Sampling": "mm_rec.sampling",
+    "TokenLogits": "mm_rec.api",
+    "UserError": "mm_rec.errors",
+    "load": "mm_rec.api",
+}
+"""Where each public name lives."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

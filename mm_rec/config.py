@@ -6,7 +6,16 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DEFAULT_PRESET", "PRESETS", "ModelConfig"]
+__all__ = ["DEFAULT_PRESET", "FLOAT32_MATRICES", "FLOAT32_VECTORS", "PRESETS", "WEIGHTS", "ModelConfig"]
+
+FLOAT32_MATRICES = ("w_g", "address")
+"""Matrices of a block that act on float32 states and stay float32 whatever the precision."""
+
+FLOAT32_VECTORS = ("decay_bias", "gate_bias", "rate_logit")
+"""Vectors of a block, which stay float32 whatever the precision, as all vectors do."""
+
+WEIGHTS = ("full", "int8")
+"""How the matrices of a trained model are loaded: as they are, or rounded to int8."""
 
 
 @dataclass(frozen=True)

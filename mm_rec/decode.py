@@ -1,56 +1,115 @@
-"""Token by token without Python between the layers: a model's weights and state for :class:`mm_rec.ops.step.StepPlan`.
+"""Single tokens through a model, in one native call each where the native back end is there.
+
+:func:`step` reads one token of each row. It takes a :class:`Decoder`, which holds a model's weights and state as
+:class:`mm_rec.ops.step.StepPlan` reads them, and the model's forward pass where no decoder can run.
 
 A decoder reads a model's weights where they are, so training in place goes on under it; weights that were replaced
 are noticed, and so are those changed in place of which a packed copy is read. The states that it returns are views of
 memory that is laid out for the next step: the ring has room behind its last row, so that a new token is appended and
 nothing moves. A state that it did not return last is copied once.
+
+Matrices in int8 or 12 bits are no part of a model: :func:`use_compressed` keeps them here, for as long as the model
+lives. A copy of the model has none, and steps with its parameters.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from operator import is_
-from typing import TYPE_CHECKING, cast
+from types import MappingProxyType
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from mm_rec.blocks.mm_rec_block import MMRecBlock
 from mm_rec.config import ModelConfig
+from mm_rec.model import MMRecModel
 from mm_rec.ops import backend
-from mm_rec.ops.step import VECTORS, StepPlan, StepShape, Weight
+from mm_rec.ops.step import VECTORS, Int8Matrix, PackedMatrix, StepPlan, StepShape, Weight
 from mm_rec.state import BlockState, MemoryState, ModelState
 
-if TYPE_CHECKING:
-    from mm_rec.model import MMRecModel
+__all__ = ["Compressed", "Decoder", "compressed_matrices", "find_decoder", "step", "use_compressed"]
 
-__all__ = ["Decoder", "find_decoder"]
+Compressed = Mapping[str, Int8Matrix | PackedMatrix]
+"""Matrices of fewer bytes, by the names of the parameters that they stand for."""
 
-_decoders: weakref.WeakKeyDictionary[nn.Module, dict[str | None, Decoder]] = weakref.WeakKeyDictionary()
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
+class _Known(NamedTuple):
+    """What is kept for a model: the matrices to read in place of its own, and its decoders by domain."""
+
+    compressed: Compressed
+    decoders: dict[str | None, Decoder]
+
+
+_models: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def step(
+    model: MMRecModel, tokens: Tensor, state: ModelState, domain: str | None = None, *, donate: bool = False
+) -> tuple[Tensor, ModelState]:
+    """Reads one token per row, in one native call where the native back end is there.
+
+    What a row gets then depends neither on the other rows nor on the number of threads.
+
+    Args:
+        model: on any device.
+        tokens: (B,) int64.
+        state: what the rows have seen so far; stays as it is unless donated.
+        domain: the expert to run; None runs all and fuses them.
+        donate: ``state`` is not used again, so its memory may become that of the next one.
+
+    Returns:
+        Logits (B, V) float32 (float64 of a float64 model), and the state after the token.
+
+    Raises:
+        ValueError: for an unknown domain or a state that lacks an expert.
+    """
+    model.running_experts(state, domain)
+    decoder = find_decoder(model, domain)
+    if decoder is not None:
+        return decoder.step(tokens, state, donate)
+    logits, after = model(tokens[:, None], state, domain)
+    return logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32)), after
+
+
+def use_compressed(model: MMRecModel, matrices: Compressed) -> None:
+    """Makes steps of ``model`` read ``matrices`` in place of its parameters, and no others that were given before."""
+    _models[model] = _Known(MappingProxyType(dict(matrices)), {})
+
+
+def compressed_matrices(model: MMRecModel) -> Compressed:
+    """Returns the matrices that :func:`use_compressed` was given for ``model``; empty if it was given none."""
+    known = _models.get(model)
+    return {} if known is None else known.compressed
+
+
 def find_decoder(model: MMRecModel, domain: str | None) -> Decoder | None:
-    """The decoder of ``model`` for an expert, or for all fused, if the native back end can run it on this machine.
+    """Returns the decoder of ``model`` for an expert, or for all fused; None if the native back end can't run it here.
 
     Raises:
         NativeUnavailableError: native kernels are forced and not there.
     """
-    known = _decoders.setdefault(model, {})
-    decoder = known.get(domain)
+    known = _models.get(model)
+    if known is None:
+        known = _models[model] = _Known({}, {})
+    decoder = known.decoders.get(domain)
     if decoder is not None and decoder.is_current(model):
         return decoder if backend.runs_native("step", decoder.weight) else None
-    known.pop(domain, None)
+    known.decoders.pop(domain, None)
     weight = model.embedding.weight
     if hasattr(model, "reshard"):  # FSDP: the weights have no lasting place
         return None
     if weight.device.type != "cpu" or not _native(model) or not backend.runs_native("step", weight):
         return None
     try:
-        decoder = known[domain] = Decoder(model, domain)
+        decoder = known.decoders[domain] = Decoder(model, domain, known.compressed)
     except ValueError:  # a mix of types that the kernels don't have
         return None
     return decoder
@@ -70,12 +129,13 @@ class Decoder:
     Args:
         model: on the CPU.
         domain: the expert that runs; None fuses all.
+        compressed: matrices to read in place of parameters of the model.
 
     Raises:
         ValueError: if the weights are not of types that the kernels have.
     """
 
-    def __init__(self, model: MMRecModel, domain: str | None) -> None:
+    def __init__(self, model: MMRecModel, domain: str | None, compressed: Compressed) -> None:
         self.config = model.config
         self.experts = model.config.experts if domain is None else (domain,)
         self.dtype = model.dtype
@@ -91,7 +151,7 @@ class Decoder:
         # then, so no line of Python stands between one weight and the next.
         self._sources = [cast(dict[str, nn.Parameter], module._parameters) for _, module in modules]
         self._addresses = self._find()
-        self._class, self._packed = type(model), model.packed
+        self._class = type(model)
         self._copied: list[tuple[dict[str, nn.Parameter], str]] = []  # sources of which packed copies are read
         self._versions: list[int] = []
 
@@ -100,13 +160,13 @@ class Decoder:
             parameters = cast(dict[str, nn.Parameter], module._parameters)
             for name, parameter in parameters.items():
                 _check(parameter, self.dtype if name not in VECTORS else torch.float32)
-                packed = model.packed.get(f"{prefix}.{name}")
-                if f"{prefix}.{name}" in model.int8:
-                    found[name] = model.int8[f"{prefix}.{name}"]
-                elif packed is not None and packed.holds(parameter):
-                    found[name] = packed
+                matrix = compressed.get(f"{prefix}.{name}")
+                if isinstance(matrix, Int8Matrix):
+                    found[name] = matrix
+                elif matrix is not None and matrix.holds(parameter):
+                    found[name] = matrix
                     self._copied.append((parameters, name))
-                    self._versions.append(packed.version)
+                    self._versions.append(matrix.version)
                 else:
                     found[name] = parameter.detach()
             return found
@@ -127,13 +187,12 @@ class Decoder:
         """Whether the model's weights still lie where they were, and those read from copies are what they were."""
         return (
             type(model) is self._class
-            and model.packed is self._packed
             and self._find() == self._addresses
             and [parameters[name]._version for parameters, name in self._copied] == self._versions
         )
 
     def step(self, tokens: Tensor, state: ModelState, donate: bool) -> tuple[Tensor, ModelState]:
-        """As :meth:`mm_rec.model.MMRecModel.step`."""
+        """Reads one token per row, as the function :func:`step` does."""
         if tokens.shape != state.position.shape:
             raise ValueError(f"{len(tokens)} tokens do not fit a state of {len(state.position)} rows")
         with self._lock:

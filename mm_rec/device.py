@@ -12,6 +12,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from mm_rec.config import FLOAT32_MATRICES
 from mm_rec.errors import UserError
 from mm_rec.tuning import cores, threads_are_given, tune
 
@@ -29,8 +30,6 @@ __all__ = [
 ]
 
 PRECISIONS = ("bf16", "fp32")
-KEEP_FLOAT32 = ("w_g", "address")
-"""Matrices that act on float32 states and stay float32 whatever the precision."""
 
 
 def select_device(requested: str = "auto") -> torch.device:
@@ -116,7 +115,7 @@ def apply_precision(model: nn.Module, precision: str) -> None:
 
 def changes_precision(name: str, parameter: Tensor) -> bool:
     """Whether :func:`apply_precision` would convert a parameter, by its full name."""
-    return parameter.ndim >= 2 and name.rpartition(".")[2] not in KEEP_FLOAT32
+    return parameter.ndim >= 2 and name.rpartition(".")[2] not in FLOAT32_MATRICES
 
 
 def available_memory(device: torch.device) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mm_rec import hf_folder, storage
-from mm_rec.chat import ROLES, Message, clean, encode_conversation
+from mm_rec.conversation import ROLES, Message, clean, encode_conversation
 from mm_rec.errors import UserError
 from mm_rec.loading import Loaded, load_model
 

@@ -1,25 +1,31 @@
-"""Text from a model: a stream of pieces that never splits a character."""
+"""Text from a model, as a stream of pieces that never splits a character.
+
+A :class:`GeneratedText` says for one text which tokens may be drawn, what text they make and when it ends; the draw
+loop of :func:`generate_pieces` serves :func:`generate` and chat sessions, and the server's engine runs many of these
+texts at once.
+"""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from mm_rec import decode
 from mm_rec.model import MMRecModel
-from mm_rec.sampling import Sampling, next_token
+from mm_rec.sampling import Sampler, Sampling, next_tokens
 from mm_rec.state import ModelState
 from mm_rec.tokenizer import Tokenizer
 
-__all__ = ["Sampling", "TextStream", "generate", "next_token", "read_prompt"]
+__all__ = ["GeneratedText", "TextStream", "end_tokens", "generate", "generate_pieces", "read_prompt"]
 
 PROMPT_CHUNK = 512
 
 
 class TextStream:
-    """Turns tokens into text as they come, and ends it at stop strings.
+    """Turns tokens into text as they come, and ends the text at stop strings.
 
     Bytes of an unfinished character wait for the rest of it, and text that may yet become a stop string
     waits until it cannot. Bytes that are not UTF-8 become U+FFFD.
@@ -33,11 +39,11 @@ class TextStream:
         self._held = ""
 
     def push(self, token: int) -> str:
-        """The text that ``token`` makes certain, perhaps none; sets ``stopped`` at a stop string."""
+        """Returns the text that ``token`` makes certain, perhaps none; sets ``stopped`` at a stop string."""
         return self._release(self._decoder.decode(self._bytes[token]))
 
     def finish(self) -> str:
-        """What was still held back."""
+        """Returns the text that was still held back."""
         text = self._release(self._decoder.decode(b"", final=True))
         if not self.stopped:
             text, self._held = text + self._held, ""
@@ -59,15 +65,94 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``."""
+    """Returns the length of the longest end of ``text`` with which ``stop`` begins."""
     return next((size for size in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def end_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """Returns the tokens that end a text: EOS, and the end of a message, as in ``generation_config.json``."""
+    return frozenset({tokenizer.eos_id, tokenizer.end_id})
+
+
+class GeneratedText:
+    """One text while its tokens are drawn.
+
+    Control tokens are never drawn, but for those that end the text, and neither are the rows of the embedding for
+    which the tokenizer has no token.
+
+    Args:
+        tokenizer: the model's.
+        vocab_size: V, the number of logits.
+        sampling: how to draw, how many tokens at most, and the stop strings.
+        generator: of the CPU, for the draws.
+        ends: tokens that end the text and are no part of it; None takes :func:`end_tokens`.
+        seen: tokens that the repetition penalty counts from the start.
+
+    Attributes:
+        sampler: draws the tokens, for :func:`mm_rec.sampling.next_tokens`.
+        finish_reason: "stop" after an end token or a stop string, "length" after ``max_new_tokens``, else None.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        sampling: Sampling,
+        generator: torch.Generator,
+        *,
+        ends: Collection[int] | None = None,
+        seen: Iterable[int] = (),
+    ) -> None:
+        self._ends = end_tokens(tokenizer) if ends is None else ends
+        banned = [token for token in tokenizer.control_ids.values() if token not in self._ends]
+        self.sampler = Sampler(sampling, generator, [*banned, *range(tokenizer.vocab_size, vocab_size)], seen)
+        self.finish_reason: str | None = None if sampling.max_new_tokens else "length"
+        self._left = sampling.max_new_tokens
+        self._stream = TextStream(tokenizer, sampling.stop)
+
+    def push(self, token: int) -> str | None:
+        """Takes the token that was drawn.
+
+        Returns:
+            The text that it makes certain, perhaps none; None if the token ends the text and is no part of it.
+        """
+        if token in self._ends:
+            self.finish_reason = "stop"
+            return None
+        self.sampler.seen.append(token)
+        self._left -= 1
+        piece = self._stream.push(token)
+        if self._stream.stopped:
+            self.finish_reason = "stop"
+        elif not self._left:
+            self.finish_reason = "length"
+        return piece
+
+    def finish(self) -> str:
+        """Returns the text that was still held back, in which a stop string may yet be complete."""
+        piece = self._stream.finish()
+        if self._stream.stopped:
+            self.finish_reason = "stop"
+        return piece
 
 
 @torch.inference_mode()
 def read_prompt(
-    model: MMRecModel, tokens: Sequence[int], domain: str | None, state: ModelState | None = None
+    model: MMRecModel,
+    tokens: Sequence[int],
+    domain: str | None,
+    state: ModelState | None = None,
+    *,
+    donate: bool = False,
 ) -> tuple[Tensor, ModelState]:
-    """Read tokens in chunks, in constant memory.
+    """Reads tokens in chunks, in constant memory.
+
+    Args:
+        model: on any device.
+        tokens: at least one.
+        domain: the expert to use; None fuses all.
+        state: what was read before; None for nothing. It stays as it is unless donated.
+        donate: ``state`` is not used again, so its memory may become that of the next one.
 
     Returns:
         The logits (V,) after the last token and the state of the one row.
@@ -82,18 +167,40 @@ def read_prompt(
         chunk = ids[:, start : min(start + PROMPT_CHUNK, len(tokens) - 1)]
         no_loss = torch.zeros_like(chunk, dtype=torch.float32)
         _, state = model(chunk, state, domain, targets=chunk, weight=no_loss)
-    logits, state = model.step(ids[:, -1], state, domain)
+    logits, state = decode.step(model, ids[:, -1], state, domain, donate=donate)
     return logits[0], state
+
+
+def generate_pieces(logits: Tensor, read: Callable[[Sequence[int]], Tensor], text: GeneratedText) -> Iterator[str]:
+    """Draws tokens and reads each until the text ends; yields the pieces of the text.
+
+    A token is read before its piece is yielded, so the model has read all that the caller has seen.
+
+    Args:
+        logits: (V,), those after the prompt.
+        read: reads more tokens and returns the logits (V,) after the last.
+        text: the text to draw.
+    """
+    while text.finish_reason is None:
+        [token] = next_tokens(logits[None], [text.sampler])
+        piece = text.push(token)
+        if piece is None:
+            break
+        logits = read([token])
+        if piece:
+            yield piece
+    if piece := text.finish():
+        yield piece
 
 
 @torch.inference_mode()
 def generate(
     model: MMRecModel, tokenizer: Tokenizer, prompt: str, sampling: Sampling, domain: str | None
 ) -> Iterator[str]:
-    """Continue ``prompt``; yields pieces of text, never a part of a character.
+    """Continues ``prompt``; yields pieces of text, never a part of a character.
 
-    Generation ends at EOS, at a stop string or after ``max_new_tokens``. Control tokens other than EOS are
-    never drawn.
+    Generation ends at EOS, at the end of a message, at a stop string or after ``max_new_tokens``. Control tokens
+    other than these are never drawn.
 
     Args:
         model: on any device.
@@ -102,25 +209,14 @@ def generate(
         sampling: how to draw.
         domain: the expert to use; None fuses all.
     """
+    state: ModelState | None = None
+
+    def read(tokens: Sequence[int]) -> Tensor:
+        nonlocal state
+        logits, state = read_prompt(model, tokens, domain, state, donate=True)
+        return logits
+
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     generator = torch.Generator().manual_seed(sampling.seed)
-    seen = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    ends = (tokenizer.eos_id, tokenizer.end_id)  # as the folder's generation_config.json has it
-    barred = [i for i in tokenizer.control_ids.values() if i not in ends]
-    stream = TextStream(tokenizer, sampling.stop)
-    logits, state = read_prompt(model, seen, domain)
-    for _ in range(sampling.max_new_tokens):
-        logits = logits.float()
-        logits[barred] = -torch.inf
-        logits[tokenizer.vocab_size :] = -torch.inf
-        token = next_token(logits, sampling, generator, seen)
-        if token in ends:
-            break
-        seen.append(token)
-        if piece := stream.push(token):
-            yield piece
-        if stream.stopped:
-            return
-        rows, state = model.step(torch.tensor([token], device=logits.device), state, domain, donate=True)
-        logits = rows[0]
-    if piece := stream.finish():
-        yield piece
+    text = GeneratedText(tokenizer, model.config.vocab_size, sampling, generator, seen=ids)
+    yield from generate_pieces(read(ids), read, text)

@@ -17,9 +17,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from mm_rec import decode
 from mm_rec.blocks.mm_rec_block import MMRecBlock
-from mm_rec.config import DEFAULT_PRESET, ModelConfig
-from mm_rec.decode import find_decoder
+from mm_rec.config import DEFAULT_PRESET, FLOAT32_MATRICES, FLOAT32_VECTORS, ModelConfig
 from mm_rec.experts import Fusion
 from mm_rec.hf_folder import AUTO_MAP, MODELING_CODE, MODELING_FILE
 from mm_rec.model import EMBEDDING_STD, MMRecModel
@@ -168,7 +168,7 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     _is_stateful = True
     _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
     _no_split_modules = ["MMRecBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["w_g", "address", "decay_bias", "gate_bias", "rate_logit"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = [*FLOAT32_MATRICES, *FLOAT32_VECTORS]  # noqa: RUF012
 
     def __init__(self, config: MMRecConfig) -> None:
         super().__init__(config)
@@ -230,8 +230,8 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             **loss_settings: for the loss, such as ``num_items_in_batch``.
 
         Raises:
-            ValueError: for a mask of another length, padding between tokens, or a wish that it has no answer to:
-                attention maps, hidden states of its layers, embeddings in place of tokens.
+            ValueError: for a mask of another length, padding between tokens, or an argument that is not supported:
+                attention maps, hidden states of the layers, embeddings in place of tokens.
         """
         _refuse_unsupported(loss_settings)
         if input_ids is None:
@@ -267,9 +267,9 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             return None
         starts = _document_starts(tokens, attention_mask, position_ids, cache.n_seen)
         domain = self.model.chosen(domain)
-        if starts is not None or find_decoder(self.model, domain) is None:
+        if starts is not None or decode.find_decoder(self.model, domain) is None:
             return None
-        logits, state = self.model.step(tokens[:, 0], cache.state, domain)
+        logits, state = decode.step(self.model, tokens[:, 0], cache.state, domain)
         cache.update_state(state, 1)
         return logits[:, None].to(weight.dtype)
 

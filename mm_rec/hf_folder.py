@@ -1,4 +1,4 @@
-"""What makes a folder of weights loadable by `transformers`: all files but ``model.safetensors``.
+"""Writes the files that `transformers` needs beside ``model.safetensors``.
 
 This module doesn't import `transformers`, so that checkpoints are written where it is not installed.
 """
@@ -33,13 +33,13 @@ AUTO_MAP = {
 
 
 def write_model_files(folder: Path, config: ModelConfig, tokenizer: Tokenizer, domain: str | None) -> None:
-    """Write ``config.json``, ``generation_config.json``, the modeling file and the tokenizer's files.
+    """Writes ``config.json``, ``generation_config.json``, the modeling file and the tokenizer's files.
 
     Args:
-        folder: that has or gets ``model.safetensors``.
+        folder: the folder of ``model.safetensors``.
         config: shape of the model.
-        tokenizer: that of the model.
-        domain: the expert that answers unless the caller names another; None fuses all.
+        tokenizer: the model's tokenizer.
+        domain: the default domain, an expert; None fuses all.
     """
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     model = {
@@ -60,9 +60,9 @@ def write_model_files(folder: Path, config: ModelConfig, tokenizer: Tokenizer, d
 
 
 def default_domain(config: ModelConfig, weights: Mapping[str, Tensor]) -> str | None:
-    """Who answers if nobody says: all experts fused (None) once the fusion is trained, until then the first expert.
+    """Returns the default domain: None (all experts fused) once the fusion is trained, until then the first expert.
 
-    W_f of the fusion starts at zero, so that any other value tells that it was trained.
+    W_f of the fusion starts at zero, so any other value shows that it was trained.
     """
     gate = weights.get("fusion.gate")
     return config.experts[0] if gate is not None and not gate.any() else None

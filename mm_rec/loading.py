@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from mm_rec import checkpoint
+from mm_rec.config import WEIGHTS
 from mm_rec.device import apply_precision, select_device, select_precision
 from mm_rec.errors import UserError
 from mm_rec.hf_folder import default_domain
@@ -17,9 +18,7 @@ from mm_rec.run_config import list_runs
 from mm_rec.stages import STAGES
 from mm_rec.tokenizer import Tokenizer
 
-__all__ = ["WEIGHTS", "Loaded", "find_checkpoint", "load_model"]
-
-WEIGHTS = ("full", "int8")
+__all__ = ["Loaded", "find_checkpoint", "load_model"]
 
 
 class Loaded(NamedTuple):
@@ -31,12 +30,14 @@ class Loaded(NamedTuple):
         domain: what to pass as ``domain`` if the user names none: None, which fuses the experts, once fusion
             is trained, else the first expert.
         path: the checkpoint.
+        weights: of :data:`mm_rec.config.WEIGHTS`, as they were loaded.
     """
 
     model: MMRecModel
     tokenizer: Tokenizer
     domain: str | None
     path: Path
+    weights: str
 
     def choose_domain(self, requested: str | None) -> str | None:
         """The domain for what a user asks for: an expert, ``all`` for all fused (None), None for the default.
@@ -80,8 +81,10 @@ def load_model(path: Path, *, device: str = "auto", precision: str = "auto", wei
         weights: ``full``, or ``int8`` to round the matrices; see :func:`mm_rec.quantize.quantize_int8`.
 
     Raises:
-        UserError: if there is no valid checkpoint, or the device or precision is not there.
+        UserError: if there is no valid checkpoint, or no such device, precision or kind of weights.
     """
+    if weights not in WEIGHTS:
+        raise UserError(f"there are no weights {weights!r}; use {' or '.join(WEIGHTS)}")
     place = select_device(device)
     found = checkpoint.load(find_checkpoint(path), weights_only=True)
     with torch.device("meta"):
@@ -97,4 +100,4 @@ def load_model(path: Path, *, device: str = "auto", precision: str = "auto", wei
     if weights == "full":
         pack_matrices(model)
     domain = default_domain(found.config, found.weights)
-    return Loaded(model, Tokenizer.load(found.tokenizer_dir), domain, found.path)
+    return Loaded(model, Tokenizer.load(found.tokenizer_dir), domain, found.path, weights)

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from mm_rec import ops
 from mm_rec.config import ModelConfig
-from mm_rec.decode import find_decoder
 from mm_rec.experts import Expert, Fusion
-from mm_rec.ops.step import Int8Matrix, PackedMatrix
 from mm_rec.state import ModelState, initial_state
 
 __all__ = ["LossOutput", "MMRecModel", "document_positions"]
@@ -83,8 +81,6 @@ class MMRecModel(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.int8: dict[str, Int8Matrix] = {}  # by parameter name; this one and the next are filled by mm_rec.quantize
-        self.packed: dict[str, PackedMatrix] = {}
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.experts = nn.ModuleDict({name: Expert(config, use_native) for name in config.experts})
         self.fusion = Fusion(config)
@@ -112,11 +108,17 @@ class MMRecModel(nn.Module):
             raise ValueError(f"unknown domain {domain!r}; the experts are {', '.join(self.config.experts)}")
         return (domain,)
 
-    @staticmethod
-    def _require(state: ModelState, names: tuple[str, ...]) -> None:
+    def running_experts(self, state: ModelState, domain: str | None) -> tuple[str, ...]:
+        """Returns the names of the experts that run for ``domain``; None runs all.
+
+        Raises:
+            ValueError: for an unknown domain or a state that lacks an expert.
+        """
+        names = self._domains(domain)
         missing = [name for name in names if name not in state.experts]
         if missing:
             raise ValueError(f"the state holds {', '.join(state.experts)}, not {', '.join(missing)}")
+        return names
 
     def initial_state(self, batch_size: int, domain: str | None = None) -> ModelState:
         """The empty state of ``batch_size`` rows; with ``domain``, of that expert alone."""
@@ -204,10 +206,9 @@ class MMRecModel(nn.Module):
         self, tokens: Tensor, state: ModelState | None, domain: str | None, reset: Tensor | None, *, with_loss: bool
     ) -> tuple[Tensor, Tensor, ModelState]:
         batch, time = tokens.shape
-        names = self._domains(domain)
         if state is None:
             state = self.initial_state(batch, domain)
-        self._require(state, names)
+        names = self.running_experts(state, domain)
         position = document_positions(state.position, reset, time)
         residual_type = torch.promote_types(self.dtype, torch.float32)
         rows, head = self._embed(tokens, with_loss)
@@ -225,30 +226,3 @@ class MMRecModel(nn.Module):
             outputs.append(y)
         y = outputs[0] if domain is not None else self.fusion(outputs)
         return y, head, ModelState(position[:, -1] + 1, after)
-
-    @torch.no_grad()
-    def step(
-        self, tokens: Tensor, state: ModelState, domain: str | None = None, *, donate: bool = False
-    ) -> tuple[Tensor, ModelState]:
-        """One token per row, in one native call where the native back end is there.
-
-        What a row gets then depends neither on the other rows nor on the number of threads.
-
-        Args:
-            tokens: (B,) int64.
-            state: what the rows have seen so far; stays as it is unless donated.
-            domain: the expert to run; None runs all and fuses them.
-            donate: ``state`` is not used again, so its memory may become that of the next one.
-
-        Returns:
-            Logits (B, V) float32 (float64 of a float64 model), and the state after the token.
-
-        Raises:
-            ValueError: as :meth:`forward`.
-        """
-        self._require(state, self._domains(domain))
-        decoder = find_decoder(self, domain)
-        if decoder is not None:
-            return decoder.step(tokens, state, donate)
-        logits, after = self(tokens[:, None], state, domain)
-        return logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32)), after

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from mm_rec import ops
-from mm_rec.device import KEEP_FLOAT32
-from mm_rec.ops.step import pack_weights, quantize_rows
-
-if TYPE_CHECKING:
-    from mm_rec.model import MMRecModel
+from mm_rec.config import FLOAT32_MATRICES
+from mm_rec.decode import compressed_matrices, use_compressed
+from mm_rec.model import MMRecModel
+from mm_rec.ops.step import Int8Matrix, pack_weights, quantize_rows
 
 __all__ = ["pack_matrices", "quantize_int8"]
 
-KEEP_WHOLE = (*KEEP_FLOAT32, "gate")
+KEEP_WHOLE = (*FLOAT32_MATRICES, "gate")
 """Matrices that stay as they are: those of float32 states, and the gate of the fusion, which is a few rows."""
 
 PACKED_LEVELS = ("avx512", "avx512bf16", "amx")
@@ -24,7 +21,7 @@ PACKED_LEVELS = ("avx512", "avx512bf16", "amx")
 
 @torch.no_grad()
 def pack_matrices(model: MMRecModel) -> None:
-    """Put a copy in 12 bits a weight beside the bfloat16 matrices of ``model``, for inference.
+    """Puts a copy in 12 bits a weight beside the bfloat16 matrices of ``model``, for inference.
 
     Single tokens on the CPU are then computed from a quarter fewer bytes, with the same results, bit for bit. What is
     not bfloat16, on the CPU and better packed stays as it is, and so does everything where the processor would be
@@ -33,22 +30,24 @@ def pack_matrices(model: MMRecModel) -> None:
     """
     if ops.status()["cpu"].level not in PACKED_LEVELS:
         return
-    matrices = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 2}
-    model.packed = pack_weights(matrices)
+    rounded = {name: m for name, m in compressed_matrices(model).items() if isinstance(m, Int8Matrix)}
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2 and name not in rounded}
+    use_compressed(model, {**rounded, **pack_weights(matrices)})
 
 
 @torch.no_grad()
 def quantize_int8(model: MMRecModel) -> None:
-    """Round the matrices of ``model`` to int8 with a factor for each row, for inference.
+    """Rounds the matrices of ``model`` to int8 with a factor for each row, for inference.
 
     Single tokens on the CPU are then computed with the int8 matrices (and activations as they were). Everything
     else, such as reading a prompt or scoring text, uses the same rounded values in the type of the parameters; for
     bfloat16 that rounds once more, by less than its own products do. The model can't be trained on.
     """
-    model.packed = {}
+    rounded = {}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         if parameter.ndim >= 2 and name.rpartition(".")[2] not in KEEP_WHOLE:
             matrix = quantize_rows(parameter)
             parameter.data = matrix.dequantize().to(parameter.dtype)
-            model.int8[name] = matrix
+            rounded[name] = matrix
+    use_compressed(model, rounded)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,11 +15,24 @@ from mm_rec.errors import UserError
 from mm_rec.ops import backend
 from mm_rec.ops.sample import SampleRow, sample
 
-__all__ = ["Draws", "Sampling", "next_token", "next_tokens"]
+__all__ = ["Sampler", "Sampling", "SamplingOptions", "next_tokens"]
 
 FIRST_LIKELIEST = 256
 MIN_TEMPERATURE = 1e-6
 """Below it float32 overflows; the likeliest token is then all there is anyway."""
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Fields of :class:`Sampling` as keywords, of which any may be left out; ``stop`` may be one string."""
+
+    max_new_tokens: int
+    repetition_penalty: float
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    stop: str | Iterable[str]
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -60,45 +75,61 @@ class Sampling:
             if not holds:
                 raise UserError(message)
 
+    @classmethod
+    def from_options(cls, options: SamplingOptions, base: Sampling | None = None) -> Sampling:
+        """Returns ``base``, or the defaults, with the given options.
 
-class Draws:
-    """The draws of one text.
+        >>> Sampling.from_options({"temperature": 0, "stop": "."}).stop
+        ('.',)
+
+        Raises:
+            UserError: if a setting is out of its range.
+            TypeError: if there is no such setting.
+        """
+        given: dict[str, Any] = dict(options)
+        if "stop" in given:
+            given["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
+        return dataclasses.replace(base or cls(), **given)
+
+
+class Sampler:
+    """Draws the tokens of one text, by :func:`next_tokens`.
 
     Args:
         sampling: how to draw.
         generator: of the CPU; a draw with a temperature above 0 takes one number from it.
-        barred: tokens that must not come.
-        seen: tokens to penalise, see :attr:`seen`.
+        banned: tokens that are never drawn.
+        seen: tokens that the repetition penalty counts from the start.
 
     Attributes:
-        seen: may grow between draws.
+        seen: the tokens so far, which the repetition penalty counts; may grow between draws.
     """
 
     def __init__(
-        self, sampling: Sampling, generator: torch.Generator, barred: Iterable[int] = (), seen: Iterable[int] = ()
+        self, sampling: Sampling, generator: torch.Generator, banned: Iterable[int] = (), seen: Iterable[int] = ()
     ) -> None:
         self.sampling = sampling
         self.generator = generator
         self.seen = array("q", seen)
-        self.barred = array("q", barred)
+        self.banned = array("q", banned)
         self._row = SampleRow(
             top_p=sampling.top_p,
             min_p=sampling.min_p,
             repetition_penalty=sampling.repetition_penalty,
             temperature=sampling.temperature,
             top_k=min(sampling.top_k, 2**62),
-            barred=self.barred.buffer_info()[0],
-            n_barred=len(self.barred),
+            barred=self.banned.buffer_info()[0],
+            n_barred=len(self.banned),
         )
 
     def number(self) -> float:
-        """The next one, uniform in [0, 1)."""
+        """Returns the next random number, uniform in [0, 1)."""
         if self.sampling.temperature == 0:
             return 0.0
         return float(torch.rand((), generator=self.generator, dtype=torch.float64))
 
     def row(self) -> SampleRow:
-        """What the native kernel reads for the next draw; valid until the text goes on."""
+        """Returns what the native kernel reads for the next draw; valid until ``seen`` grows."""
         row = self._row
         row.number = self.number()
         if self.sampling.repetition_penalty != 1:
@@ -106,43 +137,38 @@ class Draws:
         return row
 
 
-def next_tokens(logits: Tensor, draws: Sequence[Draws]) -> list[int]:
-    """Draw a token for each text; what one gets does not depend on the others.
+def next_tokens(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """Draws a token for each text; what one gets does not depend on the others.
 
     Args:
-        logits: (B, V) any floating type, any device; -inf for what must not come.
-        draws: B texts.
+        logits: (B, V) any floating type, any device; -inf for tokens that must not come.
+        samplers: those of the B texts.
 
     Raises:
-        UserError: if there is no number to go by in a row.
+        UserError: if a row holds NaN or infinity, or no finite number.
     """
     scores = logits.detach().to("cpu", torch.float32)
     if not scores.amax(-1).isfinite().all():  # of rows with a NaN that is one, too
         raise UserError("the model gives no numbers: its weights are damaged, or its training ran away")
     if backend.runs_native("sample", scores):
-        return sample(scores, [one.row() for one in draws])
-    return [_draw(row, one) for row, one in zip(scores, draws, strict=True)]
+        return sample(scores, [sampler.row() for sampler in samplers])
+    return [_draw(row, sampler) for row, sampler in zip(scores, samplers, strict=True)]
 
 
-def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator, seen: Sequence[int] = ()) -> int:
-    """:func:`next_tokens` for one text: ``logits`` are (V,), ``seen`` the tokens to penalise."""
-    return next_tokens(logits[None], [Draws(sampling, generator, seen=seen)])[0]
-
-
-def _draw(scores: Tensor, draws: Draws) -> int:
-    """A token by ``scores`` (V,) float32: the definition of what the kernel does."""
-    sampling, scores = draws.sampling, scores.clone()
-    if sampling.repetition_penalty != 1 and draws.seen:
-        index = torch.tensor(sorted(set(draws.seen)))
+def _draw(scores: Tensor, sampler: Sampler) -> int:
+    """Draws a token by ``scores`` (V,) float32: the reference of the kernel."""
+    sampling, scores = sampler.sampling, scores.clone()
+    if sampling.repetition_penalty != 1 and sampler.seen:
+        index = torch.tensor(sorted(set(sampler.seen)))
         old = scores[index]
         scores[index] = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
-    scores[list(draws.barred)] = -torch.inf
+    scores[list(sampler.banned)] = -torch.inf
     if sampling.temperature == 0:
         return int(scores.argmax())
     ids, probability = _kept((scores - scores.max()) / max(sampling.temperature, MIN_TEMPERATURE), sampling)
     ids, order = ids.sort()
     cumulative = probability[order].double().cumsum(0)
-    draw = draws.number() * cumulative[-1]
+    draw = sampler.number() * cumulative[-1]
     return int(ids[min(int(torch.searchsorted(cumulative, draw, right=True)), len(ids) - 1)])
 
 

@@ -29,7 +29,7 @@ from mm_rec.data.feed import Feed
 from mm_rec.errors import UserError, is_out_of_memory
 from mm_rec.estimate import memory_remedy
 from mm_rec.evaluate import Documents, evaluate
-from mm_rec.generate import Sampling, generate
+from mm_rec.generate import generate
 from mm_rec.graphs import GraphedPass, run_pass
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
@@ -39,6 +39,7 @@ from mm_rec.progress import Meter, ProgressLine, StepReport
 from mm_rec.ranks import broadcast_checkpoint, own_batch
 from mm_rec.run_folder import METRICS, Run
 from mm_rec.runtime import Runtime
+from mm_rec.sampling import Sampling
 from mm_rec.signals import Interrupted, SignalGuard
 from mm_rec.state import ModelState, detach_state, flatten_state, map_state, unflatten_state
 from mm_rec.storage import write_atomic

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mm_rec.chat import ChatSession, Message, clean, encode_conversation, encode_message
+from mm_rec.chat import ChatSession
 from mm_rec.config import ModelConfig
+from mm_rec.conversation import Message, clean, encode_conversation, encode_message
 from mm_rec.errors import UserError
-from mm_rec.generate import Sampling
 from mm_rec.model import MMRecModel
+from mm_rec.sampling import Sampling
 from mm_rec.storage import DamageError
 from mm_rec.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
 
@@ -171,7 +172,7 @@ def test_an_answer_ends_at_the_end_token_and_at_a_stop_string(model: MMRecModel,
     session = ChatSession.start(always, tokenizer, sampling=Sampling(temperature=0, max_new_tokens=9))
     end_only = session.fork()
     ids = tokenizer.encode("a")
-    # All logits are equal, so the first id that is not barred wins: the end of a text.
+    # All logits are equal, so the first id that is not banned wins: the end of a text.
     assert "".join(end_only.reply("Hi")) == ""
     assert end_only.n_tokens == session.n_tokens + len(tokenizer.encode("Hi")) + 4
     stop = start(model, tokenizer)

@@ -16,11 +16,12 @@ CONFIG = ModelConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=3, d_ff=48,
 TALK = """
 import os, sys, torch
 from pathlib import Path
+from mm_rec import decode
 from mm_rec.chat import ChatSession
-from mm_rec.generate import Sampling
 from mm_rec.loading import load_model
+from mm_rec.sampling import Sampling
 
-model, tokenizer, domain, _ = load_model(Path(sys.argv[1]), device="cpu", precision=sys.argv[2])
+model, tokenizer, domain, *_ = load_model(Path(sys.argv[1]), device="cpu", precision=sys.argv[2])
 folder = Path(sys.argv[3])
 
 
@@ -30,7 +31,7 @@ def talk(session, first, last):
 
 
 def next_logits(session):
-    logits, _ = model.step(torch.tensor([tokenizer.control_ids["<|user|>"]]), session.state, domain)
+    logits, _ = decode.step(model, torch.tensor([tokenizer.control_ids["<|user|>"]]), session.state, domain)
     return logits.float().numpy().tobytes()
 """
 SAVE = """

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,9 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.agreement import CONFIG, build, relative_error
-from mm_rec import ops
+from mm_rec import decode, ops
 from mm_rec.config import PRESETS, ModelConfig
-from mm_rec.decode import find_decoder
+from mm_rec.decode import compressed_matrices, find_decoder, use_compressed
 from mm_rec.device import apply_precision
 from mm_rec.model import MMRecModel
 from mm_rec.ops.native import LEVELS, CpuLibrary
@@ -53,7 +55,7 @@ def step_through(
     """Logits (B, T, V) of single steps, and the state after them."""
     logits = []
     for column in tokens.unbind(1):
-        one, state = model.step(column, state, domain, donate=donate)
+        one, state = decode.step(model, column, state, domain, donate=donate)
         logits.append(one)
     return torch.stack(logits, 1), state
 
@@ -160,7 +162,7 @@ def test_earlier_states_stay_as_they_were() -> None:
     kept: list[tuple[ModelState, ModelState]] = []
     for column in tokens.unbind(1):
         kept.append((state, map_state(state, Tensor.clone)))
-        _, state = model.step(column, state, "text")
+        _, state = decode.step(model, column, state, "text")
     for now, then in kept:
         assert all(torch.equal(a, b) for a, b in zip(_values(now), _values(then), strict=True))
     # Every one of them can be gone on from, along another way.
@@ -187,16 +189,16 @@ def test_donating_changes_nothing_but_what_was_donated() -> None:
 def test_weights_are_read_where_they_are() -> None:
     model, column = model_of(), tokens_of(2)[:, 0]
     state = model.initial_state(2, "text")
-    before, _ = model.step(column, state, "text")
+    before, _ = decode.step(model, column, state, "text")
     twin = copy.deepcopy(model)
     model.experts["text"].blocks[0].ffn_down.mul_(2)  # in place, as an optimizer does
-    changed, _ = model.step(column, state, "text")
+    changed, _ = decode.step(model, column, state, "text")
     assert not torch.equal(changed, before)
-    assert torch.equal(twin.step(column, state, "text")[0], before)
+    assert torch.equal(decode.step(twin, column, state, "text")[0], before)
     model.load_state_dict(twin.state_dict(), assign=True)
-    assert torch.equal(model.step(column, state, "text")[0], before)
+    assert torch.equal(decode.step(model, column, state, "text")[0], before)
     apply_precision(model, "bf16")
-    rounded, _ = model.step(column, model.initial_state(2, "text"), "text")
+    rounded, _ = decode.step(model, column, model.initial_state(2, "text"), "text")
     torch.testing.assert_close(rounded, before, rtol=0.1, atol=0.1)
     assert not torch.equal(rounded, before)
 
@@ -232,6 +234,33 @@ def test_int8_beside_bfloat16_activations() -> None:
     assert relative_error(logits, expected) < 1.5 * relative_error(forward, expected)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_copy_of_an_int8_model_steps_with_the_rounded_parameters(precision: str) -> None:
+    model, tokens = model_of(precision), tokens_of(3)
+    quantize_int8(model)
+    twin = copy.deepcopy(model)
+    assert compressed_matrices(model)
+    assert not compressed_matrices(twin)
+    expected, _ = exact(model)(tokens, None, "text")
+    forward, _ = model(tokens, None, "text")
+    logits, _ = step_through(twin, tokens, twin.initial_state(3, "text"), "text")
+    assert relative_error(logits, expected) < max(5e-6, 1.5 * relative_error(forward, expected))
+    quantize_int8(twin)
+    assert set(compressed_matrices(twin)) == set(compressed_matrices(model))
+
+
+def test_nothing_is_kept_of_a_model_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed_model(monkeypatch)
+    pack_matrices(model)
+    decode.step(model, tokens_of(1)[:, 0], model.initial_state(1), None)
+    kept = [weakref.ref(find_decoder(model, None)), *map(weakref.ref, compressed_matrices(model).values())]
+    assert len(kept) > 1
+    assert all(reference() is not None for reference in kept)
+    del model
+    gc.collect()
+    assert all(reference() is None for reference in kept)
+
+
 def packed_model(monkeypatch: pytest.MonkeyPatch) -> MMRecModel:
     """Wide enough to be packed, at any level of the kernels."""
     monkeypatch.setattr("mm_rec.quantize.PACKED_LEVELS", LEVELS)
@@ -250,12 +279,13 @@ def test_packed_matrices_change_no_bit(monkeypatch: pytest.MonkeyPatch, rows: in
     tokens = tokens_of(rows, 20)
     expected, _ = step_through(model, tokens, model.initial_state(rows, domain), domain)
     pack_matrices(model)
-    assert {"embedding.weight", "experts.text.blocks.0.ffn_down", "experts.code.blocks.1.qkv_proj"} <= set(model.packed)
+    compressed = compressed_matrices(model)
+    assert {"embedding.weight", "experts.text.blocks.0.ffn_down", "experts.code.blocks.1.qkv_proj"} <= set(compressed)
     for threads in (1, 3):
         torch.set_num_threads(threads)
         logits, _ = step_through(model, tokens, model.initial_state(rows, domain), domain)
         assert torch.equal(logits, expected)
-    model.packed["experts.text.blocks.0.ffn_down"].data.zero_()
+    compressed["experts.text.blocks.0.ffn_down"].data.zero_()
     logits, _ = step_through(model, tokens, model.initial_state(rows, domain), domain)
     if rows != 7:  # between the numbers of rows at which levels begin to read the matrix itself
         assert torch.equal(logits, expected) == (rows == 11)
@@ -266,7 +296,7 @@ def packed_step(monkeypatch: pytest.MonkeyPatch) -> tuple[MMRecModel, Callable[[
     model, column = packed_model(monkeypatch), tokens_of(2)[:, 0]
     pack_matrices(model)
     state = model.initial_state(2, "text")
-    return model, lambda: model.step(column, state, "text")[0]
+    return model, lambda: decode.step(model, column, state, "text")[0]
 
 
 def test_training_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +308,7 @@ def test_training_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     AdamW([("ffn_down", weight)]).step(lr=0.1, max_norm=0)
     changed = step()
     assert not torch.equal(changed, before)
-    model.packed = {}
+    use_compressed(model, {})
     assert torch.equal(step(), changed)
 
 
@@ -330,13 +360,13 @@ def test_what_cannot_be_read_is_an_error() -> None:
     model = model_of()
     state = model.initial_state(2, "text")
     with pytest.raises(IndexError, match="vocabulary of 64"):
-        model.step(torch.tensor([0, 64]), state, "text")
+        decode.step(model, torch.tensor([0, 64]), state, "text")
     with pytest.raises(ValueError, match="3 tokens do not fit a state of 2 rows"):
-        model.step(torch.tensor([0, 1, 2]), state, "text")
+        decode.step(model, torch.tensor([0, 1, 2]), state, "text")
     with pytest.raises(ValueError, match="negative"):
-        model.step(torch.tensor([0, 1]), state._replace(position=torch.tensor([0, -1])), "text")
+        decode.step(model, torch.tensor([0, 1]), state._replace(position=torch.tensor([0, -1])), "text")
     with pytest.raises(ValueError, match="not code"):
-        model.step(torch.tensor([0, 1]), state, "code")
+        decode.step(model, torch.tensor([0, 1]), state, "code")
 
 
 @pytest.mark.parametrize("level", [pytest.param(level, marks=pytest.mark.slow) for level in LEVELS[:-1]])

@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 
 from mm_rec.config import ModelConfig
 from mm_rec.errors import UserError
-from mm_rec.generate import Sampling, TextStream, generate, next_token, read_prompt
+from mm_rec.generate import TextStream, generate, read_prompt
 from mm_rec.model import MMRecModel
+from mm_rec.sampling import Sampler, Sampling, next_tokens
 from mm_rec.tokenizer import Tokenizer, train_tokenizer
 
 SAMPLE = ["the cat sat on the mat, çok güzel bir gün 😀 漢字\n", "def f(x):\n    return x + 1\n"] * 20
@@ -23,9 +24,13 @@ def model(tokenizer: Tokenizer) -> MMRecModel:
     return MMRecModel(config)
 
 
-def draws(logits: torch.Tensor, sampling: Sampling, count: int = 400) -> set[int]:
-    generator = torch.Generator().manual_seed(1)
-    return {next_token(logits, sampling, generator) for _ in range(count)}
+def draw(logits: torch.Tensor, sampling: Sampling, count: int, seed: int = 1, seen: tuple[int, ...] = ()) -> list[int]:
+    sampler = Sampler(sampling, torch.Generator().manual_seed(seed), seen=seen)
+    return [next_tokens(logits[None], [sampler])[0] for _ in range(count)]
+
+
+def draws(logits: torch.Tensor, sampling: Sampling) -> set[int]:
+    return set(draw(logits, sampling, 400))
 
 
 LOGITS = torch.tensor([2.0, 1.9, 1.0, 0.0, -1.0, -torch.inf])
@@ -43,19 +48,17 @@ def test_filters_leave_what_they_say() -> None:
 
 
 def test_draws_follow_the_softmax() -> None:
-    generator = torch.Generator().manual_seed(0)
-    sampling = Sampling(temperature=0.7, top_p=1.0)
     count = 20_000
-    found = torch.tensor([next_token(LOGITS, sampling, generator) for _ in range(count)]).bincount(minlength=6) / count
+    tokens = draw(LOGITS, Sampling(temperature=0.7, top_p=1.0), count, seed=0)
+    found = torch.tensor(tokens).bincount(minlength=6) / count
     assert torch.allclose(found, (LOGITS / 0.7).softmax(0), atol=0.015)
 
 
 def test_repetition_penalty_lowers_seen_tokens_of_either_sign() -> None:
-    generator = torch.Generator()
     greedy = Sampling(temperature=0, repetition_penalty=1.5)
-    assert next_token(torch.tensor([3.0, 2.5]), greedy, generator, seen=[0]) == 1
-    assert next_token(torch.tensor([-2.0, -2.5]), greedy, generator, seen=[0, 0]) == 1
-    assert next_token(torch.tensor([3.0, 1.5]), greedy, generator, seen=[0]) == 0
+    assert draw(torch.tensor([3.0, 2.5]), greedy, 1, seen=(0,)) == [1]
+    assert draw(torch.tensor([-2.0, -2.5]), greedy, 1, seen=(0, 0)) == [1]
+    assert draw(torch.tensor([3.0, 1.5]), greedy, 1, seen=(0,)) == [0]
 
 
 @pytest.mark.parametrize(
@@ -129,27 +132,27 @@ def test_control_tokens_and_padding_rows_never_come(tokenizer: Tokenizer, monkey
     config = ModelConfig(tokenizer.padded_vocab_size, d_model=32, n_heads=2, n_layers=3, d_ff=32, window=16, slots=4)
     model = MMRecModel(config)
     ends = (tokenizer.eos_id, tokenizer.end_id)
-    barred = [i for i in tokenizer.control_ids.values() if i not in ends]
-    barred += range(tokenizer.vocab_size, config.vocab_size)
+    banned = [i for i in tokenizer.control_ids.values() if i not in ends]
+    banned += range(tokenizer.vocab_size, config.vocab_size)
     with torch.no_grad():
-        model.embedding.weight[barred] *= 1000  # one of them is the likeliest by far wherever its sign is right
+        model.embedding.weight[banned] *= 1000  # one of them is the likeliest by far wherever its sign is right
     drawn = []
 
-    def record(*arguments: object) -> int:
-        drawn.append(next_token(*arguments))
-        return drawn[-1]
+    def record(*arguments: object) -> list[int]:
+        drawn.extend(next_tokens(*arguments))
+        return drawn[-1:]
 
-    monkeypatch.setattr("mm_rec.generate.next_token", record)
+    monkeypatch.setattr("mm_rec.generate.next_tokens", record)
     list(generate(model, tokenizer, "a", Sampling(max_new_tokens=50, temperature=2), None))
     assert len(drawn) == 50 or drawn[-1] in ends
-    assert not set(drawn) & set(barred)
+    assert not set(drawn) & set(banned)
 
 
 @pytest.mark.parametrize("end", ["eos_id", "end_id"])
 def test_generation_ends_at_eos_and_where_an_answer_ends(
     model: MMRecModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    monkeypatch.setattr("mm_rec.generate.next_token", lambda *_: getattr(tokenizer, end))
+    monkeypatch.setattr("mm_rec.generate.next_tokens", lambda *_: [getattr(tokenizer, end)])
     assert list(generate(model, tokenizer, "a", Sampling(), "text")) == []
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mm_rec import checkpoint, ops
+from mm_rec import checkpoint, decode, ops
 from mm_rec.config import ModelConfig
 from mm_rec.hf import MMRecCache, MMRecConfig, MMRecForCausalLM
 from mm_rec.model import MMRecModel
@@ -110,8 +110,8 @@ def test_single_tokens_take_the_native_step(
     model: MMRecForCausalLM, monkeypatch: pytest.MonkeyPatch, domain: str
 ) -> None:
     steps = []
-    step = MMRecModel.step
-    monkeypatch.setattr(MMRecModel, "step", lambda *given, **named: steps.append(1) or step(*given, **named))
+    step = decode.step
+    monkeypatch.setattr(decode, "step", lambda *given, **named: steps.append(1) or step(*given, **named))
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "domain": domain}
     options |= {"return_dict_in_generate": True, "output_logits": True}
     batch = tokens(3, 30)

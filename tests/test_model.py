@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mm_rec import decode
 from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.model import MMRecModel, _TiedEmbedding, document_positions
 from mm_rec.state import detach_state, flatten_state, map_state, unflatten_state
@@ -106,7 +107,7 @@ def test_step_continues_a_sequence() -> None:
     batch = tokens(3, 50)
     expected, _ = model(batch, None, "code")
     _, state = model(batch[:, :-1], None, "code")
-    logits, state = model.step(batch[:, -1], state, "code")
+    logits, state = decode.step(model, batch[:, -1], state, "code")
     torch.testing.assert_close(logits, expected[:, -1], rtol=1e-5, atol=1e-5)
     assert state.position.tolist() == [50, 50, 50]
 

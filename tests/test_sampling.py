@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mm_rec import ops
 from mm_rec.ops.sample import sample
-from mm_rec.sampling import Draws, Sampling, next_tokens
+from mm_rec.sampling import Sampler, Sampling, next_tokens
 
 native = pytest.mark.skipif(ops.status()["cpu"].backend != "native", reason="no native library was built")
 SETTINGS = [
@@ -25,9 +25,9 @@ def some_logits(rows: int, vocabulary: int, spread: float) -> Tensor:
     return spread * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
 
 
-def texts(settings: list[Sampling], vocabulary: int, barred: tuple[int, ...] = ()) -> list[Draws]:
+def texts(settings: list[Sampling], vocabulary: int, banned: tuple[int, ...] = ()) -> list[Sampler]:
     seen = [0, 3, 3, vocabulary - 1]
-    return [Draws(one, torch.Generator().manual_seed(number), barred, seen) for number, one in enumerate(settings)]
+    return [Sampler(one, torch.Generator().manual_seed(number), banned, seen) for number, one in enumerate(settings)]
 
 
 @native
@@ -35,14 +35,14 @@ def texts(settings: list[Sampling], vocabulary: int, barred: tuple[int, ...] = (
 @pytest.mark.parametrize("spread", [0, 0.5, 4])
 def test_the_kernel_draws_what_the_definition_draws(vocabulary: int, spread: float) -> None:
     logits = some_logits(len(SETTINGS), vocabulary, spread)
-    barred = tuple(range(1, vocabulary, 5))
+    banned = tuple(range(1, vocabulary, 5))
     with ops.use_backend("native"):
-        found = next_tokens(logits, texts(SETTINGS, vocabulary, barred))
+        found = next_tokens(logits, texts(SETTINGS, vocabulary, banned))
     with ops.use_backend("reference"):
-        expected = next_tokens(logits, texts(SETTINGS, vocabulary, barred))
+        expected = next_tokens(logits, texts(SETTINGS, vocabulary, banned))
     different = [place for place, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b]
     assert len(different) <= (0 if spread else 8), different  # of equal weights a rounded sum decides which is the last
-    assert not set(found) & set(barred)
+    assert not set(found) & set(banned)
 
 
 @native
@@ -63,17 +63,17 @@ def test_equally_likely_tokens_are_kept_from_the_lowest_id(backend: str) -> None
     logits = torch.zeros(1, 500)
     with ops.use_backend(backend):
         for sampling, kept in ((Sampling(top_k=10, top_p=1), 10), (Sampling(top_p=0.0999), 50)):
-            draws = Draws(sampling, torch.Generator().manual_seed(0))
-            found = {next_tokens(logits, [draws])[0] for _ in range(600)}
+            sampler = Sampler(sampling, torch.Generator().manual_seed(0))
+            found = {next_tokens(logits, [sampler])[0] for _ in range(600)}
             assert found == set(range(kept))
 
 
 @pytest.mark.parametrize("backend", [pytest.param("native", marks=native), "reference"])
 def test_frequencies_follow_the_probabilities(backend: str) -> None:
     logits = torch.tensor([[2.0, 1.9, 1.0, 0.0, -1.0, -torch.inf] * 7])
-    draws = Draws(Sampling(temperature=0.7, top_p=1), torch.Generator().manual_seed(0))
+    sampler = Sampler(Sampling(temperature=0.7, top_p=1), torch.Generator().manual_seed(0))
     with ops.use_backend(backend):
-        found = torch.tensor([next_tokens(logits, [draws])[0] for _ in range(8000)]).bincount(minlength=42) / 8000
+        found = torch.tensor([next_tokens(logits, [sampler])[0] for _ in range(8000)]).bincount(minlength=42) / 8000
     assert torch.allclose(found, (logits[0] / 0.7).softmax(0), atol=0.01)
 
 
@@ -84,8 +84,8 @@ def test_the_kernel_ends_in_a_token_whatever_the_logits() -> None:
     logits[0], logits[1], logits[2, 3], logits[3, 5] = torch.nan, -torch.inf, torch.nan, torch.inf
     logits[4, 7] = -torch.inf
     for sampling in SETTINGS[::7]:
-        draws = [Draws(sampling, torch.Generator()) for _ in range(5)]
-        found = sample(logits, [one.row() for one in draws])
+        samplers = [Sampler(sampling, torch.Generator()) for _ in range(5)]
+        found = sample(logits, [one.row() for one in samplers])
         assert all(0 <= token < 40 for token in found)
         assert found[3] == 5
 

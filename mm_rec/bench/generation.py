@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm_rec import decode
 from mm_rec.bench.peers import gpt2_110m
 from mm_rec.bench.timing import Action, median_seconds
 from mm_rec.config import ModelConfig
@@ -51,7 +52,7 @@ def _mm_rec(config: ModelConfig, precision: str, ids: Tensor) -> Action:
     def generate() -> None:
         nonlocal token, state
         for _ in range(STEPS):
-            logits, state = model.step(token, state, domain)
+            logits, state = decode.step(model, token, state, domain)
             token = logits.argmax(dim=-1)
 
     return generate

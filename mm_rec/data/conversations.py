@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mm_rec.chat import Message, encode_conversation
+from mm_rec.conversation import Message, encode_conversation
 from mm_rec.data.files import SUFFIXES, BadRows, Row, find_files, read_rows
 from mm_rec.data.manifest import MANIFEST
 from mm_rec.data.pack import Document

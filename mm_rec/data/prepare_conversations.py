@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mm_rec.chat import Message
+from mm_rec.conversation import Message
 from mm_rec.data.conversations import encode_document, find_conversations, read_conversations
 from mm_rec.data.files import BadRows
 from mm_rec.data.manifest import check_files

@@ -63,8 +63,8 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 
 def _open_session(options: argparse.Namespace) -> ChatSession:
     from mm_rec.chat import ChatSession
-    from mm_rec.generate import Sampling
     from mm_rec.loading import load_model
+    from mm_rec.sampling import Sampling
 
     given = given_sampling(options)
     loaded = load_model(options.model, device=options.device, precision=options.precision, weights=options.weights)

@@ -120,6 +120,7 @@ def _facts(loaded: Loaded, domain: str | None) -> dict[str, str]:
     import torch
 
     config, weight = loaded.model.config, loaded.model.embedding.weight
+    precision = "bf16" if weight.dtype == torch.bfloat16 else "fp32"
     count = sum(parameter.numel() for parameter in loaded.model.parameters())
     return {
         "checkpoint": str(loaded.path),
@@ -127,7 +128,7 @@ def _facts(loaded: Loaded, domain: str | None) -> dict[str, str]:
         "shape": f"{len(config.experts)} experts of {config.n_layers} blocks, {config.d_model} wide",
         "vocabulary": f"{loaded.tokenizer.vocab_size:,} tokens",
         "answers by": domain or "all experts, fused",
-        "precision": ("bf16" if weight.dtype == torch.bfloat16 else "fp32") + (", int8" if loaded.model.int8 else ""),
+        "precision": precision + (", int8" if loaded.weights == "int8" else ""),
         "device": str(weight.device),
     }
 

@@ -31,8 +31,9 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from mm_rec.generate import Sampling, generate
+    from mm_rec.generate import generate
     from mm_rec.loading import load_model
+    from mm_rec.sampling import Sampling
 
     sampling = Sampling(**given_sampling(options))
     prompt = _read_prompt(options.prompt)

@@ -84,11 +84,11 @@ def run(settings: PipelineSettings) -> int:
 def _write_transcript(phase: str, path: Path, settings: TrainSettings, console: Console) -> None:
     """Talk with the model of a phase, print and keep what was said."""
     from mm_rec.chat import QUESTIONS, ChatSession, transcript
-    from mm_rec.generate import Sampling
     from mm_rec.loading import load_model
+    from mm_rec.sampling import Sampling
     from mm_rec.storage import write_atomic
 
-    model, tokenizer, domain, _ = load_model(path, device=settings.device, precision=settings.precision)
+    model, tokenizer, domain, *_ = load_model(path, device=settings.device, precision=settings.precision)
     sampling = Sampling(max_new_tokens=TRANSCRIPT_TOKENS, seed=settings.seed)
     said = transcript(ChatSession.start(model, tokenizer, sampling=sampling, domain=domain), QUESTIONS)
     file = settings.checkpoint_dir / f"transcript_{phase}.txt"

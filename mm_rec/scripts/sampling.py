@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from mm_rec.config import WEIGHTS
+
 __all__ = [
     "FLAGS",
     "WEIGHTS_HELP",
@@ -52,4 +54,4 @@ def add_domain_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_weights_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--weights``, for ``load_model``."""
-    parser.add_argument("--weights", choices=("full", "int8"), default="full", help=WEIGHTS_HELP)
+    parser.add_argument("--weights", choices=WEIGHTS, default=WEIGHTS[0], help=WEIGHTS_HELP)

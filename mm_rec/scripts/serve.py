@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from mm_rec.config import WEIGHTS
 from mm_rec.errors import UserError
 from mm_rec.options import Option, add_arguments, from_arguments
 from mm_rec.program import Parser, run_program
@@ -50,7 +51,7 @@ class ServeSettings:
     time_limit: Annotated[float, Option("seconds for one request", minimum=1)] = 600.0
     device: Annotated[str, Option("cpu, cuda, or auto: CUDA if it is there")] = "auto"
     precision: Annotated[str, Option("type of the matrices", choices=("auto", "bf16", "fp32"))] = "auto"
-    weights: Annotated[str, Option(WEIGHTS_HELP, choices=("full", "int8"))] = "full"
+    weights: Annotated[str, Option(WEIGHTS_HELP, choices=WEIGHTS)] = WEIGHTS[0]
     threads: Annotated[int | None, Option("CPU threads; all if not given", minimum=1)] = None
 
 
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
         import uvicorn
 
         from mm_rec.serve.gate import is_loopback
-        from mm_rec.serve.protocol import ImpatientProtocol
+        from mm_rec.serve.protocol import HeadTimeoutProtocol
     except ModuleNotFoundError as error:
         raise UserError(f"the server needs {error.name}; install it with: pip install 'mm-rec[serve]'") from None
     if settings.api_key is None and not is_loopback(settings.host):
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
         sys.stdout.write(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}/ (Ctrl-C stops)\n")
         sys.stdout.flush()
         config = uvicorn.Config(
-            app, http=ImpatientProtocol, timeout_graceful_shutdown=GRACE_SECONDS, server_header=False
+            app, http=HeadTimeoutProtocol, timeout_graceful_shutdown=GRACE_SECONDS, server_header=False
         )
         uvicorn.Server(config).run(sockets=[listener])
     return 0
@@ -105,7 +106,7 @@ def _build(settings: ServeSettings, path: Path) -> FastAPI:
 
     set_threads(settings.threads)
     loaded = load_model(path, device=settings.device, precision=settings.precision, weights=settings.weights)
-    model, tokenizer, _, found = loaded
+    model, tokenizer = loaded.model, loaded.tokenizer
     domain = loaded.choose_domain(settings.domain)
     identity = fingerprint(model)
     sessions = SessionStore(
@@ -125,7 +126,7 @@ def _build(settings: ServeSettings, path: Path) -> FastAPI:
         max_body_bytes=6 * settings.max_prompt_bytes + 65_536,
         max_requests=settings.max_streams + settings.max_queue,
     )
-    sys.stdout.write(f"model {found}, {model.dtype}, expert {domain or 'all'}\n")
+    sys.stdout.write(f"model {loaded.path}, {model.dtype}, expert {domain or 'all'}\n")
     return create_app(service, api_key=settings.api_key, limits=limits)
 
 

@@ -1,4 +1,4 @@
-"""One request while it is answered: between the engine's thread and the event loop."""
+"""Carries the events of one request from the engine's thread to the event loop, and makes its reply of them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _Inbox = asyncio.Queue[tuple[int, Event]]
 class _Outbox:
     """Brings events from the engine's thread to an event loop, those of some milliseconds in one call.
 
-    What a stream gets in that time becomes one piece: waking a task and sending a piece costs a good part of a step
+    What a choice gets in that time becomes one piece: waking a task and sending a piece costs a good part of a step
     of the model, and nobody reads faster. Ends and errors go at once.
     """
 
@@ -57,7 +57,7 @@ class _Outbox:
         self._last = 0.0
 
     def put(self, inbox: _Inbox, job: int, event: Event) -> None:
-        """Put ``(job, event)`` into ``inbox`` soon; from any thread."""
+        """Puts ``(job, event)`` into ``inbox`` soon; may be called from any thread."""
         self._events.append((inbox, job, event))
         loop, urgent = self._loop(), not isinstance(event, Output) or event.finish is not None
         if loop is None or (self._called and not urgent):
@@ -87,7 +87,7 @@ _outboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Outbox] = weakr
 
 
 class Answer:
-    """The texts of one request as they come.
+    """The choices of one request as they come.
 
     Args:
         engine: that runs the jobs.
@@ -95,8 +95,8 @@ class Answer:
         form: shape of the reply.
         header: fields that the reply and every piece of it carry.
         echo: texts of the prompts, if they are to be given back.
-        keep: called with the memory after the text, if the job asks for it, before the reply ends.
-        held: what to let go when all is over, however it ended; taken over unless this raises.
+        save_state: called with the state after the text, if the job asks for it, before the reply ends.
+        resources: closed when the request is over, however it ended; taken over unless this raises.
 
     Raises:
         ApiError: 503 if the engine takes no more.
@@ -110,38 +110,38 @@ class Answer:
         header: dict[str, Any],
         *,
         echo: Sequence[str] | None = None,
-        keep: Callable[[ModelState], Awaitable[None]] | None = None,
-        held: contextlib.ExitStack | None = None,
+        save_state: Callable[[ModelState], Awaitable[None]] | None = None,
+        resources: contextlib.ExitStack | None = None,
     ) -> None:
         self._jobs = jobs
         self._form = form
         self._header = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), **header}
         self._echo = echo
-        self._keep = keep
+        self._save_state = save_state
         self._saving: asyncio.Future[None] | None = None
         self._drawn = 0
         self._events: _Inbox = asyncio.Queue()
         loop = asyncio.get_running_loop()
         outbox = _outboxes.setdefault(loop, _Outbox(loop))
         try:
-            self._tickets = engine.submit(
+            self._handles = engine.submit(
                 jobs, [functools.partial(outbox.put, self._events, index) for index in range(len(jobs))]
             )
         except (QueueFullError, StoppedError) as error:
             raise ApiError.busy(str(error)) from error
-        self._held = (held or contextlib.ExitStack()).pop_all()
+        self._resources = (resources or contextlib.ExitStack()).pop_all()
 
     def close(self) -> None:
-        """Free what the request holds; what was not finished is dropped."""
-        for ticket in self._tickets:
-            ticket.cancel()
+        """Closes the request's resources and drops the jobs that have not ended."""
+        for handle in self._handles:
+            handle.cancel()
         if self._saving is None or self._saving.done():
-            self._held.close()
+            self._resources.close()
         else:  # a request that is cancelled can't wait for the save, but the next one has to
-            self._saving.add_done_callback(lambda _: self._held.close())
+            self._saving.add_done_callback(lambda _: self._resources.close())
 
     async def whole(self) -> dict[str, Any]:
-        """The reply in one piece."""
+        """Returns the reply in one piece."""
         choices: dict[int, Choice] = {}
         async for index, piece in self._pieces():
             choice = choices.setdefault(index, Choice())
@@ -152,7 +152,7 @@ class Answer:
         return {**self._header, "object": self._form.object, "choices": made, "usage": self._usage()}
 
     async def stream(self, *, include_usage: bool) -> AsyncIterator[bytes]:
-        """The reply as server-sent events; what fails on the way is an event, too."""
+        """Yields the reply as server-sent events; an error on the way is an event, too."""
         usage = {"usage": None} if include_usage else {}
         chunk = {**self._header, "object": self._form.chunk_object}
         try:
@@ -169,7 +169,7 @@ class Answer:
             yield _event(error.body)
 
     async def _pieces(self) -> AsyncIterator[tuple[int, Choice]]:
-        """What is new in which choice; choices of the second prompt count on from those of the first."""
+        """Yields the next piece of a choice with its index; the choices of all prompts are numbered in one row."""
         running = sum(job.n for job in self._jobs)
         first = [sum(job.n for job in self._jobs[:index]) for index in range(len(self._jobs))]
         prompts: dict[int, list[TokenScore]] = {}
@@ -185,8 +185,8 @@ class Answer:
             if self._echo is not None and index not in begun:
                 begun.add(index)
                 yield index, Choice(self._echo[job], prompts.get(job, []))
-            if event.state is not None and self._keep is not None:
-                self._saving = asyncio.ensure_future(self._keep(event.state))
+            if event.state is not None and self._save_state is not None:
+                self._saving = asyncio.ensure_future(self._save_state(event.state))
                 await asyncio.shield(self._saving)
             self._drawn += event.drawn
             running -= event.finish is not None
@@ -208,7 +208,7 @@ class Answer:
 
 
 async def respond(request: Request, answer: Answer, *, stream: bool, include_usage: bool) -> Response:
-    """The reply to a request, which is dropped if the client goes away."""
+    """Returns the reply to a request, which is dropped if the client goes away."""
     if stream:
         return _EventStream(answer, include_usage)
     try:
@@ -238,7 +238,7 @@ class _EventStream(StreamingResponse):
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any] | None:
-    """The result of ``work``; None, and the work is cancelled, if the client goes away first."""
+    """Returns the result of ``work``; if the client goes away first, cancels it and returns None."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -18,8 +18,9 @@ from fastapi import FastAPI, Request
 from starlette.responses import HTMLResponse, Response
 
 from mm_rec import __version__
-from mm_rec.chat import Message, encode_conversation, encode_message
-from mm_rec.generate import Sampling
+from mm_rec.conversation import Message, encode_conversation, encode_message
+from mm_rec.generate import end_tokens
+from mm_rec.sampling import Sampling
 from mm_rec.serve import schemas
 from mm_rec.serve.answer import Answer, respond
 from mm_rec.serve.engine import Engine
@@ -57,16 +58,16 @@ _EVENTS = {
 
 @dataclass(frozen=True)
 class Service:
-    """What is served, and how much of it one request may take.
+    """The model that is served, and the limits of one request.
 
     Attributes:
-        name: of the model.
-        engine: that runs it.
-        sessions: where conversations are kept.
-        fingerprint: that tells one model from another.
-        max_prompt_bytes: of the text in a request, checked before it is cut into tokens; also the most token ids.
-        max_tokens: to draw for one text.
-        seconds: for one request.
+        name: the name by which requests ask for the model.
+        engine: the engine that runs it.
+        sessions: the store of conversations.
+        fingerprint: hash of the model's weights, which tells it from others.
+        max_prompt_bytes: bytes of text in a request at most, checked before it is tokenized; also the most token ids.
+        max_tokens: tokens of one choice at most.
+        seconds: time limit of one request.
     """
 
     name: str
@@ -79,21 +80,21 @@ class Service:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """That of the model."""
+        """The tokenizer of the model."""
         return self.engine.tokenizer
 
     def header(self) -> dict[str, str]:
-        """What replies say about the model."""
+        """Returns the fields of a reply that say which model made it."""
         return {"model": self.name, "system_fingerprint": f"mm_{self.fingerprint[:12]}"}
 
     def check_model(self, name: str) -> None:
-        """Raise ApiError 404 unless ``name`` is served."""
+        """Raises ApiError 404 unless ``name`` is served."""
         if name != self.name:
             message = f"there is no model {name[:80]!r}; this server has {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def check_length(self, texts: Sequence[str]) -> None:
-        """Raise ApiError 400 if the texts are too long to be cut into tokens."""
+        """Raises ApiError 400 if the texts are too long to be cut into tokens."""
         n_bytes = sum(len(text.encode()) for text in texts)
         if n_bytes > self.max_prompt_bytes:
             raise ApiError(
@@ -103,12 +104,12 @@ class Service:
             )
 
     def check_choices(self, n: int) -> None:
-        """Raise ApiError 400 if so many texts don't run at the same time."""
+        """Raises ApiError 400 if there are not as many slots as ``n`` choices take."""
         if n > self.engine.max_streams:
             raise ApiError(400, f"n is at most {self.engine.max_streams} on this server", param="n")
 
     def sampling(self, body: schemas.SamplingFields, max_tokens: int) -> Sampling:
-        """How to draw what ``body`` asks for."""
+        """Returns the sampling settings that ``body`` asks for."""
         return Sampling(
             max_new_tokens=min(max_tokens, self.max_tokens),
             repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
@@ -126,8 +127,8 @@ def create_app(service: Service, *, api_key: str | None = None, limits: Limits |
 
     Args:
         service: what is served.
-        api_key: that requests to /v1 have to bring; None for none.
-        limits: of requests; those of :class:`Limits` if None.
+        api_key: the key that requests to /v1 have to bring; None for none.
+        limits: limits of requests; the defaults of :class:`Limits` if None.
     """
 
     @asynccontextmanager
@@ -209,7 +210,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
                 prompt,
                 sampling,
                 deadline,
-                ends=frozenset({tokenizer.end_id, tokenizer.eos_id}),
+                ends=end_tokens(tokenizer),
                 n=body.n or 1,
                 penalise_prompt=True,
                 top_logprobs=body.logprobs,
@@ -225,7 +226,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
 async def _read_prompts(
     service: Service, prompt: str | list[int] | list[str] | list[list[int]], *, echo: bool
 ) -> tuple[list[str], list[list[int]]]:
-    """Texts (of token ids only for an echo) and ids of the prompts. A text starts a document, ids are as they are."""
+    """Returns texts and ids of the prompts. A text gets BOS first; ids stay as they are and get a text only to echo."""
     tokenizer = service.tokenizer
     many: list[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
     if isinstance(many[0], str):
@@ -270,20 +271,20 @@ def _add_chat(app: FastAPI, service: Service) -> None:
                 await asyncio.to_thread(_encode, tokenizer, messages, memory is not None),
                 sampling,
                 time.monotonic() + service.seconds,
-                ends=frozenset({tokenizer.end_id, tokenizer.eos_id}),
+                ends=end_tokens(tokenizer),
                 n=body.n or 1,
                 state=None if memory is None else memory.state,
                 closing=() if body.session is None else (tokenizer.end_id,),
                 top_logprobs=top,
             )
 
-            async def keep(state: ModelState) -> None:
+            async def save_state(state: ModelState) -> None:
                 after = Memory(state, 1 if memory is None else memory.turns + 1)
                 assert body.session is not None
                 await asyncio.to_thread(service.sessions.save, body.session, after)
 
             form = ChatFormat(names, top)
-            answer = Answer(service.engine, [job], form, service.header(), keep=keep, held=stack)
+            answer = Answer(service.engine, [job], form, service.header(), save_state=save_state, resources=stack)
         return await respond(request, answer, stream=bool(body.stream), include_usage=_wants_usage(body))
 
 
@@ -294,7 +295,7 @@ def _as_message(message: schemas.ChatMessage) -> Message:
 
 
 def _encode(tokenizer: Tokenizer, messages: Sequence[Message], going_on: bool) -> list[int]:
-    """Ids of a conversation, or of what is new in it, up to the place where the answer begins."""
+    """Returns the ids of a conversation, or of what is new in it, up to the place where the answer begins."""
     if going_on:
         ids = [token for message in messages for token in encode_message(tokenizer, message)[0]]
     else:
@@ -331,7 +332,7 @@ def _wants_usage(body: schemas.SamplingFields) -> bool:
 
 
 def _content_policy(page: str) -> str:
-    """A Content-Security-Policy that allows the style and script written in the page, and requests to here."""
+    """Returns a Content-Security-Policy that allows the style and script written in the page, and requests to here."""
 
     def digests(tag: str) -> str:
         parts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

@@ -1,4 +1,4 @@
-"""The door: what is refused before a request reaches the application."""
+"""Checks requests before they reach the application: key, host, size and speed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _DRAIN_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may take.
+    """Limits of requests.
 
     Attributes:
-        max_body_bytes: of a request's body.
-        max_requests: with a body at the same time; more are told to come back.
-        body_seconds: for a body to arrive.
-        send_seconds: for a client to take what it is sent.
+        max_body_bytes: bytes of a request's body at most.
+        max_requests: requests with a body at the same time at most; others get 503 and are to be sent again.
+        body_seconds: time in which a body has to arrive.
+        send_seconds: time in which a client has to take what it is sent.
     """
 
     max_body_bytes: int = 2 << 20
@@ -39,12 +39,12 @@ class Limits:
 
 
 class Gate:
-    """ASGI middleware: key, host, size and pace of every request; the body is passed on whole.
+    """ASGI middleware that checks key, host, size and speed of every request, and passes the body on whole.
 
     Args:
-        app: what lies behind.
-        limits: of one request.
-        api_key: that requests to /v1 have to bring; None for none. Without one only names of this machine are
+        app: the application that serves what is not refused.
+        limits: limits of requests.
+        api_key: the key that requests to /v1 have to bring; None for none. Without one only names of this machine are
             accepted as host, so that no web page can reach the server under a name of its own (DNS rebinding).
     """
 
@@ -55,7 +55,7 @@ class Gate:
         self._requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
+        """Serves one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -94,7 +94,7 @@ class Gate:
             self._requests -= 1
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes:
-        """The whole body."""
+        """Returns the whole body."""
         limit = self._limits.max_body_bytes
         too_large = ApiError(413, f"a request may have {limit} bytes at most", code="request_too_large")
         length = headers.get("content-length", "0")
@@ -131,7 +131,7 @@ class _StalledError(Exception):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address always means this machine."""
+    """Returns whether a host name or address always means this machine."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -141,14 +141,14 @@ def is_loopback(host: str) -> bool:
 
 
 def _host_name(header: str) -> str:
-    """The name in a Host header: ``localhost`` of ``localhost:8000``, ``::1`` of ``[::1]:8000``."""
+    """Returns the name in a Host header: ``localhost`` of ``localhost:8000``, ``::1`` of ``[::1]:8000``."""
     if header.startswith("["):
         return header[1:].partition("]")[0]
     return header.partition(":")[0].lower()
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """``receive`` of a request whose body has been read; after it only the disconnection is left to come."""
+    """Returns ``receive`` for a request whose body has been read: the body, then what is left, the disconnection."""
     parts: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replayed() -> Message:
@@ -158,7 +158,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Reply without having read the body: say so, then let the client finish, or it would never see the reply."""
+    """Replies before the body is read, then reads on for a while, since a client that still sends misses a reply."""
     response = error.response()
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
     await send({"type": "http.response.body", "body": response.body, "more_body": True})

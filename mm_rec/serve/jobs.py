@@ -1,4 +1,4 @@
-"""What the engine is asked for and what it gives."""
+"""The jobs that the engine runs and the events that it sends."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mm_rec.generate import Sampling
+from mm_rec.sampling import Sampling
 from mm_rec.state import ModelState
 
 __all__ = [
     "EngineError",
     "Event",
     "Job",
+    "JobHandle",
     "Listener",
     "Output",
     "OverdueError",
     "PromptRead",
     "QueueFullError",
     "StoppedError",
-    "Ticket",
     "TokenScore",
 ]
 
@@ -42,19 +42,19 @@ class StoppedError(EngineError):
 
 @dataclass(frozen=True)
 class Job:
-    """What to read and what to draw.
+    """A prompt to read and the choices to draw after it.
 
     Attributes:
         prompt: token ids, at least one.
-        sampling: how to draw; of several texts the i-th is drawn with seed + i.
-        deadline: on the clock of ``time.monotonic``; what was drawn until then is the text.
+        sampling: how to draw; choice i is drawn with seed + i.
+        deadline: on the clock of ``time.monotonic``; a text ends with what was drawn until then.
         ends: tokens that end the text and are no part of it.
-        n: how many texts to draw; the prompt is read once.
-        state: the memory before the prompt, one row; None for an empty one.
-        closing: tokens to read after the text. If there are any, the last output brings the memory after them.
+        n: how many choices to draw; the prompt is read once.
+        state: the state before the prompt, one row; None for an empty one.
+        closing: tokens to read after the text. If there are any, the last output brings the state after them.
         penalise_prompt: the repetition penalty counts the tokens of the prompt, too.
-        top_logprobs: of how many likeliest tokens to give log-probabilities beside the one drawn; None for none.
-        prompt_logprobs: give those of the prompt, too.
+        top_logprobs: how many likeliest tokens to score beside the one drawn; None gives no log-probabilities.
+        prompt_logprobs: give the log-probabilities of the prompt's tokens, too.
     """
 
     prompt: Sequence[int]
@@ -87,12 +87,12 @@ class Output(NamedTuple):
     """A piece of the text of one choice.
 
     Attributes:
-        choice: which text of the job, from 0.
+        choice: which choice of the job, from 0.
         text: may be empty while characters or stop strings are undecided.
-        drawn: tokens that it took.
-        scores: of those tokens, if asked for.
+        drawn: how many tokens it took.
+        scores: those of these tokens, if asked for.
         finish: "stop" or "length" with the last output of a choice, else None.
-        state: memory of one row, with the last output of a job with ``closing``.
+        state: state of one row, with the last output of a job with ``closing``.
     """
 
     choice: int
@@ -103,7 +103,7 @@ class Output(NamedTuple):
     state: ModelState | None = None
 
     def joined(self, later: Output) -> Output:
-        """One piece of this one and the next of the same choice."""
+        """Returns this piece and the next one of the same choice as one."""
         text, drawn, scores = self.text + later.text, self.drawn + later.drawn, self.scores + later.scores
         return Output(self.choice, text, drawn, scores, later.finish, later.state)
 
@@ -112,8 +112,8 @@ Event = PromptRead | Output | EngineError
 Listener = Callable[[Event], None]
 
 
-class Ticket:
-    """A job in the engine; :meth:`cancel` frees its slots before the next token, and nothing more comes."""
+class JobHandle:
+    """A job in the engine. :meth:`cancel` frees its slots before the next token; no event comes after that."""
 
     def __init__(self, job: Job, listener: Listener) -> None:
         self.job = job
@@ -121,5 +121,5 @@ class Ticket:
         self.cancelled = False
 
     def cancel(self) -> None:
-        """Drop the job; has no effect on one that has ended."""
+        """Drops the job; has no effect on one that has ended."""
         self.cancelled = True

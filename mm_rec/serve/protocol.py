@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with an end to its patience."""
+"""uvicorn's HTTP protocol with a time limit for the head of a request."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import asyncio
 
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-__all__ = ["ImpatientProtocol"]
+__all__ = ["HeadTimeoutProtocol"]
 
 
-class ImpatientProtocol(H11Protocol):
-    """Closes a connection on which no request begins for ``head_seconds``, even if bytes of its head drip in.
+class HeadTimeoutProtocol(H11Protocol):
+    """Closes a connection on which no request begins for ``head_seconds``, even if bytes of its head arrive slowly.
 
-    What comes after the head is timed by :class:`mm_rec.serve.gate.Gate`.
+    The body and the reply have time limits in :class:`mm_rec.serve.gate.Gate`.
     """
 
     head_seconds = 30.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the clock of the first request."""
+        """Starts the time limit of the first request."""
         super().connection_made(transport)
         self._expect_request()
 
     def on_response_complete(self) -> None:
-        """Start the clock of the next request."""
+        """Starts the time limit of the next request."""
         super().on_response_complete()
         self._expect_request()
 

@@ -19,9 +19,9 @@ import torch
 
 from mm_rec import session_file, storage
 from mm_rec.errors import UserError
-from mm_rec.generate import Sampling
 from mm_rec.lock import Lock
 from mm_rec.model import MMRecModel
+from mm_rec.sampling import Sampling
 from mm_rec.serve.errors import ApiError
 from mm_rec.state import ModelState, flatten_state, unflatten_state
 from mm_rec.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mm_rec.chat import Message
+from mm_rec.conversation import Message
 from mm_rec.data.conversations import encode_document, find_conversations, parse_conversation, read_conversations
 from mm_rec.data.files import BadRows
 from mm_rec.errors import UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mm_rec.chat import encode_conversation
+from mm_rec.conversation import encode_conversation
 from mm_rec.data.batches import Batches
 from mm_rec.data.conversations import parse_conversation
 from mm_rec.data.prepare import Prepared

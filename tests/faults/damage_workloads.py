@@ -16,8 +16,8 @@ from mm_rec import checkpoint, session_file
 from mm_rec.chat import ChatSession
 from mm_rec.checkpoint import CheckpointError
 from mm_rec.errors import UserError
-from mm_rec.generate import Sampling
 from mm_rec.model import MMRecModel
+from mm_rec.sampling import Sampling
 
 
 def flip_bit(content: bytes, rng: random.Random) -> bytes:

@@ -23,13 +23,13 @@ import uvicorn
 from fastapi.testclient import TestClient
 from workload import Trial, workload
 
-from mm_rec.chat import Message, clean, encode_conversation
 from mm_rec.config import ModelConfig
+from mm_rec.conversation import Message, clean, encode_conversation
 from mm_rec.data.conversations import encode_document, parse_conversation
 from mm_rec.model import MMRecModel
 from mm_rec.serve.app import Service, create_app
 from mm_rec.serve.engine import Engine
-from mm_rec.serve.protocol import ImpatientProtocol
+from mm_rec.serve.protocol import HeadTimeoutProtocol
 from mm_rec.serve.sessions import SessionStore
 from mm_rec.session_file import fingerprint
 from mm_rec.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
@@ -68,7 +68,7 @@ def socket_of(folder: Path, **limits: int) -> Iterator[tuple[int, Service]]:
     """A server behind a real socket: its port."""
     service = service_in(folder, **limits)
     config = uvicorn.Config(
-        create_app(service), http=ImpatientProtocol, log_level="critical", timeout_graceful_shutdown=2
+        create_app(service), http=HeadTimeoutProtocol, log_level="critical", timeout_graceful_shutdown=2
     )
     server, listener = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

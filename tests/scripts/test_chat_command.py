@@ -10,8 +10,8 @@ import torch
 from mm_rec import checkpoint
 from mm_rec.cli import main
 from mm_rec.config import ModelConfig
-from mm_rec.generate import Sampling
 from mm_rec.model import MMRecModel
+from mm_rec.sampling import Sampling
 from mm_rec.scripts.chat import Conversation
 from mm_rec.scripts.sampling import FLAGS
 from mm_rec.tokenizer import train_tokenizer

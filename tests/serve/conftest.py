@@ -18,7 +18,7 @@ from mm_rec.config import ModelConfig
 from mm_rec.model import MMRecModel
 from mm_rec.serve.app import Service, create_app
 from mm_rec.serve.engine import Engine
-from mm_rec.serve.protocol import ImpatientProtocol
+from mm_rec.serve.protocol import HeadTimeoutProtocol
 from mm_rec.serve.sessions import SessionStore
 from mm_rec.session_file import fingerprint
 from mm_rec.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
@@ -92,7 +92,7 @@ def serve() -> Callable[..., contextlib.AbstractContextManager[str]]:
     @contextlib.contextmanager
     def serve(service: Service, **keywords: object) -> Iterator[str]:
         app = create_app(service, **keywords)  # type: ignore[arg-type]
-        config = uvicorn.Config(app, http=ImpatientProtocol, log_level="critical", timeout_graceful_shutdown=2)
+        config = uvicorn.Config(app, http=HeadTimeoutProtocol, log_level="critical", timeout_graceful_shutdown=2)
         server = uvicorn.Server(config)
         listener = socket.create_server(("127.0.0.1", 0))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # a client that doesn't read is soon noticed

@@ -7,20 +7,23 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from mm_rec.chat import ChatSession, Message, encode_message
-from mm_rec.generate import Sampling, generate
+from mm_rec import decode
+from mm_rec.chat import ChatSession
+from mm_rec.conversation import Message, encode_message
+from mm_rec.generate import generate
 from mm_rec.model import MMRecModel
+from mm_rec.sampling import Sampling
 from mm_rec.serve.engine import ALONE_CHUNK, SHARED_CHUNK, Engine
 from mm_rec.serve.jobs import (
     EngineError,
     Event,
     Job,
+    JobHandle,
     Output,
     OverdueError,
     PromptRead,
     QueueFullError,
     StoppedError,
-    Ticket,
     TokenScore,
 )
 from mm_rec.state import flatten_state
@@ -76,7 +79,7 @@ class Runner:
         defaults = {"ends": frozenset({self.tokenizer.eos_id})}
         return Job(ids, sampling, time.monotonic() + seconds, **{**defaults, **fields})  # type: ignore[arg-type]
 
-    def submit(self, *jobs: Job) -> list[tuple[Ticket, Reader]]:
+    def submit(self, *jobs: Job) -> list[tuple[JobHandle, Reader]]:
         readers = [Reader() for _ in jobs]
         for job, reader in zip(jobs, readers, strict=True):
             reader.expect(job.n)
@@ -194,13 +197,13 @@ def test_running_streams_do_not_wait_for_a_long_prompt(
     runner: Runner, model: MMRecModel, monkeypatch: pytest.MonkeyPatch, wait_until: WaitUntil
 ) -> None:
     lengths: list[int] = []
-    forward, step = model.forward, model.step
+    forward, step = model.forward, decode.step
     monkeypatch.setattr(
         model,
         "forward",
         lambda tokens, *rest, **more: lengths.append(tokens.shape[1]) or forward(tokens, *rest, **more),
     )
-    monkeypatch.setattr(model, "step", lambda *rest, **more: lengths.append(1) or step(*rest, **more))
+    monkeypatch.setattr(decode, "step", lambda *rest, **more: lengths.append(1) or step(*rest, **more))
     [(ticket, first)] = runner.submit(runner.job("a", Sampling(max_new_tokens=5000)))
     wait_until(lambda: len(first.outputs) > 3)
     del lengths[:]
@@ -272,7 +275,7 @@ def test_a_fault_ends_what_runs_and_nothing_else(
 ) -> None:
     [(_, reader)] = runner.submit(runner.job("a", Sampling(max_new_tokens=100_000)))
     wait_until(lambda: len(reader.outputs) > 0)
-    step, broken = model.step, threading.Event()
+    step, broken = decode.step, threading.Event()
 
     def fail_once(*arguments: object, **named: object) -> object:
         if not broken.is_set():
@@ -280,7 +283,7 @@ def test_a_fault_ends_what_runs_and_nothing_else(
             raise RuntimeError("no memory")
         return step(*arguments, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(model, "step", fail_once)
+    monkeypatch.setattr(decode, "step", fail_once)
     assert isinstance(reader.wait().events[-1], EngineError)
     assert runner.run(runner.job("b"))[0].outputs[-1].finish == "length"
 

@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 
 from mm_rec.serve.app import Service
 from mm_rec.serve.gate import Limits, is_loopback
-from mm_rec.serve.protocol import ImpatientProtocol
+from mm_rec.serve.protocol import HeadTimeoutProtocol
 
 Connect = Callable[..., TestClient]
 MakeService = Callable[..., Service]
@@ -169,7 +169,7 @@ def test_a_slow_body_is_given_up(service: Service, serve: Serve) -> None:
 def test_a_slow_head_is_given_up(
     service: Service, serve: Serve, monkeypatch: pytest.MonkeyPatch, before: bytes
 ) -> None:
-    monkeypatch.setattr(ImpatientProtocol, "head_seconds", 0.4)
+    monkeypatch.setattr(HeadTimeoutProtocol, "head_seconds", 0.4)
     with serve(service) as address, connected(address) as connection:
         connection.sendall(before)
         if before:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
+from mm_rec import decode
 from mm_rec.serve.app import Service
 
 QUESTION = [{"role": "user", "content": "What is ışık?"}]
@@ -86,12 +87,10 @@ def test_errors(openai_client: openai.OpenAI, address: str, make_service: Callab
         openai_client.embeddings.create(model="tiny", input="a")
 
 
-def test_a_fault_within_a_stream(
-    openai_client: openai.OpenAI, service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_within_a_stream(openai_client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = openai_client.completions.create(model="tiny", prompt="a", max_tokens=2000, stream=True)
     next(iter(stream))
-    monkeypatch.setattr(service.engine.model, "step", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(decode, "step", lambda *_, **__: 1 / 0)
     with pytest.raises(openai.APIError, match="the engine failed"):
         list(stream)
 

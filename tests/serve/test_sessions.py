@@ -13,7 +13,9 @@ import torch
 from fastapi.testclient import TestClient
 from safetensors.torch import load_file
 
-from mm_rec.chat import ChatSession, Message, encode_conversation
+from mm_rec import decode
+from mm_rec.chat import ChatSession
+from mm_rec.conversation import Message, encode_conversation
 from mm_rec.errors import UserError
 from mm_rec.model import MMRecModel
 from mm_rec.serve.app import Service
@@ -101,8 +103,8 @@ def test_a_deleted_session_is_forgotten(client: TestClient, tmp_path: Path) -> N
 def test_one_request_at_a_time(
     client: TestClient, service: Service, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, go_on = service.engine.model.step, threading.Event()
-    monkeypatch.setattr(service.engine.model, "step", lambda *rest, **more: go_on.wait(20) and step(*rest, **more))
+    step, go_on = decode.step, threading.Event()
+    monkeypatch.setattr(decode, "step", lambda *rest, **more: go_on.wait(20) and step(*rest, **more))
     replies: list[Any] = []
     slow = threading.Thread(target=lambda: replies.append(say(client, "tell me all")))
     slow.start()
@@ -124,10 +126,10 @@ def test_a_request_that_does_not_end_leaves_no_trace(
         content(say(client, "hello"))
         path = tmp_path / "sessions" / "talk.safetensors"
         before = path.read_bytes()
-        step = service.engine.model.step
-        monkeypatch.setattr(service.engine.model, "step", lambda *_, **__: 1 / 0)
+        step = decode.step
+        monkeypatch.setattr(decode, "step", lambda *_, **__: 1 / 0)
         assert say(client, "lost").status_code == 500
-        monkeypatch.setattr(service.engine.model, "step", step)
+        monkeypatch.setattr(decode, "step", step)
         assert path.read_bytes() == before
         monkeypatch.setattr("mm_rec.session_file.write_atomic", _full_disk)
         reply = say(client, "lost, too")
