@@ -1,4 +1,4 @@
-"""Token by token without Python between the layers: a model's weights and state for :class:`mm_rec.ops.step.StepPlan`.
+"""Token by token without Python between the layers: a model's weights and state for :mod:`mm_rec.ops.inference`.
 
 A decoder reads a model's weights where they are, so training in place goes on under it; weights that were replaced
 are noticed, and so are those changed in place of which a packed copy is read. The states that it returns are views of
@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from mm_rec.blocks.mm_rec_block import MMRecBlock
 from mm_rec.config import ModelConfig
-from mm_rec.ops import backend
-from mm_rec.ops.step import VECTORS, StepPlan, StepShape, Weight
+from mm_rec.ops.inference import VECTORS, StepPlan, StepShape, Weight, runs_native
 from mm_rec.state import BlockState, MemoryState, ModelState
 
 if TYPE_CHECKING:
@@ -42,12 +41,12 @@ def find_decoder(model: MMRecModel, domain: str | None) -> Decoder | None:
     known = _decoders.setdefault(model, {})
     decoder = known.get(domain)
     if decoder is not None and decoder.is_current(model):
-        return decoder if backend.runs_native("step", decoder.weight) else None
+        return decoder if runs_native("step", decoder.weight) else None
     known.pop(domain, None)
     weight = model.embedding.weight
     if hasattr(model, "reshard"):  # FSDP: the weights have no lasting place
         return None
-    if weight.device.type != "cpu" or not _native(model) or not backend.runs_native("step", weight):
+    if weight.device.type != "cpu" or not _native(model) or not runs_native("step", weight):
         return None
     try:
         decoder = known[domain] = Decoder(model, domain)

@@ -12,7 +12,7 @@ from mm_rec import ops
 from mm_rec.config import ModelConfig
 from mm_rec.decode import find_decoder
 from mm_rec.experts import Expert, Fusion
-from mm_rec.ops.step import Int8Matrix, PackedMatrix
+from mm_rec.ops.inference import Int8Matrix, PackedMatrix
 from mm_rec.state import ModelState, initial_state
 
 __all__ = ["LossOutput", "MMRecModel", "document_positions"]

@@ -8,7 +8,7 @@ import torch
 
 from mm_rec import ops
 from mm_rec.device import KEEP_FLOAT32
-from mm_rec.ops.step import pack_weights, quantize_rows
+from mm_rec.ops.inference import PACKED_LEVELS, pack_weights, quantize_rows
 
 if TYPE_CHECKING:
     from mm_rec.model import MMRecModel
@@ -17,9 +17,6 @@ __all__ = ["pack_matrices", "quantize_int8"]
 
 KEEP_WHOLE = (*KEEP_FLOAT32, "gate")
 """Matrices that stay as they are: those of float32 states, and the gate of the fusion, which is a few rows."""
-
-PACKED_LEVELS = ("avx512", "avx512bf16", "amx")
-"""Levels of the kernels at which a matrix is unpacked faster than it is read."""
 
 
 @torch.no_grad()

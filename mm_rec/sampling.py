@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from mm_rec.errors import UserError
-from mm_rec.ops import backend
-from mm_rec.ops.sample import SampleRow, sample
+from mm_rec.ops.inference import SampleRow, runs_native, sample
 
 __all__ = ["Draws", "Sampling", "next_token", "next_tokens"]
 
@@ -119,7 +118,7 @@ def next_tokens(logits: Tensor, draws: Sequence[Draws]) -> list[int]:
     scores = logits.detach().to("cpu", torch.float32)
     if not scores.amax(-1).isfinite().all():  # of rows with a NaN that is one, too
         raise UserError("the model gives no numbers: its weights are damaged, or its training ran away")
-    if backend.runs_native("sample", scores):
+    if runs_native("sample", scores):
         return sample(scores, [one.row() for one in draws])
     return [_draw(row, one) for row, one in zip(scores, draws, strict=True)]
 

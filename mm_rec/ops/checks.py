@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["check_float", "check_shape", "check_type", "one_type"]
+__all__ = ["check_float", "check_shape", "check_start", "check_type", "one_type"]
 
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
@@ -44,6 +46,15 @@ def check_type(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype,
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
     if x.device != like.device:
         raise ValueError(f"{name} is on {x.device}, the other arguments on {like.device}")
+
+
+def check_start(name: str, state: Tensor | None, reset: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
+    """``state`` and ``reset``, if given, must be (B, D) and (B, T) bool for a sequence of ``shape`` (B, T, D)."""
+    batch, time, width = shape
+    if state is not None:
+        check_shape(name, state, (batch, width), like)
+    if reset is not None:
+        check_type("reset", reset, (batch, time), torch.bool, like)
 
 
 def one_type(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

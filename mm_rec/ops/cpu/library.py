@@ -10,14 +10,13 @@ from typing import Any
 
 import torch  # noqa: F401 - loads PyTorch's OpenMP runtime first, which the library then shares
 
-from mm_rec.cpp.build import CPU_LIBRARY
+from mm_rec.cpp.build import CPU_LIBRARY, LEVELS
 from mm_rec.errors import SettingError
 from mm_rec.ops.backend import NativeUnavailableError
 
-__all__ = ["LEVELS", "LIBRARY_PATH", "CpuLibrary", "openmp_runtimes"]
+__all__ = ["INTERFACE", "LIBRARY_PATH", "CpuLibrary", "openmp_runtimes"]
 
-LEVELS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
-LIBRARY_PATH = Path(__file__).resolve().parents[1] / "cpp" / CPU_LIBRARY
+LIBRARY_PATH = Path(__file__).resolve().parents[2] / "cpp" / CPU_LIBRARY
 INTERFACE = 4  # mm_rec_interface() of mm_rec/cpp/src/level.cpp
 REBUILD = "cd mm_rec/cpp && python setup.py build_ext --inplace"
 
@@ -72,7 +71,7 @@ class CpuLibrary:
 
     Attributes:
         path: of the shared library.
-        best_level, level: what the processor can run, and what was chosen; of ``LEVELS``.
+        best_level, level: what the processor can run, and what was chosen; of :data:`mm_rec.cpp.build.LEVELS`.
         call: the functions of ``kernels.cpp`` as attributes, without prefix and level.
     """
 
