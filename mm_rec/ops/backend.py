@@ -41,7 +41,7 @@ _NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
 class NativeUnavailableError(RuntimeError):
-    """The native library of a device cannot be used; the message is the reason and the remedy."""
+    """Raised if the native library of a device cannot be used; the message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _native_fits(op: str, device_type: str, dtype: torch.dtype, dim: int, slots:
     return False
 
 
-# What torch.compiler.assume_constant_result does, which would import the compiler, two seconds at every start.
+# The same as torch.compiler.assume_constant_result, which would import the compiler: two seconds at every start.
 _native_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _native_has._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _native_fits._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -229,7 +229,7 @@ def runs_fused(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> bool:
 
 
 def kernel(op: str, device_type: str) -> Callable[..., Any]:
-    """The native function of ``op`` on a device type.
+    """Returns the native function of ``op`` on a device type.
 
     Raises:
         NativeUnavailableError: there is none.
@@ -261,6 +261,6 @@ def _device_status(device_type: str) -> DeviceStatus:
 
 
 def status() -> Status:
-    """Which back end runs on each device type of this machine, and why. Loads the libraries, warns of nothing."""
+    """Returns what runs on each device type of this machine, and why. Loads the libraries, warns of nothing."""
     device_types = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return Status(tuple(_device_status(device_type) for device_type in device_types))

@@ -1,7 +1,7 @@
 """Whole branches of a block, products and all; formulas in :mod:`mm_rec.ops.reference`.
 
-Where a back end has them (the CPU), each is one op: one entry into autograd, and gradients of slices of a product are
-written where the product's gradient is wanted. Elsewhere they are the sum of their parts.
+Where a back end has them (the CPU), each is one op: one entry into autograd, and the gradients of the slices of a
+product are written into the gradient of the whole product. Elsewhere a branch is computed by the ops it is made of.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _INPUTS = (
 
 
 def _like_linear(args: Any) -> tuple[Tensor, ...]:
-    """delta, h_last, and what the gradient needs: wide product, gelu of its hidden part, decay logits, h, readout."""
+    """Tensors like delta and h_last; for the gradient like the wide product, gelu(hidden), decay logits, h and y."""
     n, rows = args.n, args.n.flatten(0, 1)
     product = F.linear(rows, args.in_proj)
     *_, activated = split_projected(product, args.decay_proj)
@@ -55,7 +55,7 @@ _linear_backward = define(
 
 
 def _like_feed_forward(args: Any) -> tuple[Tensor, ...]:
-    """delta, and what the gradient needs: the hidden layer before and after its nonlinearity."""
+    """Tensors like delta; for the gradient like the hidden layer before and after its nonlinearity."""
     hidden = F.linear(args.n.flatten(0, 1), args.up)
     return args.n, hidden, hidden
 
@@ -117,6 +117,7 @@ differentiable(_feed_forward, _FeedForward)
 
 
 def _is_one_op(op: str, n: Tensor, *weights: Tensor) -> bool:
+    """Whether a back end has the branch as one op for these types."""
     return all(w.dtype == n.dtype for w in weights) and runs_fused(op, n)
 
 

@@ -58,6 +58,6 @@ def check_start(name: str, state: Tensor | None, reset: Tensor | None, shape: Se
 
 
 def one_type(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The same tensors if they share a type, widened to float32 if not: kernels take one activation type."""
+    """Returns the tensors, widened to float32 unless they share a type: kernels take one activation type."""
     types = {x.dtype for x in tensors if x is not None}
     return tensors if len(types) == 1 else tuple(None if x is None else x.float() for x in tensors)

@@ -25,7 +25,7 @@ from mm_rec.ops.scan import scan
 
 __all__ = ["gated_recurrence"]
 
-_TILE = 64  # columns that a block of the fused linear kernel takes: whole heads
+_TILE = 64  # columns, and steps of time, that a block of threads of the fused linear kernel takes: whole heads
 
 
 _HIDDEN = "Tensor projected, Tensor decay, Tensor hidden"  # the wide product, decay logits, gelu of its hidden layer
@@ -33,19 +33,19 @@ _DECAY = "Tensor decay_proj, Tensor decay_bias, Tensor gate_bias"
 
 
 def _like_results(args: Any) -> tuple[Tensor, ...]:
-    """Y and h_last; for the backward pass decay logits and gelu of the decay's hidden layer."""
+    """Tensors like y and h_last; for the gradient like the decay logits and gelu(hidden)."""
     z, _, _, hidden = reference.split_projected(args.projected, args.decay_proj)
     return z, z[:, 0].float(), z, hidden
 
 
 def _like_scan(args: Any) -> tuple[Tensor, ...]:
-    """With the states at the starts of tiles."""
+    """Tensors like the results of gated_scan: the last holds the states at the starts of tiles."""
     y, *others = _like_results(args)
     return y, *others, y[:, ::_TILE].float()
 
 
 def _like_loop(args: Any) -> tuple[Tensor, ...]:
-    """With gamma, the scaled candidate and h."""
+    """Tensors like the results of gated_loop: the last three are gamma, the scaled candidate and h."""
     y, *others = _like_results(args)
     return y, *others, *(y.float() for _ in range(3))
 
@@ -91,8 +91,8 @@ class _GatedScan(torch.autograd.Function):
             results: tuple[Tensor, ...] = _scan(*inputs)
         ctx.mark_non_differentiable(*results[2:])
         ctx.set_materialize_grads(False)
-        projected, *decay, h0, reset, heads = inputs
-        ctx.save_for_backward(projected, *results[2:], *decay, reset)
+        projected, decay_proj, decay_bias, gate_bias, h0, reset, heads = inputs
+        ctx.save_for_backward(projected, *results[2:], decay_proj, decay_bias, gate_bias, reset)
         ctx.heads, ctx.has_state = heads, h0 is not None
         return results
 
@@ -112,8 +112,7 @@ class _GatedLoop(torch.autograd.Function):
             results: tuple[Tensor, ...] = _loop(*inputs)
         ctx.mark_non_differentiable(*results[2:])
         ctx.set_materialize_grads(False)
-        projected, *others = inputs
-        ctx.save_for_backward(projected, *results[2:], *others)
+        ctx.save_for_backward(inputs[0], *results[2:], *inputs[1:])
         return results
 
     @staticmethod

@@ -38,7 +38,7 @@ differentiable(_linear, _Linear)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """The product x weight^T.
+    """Returns the product x weight^T.
 
     Args:
         x: (B, T, K).

@@ -36,7 +36,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss, nll, dy, dembedding = _op(*inputs)
         ctx.mark_non_differentiable(nll, dy, dembedding)
         ctx.set_materialize_grads(False)
-        *_, needs_dy, needs_dembedding = inputs
+        needs_dy, needs_dembedding = inputs[4:]
         ctx.save_for_backward(dy if needs_dy else None, dembedding if needs_dembedding else None)
         return loss, nll, dy, dembedding
 

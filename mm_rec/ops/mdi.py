@@ -14,23 +14,19 @@ from mm_rec.ops.registry import below_autograd, define, differentiable
 
 __all__ = ["mdi"]
 
-
 _INPUTS = "Tensor decay_logits, Tensor decay_bias, Tensor candidate, Tensor? gate_logits, Tensor? gate_bias"
-_forward = define(
-    f"mdi({_INPUTS}) -> (Tensor, Tensor)",
-    lambda args: (args.candidate.float(), args.candidate.float()),
-)
+
+
+def _like_inputs(args: Any) -> tuple[Tensor, ...]:
+    """Tensors like the inputs, in their order; those of the gate are empty without one."""
+    activation, bias = args.candidate, args.decay_bias
+    gate = (activation[:0, 0, 0], bias[:0]) if args.gate_logits is None else (activation, bias)
+    return activation, bias, activation, *gate
+
+
+_forward = define(f"mdi({_INPUTS}) -> (Tensor, Tensor)", lambda args: (args.candidate.float(), args.candidate.float()))
 _backward = define(
-    f"mdi_backward(Tensor? dgamma, Tensor? dx, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    # in the order of the inputs; the last two empty without a gate
-    lambda args: (
-        *(args.candidate, args.decay_bias, args.candidate),
-        *(
-            (args.candidate[:0, 0, 0], args.decay_bias[:0])
-            if args.gate_logits is None
-            else (args.candidate, args.decay_bias)
-        ),
-    ),
+    f"mdi_backward(Tensor? dgamma, Tensor? dx, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _like_inputs
 )
 
 

@@ -16,7 +16,7 @@ __all__ = ["memory_read", "memory_update"]
 
 
 def _versions(time: int, window: int) -> int:
-    """Versions of the long-term memory that a chunk of ``time`` tokens needs: the one given and its writes."""
+    """Returns how many versions of the long-term memory a chunk needs: the given one and one for each write."""
     return -(-time // (window // 2)) + 1
 
 
@@ -59,8 +59,7 @@ class _Update(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
         with below_autograd():
             memory: tuple[Tensor, ...] = _update(*inputs)
-        *written, _, _, _ = inputs  # the gradients don't depend on the memory before
-        ctx.save_for_backward(*memory, *written)
+        ctx.save_for_backward(*memory, *inputs[:5])  # all but the memory before, on which no gradient depends
         return memory
 
     @staticmethod
@@ -76,8 +75,8 @@ class _Read(torch.autograd.Function):
             out, lse = _read(*inputs)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
-        *tensors, ctx.rotary_base = inputs
-        ctx.save_for_backward(out, lse, *tensors)
+        ctx.save_for_backward(out, lse, *inputs[:-1])
+        ctx.rotary_base = inputs[-1]
         return out, lse
 
     @staticmethod
@@ -92,7 +91,7 @@ differentiable(_read, _Read)
 
 
 def _check_context(k: Tensor, v: Tensor, position: Tensor) -> int:
-    """Check the ring and chunk and return the window W."""
+    """Check the ring and the chunk, and return the window W."""
     check_float("k", k, 4)
     check_shape("v", v, k.shape, k)
     if position.dim() != 2 or position.shape[0] != k.shape[0] or not position.shape[1]:

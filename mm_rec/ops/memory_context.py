@@ -1,4 +1,4 @@
-"""What attention reads, from one wide product; defined by :func:`mm_rec.ops.reference.memory_context`."""
+"""Splits one wide product into what attention reads; defined by :func:`mm_rec.ops.reference.memory_context`."""
 
 from __future__ import annotations
 

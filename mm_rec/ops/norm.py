@@ -162,7 +162,7 @@ def readout(h: Tensor, r: Tensor, heads: int) -> Tensor:
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    """relu(x)^2, the feed-forward nonlinearity (Primer, arXiv 2109.08668). Any shape, same type out.
+    """Returns relu(x)^2, the feed-forward nonlinearity, for any shape and in the type of ``x``.
 
     Raises:
         TypeError, ValueError: ``x`` is not floating-point, or empty.

@@ -61,7 +61,7 @@ class Update:
 
     @property
     def weights(self) -> Tensor:
-        """The weights of the model."""
+        """The weights that the model computes with."""
         return self.master if self.param_out is None else self.param_out
 
 
@@ -134,7 +134,7 @@ def adamw_(
 
 @torch.no_grad()
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum of the squares of all elements of all tensors, added in float64: a 0-d float64 tensor.
+    """Returns the sum of the squares of all elements of all tensors, added in float64, as a float64 tensor of shape ().
 
     Args:
         tensors: float32 or bfloat16, any shapes, all on one device, at least one.

@@ -35,9 +35,11 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor | None, dh_last: Tensor | None) -> tuple[Tensor | None, ...]:
         if dh is None and dh_last is None:
             return (None,) * 6
-        h, *inputs = ctx.saved_tensors
-        *gradients, dh0 = _backward(torch.zeros_like(h) if dh is None else dh, dh_last, h, *inputs)
-        return *gradients, None if inputs[4] is None else dh0, None
+        saved = ctx.saved_tensors
+        h, h0 = saved[0], saved[5]
+        dh = torch.zeros_like(h) if dh is None else dh
+        dz, du, dgamma, dw_g, dh0 = _backward(dh, dh_last, *saved)
+        return dz, du, dgamma, dw_g, None if h0 is None else dh0, None
 
 
 differentiable(_forward, _Recurrence)

@@ -45,7 +45,7 @@ __all__ = [
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Widen to the type that the definitions compute in: float32, or float64 if given float64."""
+    """Widen ``x`` to the type that the reference computes in: float32, or float64 if given float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -150,7 +150,7 @@ def readout(h: Tensor, r: Tensor, heads: int) -> Tensor:
 
 
 def split_projected(projected: Tensor, decay_proj: Tensor) -> tuple[Tensor, ...]:
-    """The parts z, r, u (B, T, D each) and hidden (B, T, K) of (B, T, 3 D + K), with decay_proj (D, K)."""
+    """Returns the parts z, r, u (B, T, D each) and hidden (B, T, K) of (B, T, 3 D + K), with decay_proj (D, K)."""
     width, hidden = decay_proj.shape
     parts: tuple[Tensor, ...] = projected.split([width, width, width, hidden], dim=-1)
     return parts
@@ -216,7 +216,7 @@ def linear_branch(
 
 
 def rotary_angles(index: Tensor, head_dim: int, base: float) -> Tensor:
-    """Angles (T, d / 2) float64 by which :func:`rotate` turns the vectors at the integer positions ``index`` (T,)."""
+    """Returns the angles (T, d / 2) float64 by which :func:`rotate` turns vectors at the positions ``index`` (T,)."""
     half = head_dim // 2
     frequency = base ** (-torch.arange(half, device=index.device, dtype=torch.float64) / half)
     return index.to(torch.float64)[:, None] * frequency
@@ -238,7 +238,7 @@ def rotate(x: Tensor, index: Tensor, base: float) -> Tensor:
 
 
 def split_qkv(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """Queries, keys and values, (B, T, H, d) each, of (B, T, 3 H d)."""
+    """Returns queries, keys and values, (B, T, H, d) each, of (B, T, 3 H d)."""
     batch, time, width = qkv.shape
     return qkv.view(batch, time, 3, heads, width // (3 * heads)).unbind(2)
 
@@ -253,7 +253,7 @@ def memory_context(qkv: Tensor, ring_k: Tensor, ring_v: Tensor) -> tuple[Tensor,
 
 
 def _write_index(position: Tensor, window: int, block: int) -> tuple[Tensor, Tensor]:
-    """Which tokens cause a write to the long-term memory, and how many writes each token has seen.
+    """Find the tokens that cause a write to the long-term memory, and how many writes each token has seen.
 
     Returns:
         writes: (B, T) bool, and version: (B, T) int64, the number of writes at or before each token.

@@ -52,14 +52,13 @@ def _fake(op: Any, like: Callable[[Any], Any]) -> Callable[..., Any]:
 def define(schema: str, like: Callable[[Any], Any], *, fused: bool = False) -> Any:
     """Define ``mm_rec::<schema>`` and return its overload, callable with positional arguments.
 
-    Schemas have no default values: PyTorch leaves arguments that equal a default out of a kernel's call. A ``fused``
-    op stands for several others, which run where a back end lacks it.
+    Schemas have no default values: PyTorch leaves arguments that equal a default out of a kernel's call.
 
     Args:
         schema: name, parameters and results, in PyTorch's notation.
         like: given an object that has the arguments as attributes, under the names of the schema, returns a tensor
-            for each result. The result is contiguous and has its shape, type and device. Used for fake tensors only.
-        fused: whether ``status()`` must not miss the op in a back end.
+            for each result, which is contiguous and of its shape, type and device. Used for fake tensors only.
+        fused: whether the op stands for several others. ``status()`` does not report it where a back end lacks it.
     """
     name = schema[: schema.index("(")]
     if not fused:

@@ -32,8 +32,9 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, ds: Tensor) -> tuple[Tensor | None, ...]:
-        da, dx, ds0 = _backward(ds, *ctx.saved_tensors)
-        return da, dx, ds0 if ctx.needs_input_grad[2] else None, None
+        s, a, s0, reset = ctx.saved_tensors
+        da, dx, ds0 = _backward(ds, s, a, s0, reset)
+        return da, dx, None if s0 is None else ds0, None
 
 
 differentiable(_forward, _Scan)

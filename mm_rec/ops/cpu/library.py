@@ -112,12 +112,12 @@ class CpuLibrary:
 
 
 def _compiled_for(name: str, level: str) -> str:
-    """The level whose function runs at ``level``: amx has matrix products of its own and is avx512bf16 otherwise."""
+    """Returns the level whose function runs at ``level``: amx has its own matrix products, the rest is avx512bf16."""
     return "avx512bf16" if level == "amx" and name != "tile_product" else level
 
 
 def _choose_level(best: int) -> str:
-    """The best level of the processor, or the lower one that MM_REC_CPU_LEVEL asks for."""
+    """Returns the best level of the processor, or the lower one that MM_REC_CPU_LEVEL asks for."""
     name = os.environ.get("MM_REC_CPU_LEVEL")
     if not name:
         return LEVELS[best]
@@ -129,7 +129,7 @@ def _choose_level(best: int) -> str:
 
 
 def openmp_runtimes() -> list[str]:
-    """Paths of the OpenMP runtimes in this process. More than one means two pools of threads that fight."""
+    """Returns the paths of the OpenMP runtimes in this process. Two of them compete for the cores with two pools."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []

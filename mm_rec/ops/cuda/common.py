@@ -17,23 +17,23 @@ TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for a result on the device of ``like``, uninitialised: the kernel writes every element."""
+    """Returns uninitialised memory for a result on the device of ``like``: the kernel writes every element."""
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
 def empty_like(*tensors: Tensor) -> Any:
-    """Memory for results of the shapes and types of ``tensors``, contiguous."""
+    """Returns contiguous, uninitialised memory for results of the shapes and types of ``tensors``."""
     found = [empty(x, *x.shape) for x in tensors]
     return found[0] if len(found) == 1 else found
 
 
 def workspace_of(name: str, like: Tensor, *sizes: int) -> Tensor:
-    """Scratch memory for a function of the library."""
+    """Returns scratch memory for a function of the library."""
     return empty(like, cuda_library().size(name, like, *sizes), dtype=torch.uint8)
 
 
 def matrix_of(x: Tensor) -> tuple[int, int]:
-    """Rows and columns of ``x`` seen as a matrix along its last axis."""
+    """Returns the rows and columns of ``x`` as a matrix along its last axis."""
     return x.numel() // x.shape[-1], x.shape[-1]
 
 
@@ -43,18 +43,18 @@ def aligned(x: Tensor, *strides: int) -> bool:
 
 
 def dense(x: Tensor) -> Tensor:
-    """``x`` contiguous and aligned, copied only if needed."""
+    """Returns ``x`` contiguous and aligned, copied only if needed."""
     x = x.contiguous()
     return x if aligned(x) else x.clone()
 
 
-def all_dense(*tensors: Tensor | None) -> Any:
-    """:func:`dense` of each, None for None."""
-    return [None if x is None else dense(x) for x in tensors]
+def all_dense(*inputs: Tensor | float | None) -> Any:
+    """Returns :func:`dense` of each tensor, and other inputs as they are."""
+    return [dense(x) if isinstance(x, Tensor) else x for x in inputs]
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, int]:
-    """``x`` as rows along its last axis, copied only if needed: a tensor over them and their distance in elements."""
+    """Returns ``x`` as evenly spaced rows along its last axis, copied if need be, and their distance in elements."""
     x, inner, outer_stride, inner_stride = nested_rows(x)
     if inner == 1 or outer_stride == inner * inner_stride:
         return x, inner_stride if inner > 1 else outer_stride
@@ -62,7 +62,7 @@ def rows_of(x: Tensor) -> tuple[Tensor, int]:
 
 
 def nested_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """``x`` as rows along its last axis, where the axis before the last may have a stride of its own.
+    """Lay out ``x`` as rows along its last axis, where the axis before the last may have a stride of its own.
 
     Returns:
         A tensor over them, copied only if needed; the size of the axis before the last, and two distances in

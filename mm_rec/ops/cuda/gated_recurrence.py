@@ -1,7 +1,6 @@
-"""The fused recurrence of a block: what it does between two of its wide products, in one call each.
+"""The recurrence of a block between its two wide products, as one fused op each for linear and nonlinear states.
 
-Gradients of the parts of the wide product are written where they belong in its gradient, so nothing is copied
-together afterwards.
+The gradients of the parts of the first product are written into the gradient of the whole, so none is copied later.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ __all__ = ["KERNELS"]
 
 
 def _decay(projected: Tensor, decay_proj: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of the decay, and the hidden layer after its gelu."""
+    """Returns the logits of the decay, and its hidden layer after gelu."""
     hidden = F.gelu(projected[..., 3 * decay_proj.shape[0] :])
     return F.linear(hidden, decay_proj), hidden
 
@@ -28,7 +27,7 @@ def _decay(projected: Tensor, decay_proj: Tensor) -> tuple[Tensor, Tensor]:
 def _decay_backward(
     ddecay: Tensor, hidden: Tensor, projected: Tensor, decay_proj: Tensor, dprojected: Tensor
 ) -> Tensor:
-    """Fill in the hidden layer's part of ``dprojected``; returns the gradient of ``decay_proj``."""
+    """Fill in the hidden layer's part of ``dprojected``, and return the gradient of ``decay_proj``."""
     part = slice(3 * decay_proj.shape[0], None)
     dhidden = ddecay @ decay_proj
     torch.ops.aten.gelu_backward.grad_input(dhidden, projected[..., part], grad_input=dprojected[..., part])

@@ -27,7 +27,7 @@ class DoesNotFitError(RuntimeError):
 
 
 def _argument(value: Any) -> Any:
-    """Pointers, integers and floating-point numbers of the C interface are void*, int64_t and double."""
+    """Convert a value for the C interface, which takes void*, int64_t and double."""
     if isinstance(value, ctypes.Array):
         return value
     if isinstance(value, Tensor):
@@ -79,7 +79,7 @@ class CudaLibrary:
             raise RuntimeError(f"the CUDA kernel {name} did not start: {self._error_string(error).decode()}")
 
     def size(self, name: str, like: Tensor, *sizes: int) -> int:
-        """What ``mm_rec_cuda_<name>_workspace`` answers: the scratch memory that the function wants."""
+        """Returns the size of the scratch memory of a function, from ``mm_rec_cuda_<name>_workspace``."""
         function = self._library[f"{_PREFIX}{name}_workspace"]
         function.restype = ctypes.c_int64
         with torch.cuda.device(like.device):

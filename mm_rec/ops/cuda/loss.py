@@ -11,7 +11,7 @@ from mm_rec.ops.cuda.library import cuda_library
 
 __all__ = ["KERNELS"]
 
-LOGITS_BYTES = 1 << 30  # of the chunk of logits that exists at a time
+LOGITS_BYTES = 1 << 30  # the memory of the chunk of logits that exists at a time
 
 
 def linear_cross_entropy(
@@ -52,7 +52,7 @@ def linear_cross_entropy(
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Matrix product with a result of another type than the operands', added up in float32 either way."""
+    """Returns the matrix product in ``dtype``, which may differ from the operands'; both ways sum in float32."""
     return torch.mm(a, b) if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
 
 

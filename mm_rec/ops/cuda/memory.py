@@ -16,17 +16,8 @@ from mm_rec.ops.reference import rotary_angles
 __all__ = ["KERNELS", "fits"]
 
 
-def memory_update(
-    k: Tensor,
-    v: Tensor,
-    address: Tensor,
-    rate: Tensor,
-    position: Tensor,
-    key0: Tensor,
-    value0: Tensor,
-    mass0: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    k, v, address, rate, position, *before = all_dense(k, v, address, rate, position, key0, value0, mass0)
+def memory_update(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    k, v, address, rate, position, *before = all_dense(*inputs)
     sizes = batch, time, heads, dim, slots, window = _memory_sizes(k, position, address.shape[1])
     versions = -(-time // (window // 2)) + 1
     key, value = (common.empty(address, batch, versions, heads, slots, dim) for _ in range(2))
@@ -39,20 +30,8 @@ def memory_update(
     return key, value, mass
 
 
-def memory_update_backward(
-    dkey: Tensor,
-    dvalue: Tensor,
-    dmass: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mass: Tensor,
-    k: Tensor,
-    v: Tensor,
-    address: Tensor,
-    rate: Tensor,
-    position: Tensor,
-) -> tuple[Tensor, ...]:
-    dkey, dvalue, dmass, k, v, address, rate, position = all_dense(dkey, dvalue, dmass, k, v, address, rate, position)
+def memory_update_backward(*inputs: Tensor) -> tuple[Tensor, ...]:
+    dkey, dvalue, dmass, key, value, mass, k, v, address, rate, position = all_dense(*inputs)
     sizes = _memory_sizes(k, position, address.shape[1])
     gradients = empty_like(k, v, address, rate, key[:, 0], value[:, 0], mass[:, 0])
     cuda_library().call(
@@ -62,17 +41,8 @@ def memory_update_backward(
     return tuple(gradients)
 
 
-def memory_read(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mass: Tensor,
-    position: Tensor,
-    rotary_base: float,
-) -> tuple[Tensor, Tensor]:
-    q, k, v, key, value, mass, position = all_dense(q, k, v, key, value, mass, position)
+def memory_read(*inputs: Tensor | float) -> tuple[Tensor, Tensor]:
+    q, k, v, key, value, mass, position, rotary_base = all_dense(*inputs)
     sizes = batch, time, heads, dim, _, window = _memory_sizes(k, position, key.shape[3])
     out, lse = empty_like(q), common.empty(mass, batch, heads, time)
     rotary = _rotary_table(window, dim, rotary_base, q.device)
@@ -84,20 +54,8 @@ def memory_read(
     return out, lse
 
 
-def memory_read_backward(
-    dout: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mass: Tensor,
-    position: Tensor,
-    rotary_base: float,
-) -> tuple[Tensor, ...]:
-    dout, out, q, k, v, key, value, mass, position = all_dense(dout, out, q, k, v, key, value, mass, position)
+def memory_read_backward(*inputs: Tensor | float) -> tuple[Tensor, ...]:
+    dout, out, lse, q, k, v, key, value, mass, position, rotary_base = all_dense(*inputs)
     sizes = batch, time, heads, dim, _, window = _memory_sizes(k, position, key.shape[3])
     gradients = empty_like(q, k, v, key, value, mass)
     rotary = _rotary_table(window, dim, rotary_base, q.device)
@@ -110,7 +68,7 @@ def memory_read_backward(
 
 
 def _memory_sizes(k: Tensor, position: Tensor, slots: int) -> tuple[int, int, int, int, int, int]:
-    """B, T, H, d, S and W of the memory ops; the kernels are written for even d up to 256."""
+    """Returns B, T, H, d, S and W of the memory ops; the kernels are written for even d up to 256."""
     batch, time = position.shape
     if k.shape[3] % 2 or k.shape[3] > 256:
         raise ValueError(f"the CUDA kernels take heads of even size up to 256, got {k.shape[3]}")
@@ -119,7 +77,7 @@ def _memory_sizes(k: Tensor, position: Tensor, slots: int) -> tuple[int, int, in
 
 @functools.lru_cache(maxsize=16)
 def _rotary_table(window: int, dim: int, base: float, device: torch.device) -> Tensor:
-    """Cosine and sine of distance times frequency, (W + 2176, 2, d / 2): all that 34 tiles of 64 tokens meet."""
+    """Returns cosine and sine of distance times frequency, (W + 2176, 2, d / 2): 34 tiles of 64 tokens need no more."""
     angle = rotary_angles(torch.arange(window + 2176), dim, base)
     return torch.stack([angle.cos(), angle.sin()], dim=1).float().to(device)
 

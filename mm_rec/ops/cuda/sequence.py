@@ -116,7 +116,7 @@ def _mdi_inputs(
     gate_logits: Tensor | None,
     gate_bias: Tensor | None,
 ) -> tuple[list[Any], int, int]:
-    """The input arguments that both directions of mdi share, then rows and columns."""
+    """Returns the arguments that the forward and the backward kernel of mdi share, then rows and columns."""
     gate = (None, 0) if gate_logits is None else rows_of(gate_logits)
     inputs = [
         *rows_of(decay_logits), decay_bias, *rows_of(candidate), *gate, gate_bias, TYPE_CODES[candidate.dtype],

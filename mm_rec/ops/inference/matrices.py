@@ -21,7 +21,7 @@ PACKED_LEVELS = LEVELS[LEVELS.index("avx512") :]
 
 _PACKED_CHUNK, _PACKED_UNIT = 128, 16  # weights of a chunk, rows of a unit; as in step_packed.h
 _LARGE_PAGE = 2**21
-_WORTH_PACKING = 0.9  # of the bytes of a matrix, at most
+_WORTH_PACKING = 0.9  # a packed matrix takes at most this share of the bytes of the plain one
 
 
 class Int8Matrix(NamedTuple):
@@ -36,7 +36,7 @@ class Int8Matrix(NamedTuple):
     scale: Tensor
 
     def dequantize(self) -> Tensor:
-        """(rows, columns) float32."""
+        """Returns the matrix (rows, columns) in float32."""
         return self.data.float() * self.scale[:, None]
 
 
@@ -72,7 +72,7 @@ class PackedMatrix:
 
 
 def pack_weights(weights: Mapping[str, Tensor]) -> dict[str, PackedMatrix]:
-    """Pack those of ``weights``, matrices (rows, columns), that are bfloat16 on the CPU and then take fewer bytes.
+    """Pack the matrices (rows, columns) of ``weights`` that are bfloat16, on the CPU, and smaller when packed.
 
     Tensors made in inference mode are left out, since PyTorch does not count their changes.
 
@@ -101,7 +101,7 @@ def pack_weights(weights: Mapping[str, Tensor]) -> dict[str, PackedMatrix]:
 
 
 def _layout(weight: Tensor) -> tuple[Tensor, Tensor, int]:
-    """``base`` and ``start`` of a packed matrix, and the bytes of its data."""
+    """Returns ``base`` and ``start`` of a packed matrix, and the size of its data in bytes."""
     rows, columns = weight.shape
     base = torch.empty(rows, columns // _PACKED_CHUNK, dtype=torch.uint8)
     start = torch.empty(-(-rows // _PACKED_UNIT), dtype=torch.int32)
@@ -110,9 +110,9 @@ def _layout(weight: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def _in_large_pages(size: int) -> Tensor:
-    """Memory (size,) uint8, in pages of 2 MB if the system has them: a processor reads those faster."""
+    """Returns memory (size,) uint8, in pages of 2 MB if the system has them, which are read faster."""
     memory = mmap.mmap(-1, size + 2 * _LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(AttributeError, OSError):  # of another system, or of Linux without them
+    with contextlib.suppress(AttributeError, OSError):  # systems other than Linux, and Linux without large pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
     begin = -buffer.data_ptr() % _LARGE_PAGE
@@ -123,7 +123,7 @@ Weight = Tensor | Int8Matrix | PackedMatrix
 
 
 def shape_of(weight: Weight) -> torch.Size:
-    """Rows and columns of a weight in any of these forms."""
+    """Returns the rows and columns of a weight in any of these forms."""
     if isinstance(weight, PackedMatrix):
         return weight.plain.shape
     return weight.data.shape if isinstance(weight, Int8Matrix) else weight.shape

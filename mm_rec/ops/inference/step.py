@@ -1,4 +1,4 @@
-"""One token of each sequence through a whole model: the plan that ``mm_rec/cpp/src/step.h`` walks, on tensors.
+"""Runs one token of each sequence through a whole model, by the plan that ``mm_rec/cpp/src/step.h`` reads.
 
 A plan is a flat table of pointers to the weights, built once; a step is then one call, without Python or PyTorch
 between the layers. It runs on the CPU alone and has no reference of its own: the model's forward pass defines it.
@@ -77,7 +77,7 @@ class _State(ctypes.Structure):
 
 
 class StepPlan:
-    """The pointers of a model for :meth:`step`; keeps what they point to alive.
+    """Holds the pointers to a model's weights for :meth:`step`, and keeps the weights alive.
 
     Args:
         shape: sizes.
@@ -103,7 +103,7 @@ class StepPlan:
         self._kernel = backend.kernel("step", "cpu")
         self._scratch_size = backend.kernel("step_scratch", "cpu")
         self._kept: list[object] = []
-        self._scratch, self._scratch_for = torch.empty(0), (0, 0)  # and how many sequences and threads it is for
+        self._scratch, self._scratch_for = torch.empty(0), (0, 0)  # the second: for how many sequences and threads
         blocks = [block for expert in experts for block in expert]
         table = (_Block * len(blocks))(*map(self._block, blocks))
         first = blocks[0]
@@ -163,7 +163,7 @@ class StepPlan:
         offset: int,
         slots: tuple[Tensor, Tensor, Tensor],
     ) -> Tensor:
-        """Read one token of each sequence.
+        """Advance each sequence by one token.
 
         Args:
             tokens, position: (B,) int64; a token and its place in its document.
