@@ -34,7 +34,7 @@ from mm_rec.bench.timing import timed
 from mm_rec.config import PRESETS
 from mm_rec.device import apply_precision
 from mm_rec.model import MMRecModel
-from mm_rec.ops.step import Int8Matrix
+from mm_rec.ops.inference import Int8Matrix
 from mm_rec.quantize import pack_matrices, quantize_int8
 from mm_rec.state import ModelState, flatten_state, map_state
 

@@ -1,7 +1,7 @@
 """Single tokens through a model, in one native call each where the native back end is there.
 
 :func:`step` reads one token of each row. It takes a :class:`Decoder`, which holds a model's weights and state as
-:class:`mm_rec.ops.step.StepPlan` reads them, and the model's forward pass where no decoder can run.
+:class:`mm_rec.ops.inference.StepPlan` reads them, and the model's forward pass where no decoder can run.
 
 A decoder reads a model's weights where they are, so training in place goes on under it; weights that were replaced
 are noticed, and so are those changed in place of which a packed copy is read. The states that it returns are views of
@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from mm_rec.blocks.mm_rec_block import MMRecBlock
 from mm_rec.config import ModelConfig
 from mm_rec.model import MMRecModel
-from mm_rec.ops import backend
-from mm_rec.ops.step import VECTORS, Int8Matrix, PackedMatrix, StepPlan, StepShape, Weight
+from mm_rec.ops.inference import VECTORS, Int8Matrix, PackedMatrix, StepPlan, StepShape, Weight, runs_native
 from mm_rec.state import BlockState, MemoryState, ModelState
 
 __all__ = ["Compressed", "Decoder", "compressed_matrices", "find_decoder", "step", "use_compressed"]
@@ -101,12 +100,12 @@ def find_decoder(model: MMRecModel, domain: str | None) -> Decoder | None:
         known = _models[model] = _Known({}, {})
     decoder = known.decoders.get(domain)
     if decoder is not None and decoder.is_current(model):
-        return decoder if backend.runs_native("step", decoder.weight) else None
+        return decoder if runs_native("step", decoder.weight) else None
     known.decoders.pop(domain, None)
     weight = model.embedding.weight
     if hasattr(model, "reshard"):  # FSDP: the weights have no lasting place
         return None
-    if weight.device.type != "cpu" or not _native(model) or not backend.runs_native("step", weight):
+    if weight.device.type != "cpu" or not _native(model) or not runs_native("step", weight):
         return None
     try:
         decoder = known.decoders[domain] = Decoder(model, domain, known.compressed)

@@ -8,15 +8,12 @@ from mm_rec import ops
 from mm_rec.config import FLOAT32_MATRICES
 from mm_rec.decode import compressed_matrices, use_compressed
 from mm_rec.model import MMRecModel
-from mm_rec.ops.step import Int8Matrix, pack_weights, quantize_rows
+from mm_rec.ops.inference import PACKED_LEVELS, Int8Matrix, pack_weights, quantize_rows
 
 __all__ = ["pack_matrices", "quantize_int8"]
 
 KEEP_WHOLE = (*FLOAT32_MATRICES, "gate")
 """Matrices that stay as they are: those of float32 states, and the gate of the fusion, which is a few rows."""
-
-PACKED_LEVELS = ("avx512", "avx512bf16", "amx")
-"""Levels of the kernels at which a matrix is unpacked faster than it is read."""
 
 
 @torch.no_grad()

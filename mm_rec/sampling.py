@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from mm_rec.errors import UserError
-from mm_rec.ops import backend
-from mm_rec.ops.sample import SampleRow, sample
+from mm_rec.ops.inference import SampleRow, runs_native, sample
 
 __all__ = ["Sampler", "Sampling", "SamplingOptions", "next_tokens"]
 
@@ -150,7 +149,7 @@ def next_tokens(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     scores = logits.detach().to("cpu", torch.float32)
     if not scores.amax(-1).isfinite().all():  # of rows with a NaN that is one, too
         raise UserError("the model gives no numbers: its weights are damaged, or its training ran away")
-    if backend.runs_native("sample", scores):
+    if runs_native("sample", scores):
         return sample(scores, [sampler.row() for sampler in samplers])
     return [_draw(row, sampler) for row, sampler in zip(scores, samplers, strict=True)]
 

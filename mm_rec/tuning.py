@@ -20,7 +20,6 @@ import psutil
 import torch
 
 from mm_rec import ops
-from mm_rec.ops import native
 from mm_rec.storage import write_atomic
 
 __all__ = ["Tuning", "cache_file", "cores", "threads_are_given", "tune"]
@@ -92,7 +91,7 @@ def _machine(candidates: list[int], has_bf16: bool) -> str:
     """What a choice holds for."""
     facts: dict[str, Any] = {"cores": cores(), "threads": candidates, "bf16": has_bf16, "torch": torch.__version__}
     facts["capability"] = torch.backends.cpu.get_cpu_capability()
-    facts["kernels"] = [ops.status()["cpu"].level, native.INTERFACE]
+    facts["kernels"] = [ops.status()["cpu"].level, ops.CPU_INTERFACE]
     facts |= {name: os.environ[name] for name in MACHINE_VARIABLES if os.environ.get(name)}
     return json.dumps(facts, sort_keys=True)
 

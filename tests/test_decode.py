@@ -17,11 +17,12 @@ from torch import Tensor
 from benchmarks.agreement import CONFIG, build, relative_error
 from mm_rec import decode, ops
 from mm_rec.config import PRESETS, ModelConfig
+from mm_rec.cpp.build import LEVELS
 from mm_rec.decode import compressed_matrices, find_decoder, use_compressed
 from mm_rec.device import apply_precision
 from mm_rec.model import MMRecModel
-from mm_rec.ops.native import LEVELS, CpuLibrary
-from mm_rec.ops.step import pack_weights, quantize_rows
+from mm_rec.ops.cpu.library import CpuLibrary
+from mm_rec.ops.inference import pack_weights, quantize_rows
 from mm_rec.optim import AdamW
 from mm_rec.quantize import pack_matrices, quantize_int8
 from mm_rec.state import ModelState, flatten_state, map_state, unflatten_state

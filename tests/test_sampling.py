@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mm_rec import ops
-from mm_rec.ops.sample import sample
+from mm_rec.ops.inference import sample
 from mm_rec.sampling import Sampler, Sampling, next_tokens
 
 native = pytest.mark.skipif(ops.status()["cpu"].backend != "native", reason="no native library was built")

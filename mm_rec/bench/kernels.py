@@ -15,7 +15,6 @@ from mm_rec.bench.limits import copy_action
 from mm_rec.bench.timing import Action, median_seconds, recorded
 from mm_rec.config import ModelConfig
 from mm_rec.device import keep_freed_memory
-from mm_rec.ops import reference
 
 __all__ = ["KernelTime", "measure_kernels", "measure_recurrence"]
 
@@ -211,7 +210,7 @@ def measure_recurrence(config: ModelConfig, batch: int, length: int, rounds: int
     z, u = torch.randn(batch, length, width), torch.randn(batch, length, width)
     arguments = (z, u, torch.rand(batch, length, width), torch.randn(heads, d, d) * 0.5 * d**-0.5)
     forward, native = forward_backward(ops.recurrence, *arguments)
-    _, loop = forward_backward(reference.recurrence, *arguments)
+    _, loop = forward_backward(ops.reference.recurrence, *arguments)
     gru = nn.GRU(width, width, batch_first=True)
     x = torch.randn(batch, length, width, requires_grad=True)
     above = torch.randn(batch, length, width)

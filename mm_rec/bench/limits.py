@@ -6,12 +6,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from mm_rec import ops
 from mm_rec.bench.timing import Action, median_seconds
 from mm_rec.config import ModelConfig
-from mm_rec.ops.cpu.matmul import mm
 
 __all__ = ["COPY_BYTES", "copy_action", "copy_rate", "matrix_work", "products_action"]
 
@@ -47,7 +45,6 @@ def products_action(config: ModelConfig, precision: str, tokens: int) -> Callabl
 
     Every shape is run once per call, forward and both gradients, and counts as often as a step has it.
     """
-    ops.status()  # loads the kernels, products among them
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     head_rows = HEAD_ROWS[torch.get_default_device().type]
     timings: list[tuple[list[Action], float]] = []
@@ -58,7 +55,7 @@ def products_action(config: ModelConfig, precision: str, tokens: int) -> Callabl
         pairs = [(x, weight.t()), (gradient, weight), (gradient.t(), x)]
         results = [torch.empty(left.shape[0], right.shape[1], dtype=dtype) for left, right in pairs]
         actions: list[Action] = [
-            partial(_multiply, left, right, out) for (left, right), out in zip(pairs, results, strict=True)
+            partial(ops.matmul, left, right, out) for (left, right), out in zip(pairs, results, strict=True)
         ]
         timings.append((actions, count * tokens / rows))
 
@@ -70,10 +67,6 @@ def products_action(config: ModelConfig, precision: str, tokens: int) -> Callabl
         return matrix_work(config, tokens) / seconds
 
     return measure
-
-
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    mm(left, right, out)
 
 
 def copy_action(size: int) -> Action:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 __all__ = [
-    "CPU_LIBRARY", "CUDA_LIBRARY", "BuildError",
+    "CPU_LIBRARY", "CUDA_LIBRARY", "LEVELS", "BuildError",
     "build_all", "build_cpu", "build_cuda", "cpu_compiler", "cuda_compiler",
 ]  # fmt: skip
 
@@ -38,6 +38,8 @@ LEVEL_FLAGS: dict[str, list[str]] = {
     "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
     "amx": [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+LEVELS = tuple(LEVEL_FLAGS)
+"""From the oldest processors to the newest; mm_rec_best_level() of src/level.cpp is an index into this list."""
 SOURCES = ("kernels.cpp", "step.cpp", "products.cpp")
 ONLY_SOURCES = {"amx": ("products.cpp",)}  # everything else of this level is that of the one before
 
@@ -56,7 +58,7 @@ class BuildError(RuntimeError):
 
 
 def _levels() -> list[str]:
-    return list(LEVEL_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
+    return list(LEVELS if platform.machine() in ("x86_64", "AMD64") else LEVELS[:1])
 
 
 def _run(command: list[str]) -> None:

@@ -1,14 +1,17 @@
-"""Every op of MM-Rec, and the only door to them.
+"""The ops that models are trained with; what generation needs beside them is :mod:`mm_rec.ops.inference`.
 
-An op is defined by :mod:`mm_rec.ops.reference`, checked and dispatched in the module that carries its name, and
-computed by the native kernels of :mod:`mm_rec.ops.cpu` and :mod:`mm_rec.ops.cuda` where they are built. float64
-inputs, a missing library, ``use_backend("reference")`` and ``MM_REC_BACKEND=reference`` take the reference.
+Code outside of this package imports from these two modules only. An op is defined by :mod:`mm_rec.ops.reference`,
+checked and dispatched in the module that carries its name, and computed by the native kernels of
+:mod:`mm_rec.ops.cpu` and :mod:`mm_rec.ops.cuda` where they are built. float64 inputs, a missing library,
+``use_backend("reference")`` and ``MM_REC_BACKEND=reference`` take the reference.
 """
 
-from mm_rec.ops.backend import DeviceStatus, NativeUnavailableError, Status, status, use_backend
+from mm_rec.ops import cpu, cuda, reference
+from mm_rec.ops.backend import DeviceStatus, NativeUnavailableError, Status, register, status, use_backend
 from mm_rec.ops.branches import feed_forward, linear_branch
+from mm_rec.ops.cpu.library import INTERFACE as CPU_INTERFACE
 from mm_rec.ops.gated_recurrence import gated_recurrence
-from mm_rec.ops.linear import linear
+from mm_rec.ops.linear import linear, matmul
 from mm_rec.ops.loss import linear_cross_entropy
 from mm_rec.ops.mdi import mdi
 from mm_rec.ops.memory import memory_read, memory_update
@@ -20,6 +23,7 @@ from mm_rec.ops.reference import rotate
 from mm_rec.ops.scan import scan
 
 __all__ = [
+    "CPU_INTERFACE",
     "DeviceStatus",
     "NativeUnavailableError",
     "Status",
@@ -32,12 +36,14 @@ __all__ = [
     "linear",
     "linear_branch",
     "linear_cross_entropy",
+    "matmul",
     "mdi",
     "memory_context",
     "memory_read",
     "memory_update",
     "readout",
     "recurrence",
+    "reference",
     "relu_squared",
     "rms_norm",
     "rotate",
@@ -46,3 +52,6 @@ __all__ = [
     "sum_of_squares",
     "use_backend",
 ]
+
+register("cpu", cpu.load)
+register("cuda", cuda.load)

@@ -1,13 +1,13 @@
 """Which implementation an op runs: the native library of its device, or the reference.
 
-A native back end is one module per device type, :mod:`mm_rec.ops.cpu` and :mod:`mm_rec.ops.cuda`, with
+A native back end is one package per device type, :mod:`mm_rec.ops.cpu` and :mod:`mm_rec.ops.cuda`, with
 one function ``load() -> Native`` that raises :class:`NativeUnavailableError` with the reason if it cannot run.
+Back ends import this module and not the other way round: :mod:`mm_rec.ops` hands their ``load`` to :func:`register`.
 It is called at most once per process, at the first op on that device, never at import.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import threading
 import warnings
@@ -26,8 +26,10 @@ __all__ = [
     "Native",
     "NativeUnavailableError",
     "Status",
+    "expect",
     "fits",
     "kernel",
+    "register",
     "runs_fused",
     "runs_native",
     "status",
@@ -35,12 +37,11 @@ __all__ = [
 ]
 
 BACKENDS = ("native", "reference")
-_MODULES = {"cpu": "mm_rec.ops.cpu", "cuda": "mm_rec.ops.cuda"}
 _NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
 class NativeUnavailableError(RuntimeError):
-    """The native library of a device cannot be used; the message is the reason and the remedy."""
+    """Raised if the native library of a device cannot be used; the message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,21 @@ class _Forced(threading.local):  # not a ContextVar: torch.compile cannot trace 
 
 
 _forced = _Forced()
+_loaders: dict[str, Callable[[], Native]] = {}  # per device type
+_expected: set[str] = set()
 _loaded: dict[str, Native | str] = {}  # per device type: the back end, or why there is none
 _warned: set[str] = set()
 _load_lock = threading.Lock()
+
+
+def register(device_type: str, load: Callable[[], Native]) -> None:
+    """Let ``load`` give the native back end of a device type; it is called when the first op needs it."""
+    _loaders[device_type] = load
+
+
+def expect(*ops: str) -> None:
+    """Count ``ops`` among those that every native back end should serve: :func:`status` names the ones it lacks."""
+    _expected.update(ops)
 
 
 @contextmanager
@@ -135,21 +148,21 @@ def _from_environment() -> str | None:
 def _load(device_type: str) -> Native | str:
     with _load_lock:
         if device_type not in _loaded:
-            if device_type not in _MODULES:
+            if device_type not in _loaders:
                 _loaded[device_type] = f"no native kernels are written for {device_type} devices"
             else:
                 try:
-                    _loaded[device_type] = importlib.import_module(_MODULES[device_type]).load()
+                    _loaded[device_type] = _loaders[device_type]()
                 except NativeUnavailableError as error:
                     _loaded[device_type] = str(error)
         return _loaded[device_type]
 
 
 def _native_serves(op: str, device_type: str, forced: str | None) -> bool:
-    """Whether the native library of ``device_type`` has ``op``; warns once if there is none.
+    """Whether the native library of ``device_type`` has ``op``; warns once if there is no library.
 
     Raises:
-        NativeUnavailableError: it has not, and ``native`` is forced.
+        NativeUnavailableError: the library lacks the op, or there is none, and ``native`` is forced.
     """
     loaded = _load(device_type)
     if isinstance(loaded, Native):
@@ -174,7 +187,7 @@ def _native_fits(op: str, device_type: str, dtype: torch.dtype, dim: int, slots:
     """Whether the kernels of a memory op fit the device; warns once of each that does not.
 
     Raises:
-        NativeUnavailableError: they don't, and ``native`` is forced.
+        NativeUnavailableError: they don't fit, and ``native`` is forced.
     """
     loaded = _load(device_type)
     if not isinstance(loaded, Native) or loaded.fits is None or loaded.fits(op, dtype, dim, slots):
@@ -189,7 +202,7 @@ def _native_fits(op: str, device_type: str, dtype: torch.dtype, dim: int, slots:
     return False
 
 
-# What torch.compiler.assume_constant_result does, which would import the compiler, two seconds at every start.
+# The same as torch.compiler.assume_constant_result, which would import the compiler: two seconds at every start.
 _native_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _native_has._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _native_fits._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -204,19 +217,19 @@ def runs_native(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> bool:
 
 
 def fits(op: str, x: torch.Tensor, dim: int, slots: int) -> bool:
-    """Whether a memory op that runs natively fits the device of ``x`` with heads of ``dim`` and so many slots."""
+    """Whether a memory op that runs natively fits the device of ``x``, given the size of a head and the slots."""
     return _native_fits(op, x.device.type, x.dtype, dim, slots, _forced.name or _from_environment())
 
 
 def runs_fused(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether the fused ``op`` runs on these floating-point inputs; where it does not, those that it is made of do."""
+    """Whether the fused ``op`` runs on these floating-point inputs; where it does not, the ops it is made of run."""
     if x.dtype not in _NATIVE_DTYPES or any(y is not None and y.dtype not in _NATIVE_DTYPES for y in others):
         return False
     return (_forced.name or _from_environment()) != "reference" and _native_has(op, x.device.type)
 
 
 def kernel(op: str, device_type: str) -> Callable[..., Any]:
-    """The native function of ``op`` on a device type.
+    """Returns the native function of ``op`` on a device type.
 
     Raises:
         NativeUnavailableError: there is none.
@@ -229,7 +242,7 @@ def kernel(op: str, device_type: str) -> Callable[..., Any]:
     return loaded.kernels[op]
 
 
-def _device_status(device_type: str, ops: frozenset[str]) -> DeviceStatus:
+def _device_status(device_type: str) -> DeviceStatus:
     forced = _forced.name or _from_environment()
     if forced == "reference":
         return DeviceStatus(device_type, "reference", "forced")
@@ -243,14 +256,11 @@ def _device_status(device_type: str, ops: frozenset[str]) -> DeviceStatus:
         library=loaded.library,
         level=loaded.level,
         threads=torch.get_num_threads() if device_type == "cpu" else None,
-        reference_ops=tuple(sorted(ops - loaded.kernels.keys())),
+        reference_ops=tuple(sorted(_expected - loaded.kernels.keys())),
     )
 
 
 def status() -> Status:
-    """Which back end runs on each device type of this machine, and why. Loads the libraries, warns of nothing."""
-    from mm_rec.ops.registry import NATIVE_OPS
-
-    ops = frozenset(NATIVE_OPS)
+    """Returns what runs on each device type of this machine, and why. Loads the libraries, warns of nothing."""
     device_types = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return Status(tuple(_device_status(device_type, ops) for device_type in device_types))
+    return Status(tuple(_device_status(device_type) for device_type in device_types))

@@ -1,7 +1,7 @@
-"""Whole branches of a block, products and all; definitions in :mod:`mm_rec.ops.reference`.
+"""Whole branches of a block, products and all; formulas in :mod:`mm_rec.ops.reference`.
 
-Where a back end has them (the CPU), each is one op: one entry into autograd, and gradients of slices of a product are
-written where the product's gradient is wanted. Elsewhere they are the sum of their parts.
+Where a back end has them (the CPU), each is one op: one entry into autograd, and the gradients of the slices of a
+product are written into the gradient of the whole product. Elsewhere a branch is computed by the ops it is made of.
 """
 
 from __future__ import annotations
@@ -13,85 +13,60 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm_rec.ops.backend import runs_fused
-from mm_rec.ops.checks import check_float, check_shape, check_type
+from mm_rec.ops.checks import check_float, check_shape, check_start
 from mm_rec.ops.gated_recurrence import gated_recurrence
 from mm_rec.ops.norm import relu_squared
+from mm_rec.ops.reference import split_projected
 from mm_rec.ops.registry import below_autograd, define, differentiable
 
 __all__ = ["feed_forward", "linear_branch"]
-
-
-def _fake_linear(
-    n: Tensor,
-    in_proj: Tensor,
-    decay_proj: Tensor,
-    decay_bias: Tensor,
-    gate_bias: Tensor,
-    out_proj: Tensor,
-    h0: Tensor | None,
-    reset: Tensor | None,
-    heads: int,
-) -> tuple[Tensor, ...]:
-    batch, time, width = n.shape
-    product, activated = (n.new_empty((batch * time, weight)) for weight in (in_proj.shape[0], decay_proj.shape[1]))
-    state = n.new_empty((batch, width), dtype=torch.float32)
-    h = n.new_empty(n.shape, dtype=torch.float32)
-    return n.new_empty(n.shape), state, product, activated, n.new_empty((batch * time, width)), h, n.new_empty(n.shape)
-
-
-def _fake_linear_backward(
-    ddelta: Tensor,
-    dh_last: Tensor | None,
-    product: Tensor,
-    activated: Tensor,
-    decay_logits: Tensor,
-    h: Tensor,
-    y: Tensor,
-    n: Tensor,
-    *inputs: Any,
-) -> tuple[Tensor, ...]:
-    weights = [x.new_empty(x.shape) for x in (n, *inputs[:5])]
-    return *weights, h.new_empty((h.shape[0], h.shape[2]))
-
-
-def _fake_feed_forward(n: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = n.new_empty((n.shape[0] * n.shape[1], up.shape[0]))
-    return n.new_empty(n.shape), hidden, torch.empty_like(hidden)
-
-
-def _fake_feed_forward_backward(
-    ddelta: Tensor, hidden: Tensor, squared: Tensor, n: Tensor, up: Tensor, down: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return n.new_empty(n.shape), up.new_empty(up.shape), down.new_empty(down.shape)
-
 
 _INPUTS = (
     "Tensor n, Tensor in_proj, Tensor decay_proj, Tensor decay_bias, Tensor gate_bias, Tensor out_proj, "
     "Tensor? h0, Tensor? reset, int heads"
 )
+
+
+def _like_linear(args: Any) -> tuple[Tensor, ...]:
+    """Tensors like delta and h_last; for the gradient like the wide product, gelu(hidden), decay logits, h and y."""
+    n, rows = args.n, args.n.flatten(0, 1)
+    product = F.linear(rows, args.in_proj)
+    *_, activated = split_projected(product, args.decay_proj)
+    return n, n[:, 0].float(), product, activated, rows, n.float(), n
+
+
 _linear = define(
-    f"linear_branch({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    # delta, h_last, and what the gradient needs: the wide product, gelu of its hidden part, decay logits, h, readout
-    _fake_linear,
-    fused=True,
+    f"linear_branch({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _like_linear, fused=True
 )
 _linear_backward = define(
     "linear_branch_backward(Tensor ddelta, Tensor? dh_last, Tensor product, Tensor activated, Tensor decay_logits, "
     f"Tensor h, Tensor y, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    # gradients of the inputs in order, up to h0
-    _fake_linear_backward,
+    lambda args: (
+        args.n,
+        args.in_proj,
+        args.decay_proj,
+        args.decay_bias,
+        args.gate_bias,
+        args.out_proj,
+        args.h[:, 0],
+    ),
     fused=True,
 )
+
+
+def _like_feed_forward(args: Any) -> tuple[Tensor, ...]:
+    """Tensors like delta; for the gradient like the hidden layer before and after its nonlinearity."""
+    hidden = F.linear(args.n.flatten(0, 1), args.up)
+    return args.n, hidden, hidden
+
+
 _feed_forward = define(
-    "feed_forward(Tensor n, Tensor up, Tensor down) -> (Tensor, Tensor, Tensor)",
-    # delta, and what the gradient needs: the hidden layer before and after its nonlinearity
-    _fake_feed_forward,
-    fused=True,
+    "feed_forward(Tensor n, Tensor up, Tensor down) -> (Tensor, Tensor, Tensor)", _like_feed_forward, fused=True
 )
 _feed_forward_backward = define(
     "feed_forward_backward(Tensor ddelta, Tensor hidden, Tensor squared, Tensor n, Tensor up, Tensor down) "
     "-> (Tensor, Tensor, Tensor)",
-    _fake_feed_forward_backward,
+    lambda args: (args.n, args.up, args.down),
     fused=True,
 )
 
@@ -121,13 +96,13 @@ class _LinearBranch(torch.autograd.Function):
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, n: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
         with below_autograd():
-            delta, hidden, squared = _feed_forward(n, up, down)
-        ctx.mark_non_differentiable(hidden, squared)
+            delta, *kept = _feed_forward(*inputs)
+        ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, squared, n, up, down)
-        return delta, hidden, squared
+        ctx.save_for_backward(*kept, *inputs)
+        return delta, *kept
 
     @staticmethod
     def backward(ctx: Any, ddelta: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -142,11 +117,12 @@ differentiable(_feed_forward, _FeedForward)
 
 
 def _is_one_op(op: str, n: Tensor, *weights: Tensor) -> bool:
+    """Whether a back end has the branch as one op for these types."""
     return all(w.dtype == n.dtype for w in weights) and runs_fused(op, n)
 
 
 def feed_forward(n: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The feed-forward part of a block: down relu(up n)^2.
+    """The feed-forward part of a block, see :func:`mm_rec.ops.reference.feed_forward`.
 
     Args:
         n: (B, T, D).
@@ -179,10 +155,7 @@ def linear_branch(
     reset: Tensor | None,
     heads: int,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrent part of a block that is linear in its state.
-
-    One product gives candidate z, readout gate r, integration gate u and the decay's hidden layer; then
-    :func:`~mm_rec.ops.gated_recurrence` and the product with ``out_proj``.
+    """The recurrent part of a block that is linear in its state, see :func:`mm_rec.ops.reference.linear_branch`.
 
     Args:
         n: (B, T, D).
@@ -201,7 +174,7 @@ def linear_branch(
         TypeError, ValueError: an argument has the wrong type or shape; the message names it.
     """
     check_float("n", n, 3)
-    batch, time, width = n.shape
+    width = n.shape[2]
     check_float("decay_proj", decay_proj, 2)
     hidden_width = decay_proj.shape[1]
     check_shape("decay_proj", decay_proj, (width, hidden_width), n)
@@ -209,10 +182,7 @@ def linear_branch(
     check_shape("decay_bias", decay_bias, (width,), n)
     check_shape("gate_bias", gate_bias, (width,), n)
     check_shape("out_proj", out_proj, (width, width), n)
-    if h0 is not None:
-        check_shape("h0", h0, (batch, width), n)
-    if reset is not None:
-        check_type("reset", reset, (batch, time), torch.bool, n)
+    check_start("h0", h0, reset, n.shape, n)
     if heads < 1 or width % heads:
         raise ValueError(f"heads must divide the width {width}, got {heads}")
     if _is_one_op("linear_branch", n, in_proj, decay_proj, out_proj):

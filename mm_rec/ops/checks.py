@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["check_float", "check_shape", "check_type", "one_type"]
+__all__ = ["check_float", "check_shape", "check_start", "check_type", "one_type"]
 
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
@@ -46,7 +48,16 @@ def check_type(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype,
         raise ValueError(f"{name} is on {x.device}, the other arguments on {like.device}")
 
 
+def check_start(name: str, state: Tensor | None, reset: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
+    """``state`` and ``reset``, if given, must be (B, D) and (B, T) bool for a sequence of ``shape`` (B, T, D)."""
+    batch, time, width = shape
+    if state is not None:
+        check_shape(name, state, (batch, width), like)
+    if reset is not None:
+        check_type("reset", reset, (batch, time), torch.bool, like)
+
+
 def one_type(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The same tensors if they share a type, widened to float32 if not: kernels take one activation type."""
+    """Returns the tensors, widened to float32 unless they share a type: kernels take one activation type."""
     types = {x.dtype for x in tensors if x is not None}
     return tensors if len(types) == 1 else tuple(None if x is None else x.float() for x in tensors)

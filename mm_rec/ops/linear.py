@@ -1,4 +1,4 @@
-"""The product with a weight: a kernel of ours where the CPU has one, :func:`torch.nn.functional.linear` elsewhere."""
+"""Matrix products: kernels of ours where the CPU has them, PyTorch's elsewhere."""
 
 from __future__ import annotations
 
@@ -8,22 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm_rec.ops.backend import runs_fused
+from mm_rec.ops.backend import kernel, runs_fused
 from mm_rec.ops.checks import check_float, check_shape
 from mm_rec.ops.registry import below_autograd, define, differentiable
 
-__all__ = ["linear"]
+__all__ = ["linear", "matmul"]
 
-_mm = define(
-    "mm(Tensor left, Tensor right) -> Tensor",
-    lambda left, right: left.new_empty((left.shape[0], right.shape[1])),
-    fused=True,
-)
-_linear = define(
-    "linear(Tensor x, Tensor weight) -> Tensor",
-    lambda x, weight: x.new_empty((*x.shape[:-1], weight.shape[0])),
-    fused=True,
-)
+_mm = define("mm(Tensor left, Tensor right) -> Tensor", lambda args: args.left @ args.right, fused=True)
+_linear = define("linear(Tensor x, Tensor weight) -> Tensor", lambda args: F.linear(args.x, args.weight), fused=True)
 
 
 class _Linear(torch.autograd.Function):
@@ -46,7 +38,7 @@ differentiable(_linear, _Linear)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """The product x weight^T.
+    """Returns the product x weight^T.
 
     Args:
         x: (B, T, K).
@@ -65,3 +57,17 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         y: Tensor = _linear(x, weight)
         return y
     return F.linear(x, weight)
+
+
+def matmul(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write the product of two matrices into ``out``, by the kernel that :func:`linear` uses; without gradient.
+
+    Args:
+        left: (M, K).
+        right: (K, N), in the type of ``left``.
+        out: (M, N) in the same type, its rows contiguous.
+    """
+    if left.dtype == right.dtype == torch.bfloat16 and runs_fused("mm", left):
+        kernel("mm", left.device.type)(left, right, out)
+    else:
+        torch.mm(left, right, out=out)

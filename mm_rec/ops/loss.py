@@ -1,4 +1,4 @@
-"""The tied output head and its loss; definition in :func:`mm_rec.ops.reference.linear_cross_entropy`."""
+"""The tied output head and its loss; the formula is that of :func:`mm_rec.ops.reference.linear_cross_entropy`."""
 
 from __future__ import annotations
 
@@ -15,39 +15,28 @@ from mm_rec.ops.registry import below_autograd, define, differentiable
 __all__ = ["linear_cross_entropy"]
 
 
-def _fake(
-    y: Tensor, embedding: Tensor, targets: Tensor, weight: Tensor, needs_dy: bool, needs_dembedding: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss = y.new_empty((), dtype=torch.float32)
-    dy = y.new_empty(y.shape if needs_dy else (0,))
-    dembedding = embedding.new_empty(embedding.shape if needs_dembedding else (0,))
-    return loss, loss.new_empty(targets.shape), dy, dembedding
-
-
 _op = define(
     "linear_cross_entropy(Tensor y, Tensor embedding, Tensor targets, Tensor weight, bool needs_dy, "
     "bool needs_dembedding) -> (Tensor, Tensor, Tensor, Tensor)",
     # loss, nll and the gradients of the loss: the weights are known, so one pass over the logits gives
     # everything; a gradient that is not needed is empty
-    _fake,
+    lambda args: (
+        args.weight.sum(),
+        args.weight,
+        args.y if args.needs_dy else args.y[:0, 0],
+        args.embedding if args.needs_dembedding else args.embedding[:0, 0],
+    ),
 )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        embedding: Tensor,
-        targets: Tensor,
-        weight: Tensor,
-        needs_dy: bool,
-        needs_dembedding: bool,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         with below_autograd():
-            loss, nll, dy, dembedding = _op(y, embedding, targets, weight, needs_dy, needs_dembedding)
+            loss, nll, dy, dembedding = _op(*inputs)
         ctx.mark_non_differentiable(nll, dy, dembedding)
         ctx.set_materialize_grads(False)
+        needs_dy, needs_dembedding = inputs[4:]
         ctx.save_for_backward(dy if needs_dy else None, dembedding if needs_dembedding else None)
         return loss, nll, dy, dembedding
 
@@ -56,7 +45,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dy, dembedding = ctx.saved_tensors
         if dloss is None:
             return (None,) * 6
-        # It is 1 as a rule. Only a plain CPU tensor can be asked: a GPU would stall, a traced one has no value.
+        # Where the loss ends the graph, dloss is 1 and multiplying would be waste. Only a plain CPU tensor is read to
+        # find out: reading one on a GPU would stall it, and a traced one has no value.
         if type(dloss) is not Tensor or dloss.device.type != "cpu" or dloss.item() != 1.0:
             dy = None if dy is None else (dy * dloss).to(dy.dtype)
             dembedding = None if dembedding is None else (dembedding * dloss).to(dembedding.dtype)
@@ -69,7 +59,7 @@ differentiable(_op, _LinearCrossEntropy)
 def linear_cross_entropy(
     y: Tensor, embedding: Tensor, targets: Tensor, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Loss of the tied output head: logits y embedding^T, then weighted negative log-likelihood.
+    """Loss of the tied output head, see :func:`mm_rec.ops.reference.linear_cross_entropy`.
 
     Neither the N x V logits of all rows nor their gradient ever exist: rows run in chunks.
 

@@ -1,4 +1,4 @@
-"""Decay, scaling and gate in one pass; definition in :func:`mm_rec.ops.reference.mdi`."""
+"""Decay, scaling and gate in one pass; the formulas are those of :func:`mm_rec.ops.reference.mdi`."""
 
 from __future__ import annotations
 
@@ -14,43 +14,19 @@ from mm_rec.ops.registry import below_autograd, define, differentiable
 
 __all__ = ["mdi"]
 
-
-def _fake_forward(
-    decay_logits: Tensor,
-    decay_bias: Tensor,
-    candidate: Tensor,
-    gate_logits: Tensor | None,
-    gate_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    gamma = candidate.new_empty(candidate.shape, dtype=torch.float32)
-    return gamma, torch.empty_like(gamma)
+_INPUTS = "Tensor decay_logits, Tensor decay_bias, Tensor candidate, Tensor? gate_logits, Tensor? gate_bias"
 
 
-def _fake_backward(
-    dgamma: Tensor | None,
-    dx: Tensor | None,
-    decay_logits: Tensor,
-    decay_bias: Tensor,
-    candidate: Tensor,
-    gate_logits: Tensor | None,
-    gate_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    activation = candidate.new_empty(candidate.shape)
-    bias = decay_bias.new_empty(decay_bias.shape)
-    gate = (candidate.new_empty(0), bias.new_empty(0)) if gate_logits is None else (activation.clone(), bias.clone())
-    return activation.clone(), bias, activation, *gate
+def _like_inputs(args: Any) -> tuple[Tensor, ...]:
+    """Tensors like the inputs, in their order; those of the gate are empty without one."""
+    activation, bias = args.candidate, args.decay_bias
+    gate = (activation[:0, 0, 0], bias[:0]) if args.gate_logits is None else (activation, bias)
+    return activation, bias, activation, *gate
 
 
-_forward = define(
-    "mdi(Tensor decay_logits, Tensor decay_bias, Tensor candidate, Tensor? gate_logits, Tensor? gate_bias)"
-    " -> (Tensor, Tensor)",
-    _fake_forward,
-)
+_forward = define(f"mdi({_INPUTS}) -> (Tensor, Tensor)", lambda args: (args.candidate.float(), args.candidate.float()))
 _backward = define(
-    "mdi_backward(Tensor? dgamma, Tensor? dx, Tensor decay_logits, Tensor decay_bias, Tensor candidate, "
-    "Tensor? gate_logits, Tensor? gate_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    # in the order of the inputs; the last two empty without a gate
-    _fake_backward,
+    f"mdi_backward(Tensor? dgamma, Tensor? dx, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _like_inputs
 )
 
 
@@ -82,13 +58,7 @@ def mdi(
     gate_logits: Tensor | None = None,
     gate_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Memory decay and integration: the coefficients of the core recurrence.
-
-    gamma = clamp(sigmoid(decay_logits + decay_bias), 1e-6, 0.9999)
-    x = sqrt(1 - gamma^2) * candidate * sigmoid(gate_logits + gate_bias)
-
-    Without ``gate_logits`` the last factor is left out: :func:`mm_rec.ops.recurrence` applies its own gate.
-    Where the clamp holds, decay_logits get no gradient.
+    """Memory decay and integration: the coefficients of the core recurrence, see :func:`mm_rec.ops.reference.mdi`.
 
     Args:
         decay_logits: (B, T, D).

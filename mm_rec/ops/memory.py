@@ -1,4 +1,4 @@
-"""Writing and reading the memories; definitions in :mod:`mm_rec.ops.reference`."""
+"""Writing and reading the memories; formulas in :mod:`mm_rec.ops.reference`."""
 
 from __future__ import annotations
 
@@ -16,109 +16,51 @@ __all__ = ["memory_read", "memory_update"]
 
 
 def _versions(time: int, window: int) -> int:
-    """Versions of the long-term memory that a chunk of ``time`` tokens needs: the one given and its writes."""
+    """Returns how many versions of the long-term memory a chunk needs: the given one and one for each write."""
     return -(-time // (window // 2)) + 1
 
 
-def _fake_update(
-    k: Tensor,
-    v: Tensor,
-    address: Tensor,
-    rate: Tensor,
-    position: Tensor,
-    key0: Tensor,
-    value0: Tensor,
-    mass0: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, time = position.shape
-    versions = _versions(time, k.shape[1] - time)
-    key = key0.new_empty((batch, versions, *key0.shape[1:]))
-    return key, torch.empty_like(key), mass0.new_empty((batch, versions, *mass0.shape[1:]))
+def _like_update(args: Any) -> tuple[Tensor, ...]:
+    time = args.position.shape[1]
+    versions = _versions(time, args.k.shape[1] - time)
+    before = (args.key0, args.value0, args.mass0)
+    return tuple(x[:, None].expand(-1, versions, *x.shape[1:]) for x in before)
 
 
-def _fake_update_backward(
-    dkey: Tensor,
-    dvalue: Tensor,
-    dmass: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mass: Tensor,
-    k: Tensor,
-    v: Tensor,
-    address: Tensor,
-    rate: Tensor,
-    position: Tensor,
-) -> tuple[Tensor, ...]:
-    like = (k, v, address, rate, key[:, 0], value[:, 0], mass[:, 0])
-    return tuple(x.new_empty(x.shape) for x in like)
-
-
-def _fake_read(
-    q: Tensor, k: Tensor, v: Tensor, key: Tensor, value: Tensor, mass: Tensor, position: Tensor, rotary_base: float
-) -> tuple[Tensor, Tensor]:
-    batch, time, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, time), dtype=torch.float32)
-
-
-def _fake_read_backward(
-    dout: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mass: Tensor,
-    position: Tensor,
-    rotary_base: float,
-) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, key, value, mass))
-
-
+_WRITTEN = "Tensor k, Tensor v, Tensor address, Tensor rate, Tensor position"
+_MEMORY = "Tensor key, Tensor value, Tensor mass"
+_READ = f"Tensor q, Tensor k, Tensor v, {_MEMORY}, Tensor position, float rotary_base"
 _update = define(
-    "memory_update(Tensor k, Tensor v, Tensor address, Tensor rate, Tensor position, Tensor key0, Tensor value0, "
-    "Tensor mass0) -> (Tensor, Tensor, Tensor)",
-    _fake_update,
+    f"memory_update({_WRITTEN}, Tensor key0, Tensor value0, Tensor mass0) -> (Tensor, Tensor, Tensor)", _like_update
 )
 _update_backward = define(
-    "memory_update_backward(Tensor dkey, Tensor dvalue, Tensor dmass, Tensor key, Tensor value, Tensor mass, "
-    "Tensor k, Tensor v, Tensor address, Tensor rate, Tensor position) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"memory_update_backward(Tensor dkey, Tensor dvalue, Tensor dmass, {_MEMORY}, {_WRITTEN})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # dk, dv, daddress, drate, dkey0, dvalue0, dmass0
-    _fake_update_backward,
+    lambda args: (
+        *(args.k, args.v, args.address, args.rate),
+        *(memory[:, 0] for memory in (args.key, args.value, args.mass)),
+    ),
 )
 _read = define(
-    "memory_read(Tensor q, Tensor k, Tensor v, Tensor key, Tensor value, Tensor mass, Tensor position, "
-    "float rotary_base) -> (Tensor, Tensor)",
+    f"memory_read({_READ}) -> (Tensor, Tensor)",
     # the result and, for the backward pass, the log of the softmax's denominator (B, H, T) in float32
-    _fake_read,
+    lambda args: (args.q, args.q[..., 0].transpose(1, 2).float()),
 )
 _read_backward = define(
-    "memory_read_backward(Tensor dout, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor key, "
-    "Tensor value, Tensor mass, Tensor position, float rotary_base) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",  # dq, dk, dv, dkey, dvalue, dmass
-    _fake_read_backward,
+    f"memory_read_backward(Tensor dout, Tensor out, Tensor lse, {_READ})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda args: (args.q, args.k, args.v, args.key, args.value, args.mass),  # their gradients
 )
 
 
 class _Update(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        k: Tensor,
-        v: Tensor,
-        address: Tensor,
-        rate: Tensor,
-        position: Tensor,
-        key0: Tensor,
-        value0: Tensor,
-        mass0: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
         with below_autograd():
-            key, value, mass = _update(k, v, address, rate, position, key0, value0, mass0)
-        ctx.save_for_backward(key, value, mass, k, v, address, rate, position)
-        return key, value, mass
+            memory: tuple[Tensor, ...] = _update(*inputs)
+        ctx.save_for_backward(*memory, *inputs[:5])  # all but the memory before, on which no gradient depends
+        return memory
 
     @staticmethod
     def backward(ctx: Any, dkey: Tensor, dvalue: Tensor, dmass: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,23 +70,13 @@ class _Update(torch.autograd.Function):
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mass: Tensor,
-        position: Tensor,
-        rotary_base: float,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         with below_autograd():
-            out, lse = _read(q, k, v, key, value, mass, position, rotary_base)
+            out, lse = _read(*inputs)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out, lse, q, k, v, key, value, mass, position)
-        ctx.rotary_base = rotary_base
+        ctx.save_for_backward(out, lse, *inputs[:-1])
+        ctx.rotary_base = inputs[-1]
         return out, lse
 
     @staticmethod
@@ -159,7 +91,7 @@ differentiable(_read, _Read)
 
 
 def _check_context(k: Tensor, v: Tensor, position: Tensor) -> int:
-    """Check the ring and chunk and return the window W."""
+    """Check the ring and the chunk, and return the window W."""
     check_float("k", k, 4)
     check_shape("v", v, k.shape, k)
     if position.dim() != 2 or position.shape[0] != k.shape[0] or not position.shape[1]:
@@ -183,13 +115,7 @@ def memory_update(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All writes to the long-term memory that a chunk of T tokens causes.
 
-    A token whose position in its document is a multiple of P = W / 2, and at least W, writes the P tokens in
-    the older half of the ring before it is read itself. Token t goes to slot s with weight
-    w_t[s] = rate * softmax_s(k_t . address_s), and with a = prod_t (1 - w_t[s]):
-
-    M[s] <- a M[s] + sum_t w_t[s] (k_t, v_t);  mass[s] <- a mass[s] + sum_t w_t[s]
-
-    The first write of a document (position W) starts from an empty memory.
+    Defined by :func:`mm_rec.ops.reference.memory_update`.
 
     Args:
         k, v: (B, W + T, H, d), un-rotated: the ring of the last W tokens, oldest first, then the chunk.
@@ -199,7 +125,7 @@ def memory_update(
         key0, value0: (B, H, S, d), mass0: (B, H, S): the memory before the chunk.
 
     Returns:
-        key, value: (B, E + 1, H, S, d) and mass: (B, E + 1, H, S), float32, with E = ceil(T / P): version 0
+        key, value: (B, E + 1, H, S, d) and mass: (B, E + 1, H, S), float32, with E = ceil(T / P), P = W / 2: version 0
         is the memory given, version e the one after the e-th write of that row. Versions past a row's last
         write repeat it.
 
@@ -237,9 +163,7 @@ def memory_read(
 ) -> Tensor:
     """One softmax over the window of recent tokens and the slots of the long-term memory.
 
-    A token sees the last W tokens of its own document, itself included, under rotary encoding, and the
-    slots as they are after the writes up to its position: key rms_norm(M_k), value M_v / mass, logit
-    q . key / sqrt(d) + log mass. Slots of mass 0 are masked, and so are all slots before position W.
+    Defined by :func:`mm_rec.ops.reference.memory_read`.
 
     Args:
         q: (B, T, H, d), un-rotated.

@@ -1,4 +1,4 @@
-"""What attention reads, from one wide product; definition in :func:`mm_rec.ops.reference.memory_context`."""
+"""Splits one wide product into what attention reads; defined by :func:`mm_rec.ops.reference.memory_context`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,14 @@ from mm_rec.ops.registry import below_autograd, define, differentiable
 __all__ = ["memory_context"]
 
 
-def _fake(qkv: Tensor, ring_k: Tensor, ring_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    batch, time, _ = qkv.shape
-    _, window, heads, head_dim = ring_k.shape
-    k = qkv.new_empty((batch, window + time, heads, head_dim))
-    return qkv.new_empty((batch, time, heads, head_dim)), k, k.clone()
-
-
 _context = define(
-    "memory_context(Tensor qkv, Tensor ring_k, Tensor ring_v) -> (Tensor, Tensor, Tensor)", _fake, fused=True
+    "memory_context(Tensor qkv, Tensor ring_k, Tensor ring_v) -> (Tensor, Tensor, Tensor)",
+    lambda args: reference.memory_context(args.qkv, args.ring_k, args.ring_v),
+    fused=True,
 )
 _context_backward = define(
     "memory_context_backward(Tensor dq, Tensor dk, Tensor dv, Tensor qkv) -> Tensor",
-    lambda dq, dk, dv, qkv: qkv.new_empty(qkv.shape),
+    lambda args: args.qkv,
     fused=True,
 )
 

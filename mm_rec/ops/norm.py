@@ -1,4 +1,4 @@
-"""Norms, the gated readout and the feed-forward nonlinearity; definitions in :mod:`mm_rec.ops.reference`."""
+"""Norms, the gated readout and the feed-forward nonlinearity; formulas in :mod:`mm_rec.ops.reference`."""
 
 from __future__ import annotations
 
@@ -16,34 +16,20 @@ __all__ = ["add_rms_norm", "readout", "relu_squared", "rms_norm"]
 
 _OUT_DTYPES = (torch.float32, torch.bfloat16)
 
-_rms_norm = define(
-    "rms_norm(Tensor x, ScalarType out_dtype) -> Tensor",
-    lambda x, out_dtype: x.new_empty(x.shape, dtype=out_dtype),
-)
-_rms_norm_backward = define(
-    "rms_norm_backward(Tensor dy, Tensor x) -> Tensor",
-    lambda dy, x: x.new_empty(x.shape),
-)
-_add_rms_norm = define(
-    "add_rms_norm(Tensor x, Tensor delta) -> (Tensor, Tensor)",
-    lambda x, delta: (x.new_empty(x.shape), delta.new_empty(delta.shape)),
-)
+_rms_norm = define("rms_norm(Tensor x, ScalarType out_dtype) -> Tensor", lambda args: args.x.to(args.out_dtype))
+_rms_norm_backward = define("rms_norm_backward(Tensor dy, Tensor x) -> Tensor", lambda args: args.x)
+_add_rms_norm = define("add_rms_norm(Tensor x, Tensor delta) -> (Tensor, Tensor)", lambda args: (args.x, args.delta))
 _add_rms_norm_backward = define(
     "add_rms_norm_backward(Tensor? dtotal, Tensor dn, Tensor total) -> (Tensor, Tensor)",  # dx, ddelta
-    lambda dtotal, dn, total: (total.new_empty(total.shape), dn.new_empty(dn.shape)),
+    lambda args: (args.total, args.dn),
 )
-_readout = define(
-    "readout(Tensor h, Tensor r, int heads) -> Tensor",
-    lambda h, r, heads: r.new_empty(r.shape),
-)
+_readout = define("readout(Tensor h, Tensor r, int heads) -> Tensor", lambda args: args.r)
 _readout_backward = define(
     "readout_backward(Tensor dy, Tensor h, Tensor r, int heads) -> (Tensor, Tensor)",  # dh, dr
-    lambda dy, h, r, heads: (h.new_empty(h.shape), r.new_empty(r.shape)),
+    lambda args: (args.h, args.r),
 )
-_relu_squared = define("relu_squared(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape))
-_relu_squared_backward = define(
-    "relu_squared_backward(Tensor dy, Tensor x) -> Tensor", lambda dy, x: x.new_empty(x.shape)
-)
+_relu_squared = define("relu_squared(Tensor x) -> Tensor", lambda args: args.x)
+_relu_squared_backward = define("relu_squared_backward(Tensor dy, Tensor x) -> Tensor", lambda args: args.x)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -113,7 +99,7 @@ differentiable(_relu_squared, _ReluSquared)
 
 
 def rms_norm(x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-    """Root-mean-square norm over the last axis, without a gain: x / sqrt(mean(x^2) + 1e-6).
+    """Root-mean-square norm over the last axis, see :func:`mm_rec.ops.reference.rms_norm`.
 
     Args:
         x: (..., n).
@@ -131,14 +117,14 @@ def rms_norm(x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Residual step and the norm that follows it: x' = x + delta, n = rms_norm(x').
+    """Residual step and the norm that follows it, see :func:`mm_rec.ops.reference.add_rms_norm`.
 
     Args:
         x: (..., D), the residual stream, float32.
         delta: (..., D), a block's contribution in the activation type.
 
     Returns:
-        x' in the type of ``x`` and n in the type of ``delta``.
+        The sum in the type of ``x``, and its norm in the type of ``delta``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or shape; the message names it.
@@ -152,7 +138,7 @@ def add_rms_norm(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def readout(h: Tensor, r: Tensor, heads: int) -> Tensor:
-    """Gated readout of the recurrent state: RMSNorm per head of h, times silu(r).
+    """Gated readout of the recurrent state, see :func:`mm_rec.ops.reference.readout`.
 
     Args:
         h: (B, T, D), float32.
@@ -176,7 +162,7 @@ def readout(h: Tensor, r: Tensor, heads: int) -> Tensor:
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    """relu(x)^2, the feed-forward nonlinearity (Primer, arXiv 2109.08668). Any shape, same type out.
+    """Returns relu(x)^2, the feed-forward nonlinearity, for any shape and in the type of ``x``.
 
     Raises:
         TypeError, ValueError: ``x`` is not floating-point, or empty.

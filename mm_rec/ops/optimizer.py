@@ -9,15 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mm_rec.ops.backend import kernel, runs_native
+from mm_rec.ops.backend import expect, kernel, runs_native
 from mm_rec.ops.checks import check_type
-from mm_rec.ops.registry import NATIVE_OPS
 
 __all__ = ["Update", "Updates", "adamw_", "sum_of_squares"]
 
-# In place and outside autograd: called directly, not dispatched. The kernel of adamw_ takes the updates and gives back
-# what runs them, with the other arguments.
-NATIVE_OPS += ["adamw_", "sum_of_squares"]
+# Both work in place and outside autograd, so they are called directly and not registered with PyTorch. The kernel of
+# adamw_ takes the updates and returns a function that runs them, which takes the other arguments.
+expect("adamw_", "sum_of_squares")
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Update:
             check_type("step", self.step, torch.Size(), torch.float32, self.master)
 
     def _check(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
-        """Written for speed: a step makes an update of every tensor of a model."""
+        """Cheap where all is well, since every step of training makes an update of every tensor of a model."""
         like = self.master
         if x.dtype != dtype or x.shape != like.shape or x.device != like.device:
             check_type(name, x, like.shape, dtype, like)
@@ -62,7 +61,7 @@ class Update:
 
     @property
     def weights(self) -> Tensor:
-        """The weights of the model."""
+        """The weights that the model computes with."""
         return self.master if self.param_out is None else self.param_out
 
 
@@ -85,9 +84,9 @@ def _reference_adamw_(
 
 
 class Updates:
-    """The tensors of :func:`adamw_`, at least one, with all done that the host can do ahead.
+    """The tensors of :func:`adamw_`, at least one, with the host's share of the work done ahead.
 
-    Who has waited for the norm wants the update to start at once.
+    Prepared while the device is still busy, so that the update launches as soon as the norm is known.
     """
 
     def __init__(self, updates: Sequence[Update]) -> None:
@@ -95,7 +94,7 @@ class Updates:
             raise ValueError("updates is empty")
         self.like = updates[0].master
         self.run: Callable[..., None] = functools.partial(_reference_adamw_, updates)
-        self.written: list[Tensor] = []  # by a kernel, so behind PyTorch's back
+        self.written: list[Tensor] = []  # weights that a kernel writes, which PyTorch does not notice
         if runs_native("adamw_", self.like, *(one.grad for one in updates)):
             self.run = kernel("adamw_", self.like.device.type)(updates)
             self.written = [one.weights for one in updates]
@@ -130,12 +129,12 @@ def adamw_(
     updates = updates if isinstance(updates, Updates) else Updates(updates)
     check_type("norm", norm, torch.Size(), torch.float32, updates.like)
     updates.run(norm, lr, beta1, beta2, eps, max_norm)
-    torch.autograd.graph.increment_version(updates.written)  # by which copies of weights know (ops.step.PackedMatrix)
+    torch.autograd.graph.increment_version(updates.written)  # so that a PackedMatrix sees that its weights changed
 
 
 @torch.no_grad()
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum of the squares of all elements of all tensors, added in float64: a 0-d float64 tensor.
+    """Returns the sum of the squares of all elements of all tensors, added in float64, as a float64 tensor of shape ().
 
     Args:
         tensors: float32 or bfloat16, any shapes, all on one device, at least one.

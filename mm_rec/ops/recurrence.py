@@ -1,4 +1,4 @@
-"""The nonlinear time loop; definition in :func:`mm_rec.ops.reference.recurrence`."""
+"""The nonlinear time loop; its formula is that of :func:`mm_rec.ops.reference.recurrence`."""
 
 from __future__ import annotations
 
@@ -9,62 +9,36 @@ from torch import Tensor
 
 from mm_rec.ops import reference
 from mm_rec.ops.backend import runs_native
-from mm_rec.ops.checks import check_float, check_shape, check_type
+from mm_rec.ops.checks import check_float, check_shape, check_start
 from mm_rec.ops.registry import below_autograd, define, differentiable
 
 __all__ = ["recurrence"]
 
-
-def _fake_forward(
-    z: Tensor, u: Tensor, gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return z.new_empty(z.shape), z.new_empty((z.shape[0], z.shape[2]))
-
-
-def _fake_backward(
-    dh: Tensor,
-    dh_last: Tensor | None,
-    h: Tensor,
-    z: Tensor,
-    u: Tensor,
-    gamma: Tensor,
-    w_g: Tensor,
-    h0: Tensor | None,
-    reset: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    last = z.new_empty((z.shape[0], z.shape[2]))
-    return z.new_empty(z.shape), u.new_empty(u.shape), z.new_empty(z.shape), w_g.new_empty(w_g.shape), last
-
-
-_forward = define(
-    "recurrence(Tensor z, Tensor u, Tensor gamma, Tensor w_g, Tensor? h0, Tensor? reset) -> (Tensor, Tensor)",
-    _fake_forward,
-)
+_INPUTS = "Tensor z, Tensor u, Tensor gamma, Tensor w_g, Tensor? h0, Tensor? reset"
+_forward = define(f"recurrence({_INPUTS}) -> (Tensor, Tensor)", lambda args: (args.z, args.z[:, 0]))
 _backward = define(
-    "recurrence_backward(Tensor dh, Tensor? dh_last, Tensor h, Tensor z, Tensor u, Tensor gamma, Tensor w_g, "
-    "Tensor? h0, Tensor? reset) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",  # dz, du, dgamma, dw_g, dh0
-    _fake_backward,
+    f"recurrence_backward(Tensor dh, Tensor? dh_last, Tensor h, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda args: (args.z, args.u, args.gamma, args.w_g, args.z[:, 0]),  # dz, du, dgamma, dw_g, dh0
 )
 
 
 class _Recurrence(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, u: Tensor, gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         with below_autograd():
-            h, h_last = _forward(z, u, gamma, w_g, h0, reset)
+            h, h_last = _forward(*inputs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(h, z, u, gamma, w_g, h0, reset)
+        ctx.save_for_backward(h, *inputs)
         return h, h_last
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor | None, dh_last: Tensor | None) -> tuple[Tensor | None, ...]:
         if dh is None and dh_last is None:
             return (None,) * 6
-        h, z, u, gamma, w_g, h0, reset = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        h, h0 = saved[0], saved[5]
         dh = torch.zeros_like(h) if dh is None else dh
-        dz, du, dgamma, dw_g, dh0 = _backward(dh, dh_last, h, z, u, gamma, w_g, h0, reset)
+        dz, du, dgamma, dw_g, dh0 = _backward(dh, dh_last, *saved)
         return dz, du, dgamma, dw_g, None if h0 is None else dh0, None
 
 
@@ -79,9 +53,7 @@ def recurrence(
     h0: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The core recurrence, nonlinear in its state.
-
-    i_t = sigmoid(u_t + W_g h_{t-1});  h_t = i_t * z_t + gamma_t * h_{t-1}
+    """The core recurrence, nonlinear in its state, see :func:`mm_rec.ops.reference.recurrence`.
 
     Args:
         z: (B, T, D), the candidate, already scaled by :func:`mm_rec.ops.mdi`.
@@ -98,18 +70,15 @@ def recurrence(
         TypeError, ValueError: an argument has the wrong type or shape; the message names it.
     """
     check_float("z", z, 3)
-    batch, time, width = z.shape
-    check_shape("u", u, (batch, time, width), z)
-    check_shape("gamma", gamma, (batch, time, width), z)
+    width = z.shape[2]
+    check_shape("u", u, z.shape, z)
+    check_shape("gamma", gamma, z.shape, z)
     check_float("w_g", w_g, 3)
     heads, head_dim, _ = w_g.shape
     if heads * head_dim != width:
         raise ValueError(f"w_g must be (H, d, d) with H * d = {width}, got {tuple(w_g.shape)}")
     check_shape("w_g", w_g, (heads, head_dim, head_dim), z)
-    if h0 is not None:
-        check_shape("h0", h0, (batch, width), z)
-    if reset is not None:
-        check_type("reset", reset, (batch, time), torch.bool, z)
+    check_start("h0", h0, reset, z.shape, z)
     if not runs_native("recurrence", z, u, gamma, w_g, h0):
         return reference.recurrence(z, u, gamma, w_g, h0, reset)
     h: tuple[Tensor, Tensor] = _forward(

@@ -45,7 +45,7 @@ __all__ = [
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Widen to the type that the definitions compute in: float32, or float64 if given float64."""
+    """Widen ``x`` to the type that the reference computes in: float32, or float64 if given float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -56,23 +56,14 @@ def mdi(
     gate_logits: Tensor | None = None,
     gate_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Memory decay and integration: the coefficients of the core recurrence.
+    """Memory decay and integration: the coefficients of the core recurrence. Shapes as in :func:`mm_rec.ops.mdi`.
 
     gamma = clamp(sigmoid(decay_logits + decay_bias), 1e-6, 0.9999)
     x = sqrt(1 - gamma^2) * candidate * sigmoid(gate_logits + gate_bias)
 
     The scale keeps the state near unit variance for a white candidate. Without ``gate_logits`` the last
-    factor is left out: the nonlinear :func:`recurrence` applies its own gate.
-
-    Args:
-        decay_logits: (B, T, D).
-        decay_bias: (D,).
-        candidate: (B, T, D), z of the recurrence.
-        gate_logits: (B, T, D) or None.
-        gate_bias: (D,), given exactly when ``gate_logits`` is.
-
-    Returns:
-        gamma (B, T, D) and x (B, T, D), both float32 (float64 for float64 inputs).
+    factor is left out: the nonlinear :func:`recurrence` applies its own gate. Where the clamp holds,
+    ``decay_logits`` get no gradient.
     """
     gamma = torch.sigmoid(_wide(decay_logits) + _wide(decay_bias)).clamp(GAMMA_MIN, GAMMA_MAX)
     x = torch.sqrt(1 - gamma * gamma) * _wide(candidate)
@@ -84,18 +75,10 @@ def mdi(
 
 
 def scan(a: Tensor, x: Tensor, s0: Tensor | None = None, reset: Tensor | None = None) -> Tensor:
-    """Linear recurrence s_t = a_t * s_{t-1} + x_t, elementwise.
+    """Linear recurrence s_t = a_t * s_{t-1} + x_t, elementwise. Shapes as in :func:`mm_rec.ops.scan`.
 
     The pairs (a, x) compose associatively without logarithms, (a, x) then (a', x') is (a a', a' x + x'),
     so a kernel may cut time into pieces. Cumulative products are the case x = 0, s0 = 1.
-
-    Args:
-        a, x: (B, T, D).
-        s0: (B, D), the state before the first step; zeros if None.
-        reset: (B, T) bool; where true, a counts as 0. None means nowhere.
-
-    Returns:
-        s: (B, T, D), float32 (float64 for float64 inputs).
     """
     a, x = _wide(a), _wide(x)
     if reset is not None:
@@ -116,22 +99,11 @@ def recurrence(
     h0: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The core recurrence, nonlinear in its state.
+    """The core recurrence, nonlinear in its state. Shapes as in :func:`mm_rec.ops.recurrence`.
 
     i_t = sigmoid(u_t + W_g h_{t-1});  h_t = i_t * z_t + gamma_t * h_{t-1}
 
     W_g is block-diagonal: head k maps its own slice of h through w_g[k], (W_g h)_i = sum_j w_g[k, i, j] h_j.
-
-    Args:
-        z: (B, T, D), the candidate, already scaled by :func:`mdi`.
-        u: (B, T, D), U_g n + b_g.
-        gamma: (B, T, D), decay.
-        w_g: (H, d, d) with H * d = D.
-        h0: (B, D), the state before the first step; zeros if None.
-        reset: (B, T) bool; where true, h_{t-1} counts as 0, in the gate and in the decay.
-
-    Returns:
-        h: (B, T, D) and h_last: (B, D), a copy of h[:, -1]; float32 (float64 for float64 inputs).
     """
     z, u, gamma, w_g = _wide(z), _wide(u), _wide(gamma), _wide(w_g)
     batch, time, width = z.shape
@@ -151,9 +123,7 @@ def recurrence(
 def rms_norm(x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """Root-mean-square norm over the last axis, without a gain: x / sqrt(mean(x^2) + 1e-6).
 
-    Args:
-        x: (..., n).
-        out_dtype: type of the result; that of ``x`` if None.
+    Shapes as in :func:`mm_rec.ops.rms_norm`.
     """
     wide = _wide(x)
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
@@ -163,12 +133,7 @@ def rms_norm(x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
 def add_rms_norm(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Residual step and the norm that follows it: x' = x + delta, n = rms_norm(x').
 
-    Args:
-        x: (..., D), the residual stream, float32.
-        delta: (..., D), a block's contribution in the activation type.
-
-    Returns:
-        x' in the type of ``x`` and n in the type of ``delta``.
+    Shapes as in :func:`mm_rec.ops.add_rms_norm`.
     """
     total = x + delta.to(x.dtype)
     return total, rms_norm(total, delta.dtype)
@@ -177,13 +142,7 @@ def add_rms_norm(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 def readout(h: Tensor, r: Tensor, heads: int) -> Tensor:
     """Gated readout of the recurrent state: RMSNorm per head of h, times silu(r).
 
-    Args:
-        h: (B, T, D), float32.
-        r: (B, T, D), in the activation type.
-        heads: H, divides D.
-
-    Returns:
-        (B, T, D) in the type of ``r``.
+    Shapes as in :func:`mm_rec.ops.readout`.
     """
     batch, time, width = h.shape
     normed = rms_norm(_wide(h).reshape(batch, time, heads, width // heads)).reshape(batch, time, width)
@@ -191,7 +150,7 @@ def readout(h: Tensor, r: Tensor, heads: int) -> Tensor:
 
 
 def split_projected(projected: Tensor, decay_proj: Tensor) -> tuple[Tensor, ...]:
-    """The parts z, r, u (B, T, D each) and hidden (B, T, K) of (B, T, 3 D + K), with decay_proj (D, K)."""
+    """Returns the parts z, r, u (B, T, D each) and hidden (B, T, K) of (B, T, 3 D + K), with decay_proj (D, K)."""
     width, hidden = decay_proj.shape
     parts: tuple[Tensor, ...] = projected.split([width, width, width, hidden], dim=-1)
     return parts
@@ -207,19 +166,11 @@ def gated_recurrence(
     h0: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A block's recurrence from its wide product to its readout.
+    """A block's recurrence from its wide product to its readout. Shapes as in :func:`mm_rec.ops.gated_recurrence`.
 
-    Args:
-        projected: (B, T, 3 D + K): candidate z, readout gate r, integration gate u, and the decay's hidden layer.
-        decay_proj: (D, K); the decay logits are gelu(hidden) decay_proj^T.
-        decay_bias, gate_bias: (D,).
-        heads: H, divides D.
-        w_g: (H, d, d) for :func:`recurrence`, or None for :func:`scan`.
-        h0: (B, D), the state before the first step; zeros if None.
-        reset: (B, T) bool; where true, the state before the step counts as 0.
-
-    Returns:
-        y (B, T, D) in the type of ``projected``, and h_last (B, D), the state after the last step.
+    The parts of ``projected`` are candidate z, readout gate r, integration gate u and the decay's hidden layer;
+    the decay logits are gelu(hidden) decay_proj^T. With ``w_g`` the time loop is :func:`recurrence`, which gates
+    by u itself; without it :func:`mdi` applies the gate and the loop is :func:`scan`.
     """
     z, r, u, hidden = split_projected(projected, decay_proj)
     decay_logits = F.linear(F.gelu(hidden), decay_proj)
@@ -238,15 +189,7 @@ def relu_squared(x: Tensor) -> Tensor:
 
 
 def feed_forward(n: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The feed-forward part of a block: down relu(up n)^2.
-
-    Args:
-        n: (B, T, D).
-        up: (F, D) and down: (D, F).
-
-    Returns:
-        (B, T, D) in the type of ``n``.
-    """
+    """The feed-forward part of a block: down relu(up n)^2. Shapes as in :func:`mm_rec.ops.feed_forward`."""
     hidden = F.linear(_wide(n), _wide(up))
     return F.linear(relu_squared(hidden), _wide(down)).to(n.dtype)
 
@@ -262,23 +205,10 @@ def linear_branch(
     reset: Tensor | None,
     heads: int,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrent part of a block that is linear in its state.
+    """The recurrent part of a block that is linear in its state. Shapes as in :func:`mm_rec.ops.linear_branch`.
 
     One product gives candidate z, readout gate r, integration gate u and the decay's hidden layer; then
     :func:`gated_recurrence` and the product with ``out_proj``.
-
-    Args:
-        n: (B, T, D).
-        in_proj: (3 D + K, D), rows for z, r, u and the hidden layer of width K.
-        decay_proj: (D, K).
-        decay_bias, gate_bias: (D,).
-        out_proj: (D, D).
-        h0: (B, D), the state before the first step; zeros if None.
-        reset: (B, T) bool; where true, the state before counts as 0. None means nowhere.
-        heads: H, divides D.
-
-    Returns:
-        (B, T, D) in the type of ``n`` and the last state (B, D), float32 (float64 for float64 inputs).
     """
     projected = F.linear(_wide(n), _wide(in_proj))
     y, h_last = gated_recurrence(projected, _wide(decay_proj), decay_bias, gate_bias, heads, None, h0, reset)
@@ -286,7 +216,7 @@ def linear_branch(
 
 
 def rotary_angles(index: Tensor, head_dim: int, base: float) -> Tensor:
-    """Angles (T, d / 2) float64 by which :func:`rotate` turns what stands at the integer positions ``index`` (T,)."""
+    """Returns the angles (T, d / 2) float64 by which :func:`rotate` turns vectors at the positions ``index`` (T,)."""
     half = head_dim // 2
     frequency = base ** (-torch.arange(half, device=index.device, dtype=torch.float64) / half)
     return index.to(torch.float64)[:, None] * frequency
@@ -308,7 +238,7 @@ def rotate(x: Tensor, index: Tensor, base: float) -> Tensor:
 
 
 def split_qkv(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """Queries, keys and values, (B, T, H, d) each, of (B, T, 3 H d)."""
+    """Returns queries, keys and values, (B, T, H, d) each, of (B, T, 3 H d)."""
     batch, time, width = qkv.shape
     return qkv.view(batch, time, 3, heads, width // (3 * heads)).unbind(2)
 
@@ -316,19 +246,14 @@ def split_qkv(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
 def memory_context(qkv: Tensor, ring_k: Tensor, ring_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, and the keys and values that they may see: the last W tokens, then the chunk.
 
-    Args:
-        qkv: (B, T, 3 D), the products q, k and v.
-        ring_k, ring_v: (B, W, H, d), of the tokens before, keys normed.
-
-    Returns:
-        q (B, T, H, d), normed per head; k and v (B, W + T, H, d), the ring and then the chunk, its keys normed.
+    The queries and the keys of the chunk are normed per head. Shapes as in :func:`mm_rec.ops.memory_context`.
     """
     q, k, v = split_qkv(qkv, ring_k.shape[2])
     return rms_norm(q), torch.cat([ring_k, rms_norm(k)], dim=1), torch.cat([ring_v, v], dim=1)
 
 
 def _write_index(position: Tensor, window: int, block: int) -> tuple[Tensor, Tensor]:
-    """Which tokens cause a write to the long-term memory, and how many writes each token has seen.
+    """Find the tokens that cause a write to the long-term memory, and how many writes each token has seen.
 
     Returns:
         writes: (B, T) bool, and version: (B, T) int64, the number of writes at or before each token.
@@ -347,7 +272,7 @@ def memory_update(
     value0: Tensor,
     mass0: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All writes to the long-term memory that a chunk of tokens causes.
+    """All writes to the long-term memory that a chunk of tokens causes. Shapes as in :func:`mm_rec.ops.memory_update`.
 
     A token whose position in its document is a multiple of P, and at least W = 2P, writes the P tokens in
     the older half of the ring before it is read itself: those W to W - P + 1 places behind it. Token t goes
@@ -356,19 +281,7 @@ def memory_update(
         a = prod_t (1 - w_t[s]);  M[s] <- a M[s] + sum_t w_t[s] (k_t, v_t);  mass[s] <- a mass[s] + sum_t w_t[s]
 
     The coefficients don't depend on M, so all writes are one :func:`scan`. The first write of a document
-    (position W) starts from an empty memory.
-
-    Args:
-        k, v: (B, W + T, H, d), un-rotated: the ring of the last W tokens, oldest first, then the chunk.
-        address: (H, S, d), learned.
-        rate: (H,) in (0, 1), learned.
-        position: (B, T) int64, position of each token of the chunk in its document.
-        key0, value0: (B, H, S, d), mass0: (B, H, S): the memory before the chunk.
-
-    Returns:
-        key, value: (B, E + 1, H, S, d) and mass: (B, E + 1, H, S), float32: version 0 is the memory given,
-        version e the one after the e-th write of that row. Versions past a row's last write repeat it.
-        W is k.shape[1] - position.shape[1] and P is W / 2.
+    (position W) starts from an empty memory. W is k.shape[1] - position.shape[1] and P is W / 2.
     """
     batch, time = position.shape
     window = k.shape[1] - time
@@ -414,16 +327,7 @@ def memory_read(
     A token sees the last W tokens of its own document, itself included, under rotary encoding, and the
     slots as they are after the writes up to its position: key rms_norm(M_k), value M_v / mass, logit
     q . key / sqrt(d) + log mass. Slots of mass 0 are masked, and so are all slots before position W.
-
-    Args:
-        q: (B, T, H, d), un-rotated.
-        k, v: (B, W + T, H, d), un-rotated: ring, oldest first, then the chunk.
-        key, value, mass: the versions that :func:`memory_update` returns.
-        position: (B, T) int64.
-        rotary_base: see :func:`rotate`.
-
-    Returns:
-        (B, T, H, d) in the type of ``q``.
+    Shapes as in :func:`mm_rec.ops.memory_read`.
     """
     batch, time, _, head_dim = q.shape
     window = k.shape[1] - time
@@ -460,15 +364,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Loss of the tied output head: logits y embedding^T, then weighted negative log-likelihood.
 
-    Args:
-        y: (N, D).
-        embedding: (V, D).
-        targets: (N,) int64 in [0, V).
-        weight: (N,) float32; None means 1 / N each. A weight of 0 leaves the row out.
-
-    Returns:
-        loss: scalar float32, sum of weight * nll, and nll: (N,) float32 in nats, without gradient and 0
-        where the weight is 0.
+    Shapes as in :func:`mm_rec.ops.linear_cross_entropy`.
     """
     logits = _wide(y) @ _wide(embedding).t()
     nll = F.cross_entropy(logits, targets, reduction="none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from mm_rec.cpp import build
-from mm_rec.ops.native import INTERFACE, LEVELS, CpuLibrary
+from mm_rec.cpp.build import LEVELS
+from mm_rec.ops.cpu.library import INTERFACE, CpuLibrary
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,6 +30,16 @@ def test_library_has_every_level_and_nothing_else() -> None:
     assert {f"mm_rec_{kind}_product_{level}" for kind in ("tile", "vector") for level in levels} <= names
     assert {f"mm_rec_scan_forward_{level}" for level in levels if level != "amx"} <= names
     assert all(name.startswith("mm_rec_") for name in names)
+
+
+def test_the_library_counts_levels_as_the_build_lists_them() -> None:
+    source = (build.HERE / "src" / "level.cpp").read_text()
+    listed = re.search(r"// Index into \{(.*?)\}", source)
+    assert listed is not None
+    assert tuple(listed[1].split(", ")) == LEVELS
+    answers = re.search(r"return (!avx2 \?.*?);", source)
+    assert answers is not None
+    assert [int(level) for level in re.findall(r"\b\d\b", answers[1])] == list(range(len(LEVELS)))
 
 
 @pytest.mark.slow

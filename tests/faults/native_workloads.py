@@ -14,8 +14,8 @@ from pathlib import Path
 
 from workload import Complete, Impossible, Trial, workload
 
-from mm_rec.cpp.build import HERE, LEVEL_FLAGS
-from mm_rec.ops.native import LEVELS, LIBRARY_PATH, CpuLibrary
+from mm_rec.cpp.build import HERE, LEVEL_FLAGS, LEVELS
+from mm_rec.ops.cpu.library import LIBRARY_PATH, CpuLibrary
 
 ROOT = Path(__file__).resolve().parents[2]
 FUZZ = ROOT / "tests" / "cpp"

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from mm_rec import ops
-from mm_rec.ops import backend, native, reference
+from mm_rec.cpp.build import LEVELS
+from mm_rec.ops import backend, reference
 from mm_rec.ops.backend import NativeUnavailableError
-from mm_rec.ops.native import LEVELS, CpuLibrary
+from mm_rec.ops.cpu import library
+from mm_rec.ops.cpu.library import CpuLibrary
 
 from .cases import CASES
 
@@ -30,7 +32,7 @@ def test_status_says_what_runs() -> None:
     assert status.backend == "native"
     assert status.level in LEVELS
     assert status.threads == torch.get_num_threads()
-    assert status.library == str(native.LIBRARY_PATH)
+    assert status.library == str(library.LIBRARY_PATH)
     assert status.reference_ops == ()
     assert f"level {status.level}" in str(ops.status())
 
@@ -65,7 +67,10 @@ def test_float64_takes_the_reference() -> None:
 
 def test_one_openmp_runtime() -> None:
     """The library must share PyTorch's runtime: two pools of threads would fight for the cores."""
-    code = "from mm_rec.ops import native, status; status(); print(len(native.openmp_runtimes()))"
+    code = (
+        "from mm_rec import ops; from mm_rec.ops.cpu.library import openmp_runtimes;"
+        "ops.status(); print(len(openmp_runtimes()))"
+    )
     result = _python(code)  # a process of its own: what other tests import may bring another runtime
     assert result.stdout == "1\n", result.stderr
 
@@ -138,7 +143,7 @@ def test_levels_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
         CpuLibrary()
     monkeypatch.setenv("MM_REC_CPU_LEVEL", "avx512")
     with pytest.raises(ValueError, match="supports at most baseline"):
-        native._choose_level(0)
+        library._choose_level(0)
 
 
 def test_environment_forces_the_reference() -> None:
@@ -157,7 +162,7 @@ def test_without_a_library(content: bytes | None, reason: str, tmp_path: Path, m
     """One warning that names the remedy, the reference's results, and an error only where native is forced."""
     if content is not None:
         (tmp_path / "library.so").write_bytes(content)
-    monkeypatch.setattr(native, "LIBRARY_PATH", tmp_path / "library.so")
+    monkeypatch.setattr(library, "LIBRARY_PATH", tmp_path / "library.so")
     monkeypatch.setattr(backend, "_loaded", {})
     monkeypatch.setattr(backend, "_warned", set())
     with warnings.catch_warnings(record=True) as caught:
@@ -174,7 +179,7 @@ def test_without_a_library(content: bytes | None, reason: str, tmp_path: Path, m
 
 
 def test_library_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "INTERFACE", native.INTERFACE + 1)
+    monkeypatch.setattr(library, "INTERFACE", library.INTERFACE + 1)
     with pytest.raises(NativeUnavailableError, match="has interface"):
         CpuLibrary()
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mm_rec import ops
-from mm_rec.ops import backend, cuda, reference
+from mm_rec.ops import backend, reference
+from mm_rec.ops.cuda import common, loss
 
 from .cases import (
     CASES,
@@ -89,13 +90,13 @@ ALL = [
 @pytest.fixture(autouse=True)
 def poisoned_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory for results starts as NaN, so that an element that a kernel leaves out is seen."""
-    empty = cuda._empty
+    empty = common.empty
 
     def poisoned(*arguments: Any, **options: Any) -> Tensor:
         result = empty(*arguments, **options)
         return result.fill_(torch.nan) if result.is_floating_point() else result.fill_(0x7F)
 
-    monkeypatch.setattr(cuda, "_empty", poisoned)
+    monkeypatch.setattr(common, "empty", poisoned)
 
 
 def on_device(arguments: Arguments) -> Arguments:
@@ -171,7 +172,7 @@ def test_equal_inputs_give_equal_bits(op: str) -> None:
 
 @DTYPES
 def test_loss_in_chunks_of_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "LOGITS_BYTES", 4000)
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 4000)
     arguments = linear_cross_entropy(63, 20, 130, True, dtype)
     got = to_host(run(ops.linear_cross_entropy, on_device(arguments)))
     tolerance = TOLERANCE if dtype == torch.float32 else TOLERANCE_ROUNDED

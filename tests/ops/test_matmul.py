@@ -14,7 +14,7 @@ from torch import Tensor
 from mm_rec import ops
 from mm_rec.ops import backend
 from mm_rec.ops.cpu import branches, loss, matmul
-from mm_rec.ops.native import CpuLibrary
+from mm_rec.ops.cpu.library import CpuLibrary
 
 SIZES = st.one_of(st.sampled_from([16, 17, 31, 32, 33, 64, 95]), st.integers(16, 130))
 ROUNDED = 2.0**-8
@@ -136,6 +136,30 @@ def test_linear(learns_x: bool, learns_weight: bool, monkeypatch: pytest.MonkeyP
         assert (leaf.grad is not None) == leaf.requires_grad
         if leaf.grad is not None:
             assert _error(leaf.grad, want) < ROUNDED
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "pytorch's"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_matmul_writes_the_product_that_linear_computes(
+    dtype: torch.dtype, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the processor has a kernel, bfloat16 takes it; all else is PyTorch's."""
+    ops.status()
+    native = backend._loaded["cpu"]
+    assert isinstance(native, backend.Native)
+    others = {name: function for name, function in native.kernels.items() if name != "mm"}
+    calls: list[Tensor] = []
+
+    def mm(left: Tensor, right: Tensor, out: Tensor) -> None:
+        calls.append(matmul.mm(left, right, out))
+
+    kernels = {**others, "mm": mm} if ours else others
+    monkeypatch.setitem(backend._loaded, "cpu", dataclasses.replace(native, kernels=kernels))
+    left, right = torch.randn(40, 50).to(dtype), torch.randn(50, 60).to(dtype)
+    out = torch.full((40, 60), torch.nan, dtype=dtype)
+    ops.matmul(left, right, out)
+    assert _error(out, left.double() @ right.double()) < (ROUNDED if dtype == torch.bfloat16 else 1e-6)
+    assert bool(calls) == (ours and dtype == torch.bfloat16)
 
 
 def test_linear_names_what_is_wrong() -> None:

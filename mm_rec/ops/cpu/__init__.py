@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from mm_rec.cpp.build import LEVELS
 from mm_rec.ops.backend import Native
 from mm_rec.ops.cpu import branches, common, loss, matmul, memory, norm, optimizer, sequence
-from mm_rec.ops.native import CpuLibrary
+from mm_rec.ops.cpu.library import CpuLibrary
 
 __all__ = ["load"]
 
-RAW = ("step", "step_scratch", "pack_layout", "pack", "sample", "sample_scratch")  # for mm_rec.ops.step and .sample
+RAW = ("step", "step_scratch", "pack_layout", "pack", "sample", "sample_scratch")  # for mm_rec.ops.inference
+OWN_PRODUCTS = LEVELS[LEVELS.index("avx512bf16") :]  # levels that multiply pairs of bfloat16
 
 
 def load() -> Native:
@@ -30,7 +32,7 @@ def load() -> Native:
     kernels: dict[str, Callable[..., Any]] = {
         kernel.__name__: kernel for module in modules for kernel in module.KERNELS
     }
-    if library.level in ("avx512bf16", "amx"):
+    if library.level in OWN_PRODUCTS:
         matmul.use(call.tile_product if library.level == "amx" else call.vector_product)
         kernels |= {"mm": matmul.mm, "linear": branches.linear}
     raw = {name: getattr(call, name) for name in RAW}

@@ -1,6 +1,6 @@
 """Whole branches of a block on the CPU: the products of :mod:`.matmul`, and between them kernels of the other modules.
 
-Gradients of slices of a product are written where the product's gradient is wanted, and buffers are used again.
+The gradients of the slices of a product are written into the gradient of the whole product, and buffers are reused.
 """
 
 from __future__ import annotations

@@ -20,22 +20,22 @@ call: SimpleNamespace  # the functions of the library, set by mm_rec.ops.cpu.loa
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory for a result, uninitialised: the kernel writes every element."""
+    """Returns uninitialised memory for a result: the kernel writes every element."""
     return torch.empty(shape, dtype=dtype)
 
 
 def pointer(x: Tensor | None) -> int | None:
-    """Address of the data, or None."""
+    """Returns the address of the data, or None for None."""
     return None if x is None else x.data_ptr()
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
-    """``x`` itself or a contiguous copy."""
+    """Returns ``x`` itself if it is contiguous or None, else a contiguous copy."""
     return None if x is None else x.contiguous()
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, int]:
-    """A (B, T, D) tensor as B * T evenly spaced rows, and the distance between rows; a copy if need be."""
+    """Returns a (B, T, D) tensor as B * T evenly spaced rows, copied if need be, and the distance between rows."""
     batch, time, width = x.shape
     outer, inner, last = x.stride()
     if last == 1 or width == 1:
@@ -47,14 +47,14 @@ def rows_of(x: Tensor) -> tuple[Tensor, int]:
 
 
 def flat_rows_of(x: Tensor) -> tuple[Tensor, int]:
-    """A (..., n) tensor as evenly spaced rows of n; a copy if need be."""
+    """Returns a (..., n) tensor as evenly spaced rows of n, copied if need be, and the distance between rows."""
     if x.dim() == 3:
         return rows_of(x)
     return x.contiguous(), x.shape[-1]
 
 
 def two_level_rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """A (..., n) tensor as rows of n: the tensor, rows per outer step, outer and inner distance."""
+    """Returns a (..., n) tensor as rows of n: the tensor, the rows per outer step, the outer and the inner distance."""
     if x.dim() == 4 and (x.stride(3) == 1 or x.shape[3] == 1):
         batch, time, inner, _ = x.shape
         if batch == 1 or x.stride(0) == time * x.stride(1):
@@ -64,7 +64,7 @@ def two_level_rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def head_rows_of(x: Tensor) -> tuple[Tensor, int]:
-    """A (B, T, H, d) tensor as B * T evenly spaced rows of H * d, and the distance between rows; a copy if need be."""
+    """Returns a (B, T, H, d) tensor as B * T evenly spaced rows, copied if need be, and the distance between rows."""
     batch, time, heads, head_dim = x.shape
     outer, row, head, last = x.stride()
     if last == 1 and (head == head_dim or heads == 1) and (batch == 1 or outer == time * row) and time > 1:
@@ -73,7 +73,7 @@ def head_rows_of(x: Tensor) -> tuple[Tensor, int]:
 
 
 def check(result: int) -> None:
-    """Raise for a kernel that did not run: 1 means no memory for its scratch, 2 positions that cannot be."""
+    """Raise for a kernel that did not run: 1 means no memory for its scratch, 2 impossible positions."""
     if result == 1:
         raise MemoryError("no memory for the scratch of a kernel")
     if result == 2:
@@ -81,15 +81,15 @@ def check(result: int) -> None:
 
 
 def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
-    """Addresses of all data, as an array of C."""
+    """Returns the addresses of the data as a C array."""
     return (ctypes.c_void_p * len(tensors))(*map(pointer, tensors))
 
 
 def sizes_of(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_int64]:
-    """Numbers of elements, as an array of C."""
+    """Returns the numbers of elements as a C array."""
     return (ctypes.c_int64 * len(tensors))(*[x.numel() for x in tensors])
 
 
 def types_of(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_int32]:
-    """Codes of the types, as an array of C."""
+    """Returns the codes of the types as a C array."""
     return (ctypes.c_int32 * len(tensors))(*[TYPE_CODES[x.dtype] for x in tensors])

@@ -12,14 +12,14 @@ from mm_rec.ops.cpu.common import TYPE_CODES, check
 
 __all__ = ["KERNELS"]
 
-LOGIT_BYTES = 68_000_000  # most memory for the logits of a chunk of rows
+LOGIT_BYTES = 68_000_000  # the most memory that the logits of a chunk of rows take
 _kept = threading.local()  # per thread: the buffer of the last logits; fresh pages for it cost as much as its softmax
 
 
 def _logits_buffer(rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
     kept: Tensor | None = getattr(_kept, "logits", None)
     if kept is None or kept.dtype != dtype or kept.numel() < rows * vocabulary:
-        with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode later
+        with torch.inference_mode(False):  # a tensor made in inference mode cannot be written to outside of it
             kept = _kept.logits = common.empty((rows * vocabulary,), dtype)
     return kept[: rows * vocabulary].view(rows, vocabulary)
 
@@ -76,7 +76,7 @@ def _selected_rows_cross_entropy(
     needs_dy: bool,
     needs_dembedding: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same where some weights are 0: only the others are computed."""
+    """Compute the loss where some weights are 0, from the other rows alone."""
     nll, dy = torch.zeros_like(weight), torch.zeros_like(y) if needs_dy else common.empty((0,), y.dtype)
     if not len(kept):
         dembedding = torch.zeros_like(embedding) if needs_dembedding else common.empty((0,), y.dtype)

@@ -1,6 +1,6 @@
-"""Matrix products on the CPU: PyTorch's, or of bfloat16 where the processor multiplies those kernels of our own.
+"""Matrix products on the CPU: PyTorch's; for bfloat16 on AVX512-BF16 or AMX, our own kernels.
 
-The kernels add in a fixed order, so a product depends neither on the number of threads nor on the other rows.
+Our kernels add in a fixed order, so a product depends neither on the number of threads nor on the other rows.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from torch import Tensor
 __all__ = ["add_mm", "mm", "use"]
 
 LEAST_SIZE = 16  # rows and columns of a tile: smaller products would mostly multiply zeros
-ONE_THREAD_WORK = 4_000_000  # multiplications that are done before a second thread has begun
+ONE_THREAD_WORK = 4_000_000  # multiplications that take less time than starting a second thread
 
 _product: Callable[..., int] | None = None
 
 
 def use(product: Callable[..., int] | None) -> None:
-    """Multiply with this function of ``products.cpp`` from now on; None leaves all products to PyTorch."""
+    """Set the function of ``products.cpp`` that multiplies from now on; None leaves all products to PyTorch."""
     global _product
     _product = product
 
 
 def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """:func:`torch.mm`, into ``out`` if that is given, whose rows are contiguous."""
+    """Returns :func:`torch.mm` of the two, written into ``out`` if given; the rows of ``out`` are contiguous."""
     if _product is None or not _fits(left, right):
         return torch.mm(left, right) if out is None else torch.mm(left, right, out=out)
     if out is None:

@@ -145,7 +145,7 @@ def mdi_backward(
 
 
 def _spacing(x: Tensor) -> int:
-    """Distance of the rows of (B, T, D), evenly spaced; the stride of an axis of one element says nothing."""
+    """Returns the distance of the evenly spaced rows of (B, T, D); the stride of an axis of size 1 is arbitrary."""
     return x.stride(1) if x.shape[1] > 1 else x.stride(0)
 
 
@@ -162,7 +162,7 @@ def gated_scan(
 ) -> tuple[Tensor, Tensor]:
     """:func:`mm_rec.ops.mdi` with its gate, :func:`~mm_rec.ops.scan` and :func:`~mm_rec.ops.readout` in one pass.
 
-    z, u and r are (B, T, D) slices of one product, and spaced alike. Returns h and y.
+    z, u and r are (B, T, D) slices of one product, with the same distance between rows. Returns h and y.
     """
     batch, time, width = z.shape
     h, y = common.empty(z.shape), common.empty(z.shape, z.dtype)
@@ -191,7 +191,7 @@ def gated_scan_backward(
     du: Tensor,
     dr: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Write dz, du and dr, slices as z, u and r are; return the gradients of decay_logits, the biases, and h0."""
+    """Write dz, du and dr, which are slices like z, u and r; return the gradients of decay_logits, biases and h0."""
     batch, time, width = z.shape
     dh_last = contiguous(dh_last)
     ddecay, dh0 = common.empty(z.shape, z.dtype), common.empty((batch, width))

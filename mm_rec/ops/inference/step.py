@@ -1,133 +1,40 @@
-"""One token of each sequence through a whole model: the plan that ``mm_rec/cpp/src/step.h`` walks, on tensors.
+"""Runs one token of each sequence through a whole model, by the plan that ``mm_rec/cpp/src/step.h`` reads.
 
 A plan is a flat table of pointers to the weights, built once; a step is then one call, without Python or PyTorch
-between the layers. It runs on the CPU alone and has no reference of its own: the model's forward pass is that.
+between the layers. It runs on the CPU alone and has no reference of its own: the model's forward pass defines it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mm_rec.ops import backend
+from mm_rec.ops.inference.matrices import Int8Matrix, PackedMatrix, Weight, shape_of
 from mm_rec.ops.reference import rotary_angles
 
-__all__ = ["Int8Matrix", "PackedMatrix", "StepPlan", "StepShape", "Weight", "pack_weights", "quantize_rows"]
+__all__ = ["MATRICES", "VECTORS", "StepPlan", "StepShape"]
 
-_PACKED = 3
-_PACKED_CHUNK, _PACKED_UNIT = 128, 16  # weights of a chunk, rows of a unit; as in step_packed.h
-_LARGE_PAGE = 2**21
-_WORTH_PACKING = 0.9  # of the bytes of a matrix, at most
+_PACKED = 3  # the code of a PackedMatrix; the others follow
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 MATRICES = ("in_proj", "decay_proj", "out_proj", "qkv_proj", "attention_out", "ffn_up", "ffn_down")
 VECTORS = ("decay_bias", "gate_bias", "w_g", "address", "rate_logit")
 
 
-class Int8Matrix(NamedTuple):
-    """A matrix with eight bits a weight.
-
-    Attributes:
-        data: (rows, columns) int8 in [-127, 127].
-        scale: (rows,) float32; row r stands for scale[r] * data[r].
-    """
-
-    data: Tensor
-    scale: Tensor
-
-    def dequantize(self) -> Tensor:
-        """(rows, columns) float32."""
-        return self.data.float() * self.scale[:, None]
-
-
-def quantize_rows(weight: Tensor) -> Int8Matrix:
-    """Round each row of ``weight`` (rows, columns) to 127 steps to either side of zero."""
-    wide = weight.detach().float()
-    scale = wide.abs().amax(dim=1) / 127
-    steps = wide / torch.where(scale > 0, scale, 1.0)[:, None]
-    return Int8Matrix(steps.round().clamp(-127, 127).to(torch.int8).contiguous(), scale)
-
-
-@dataclass(frozen=True)
-class PackedMatrix:
-    """A bfloat16 matrix beside a copy of it in 12 bits a weight, which loses nothing and is faster to read.
-
-    Attributes:
-        plain: (rows, columns) bfloat16, the matrix itself.
-        data: uint8, the packed rows.
-        base: (rows, columns / 128) uint8, the least exponent of each chunk of a row, or 255: the chunk is not packed.
-        start: (rows / 16) int32, where each 16 rows begin in ``data``, in units of 64 bytes.
-        version: PyTorch's count of the changes of ``plain`` in place.
-    """
-
-    plain: Tensor
-    data: Tensor
-    base: Tensor
-    start: Tensor
-    version: int
-
-    def holds(self, weight: Tensor) -> bool:
-        """Whether ``weight`` is the matrix that was packed, and as it was then."""
-        return weight.data_ptr() == self.plain.data_ptr() and weight._version == self.version
-
-
-def pack_weights(weights: Mapping[str, Tensor]) -> dict[str, PackedMatrix]:
-    """Pack those of ``weights``, matrices (rows, columns), that are bfloat16 on the CPU and then take fewer bytes.
-
-    Tensors made in inference mode are left out, since PyTorch does not count their changes.
-
-    Raises:
-        NativeUnavailableError: there is no native library.
-    """
-    layouts = {}
-    for name, weight in weights.items():
-        if not (weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()):
-            continue
-        if not weight.is_inference():
-            base, start, size = _layout(weight := weight.detach())
-            if size <= _WORTH_PACKING * weight.nbytes:
-                layouts[name] = weight, base, start, size
-    if not layouts:
-        return {}
-    memory = _in_large_pages(sum(size for *_, size in layouts.values()))
-    packed, offset = {}, 0
-    for name, (weight, base, start, size) in layouts.items():
-        data = memory[offset : offset + size]
-        offset += size
-        pointers = [tensor.data_ptr() for tensor in (weight, base, start, data)]
-        backend.kernel("pack", "cpu")(*weight.shape, *pointers, torch.get_num_threads())
-        packed[name] = PackedMatrix(weight, data, base, start, weight._version)
-    return packed
-
-
-def _layout(weight: Tensor) -> tuple[Tensor, Tensor, int]:
-    """``base`` and ``start`` of a packed matrix, and the bytes of its data."""
-    rows, columns = weight.shape
-    base = torch.empty(rows, columns // _PACKED_CHUNK, dtype=torch.uint8)
-    start = torch.empty(-(-rows // _PACKED_UNIT), dtype=torch.int32)
-    pointers = weight.data_ptr(), base.data_ptr(), start.data_ptr()
-    return base, start, backend.kernel("pack_layout", "cpu")(rows, columns, *pointers, torch.get_num_threads())
-
-
-def _in_large_pages(size: int) -> Tensor:
-    """Memory (size,) uint8, in pages of 2 MB if the system has them: a processor reads those faster."""
-    memory = mmap.mmap(-1, size + 2 * _LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(AttributeError, OSError):  # of another system, or of Linux without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    buffer = torch.frombuffer(memory, dtype=torch.uint8)
-    begin = -buffer.data_ptr() % _LARGE_PAGE
-    return buffer[begin : begin + size]
-
-
 @dataclass(frozen=True)
 class StepShape:
-    """What the weights' shapes don't tell: heads, tokens of the window, slots, base of the rotary encoding."""
+    """The sizes that the weights' shapes don't tell.
+
+    Attributes:
+        heads: H.
+        window: W, tokens of the short-term memory.
+        slots: S of the long-term memory.
+        rotary_base: see :func:`mm_rec.ops.rotate`.
+    """
 
     heads: int
     window: int
@@ -169,11 +76,8 @@ class _State(ctypes.Structure):
     )
 
 
-Weight = Tensor | Int8Matrix | PackedMatrix
-
-
 class StepPlan:
-    """The pointers of a model for :meth:`step`; keeps what they point to alive.
+    """Holds the pointers to a model's weights for :meth:`step`, and keeps the weights alive.
 
     Args:
         shape: sizes.
@@ -199,18 +103,18 @@ class StepPlan:
         self._kernel = backend.kernel("step", "cpu")
         self._scratch_size = backend.kernel("step_scratch", "cpu")
         self._kept: list[object] = []
-        self._scratch, self._scratch_for = torch.empty(0), (0, 0)  # and how many sequences and threads it is for
+        self._scratch, self._scratch_for = torch.empty(0), (0, 0)  # the second: for how many sequences and threads
         blocks = [block for expert in experts for block in expert]
         table = (_Block * len(blocks))(*map(self._block, blocks))
         first = blocks[0]
-        vocabulary, width = _shape(embedding)
+        vocabulary, width = shape_of(embedding)
         angle = rotary_angles(torch.arange(shape.window), width // shape.heads, shape.rotary_base)
         self._plan = _Plan(
             type=_TYPE_CODES[dtype],
             width=width,
             heads=shape.heads,
-            hidden=_shape(first["ffn_up"])[0],
-            decay_width=_shape(first["decay_proj"])[1],
+            hidden=shape_of(first["ffn_up"])[0],
+            decay_width=shape_of(first["decay_proj"])[1],
             vocabulary=vocabulary,
             window=shape.window,
             slots=shape.slots,
@@ -259,7 +163,7 @@ class StepPlan:
         offset: int,
         slots: tuple[Tensor, Tensor, Tensor],
     ) -> Tensor:
-        """Read one token of each sequence.
+        """Advance each sequence by one token.
 
         Args:
             tokens, position: (B,) int64; a token and its place in its document.
@@ -294,9 +198,3 @@ class StepPlan:
         if result == 3:
             raise IndexError(f"a token is not in the vocabulary of {plan.vocabulary}")
         return logits
-
-
-def _shape(weight: Weight) -> torch.Size:
-    if isinstance(weight, PackedMatrix):
-        return weight.plain.shape
-    return weight.data.shape if isinstance(weight, Int8Matrix) else weight.shape

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch  # noqa: F401 - loads PyTorch's OpenMP runtime first, which the library then shares
 
-from mm_rec.cpp.build import CPU_LIBRARY
+from mm_rec.cpp.build import CPU_LIBRARY, LEVELS
 from mm_rec.errors import SettingError
 from mm_rec.ops.backend import NativeUnavailableError
 
-__all__ = ["LEVELS", "LIBRARY_PATH", "CpuLibrary", "openmp_runtimes"]
+__all__ = ["INTERFACE", "LIBRARY_PATH", "CpuLibrary", "openmp_runtimes"]
 
-LEVELS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
-LIBRARY_PATH = Path(__file__).resolve().parents[1] / "cpp" / CPU_LIBRARY
+LIBRARY_PATH = Path(__file__).resolve().parents[2] / "cpp" / CPU_LIBRARY
 INTERFACE = 4  # mm_rec_interface() of mm_rec/cpp/src/level.cpp
 REBUILD = "cd mm_rec/cpp && python setup.py build_ext --inplace"
 
@@ -72,7 +71,7 @@ class CpuLibrary:
 
     Attributes:
         path: of the shared library.
-        best_level, level: what the processor can run, and what was chosen; of ``LEVELS``.
+        best_level, level: what the processor can run, and what was chosen; of :data:`mm_rec.cpp.build.LEVELS`.
         call: the functions of ``kernels.cpp`` as attributes, without prefix and level.
     """
 
@@ -113,12 +112,12 @@ class CpuLibrary:
 
 
 def _compiled_for(name: str, level: str) -> str:
-    """The level whose function runs at ``level``: amx has matrix products of its own and is avx512bf16 otherwise."""
+    """Returns the level whose function runs at ``level``: amx has its own matrix products, the rest is avx512bf16."""
     return "avx512bf16" if level == "amx" and name != "tile_product" else level
 
 
 def _choose_level(best: int) -> str:
-    """The best level of the processor, or the lower one that MM_REC_CPU_LEVEL asks for."""
+    """Returns the best level of the processor, or the lower one that MM_REC_CPU_LEVEL asks for."""
     name = os.environ.get("MM_REC_CPU_LEVEL")
     if not name:
         return LEVELS[best]
@@ -130,7 +129,7 @@ def _choose_level(best: int) -> str:
 
 
 def openmp_runtimes() -> list[str]:
-    """Paths of the OpenMP runtimes in this process. More than one means two pools of threads that fight."""
+    """Returns the paths of the OpenMP runtimes in this process. Two of them compete for the cores with two pools."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []

@@ -1,4 +1,4 @@
-"""A token from each row of logits in one native call: what ``mm_rec/cpp/src/sample.h`` reads, on tensors."""
+"""Draws a token from each row of logits in one native call, of ``mm_rec/cpp/src/sample.h``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _kept = threading.local()  # per thread: the scratch of the last call
 
 
 class SampleRow(ctypes.Structure):
-    """How to draw from one row; the fields are those of ``SampleRow`` in ``sample.h``."""
+    """How to draw from one row, with the fields of ``SampleRow`` in ``sample.h``."""
 
     _fields_ = (
         *((name, ctypes.c_double) for name in ("number", "top_p", "min_p")),

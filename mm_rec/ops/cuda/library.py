@@ -1,8 +1,9 @@
-"""Calls into the library of CUDA kernels, and the layouts of tensors that it takes."""
+"""Loads the library of CUDA kernels with ctypes and calls its functions."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import Tensor
 from mm_rec.cpp.build import CUDA_LIBRARY
 from mm_rec.ops.backend import NativeUnavailableError
 
-__all__ = ["LIBRARY_PATH", "CudaLibrary", "DoesNotFitError", "aligned", "all_dense", "dense", "nested_rows", "rows_of"]
+__all__ = ["LIBRARY_PATH", "CudaLibrary", "DoesNotFitError", "cuda_library"]
 
-LIBRARY_PATH = Path(__file__).resolve().parents[1] / "cpp" / CUDA_LIBRARY
+LIBRARY_PATH = Path(__file__).resolve().parents[2] / "cpp" / CUDA_LIBRARY
 REBUILD = "cd mm_rec/cpp && python setup.py build_ext --inplace"
 _PREFIX = "mm_rec_cuda_"
 _INTERFACE = 2  # mm_rec_cuda_interface() of mm_rec/cpp/cuda/errors.cu
@@ -26,7 +27,7 @@ class DoesNotFitError(RuntimeError):
 
 
 def _argument(value: Any) -> Any:
-    """Pointers, integers and floating-point numbers of the C interface are void*, int64_t and double."""
+    """Convert a value for the C interface, which takes void*, int64_t and double."""
     if isinstance(value, ctypes.Array):
         return value
     if isinstance(value, Tensor):
@@ -78,51 +79,18 @@ class CudaLibrary:
             raise RuntimeError(f"the CUDA kernel {name} did not start: {self._error_string(error).decode()}")
 
     def size(self, name: str, like: Tensor, *sizes: int) -> int:
-        """What ``mm_rec_cuda_<name>_workspace`` answers: the scratch memory that the function wants."""
+        """Returns the size of the scratch memory of a function, from ``mm_rec_cuda_<name>_workspace``."""
         function = self._library[f"{_PREFIX}{name}_workspace"]
         function.restype = ctypes.c_int64
         with torch.cuda.device(like.device):
             return int(function(*map(ctypes.c_int64, sizes)))
 
 
-def aligned(x: Tensor, *strides: int) -> bool:
-    """Whether accesses of 16 bytes are allowed at ``x`` and at multiples of the strides (in elements) from it."""
-    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in strides)
+@functools.cache
+def cuda_library() -> CudaLibrary:
+    """Returns the library of this process, opened at the first call.
 
-
-def dense(x: Tensor) -> Tensor:
-    """``x`` contiguous and aligned, copied only if needed."""
-    x = x.contiguous()
-    return x if aligned(x) else x.clone()
-
-
-def all_dense(*tensors: Tensor | None) -> Any:
-    """:func:`dense` of each, None for None."""
-    return [None if x is None else dense(x) for x in tensors]
-
-
-def rows_of(x: Tensor) -> tuple[Tensor, int]:
-    """``x`` as rows along its last axis, copied only if needed: a tensor over them and their distance in elements."""
-    x, inner, outer_stride, inner_stride = nested_rows(x)
-    if inner == 1 or outer_stride == inner * inner_stride:
-        return x, inner_stride if inner > 1 else outer_stride
-    return dense(x), x.shape[-1]
-
-
-def nested_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """``x`` as rows along its last axis, where the axis before the last may have a stride of its own.
-
-    Returns:
-        A tensor over them, copied only if needed; the size of the axis before the last, and two distances in
-        elements: row r starts at (r // inner) * outer_stride + (r % inner) * inner_stride.
+    Raises:
+        NativeUnavailableError: it is missing or broken.
     """
-    width = x.shape[-1]
-    inner, inner_stride = (x.shape[-2], x.stride(-2)) if x.dim() > 1 else (1, width)
-    outer_stride = expected = x.stride(-3) if x.dim() > 2 else inner * inner_stride
-    regular = x.stride(-1) == 1 or width == 1
-    for size, stride in zip(reversed(x.shape[:-2]), reversed(x.stride()[:-2]), strict=True):
-        regular = regular and (size == 1 or stride == expected)
-        expected *= size
-    if regular and aligned(x, inner_stride, outer_stride):
-        return x, inner, outer_stride, inner_stride
-    return dense(x), inner, inner * width, width
+    return CudaLibrary()

@@ -1,25 +1,25 @@
-"""The fused ops of the CUDA back end: what a block does between two of its wide products, in one call each.
+"""The recurrence of a block between its two wide products, as one fused op each for linear and nonlinear states.
 
-Gradients of the wide product's parts are written where they belong in its gradient, so nothing is put together after.
+The gradients of the parts of the first product are written into the gradient of the whole, so none is copied later.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm_rec.ops import cuda
-from mm_rec.ops.cuda_library import all_dense, rows_of
+from mm_rec.ops.cuda import common
+from mm_rec.ops.cuda.common import TYPE_CODES, all_dense, empty_like, rows_of, workspace_of
+from mm_rec.ops.cuda.library import cuda_library
+from mm_rec.ops.cuda.norm import readout
+from mm_rec.ops.cuda.sequence import mdi
 
 __all__ = ["KERNELS"]
 
 
 def _decay(projected: Tensor, decay_proj: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of the decay, and the hidden layer after its gelu."""
+    """Returns the logits of the decay, and its hidden layer after gelu."""
     hidden = F.gelu(projected[..., 3 * decay_proj.shape[0] :])
     return F.linear(hidden, decay_proj), hidden
 
@@ -27,7 +27,7 @@ def _decay(projected: Tensor, decay_proj: Tensor) -> tuple[Tensor, Tensor]:
 def _decay_backward(
     ddecay: Tensor, hidden: Tensor, projected: Tensor, decay_proj: Tensor, dprojected: Tensor
 ) -> Tensor:
-    """Fill in the hidden layer's part of ``dprojected``; returns the gradient of ``decay_proj``."""
+    """Fill in the hidden layer's part of ``dprojected``, and return the gradient of ``decay_proj``."""
     part = slice(3 * decay_proj.shape[0], None)
     dhidden = ddecay @ decay_proj
     torch.ops.aten.gelu_backward.grad_input(dhidden, projected[..., part], grad_input=dprojected[..., part])
@@ -48,11 +48,11 @@ def gated_scan(
     batch, time, _ = projected.shape
     width = decay_proj.shape[0]
     decay, hidden = _decay(projected, decay_proj)
-    y, h_last = cuda._empty_like(decay), cuda._empty(decay_bias, batch, width)
-    starts = cuda._empty(decay_bias, batch, cuda._library.size("gated_scan_chunks", projected, time), width)
-    workspace = cuda._workspace("gated_scan", projected, batch, time, width, False)
-    cuda._library.call(
-        "gated_scan_forward", projected, projected, stride, decay, cuda._DTYPES[decay.dtype], decay_bias, gate_bias, h0,
+    y, h_last = empty_like(decay), common.empty(decay_bias, batch, width)
+    starts = common.empty(decay_bias, batch, cuda_library().size("gated_scan_chunks", projected, time), width)
+    workspace = workspace_of("gated_scan", projected, batch, time, width, False)
+    cuda_library().call(
+        "gated_scan_forward", projected, projected, stride, decay, TYPE_CODES[decay.dtype], decay_bias, gate_bias, h0,
         reset, y, h_last, starts, workspace, batch, time, width, width // heads,
     )  # fmt: skip
     return y, h_last, decay, hidden, starts
@@ -74,11 +74,11 @@ def gated_scan_backward(
     dy, dh_last, decay_bias, gate_bias, reset = all_dense(dy, dh_last, decay_bias, gate_bias, reset)
     projected, stride = rows_of(projected)
     batch, time, width = decay.shape
-    dprojected, ddecay, ddecay_bias, dgate_bias = cuda._empty_like(projected, decay, decay_bias, gate_bias)
-    dh0 = cuda._empty(decay_bias, batch, width)
-    workspace = cuda._workspace("gated_scan", projected, batch, time, width, True)
-    cuda._library.call(
-        "gated_scan_backward", projected, dy, dh_last, starts, projected, stride, decay, cuda._DTYPES[decay.dtype],
+    dprojected, ddecay, ddecay_bias, dgate_bias = empty_like(projected, decay, decay_bias, gate_bias)
+    dh0 = common.empty(decay_bias, batch, width)
+    workspace = workspace_of("gated_scan", projected, batch, time, width, True)
+    cuda_library().call(
+        "gated_scan_backward", projected, dy, dh_last, starts, projected, stride, decay, TYPE_CODES[decay.dtype],
         decay_bias, gate_bias, reset, dprojected, dprojected.shape[2], ddecay, ddecay_bias, dgate_bias, dh0, workspace,
         batch, time, width, width // heads,
     )  # fmt: skip
@@ -102,13 +102,13 @@ def gated_loop(
     heads, dim, _ = w_g.shape
     z, r, u = projected[..., : 3 * width].split(width, dim=-1)
     u, u_stride = rows_of(u)
-    gamma, x = cuda.mdi(decay, decay_bias, z, None, None)
-    h, h_last = cuda._empty_like(x), cuda._empty(x, batch, width)
-    cuda._library.call(
-        "recurrence_forward", x, x, u, cuda._DTYPES[u.dtype], u_stride, gate_bias, gamma, w_g, h0, reset, h, h_last,
+    gamma, x = mdi(decay, decay_bias, z, None, None)
+    h, h_last = empty_like(x), common.empty(x, batch, width)
+    cuda_library().call(
+        "recurrence_forward", x, x, u, TYPE_CODES[u.dtype], u_stride, gate_bias, gamma, w_g, h0, reset, h, h_last,
         batch, time, heads, dim,
     )  # fmt: skip
-    return cuda.readout(h, r, heads), h_last, decay, hidden, gamma, x, h
+    return readout(h, r, heads), h_last, decay, hidden, gamma, x, h
 
 
 def gated_loop_backward(
@@ -131,23 +131,23 @@ def gated_loop_backward(
     projected, _ = rows_of(projected)
     batch, time, width = h.shape
     heads, dim, _ = w_g.shape
-    dprojected, ddecay_bias, dgate_bias, dw_g = cuda._empty_like(projected, decay_bias, gate_bias, w_g)
+    dprojected, ddecay_bias, dgate_bias, dw_g = empty_like(projected, decay_bias, gate_bias, w_g)
     z, r, u = projected[..., : 3 * width].split(width, dim=-1)
     dz, dr, du = dprojected[..., : 3 * width].split(width, dim=-1)
-    stride, dtype = dprojected.shape[2], cuda._DTYPES[projected.dtype]
+    stride, dtype = dprojected.shape[2], TYPE_CODES[projected.dtype]
     r, r_stride = rows_of(r)
     u, u_stride = rows_of(u)
     z, z_stride = rows_of(z)
-    dh, dx, dgamma = cuda._empty_like(h, x, gamma)
-    ddecay, dh0 = cuda._empty_like(decay), cuda._empty(h, batch, width)
-    cuda._library.call("readout_backward", h, dy, h, r, dtype, r_stride, dh, dr, stride, batch * time, heads, dim)
-    workspace = cuda._workspace("recurrence_backward", h, batch, time, heads, dim)
-    cuda._library.call(
+    dh, dx, dgamma = empty_like(h, x, gamma)
+    ddecay, dh0 = empty_like(decay), common.empty(h, batch, width)
+    cuda_library().call("readout_backward", h, dy, h, r, dtype, r_stride, dh, dr, stride, batch * time, heads, dim)
+    workspace = workspace_of("recurrence_backward", h, batch, time, heads, dim)
+    cuda_library().call(
         "recurrence_backward", h, dh, dh_last, h, x, u, dtype, u_stride, gate_bias, gamma, w_g, h0, reset, dx, du,
         stride, dgate_bias, dgamma, dw_g, dh0, workspace, batch, time, heads, dim,
     )  # fmt: skip
-    workspace = cuda._workspace("mdi_backward", h, batch * time, width)
-    cuda._library.call(
+    workspace = workspace_of("mdi_backward", h, batch * time, width)
+    cuda_library().call(
         "mdi_backward", h, dgamma, dx, decay, width, decay_bias, z, z_stride, None, 0, None, dtype, ddecay, ddecay_bias,
         dz, stride, None, None, workspace, batch * time, width,
     )  # fmt: skip
@@ -155,32 +155,4 @@ def gated_loop_backward(
     return dprojected, ddecay_proj, ddecay_bias, dgate_bias, dw_g, dh0
 
 
-def memory_context(qkv: Tensor, ring_k: Tensor, ring_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    ring_k, ring_v = all_dense(ring_k, ring_v)
-    qkv, stride = rows_of(qkv)
-    batch, window, heads, dim = ring_k.shape
-    time = qkv.shape[1]
-    q = cuda._empty(qkv, batch, time, heads, dim)
-    k, v = (cuda._empty(qkv, batch, window + time, heads, dim) for _ in range(2))
-    cuda._library.call(
-        "memory_context_forward", qkv, qkv, stride, ring_k, ring_v, cuda._DTYPES[qkv.dtype], q, k, v, batch, time,
-        heads, dim, window,
-    )  # fmt: skip
-    return q, k, v
-
-
-def memory_context_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor) -> Tensor:
-    dq, dk, dv = all_dense(dq, dk, dv)
-    qkv, stride = rows_of(qkv)
-    batch, time, heads, dim = dq.shape
-    dqkv = cuda._empty(qkv, *qkv.shape)
-    cuda._library.call(
-        "memory_context_backward", qkv, dq, dk, dv, qkv, stride, cuda._DTYPES[qkv.dtype], dqkv, batch, time, heads, dim,
-        dk.shape[1] - time,
-    )  # fmt: skip
-    return dqkv
-
-
-KERNELS: list[Callable[..., Any]] = [
-    gated_scan, gated_scan_backward, gated_loop, gated_loop_backward, memory_context, memory_context_backward,
-]  # fmt: skip
+KERNELS = (gated_scan, gated_scan_backward, gated_loop, gated_loop_backward)
