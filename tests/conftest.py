@@ -1,11 +1,20 @@
-"""What every test needs: a cache of its own, so that none reads or writes the user's."""
+"""What every test needs: a cache of its own, so that none reads or writes the user's. And what some need of a machine.
+
+Tests marked ``gpu`` are skipped where there is no CUDA device. Tests marked ``native`` are skipped where the CPU
+kernels cannot be used, as on a machine without a compiler, and fail there if MM_REC_REQUIRE_NATIVE is set, as
+``.ci/run`` does.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from mm_rec import ops
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -14,3 +23,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of a test, which may need the kernels too
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("native"):
+        status = ops.status()["cpu"]
+        if status.backend != "native":
+            reason = f"needs the native CPU kernels: {status.reason}"
+            if os.environ.get("MM_REC_REQUIRE_NATIVE"):
+                pytest.fail(f"{reason} (MM_REC_REQUIRE_NATIVE is set)", pytrace=False)
+            pytest.skip(reason)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from benchmarks.agreement import PAIRS, compare_backends
-from mm_rec import ops
 
 BOUND = {torch.float64: (1e-13, 1e-12), torch.float32: (3e-6, 3e-5)}
 
@@ -19,7 +18,7 @@ def test_ways_to_run_agree(pair: str, dtype: torch.dtype, domain: str | None) ->
     assert errors.gradient < gradient_bound
 
 
-@pytest.mark.skipif(ops.status()["cpu"].backend != "native", reason="no native library was built")
+@pytest.mark.native
 @pytest.mark.parametrize("domain", ["text", None], ids=["one-domain", "fused"])
 def test_native_agrees_with_reference(domain: str | None) -> None:
     errors = compare_backends(torch.float32, domain)

@@ -27,7 +27,7 @@ from mm_rec.optim import AdamW
 from mm_rec.quantize import pack_matrices, quantize_int8
 from mm_rec.state import ModelState, flatten_state, map_state, unflatten_state
 
-pytestmark = pytest.mark.skipif(ops.status()["cpu"].backend != "native", reason="no native library was built")
+pytestmark = pytest.mark.native
 TIME = 75  # of a window of 16: nine writes
 
 

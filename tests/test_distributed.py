@@ -168,7 +168,6 @@ def test_fusion_in_several_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_training_on_gpus(tmp_path: Path) -> None:
     """The command itself, by CUDA graphs: losses of the CPU, on one GPU and on two, whole and by FSDP; resuming."""
     cuda = ["--device", "cuda"]

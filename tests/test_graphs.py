@@ -14,10 +14,7 @@ from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
 from mm_rec.state import ModelState, map_state
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def micro_batch(index: int, domain: str | None) -> Batch:

@@ -104,7 +104,7 @@ def test_trust_remote_code_needs_no_import(folder: Path, model: MMRecForCausalLM
         assert sorted(path.name for path in again.glob("*.py")) == ["modeling_mm_rec.py"]
 
 
-@pytest.mark.skipif(ops.status()["cpu"].backend != "native", reason="no native library was built")
+@pytest.mark.native
 @pytest.mark.parametrize("domain", ["text", "all"])
 def test_single_tokens_take_the_native_step(
     model: MMRecForCausalLM, monkeypatch: pytest.MonkeyPatch, domain: str

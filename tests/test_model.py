@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from mm_rec import decode
 from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.model import MMRecModel, _TiedEmbedding, document_positions
-from mm_rec.state import detach_state, flatten_state, map_state, unflatten_state
 
 CONFIG = ModelConfig(vocab_size=64, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, slots=6)
 
@@ -110,30 +109,6 @@ def test_step_continues_a_sequence() -> None:
     logits, state = decode.step(model, batch[:, -1], state, "code")
     torch.testing.assert_close(logits, expected[:, -1], rtol=1e-5, atol=1e-5)
     assert state.position.tolist() == [50, 50, 50]
-
-
-def test_state_has_fixed_size_and_survives_flattening() -> None:
-    model = MMRecModel(CONFIG)
-    _, short = model(tokens(2, 5))
-    _, long = model(tokens(2, 300))
-    flat = flatten_state(long)
-    assert {k: v.shape for k, v in flatten_state(short).items()} == {k: v.shape for k, v in flat.items()}
-    restored = unflatten_state(flat, CONFIG)
-    following = tokens(2, 9, seed=4)
-    assert torch.equal(model(following, restored)[0], model(following, long)[0])
-    assert not any(t.requires_grad for t in flatten_state(detach_state(long)).values())
-    doubled = map_state(long, lambda t: t * 2)
-    assert torch.equal(doubled.position, long.position * 2)
-
-
-def test_state_that_does_not_fit_is_refused() -> None:
-    flat = flatten_state(MMRecModel(CONFIG).initial_state(1))
-    with pytest.raises(ValueError, match="does not fit"):
-        unflatten_state({name: t for name, t in flat.items() if not name.endswith("mass")}, CONFIG)
-    with pytest.raises(ValueError, match="does not fit"):
-        unflatten_state({name: t[..., :1] for name, t in flat.items()}, CONFIG)
-    with pytest.raises(ValueError, match="not a state"):
-        unflatten_state({}, CONFIG)
 
 
 def test_wrong_domain_or_state_is_refused() -> None:

@@ -221,7 +221,6 @@ def test_state_of_another_model_is_refused_whole() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("bad_step", [None, 4])
 def test_cuda_equals_cpu_without_waiting(bad_step: int | None) -> None:
     on_cpu = make_parameters(torch.bfloat16)

@@ -12,7 +12,6 @@ from mm_rec import ops
 from mm_rec.ops.inference import sample
 from mm_rec.sampling import Sampler, Sampling, next_tokens
 
-native = pytest.mark.skipif(ops.status()["cpu"].backend != "native", reason="no native library was built")
 SETTINGS = [
     Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
     for temperature, top_k, top_p, min_p, penalty in itertools.product(
@@ -30,7 +29,7 @@ def texts(settings: list[Sampling], vocabulary: int, banned: tuple[int, ...] = (
     return [Sampler(one, torch.Generator().manual_seed(number), banned, seen) for number, one in enumerate(settings)]
 
 
-@native
+@pytest.mark.native
 @pytest.mark.parametrize("vocabulary", [7, 64, 1003, 8384])
 @pytest.mark.parametrize("spread", [0, 0.5, 4])
 def test_the_kernel_draws_what_the_definition_draws(vocabulary: int, spread: float) -> None:
@@ -45,7 +44,7 @@ def test_the_kernel_draws_what_the_definition_draws(vocabulary: int, spread: flo
     assert not set(found) & set(banned)
 
 
-@native
+@pytest.mark.native
 def test_no_row_depends_on_its_neighbours_or_the_threads() -> None:
     logits = some_logits(len(SETTINGS), 1003, 2)
     before = torch.get_num_threads()
@@ -58,7 +57,7 @@ def test_no_row_depends_on_its_neighbours_or_the_threads() -> None:
     assert together == alone
 
 
-@pytest.mark.parametrize("backend", [pytest.param("native", marks=native), "reference"])
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=pytest.mark.native), "reference"])
 def test_equally_likely_tokens_are_kept_from_the_lowest_id(backend: str) -> None:
     logits = torch.zeros(1, 500)
     with ops.use_backend(backend):
@@ -68,7 +67,7 @@ def test_equally_likely_tokens_are_kept_from_the_lowest_id(backend: str) -> None
             assert found == set(range(kept))
 
 
-@pytest.mark.parametrize("backend", [pytest.param("native", marks=native), "reference"])
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=pytest.mark.native), "reference"])
 def test_frequencies_follow_the_probabilities(backend: str) -> None:
     logits = torch.tensor([[2.0, 1.9, 1.0, 0.0, -1.0, -torch.inf] * 7])
     sampler = Sampler(Sampling(temperature=0.7, top_p=1), torch.Generator().manual_seed(0))
@@ -77,7 +76,7 @@ def test_frequencies_follow_the_probabilities(backend: str) -> None:
     assert torch.allclose(found, (logits[0] / 0.7).softmax(0), atol=0.01)
 
 
-@native
+@pytest.mark.native
 def test_the_kernel_ends_in_a_token_whatever_the_logits() -> None:
     """Callers are told of such logits before; the kernel must stay inside of its row all the same."""
     logits = torch.zeros(5, 40)

@@ -7,7 +7,6 @@ from mm_rec.options import add_arguments, from_arguments
 from mm_rec.plan import make_plan
 from mm_rec.program import Parser
 from mm_rec.settings import TrainSettings, step_cap
-from mm_rec.stages import STAGES, betas, learning_rate
 
 
 def parse(*arguments: str, defaults: dict | None = None) -> TrainSettings:
@@ -121,62 +120,6 @@ def test_the_cap_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MM_REC_MAX_STEPS", wrong)
         with pytest.raises(UserError, match="MM_REC_MAX_STEPS"):
             step_cap()
-
-
-def test_the_guide_s_sizes_are_the_defaults() -> None:
-    cpu = make_plan(TrainSettings(), "cpu", 10**7)
-    assert (cpu.batch_size, cpu.seq_len, cpu.steps, cpu.checkpoint_interval) == (2, 512, 1000, 50)
-    gpu = make_plan(TrainSettings(stage="stage2"), "cuda", 10**9)
-    assert (gpu.batch_size, gpu.seq_len, gpu.checkpoint_interval) == (4, 8192, 100)
-    assert all(5000 <= stage.gpu.steps <= 10_000 for stage in STAGES.values())
-
-
-def test_steps_follow_from_the_data_only_where_a_sample_is_asked_for() -> None:
-    tokens = 5000
-    assert make_plan(TrainSettings(), "cpu", tokens).steps == 1000
-    sampled = make_plan(TrainSettings(use_synthetic=True, max_samples=10), "cpu", tokens)
-    assert sampled.steps == 98  # 20 passes of 5000 tokens, 1024 a step
-    assert make_plan(TrainSettings(max_samples=10, max_steps=7), "cpu", tokens).steps == 7
-    assert make_plan(TrainSettings(max_samples=10**6), "cpu", 10**9).steps == 1000
-
-
-def test_later_stages_take_their_share_of_the_rate() -> None:
-    rates = [make_plan(TrainSettings(stage=name, lr=0.6), "cpu", 10**6).rate for name in STAGES]
-    assert rates == pytest.approx([0.6, 0.2, 0.1, 0.06, 0.06])
-    assert make_plan(TrainSettings(), "cpu", 10**6).rate == 2e-3
-
-
-def test_fusion_alone_has_a_schedule_of_its_own_and_steps_enough() -> None:
-    plan = make_plan(TrainSettings(stage="stage3", max_steps=400, lr=0.6), "cpu", 10**6)
-    assert plan.fusion_steps == 80
-    rates = [plan.rate_at(step) for step in range(1, 401)]
-    assert max(rates[:80]) == rates[3] == pytest.approx(0.6)  # the full peak, after a short rise
-    assert rates[79] == pytest.approx(0.06)
-    assert max(rates[80:]) == rates[95] == pytest.approx(0.1)  # risen anew over a twentieth of the 320 steps left
-    short = {steps: make_plan(TrainSettings(stage="stage3", max_steps=steps), "cpu", 10**6) for steps in (1, 20, 100)}
-    assert {steps: plan.fusion_steps for steps, plan in short.items()} == {1: 1, 20: 10, 100: 30}
-    assert make_plan(TrainSettings(stage="chat"), "cpu", 10**6).fusion_steps == 0
-
-
-def test_betas_follow_the_tokens_of_a_step() -> None:
-    assert make_plan(TrainSettings(), "cpu", 10**6).betas == (0.7, 0.999)  # 2 x 512
-    assert betas(10**9) == betas(65_536) == (0.9, 0.95)
-    assert betas(1) == betas(1024)
-    first, second = betas(32_768)
-    assert 0.7 < first < 0.9
-    assert second**2 == pytest.approx(0.95)  # half the tokens: twice the steps for the same decay
-
-
-def test_the_rate_rises_then_falls_to_a_tenth() -> None:
-    rates = [learning_rate(step, 400, 2.0) for step in range(1, 401)]
-    peak = rates.index(max(rates))
-    assert peak == 19  # a twentieth
-    assert rates[: peak + 1] == sorted(rates[: peak + 1])
-    assert rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[-1] == pytest.approx(0.2)
-    assert learning_rate(1, 1, 2.0) == 2.0
-    assert learning_rate(500, 400, 2.0) == pytest.approx(0.2)
 
 
 def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:

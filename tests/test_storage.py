@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import resource
@@ -226,12 +227,21 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         storage.verify_folder(path)
 
 
+def rename_in_manifest(folder: Path, old: str, new: str) -> None:
+    """Say in the manifest of ``folder`` that a file is another; written as the storage writes it."""
+    content = json.loads((folder / "manifest.json").read_bytes())
+    content["files"][new] = content["files"].pop(old)
+    (folder / "manifest.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "inner/../../outside", "nul\0"])
 def test_a_manifest_cannot_name_what_is_outside(tmp_path: Path, name: str) -> None:
     path = make_folder(tmp_path / "folder")
-    (tmp_path / "outside").write_text("")
-    forged = storage._manifest_bytes({name: storage._fingerprint(tmp_path / "outside")})
-    (path / "manifest.json").write_bytes(forged)
+    for file in (path / "good", tmp_path / "outside"):
+        file.write_text("b")
+    rename_in_manifest(path, "inner/b.txt", "good")
+    assert "good" in storage.verify_folder(path)
+    rename_in_manifest(path, "good", name)
     with pytest.raises(DamageError, match="manifest"):
         storage.verify_folder(path)
 

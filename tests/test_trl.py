@@ -2,16 +2,15 @@
 
 from pathlib import Path
 
+import datasets
 import pytest
+import trl
 
 from mm_rec import checkpoint
 from mm_rec.config import ModelConfig
 from mm_rec.data.conversations import encode_document, parse_conversation
 from mm_rec.model import MMRecModel
 from mm_rec.tokenizer import train_tokenizer
-
-trl = pytest.importorskip("trl", reason="needs TRL: pip install trl")
-datasets = pytest.importorskip("datasets")
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8, slots=2)
 CONVERSATIONS = [

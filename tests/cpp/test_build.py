@@ -24,6 +24,7 @@ def _exports(library: Path) -> set[str]:
     return {line.split()[-1] for line in lines.stdout.splitlines()}
 
 
+@pytest.mark.native
 def test_library_has_every_level_and_nothing_else() -> None:
     names = _exports(CpuLibrary().path)
     levels = LEVELS if platform.machine() == "x86_64" else LEVELS[:1]

@@ -21,6 +21,7 @@ SECONDS = "3"
 ENVIRONMENT = {"OMP_NUM_THREADS": "2", "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
 
 
+@pytest.mark.native
 @pytest.mark.slow
 def test_no_finding(tmp_path: Path) -> None:
     levels = {LEVELS[0], CpuLibrary().best_level}

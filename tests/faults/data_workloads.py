@@ -60,7 +60,7 @@ BAD: dict[str, Callable[[random.Random], bytes]] = {
 
 @workload(
     8, "JSONL files, plain and compressed, with bad rows of 17 kinds between good ones", unit="files",
-    quick=300, soak=10_000,
+    quick=300, soak=10_000, idle=["good rows read"],
 )  # fmt: skip
 def files_with_bad_rows(folder: Path) -> Iterator[Trial]:
     def trial(seed: int) -> str:

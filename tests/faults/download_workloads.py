@@ -72,7 +72,7 @@ def random_fault(rng: random.Random) -> Fault:
 
 @workload(
     9, "downloads cut at any byte, wrong bytes, 401, 403, 404, 429, 5xx, Retry-After; then once more undisturbed",
-    unit="downloads", quick=15, soak=500,
+    unit="downloads", quick=15, soak=500, idle=["right bytes, no fault was met"],
 )  # fmt: skip
 def faulty_downloads(folder: Path) -> Iterator[Trial]:
     import datasets
@@ -92,6 +92,7 @@ def faulty_downloads(folder: Path) -> Iterator[Trial]:
             rng, target = random.Random(seed), folder / f"data{seed}"
             one.faults[:] = [random_fault(rng) for _ in range(rng.randint(1, 4))]
             samples = rng.choice([100, 600, SAMPLES, 9999])
+            planned = sum(fault.times for fault in one.faults)
             outcome = "right bytes in spite of it"
             try:
                 fetch(SOURCES["python"], samples, target, lambda line: None)
@@ -101,6 +102,8 @@ def faulty_downloads(folder: Path) -> Iterator[Trial]:
                 assert not (target / "code" / "code.jsonl").exists()
                 assert read_manifest(target) == {}
                 outcome = "a clear error; right bytes from the same command later"
+            if sum(fault.times for fault in one.faults) == planned:
+                outcome = "right bytes, no fault was met"
             one.faults.clear()
             fetch(SOURCES["python"], samples, target, lambda line: None)
             assert read(target) == GOOD[:samples]
@@ -137,7 +140,8 @@ def random_place(rng: random.Random) -> tuple[str, int, float]:
     return place, rng.randint(1, PLACES[place]), rng.choice([0.0, rng.uniform(0, 0.01)])
 
 
-@workload(4, "SIGTERM, SIGINT and double Ctrl-C in a download", unit="signals", quick=3, soak=100)
+@workload(4, "SIGTERM, SIGINT and double Ctrl-C in a download", unit="signals", quick=3, soak=100,
+          idle=["download: had ended before the signal"])  # fmt: skip
 def signalled_downloads(folder: Path) -> Iterator[Trial]:
     with downloader(folder) as (_, start):
 
@@ -163,7 +167,8 @@ def signalled_downloads(folder: Path) -> Iterator[Trial]:
         yield trial
 
 
-@workload(9, "two downloads into one folder at once, one or both of them killed", unit="folders", quick=2, soak=60)
+@workload(9, "two downloads into one folder at once, one or both of them killed", unit="folders", quick=2, soak=60,
+          idle=["exit codes [0, 0], right bytes at the end"])  # fmt: skip
 def downloads_at_once(folder: Path) -> Iterator[Trial]:
     with downloader(folder) as (one, start):
 

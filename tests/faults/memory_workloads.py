@@ -23,7 +23,7 @@ def estimate(log: str) -> float:
 
 
 @workload(12, "a limit on memory (RLIMIT_AS) of 25, 50, 75% and random shares of what the run takes", unit="limits",
-          quick=3, soak=60)  # fmt: skip
+          quick=3, soak=60, idle=["enough: it ran"])  # fmt: skip
 def little_memory(folder: Path) -> Iterator[Trial]:
     pipeline = Pipeline(folder)
     command = pipeline.command("stage1", folder / "free", **SIZES)

@@ -111,7 +111,8 @@ def random_kill(rng: random.Random, seconds: float) -> When:
     return When(place, rng.randint(1, PLACES[place]), rng.choice([0.0, rng.uniform(0, 0.03)]))
 
 
-@workload(1, "kill -9 at random instants, half of them in saves and evaluations", unit="runs", quick=5, soak=200)
+@workload(1, "kill -9 at random instants, half of them in saves and evaluations", unit="runs", quick=5, soak=200,
+          idle=["came out byte for byte"])  # fmt: skip
 def killed_commands(folder: Path) -> Iterator[Trial]:
     pipeline = Pipeline(folder)
 
@@ -252,11 +253,12 @@ CHANGES = {
     "ops": {},
 }
 """What may not be as it was when a run is resumed by name: as the identity of a run calls it, and the flags."""
+NOTHING_TO_CHANGE = "fine-tuning takes the tokenizer of the model: nothing to change"
 
 
 @workload(
     6, "--resume_from with other settings, threads, precision, processor level, data or tokenizer",
-    unit="resumes", quick=3, soak=len(CHANGES) * len(STAGES),
+    unit="resumes", quick=3, soak=len(CHANGES) * len(STAGES), idle=[NOTHING_TO_CHANGE],
 )  # fmt: skip
 def changed_resumes(folder: Path) -> Iterator[Trial]:
     pipeline = Pipeline(folder)
@@ -274,7 +276,7 @@ def changed_resumes(folder: Path) -> Iterator[Trial]:
             raise Complete
         stage, name = order[seed]
         if stage in STAGES[3:] and name == "tokenizer":
-            return "fine-tuning takes the tokenizer of the model: nothing to change"
+            return NOTHING_TO_CHANGE
         whole = pipeline.undisturbed(stage)
         root = folder / f"changed{seed}"
         (root / stage).parent.mkdir()

@@ -149,7 +149,8 @@ def save_on_a_full_disk(folder: Path) -> Iterator[Trial]:
     yield trial
 
 
-@workload(1, "kill -9 at random system calls of a run that saves and prunes", unit="runs", quick=3, soak=100)
+@workload(1, "kill -9 at random system calls of a run that saves and prunes", unit="runs", quick=3, soak=100,
+          idle=["came out byte for byte"])  # fmt: skip
 def runs_killed_at_system_calls(folder: Path) -> Iterator[Trial]:
     steps = 7
     supervisor, _ = opened(folder)

@@ -150,7 +150,7 @@ def wait_until_free(service: Service, seconds: float) -> None:
 
 
 @workload(15, "requests with wrong, strange, huge, deep and damaged bodies and headers", unit="requests",
-          quick=300, soak=10_000)  # fmt: skip
+          quick=300, soak=10_000, idle=["status 200"])  # fmt: skip
 def strange_requests(folder: Path) -> Iterator[Trial]:
     with client_of(folder) as (client, service):
 
@@ -165,7 +165,7 @@ def strange_requests(folder: Path) -> Iterator[Trial]:
 
 
 @workload(15, "ten times as many clients as the server takes, of which a third leaves in the midst of an answer",
-          unit="crowds", quick=1, soak=50)  # fmt: skip
+          unit="crowds", quick=1, soak=50, idle=["status 200"])  # fmt: skip
 def crowds(folder: Path) -> Iterator[Trial]:
     clients = 10 * (STREAMS + QUEUE)
     with socket_of(folder, max_tokens=200) as (port, service), ThreadPoolExecutor(clients) as pool:

@@ -21,7 +21,7 @@ FRAGMENTS = (
 
 
 @workload(16, "session names with traversal, NUL, Unicode, upper case, links and special files", unit="names",
-          quick=100, soak=5000)  # fmt: skip
+          quick=100, soak=5000, idle=["a good name: made, found, deleted"])  # fmt: skip
 def hostile_session_names(folder: Path) -> Iterator[Trial]:
     outside = folder / "outside"
     outside.mkdir()

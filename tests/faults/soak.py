@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import report
-from workload import Complete, Impossible, Workload, all_workloads
+from workload import Complete, Impossible, Outcome, Workload, all_workloads, counted
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "soak"
@@ -49,9 +49,9 @@ class Record:
     failures: list[dict[str, Any]] = field(default_factory=list)
     runs: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, outcome: Any) -> None:
+    def add(self, outcome: Outcome) -> None:
         counts = Counter(self.outcomes)
-        counts.update([outcome] if isinstance(outcome, str) else outcome)
+        counts.update(counted(outcome))
         self.outcomes = dict(counts)
 
 

@@ -1,8 +1,8 @@
 """What the fault tests and the soak share: workloads that try a promise again and again, each trial from its seed.
 
 A workload is a context that prepares in a folder what all trials need and yields the trial, a function from a seed to
-the outcome in a few words (or numbers by words). It raises where the promise is broken. The test run does the first
-few seeds of every workload (``test_workloads.py``), the soak all of them (``soak.py``).
+the outcome in a few words (or numbers by words), which say what was tried. It raises where the promise is broken. The
+test run does the first few seeds of every workload (``test_workloads.py``), the soak all of them (``soak.py``).
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Workload:
         quick: trials of a test run; none if something else in the tests does it.
         soak: trials of the soak.
         open: prepares it in an empty folder.
+        idle: outcomes of trials in which nothing went wrong, so that nothing was tried.
     """
 
     row: int
@@ -63,13 +64,23 @@ class Workload:
     quick: int
     soak: int
     open: Open
+    idle: Collection[str] = ()
+
+    def tried(self, outcomes: Mapping[str, int]) -> int:
+        """How many of ``outcomes``, counted by their words, say that something was tried."""
+        return sum(count for outcome, count in outcomes.items() if outcome not in self.idle)
+
+
+def counted(outcome: Outcome) -> Mapping[str, int]:
+    """An outcome as numbers by words."""
+    return {outcome: 1} if isinstance(outcome, str) else outcome
 
 
 _registered: dict[str, Workload] = {}
 
 
 def workload(
-    row: int, what: str, *, unit: str, quick: int, soak: int
+    row: int, what: str, *, unit: str, quick: int, soak: int, idle: Collection[str] = ()
 ) -> Callable[[Callable[[Path], Iterator[Trial]]], Open]:
     """Register a generator function as the workload of its name."""
 
@@ -77,7 +88,7 @@ def workload(
         name = function.__name__
         assert name not in _registered, name
         prepare = contextmanager(function)
-        _registered[name] = Workload(row, name, what, unit, quick, soak, prepare)
+        _registered[name] = Workload(row, name, what, unit, quick, soak, prepare, idle)
         return prepare
 
     return register

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 A = torch.rand(1, 3, 4)
 
 
+@pytest.mark.native
 def test_status_says_what_runs() -> None:
     status = ops.status()["cpu"]
     assert status.backend == "native"
@@ -44,6 +45,7 @@ def test_status_says_why_not() -> None:
         ops.status()["tpu"]
 
 
+@pytest.mark.native
 def test_choice_is_per_thread_and_nests() -> None:
     seen = {}
     with ops.use_backend("reference"):
@@ -65,6 +67,7 @@ def test_float64_takes_the_reference() -> None:
         assert ops.scan(A.double(), A).dtype == torch.float64
 
 
+@pytest.mark.native
 def test_one_openmp_runtime() -> None:
     """The library must share PyTorch's runtime: two pools of threads would fight for the cores."""
     code = (
@@ -102,6 +105,7 @@ print(level)
 """
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level_agrees_with_the_reference(level: str) -> None:
     best = LEVELS.index(CpuLibrary().best_level)
@@ -122,6 +126,7 @@ def test_the_compiler_is_not_imported_for_nothing() -> None:
     assert result.stdout.strip() == "False"
 
 
+@pytest.mark.native
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # emulated
 @pytest.mark.skipif(not shutil.which("qemu-x86_64"), reason="needs qemu-x86_64 (Debian: qemu-user)")
@@ -137,6 +142,7 @@ def test_older_processors_run_the_level_they_have(processor: str, level: str, mo
     assert result.stdout.strip() == level
 
 
+@pytest.mark.native
 def test_levels_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MM_REC_CPU_LEVEL", "sse9")
     with pytest.raises(ValueError, match="MM_REC_CPU_LEVEL must be one of"):
@@ -178,6 +184,7 @@ def test_without_a_library(content: bytes | None, reason: str, tmp_path: Path, m
         ops.scan(A, A)
 
 
+@pytest.mark.native
 def test_library_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "INTERFACE", library.INTERFACE + 1)
     with pytest.raises(NativeUnavailableError, match="has interface"):
@@ -233,6 +240,7 @@ def test_wrong_arguments_are_named(op: str, index: int, spoil: object, message: 
             getattr(ops, op)(*arguments)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("position", [[[-1, 0, 1, 2]], [[8, 8, 8, 8]]], ids=["negative", "too-many-writes"])
 def test_impossible_positions(position: list[list[int]]) -> None:
     arguments = list(CASES["memory_update"]["one-token-that-writes"](torch.float32))

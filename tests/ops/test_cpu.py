@@ -11,6 +11,7 @@ from mm_rec.ops import reference
 from .cases import CASES, FUSED_CASES, Builder
 from .compare import assert_agree, run, tolerance, widen
 
+pytestmark = pytest.mark.native
 ALL = [pytest.param(op, build, id=f"{op}-{name}") for op, cases in CASES.items() for name, build in cases.items()]
 
 

@@ -27,10 +27,7 @@ from .cases import recurrence as recurrence_case
 from .cases import scan as scan_case
 from .compare import assert_agree, run, widen
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 # float32 products on the tensor cores are sums of three bfloat16 ones, near 2^-16. bfloat16 results are one rounding
 # (2^-9) from the truth; four ops also compute from something rounded, as their CPU kernels or PyTorch's attention do:

@@ -14,6 +14,7 @@ from mm_rec.ops.cpu import loss
 from .cases import linear_cross_entropy
 from .compare import assert_agree, run, tolerance, widen
 
+pytestmark = pytest.mark.native
 OP = "linear_cross_entropy"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
@@ -90,4 +91,6 @@ def test_training_after_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = linear_cross_entropy(63, 20, 130, True, torch.float32)
     with torch.inference_mode():
         ops.linear_cross_entropy(*arguments)
-    run(ops.linear_cross_entropy, arguments)
+    got = run(ops.linear_cross_entropy, arguments)
+    want = run(reference.linear_cross_entropy, widen(arguments))
+    assert_agree(got, want, tolerance(OP, torch.float32, "any"))

@@ -16,6 +16,7 @@ from mm_rec.ops import backend
 from mm_rec.ops.cpu import branches, loss, matmul
 from mm_rec.ops.cpu.library import CpuLibrary
 
+pytestmark = pytest.mark.native
 SIZES = st.one_of(st.sampled_from([16, 17, 31, 32, 33, 64, 95]), st.integers(16, 130))
 ROUNDED = 2.0**-8
 """Of the largest value, what one rounding to bfloat16 and an addition in another order may differ by."""
@@ -117,6 +118,8 @@ def test_an_infinity_stays_in_its_row() -> None:
 
 @pytest.mark.parametrize(("learns_x", "learns_weight"), [(True, True), (True, False), (False, True)])
 def test_linear(learns_x: bool, learns_weight: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # These kernels are only among those of processors that multiply pairs of bfloat16, and no caller of the package has
+    # a reason to change what a back end holds: so the test does it, to see the op and its gradient everywhere.
     ops.status()
     native = backend._loaded["cpu"]
     assert isinstance(native, backend.Native)

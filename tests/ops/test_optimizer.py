@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mm_rec import ops
 
-BACKENDS = pytest.mark.parametrize("backend", ["native", "reference"])
+BACKENDS = pytest.mark.parametrize("backend", [pytest.param("native", marks=pytest.mark.native), "reference"])
 SETTINGS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
 
 
@@ -136,6 +136,7 @@ def test_sum_of_squares_shows_a_nan() -> None:
     assert ops.sum_of_squares([torch.ones(50_000), torch.tensor([torch.nan])]).isnan()
 
 
+@pytest.mark.native
 def test_threads_change_nothing() -> None:
     x = torch.randn(200_001, generator=torch.Generator().manual_seed(0))
     found = []

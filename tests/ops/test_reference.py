@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from mm_rec import ops
 from mm_rec.ops import reference
 
 from .cases import (
     add_rms_norm,
+    feed_forward,
+    gated_recurrence,
+    linear_branch,
     linear_cross_entropy,
     mdi,
+    memory_context,
     memory_read,
     memory_update,
     positions,
@@ -39,16 +45,49 @@ SMALL_CASES: dict[str, tuple[Any, ...]] = {
     "memory_read": memory_read(MEMORY, F64),
     "linear_cross_entropy": linear_cross_entropy(4, 5, 7, True, F64),
 }
+COMPOSITE_CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
+    **{
+        f"gated_recurrence-{'loop' if loop else 'scan'}-{'with' if state else 'without'}-state": (
+            "gated_recurrence",
+            gated_recurrence(SHAPE, loop, state, F64),
+        )
+        for loop in (False, True)
+        for state in (False, True)
+    },
+    "linear_branch-without-state": ("linear_branch", linear_branch((1, 5, 6, 3), False, F64)),
+    "linear_branch-with-state": ("linear_branch", linear_branch(SHAPE, True, F64)),
+    "feed_forward": ("feed_forward", feed_forward((2, 3, 5, 1), F64)),
+    "memory_context": ("memory_context", memory_context(2, 3, 4, 3, 5, F64)),
+}
+"""Ops that are made of others, with and without feedback, and a state and resets."""
+
+
+def _leaf(x: Any) -> Any:
+    """A float that learns; resets at a start and in the midst, which random ones of so few tokens may lack."""
+    if not isinstance(x, Tensor) or x.dtype == torch.int64:
+        return x
+    if x.dtype == torch.bool:
+        reset = torch.zeros_like(x)
+        reset[0, 3] = reset[1, 0] = True
+        return reset
+    return x.clone().requires_grad_()
 
 
 @pytest.mark.parametrize("op", SMALL_CASES)
 def test_gradcheck(op: str) -> None:
-    arguments = [
-        x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in SMALL_CASES[op]
-    ]
+    arguments = [_leaf(x) for x in SMALL_CASES[op]]
     if op == "memory_read":  # at mass 0 a slot jumps from masked to read
         arguments[5] = (SMALL_CASES[op][5] + 0.1).requires_grad_()
     assert torch.autograd.gradcheck(getattr(reference, op), arguments)
+
+
+@pytest.mark.parametrize("module", [reference, ops], ids=["definition", "parts"])
+@pytest.mark.parametrize("case", COMPOSITE_CASES)
+def test_gradcheck_of_composites(case: str, module: ModuleType) -> None:
+    """Of the definition, and of the public op, which puts its parts together by itself for float64."""
+    op, arguments = COMPOSITE_CASES[case]
+    with ops.use_backend("reference"):
+        assert torch.autograd.gradcheck(getattr(module, op), [_leaf(x) for x in arguments])
 
 
 def test_scan_of_zeros_is_a_cumulative_product() -> None:

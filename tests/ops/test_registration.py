@@ -13,6 +13,8 @@ from mm_rec import ops
 from .cases import CASES
 from .compare import assert_agree, run
 
+pytestmark = pytest.mark.native
+
 # Which case of each op: small, and with all optional arguments where there are some.
 CHOSEN = {op: list(cases.values())[1] for op, cases in CASES.items()}
 CHOSEN["memory_read"] = CHOSEN["memory_update"] = CASES["memory_read"]["one-token-that-writes"]

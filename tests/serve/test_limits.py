@@ -196,6 +196,7 @@ def test_a_client_that_does_not_read_is_given_up(
         connection.sendall(raw_request({**ENDLESS, "logprobs": 20, "temperature": 2}))
         wait_until(lambda: service.engine.running == 1)
         wait_until(lambda: service.engine.running == 0)
+        assert post(address, SHORT)[0] == 200
 
 
 def test_requests_at_a_time_are_bounded(service: Service, serve: Serve) -> None:

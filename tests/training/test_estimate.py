@@ -1,0 +1,104 @@
+"""What a run will take."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import settings, train
+
+from mm_rec.config import PRESETS
+from mm_rec.data.prepare import Prepared
+from mm_rec.errors import UserError
+from mm_rec.estimate import (
+    check_disk,
+    check_memory,
+    checkpoint_bytes,
+    count_parameters,
+    measure_activations,
+    memory_remedy,
+    sharded_bytes,
+    training_bytes,
+)
+from mm_rec.model import MMRecModel
+
+pytestmark = pytest.mark.usefixtures("small_world")
+
+
+def test_measuring_activations_keeps_nothing() -> None:
+    """What stayed would be nodes of autograd on the default stream, and then no CUDA graph could be recorded."""
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+    model = MMRecModel(PRESETS["tiny"])
+    measure_activations(model, "text")
+    before = tensors()
+    measure_activations(model, "text")
+    assert tensors() <= before
+
+
+def test_measuring_activations_leaves_the_model_as_it_was() -> None:
+    for checkpointing in (False, True):
+        model = MMRecModel(PRESETS["tiny"])
+        model.gradient_checkpointing = checkpointing
+        found = measure_activations(model, None)
+        assert 0 < found.checkpointed <= found.plain
+        assert model.gradient_checkpointing is checkpointing
+
+
+def test_bytes_of_training_by_precision() -> None:
+    assert count_parameters(PRESETS["tiny"]) == sum(p.numel() for p in MMRecModel(PRESETS["tiny"]).parameters())
+    assert training_bytes(1000, "fp32") == 1000 * (4 + 4 + 4 + 4)  # weight, gradient, two moments
+    assert training_bytes(1000, "bf16") == 1000 * (2 + 2 + 4 + 4 + 4 + 4)  # and master weight, widened gradient
+    assert training_bytes(1000, "bf16", replicated=True) == training_bytes(1000, "bf16") + 4000
+
+
+@pytest.mark.parametrize(("precision", "value"), [("fp32", 4), ("bf16", 2)])
+def test_a_process_of_many_has_its_part_and_two_units_whole(precision: str, value: int) -> None:
+    config = PRESETS["tiny"]
+    model = MMRecModel(config)
+    block = sum(p.numel() for p in model.experts["text"].blocks[0].parameters())
+    rest = count_parameters(config) - 2 * block  # the embedding and what else is in no block
+    whole = 2 * 2 * max(block, rest) * value  # two of them, each with its gradient
+    parameters = count_parameters(config)
+    assert sharded_bytes(config, precision, 10**9) == whole
+    assert sharded_bytes(config, precision, 2) == training_bytes(parameters, precision) // 2 + whole
+
+
+def test_a_checkpoint_takes_what_was_estimated(data: Prepared, tmp_path: Path) -> None:
+    files = [path for path in train(data, settings(tmp_path, max_steps=1)).rglob("*") if path.is_file()]
+    parameters = count_parameters(PRESETS["tiny"])
+    assert 12 * parameters < sum(path.stat().st_size for path in files) <= checkpoint_bytes(parameters)
+
+
+def test_memory_that_is_just_enough_is_enough() -> None:
+    check_memory(2000, 2000, "no remedy")
+    with pytest.raises(UserError, match=r"would take 2\.0 kB of memory and 1\.9 kB are free; a remedy"):
+        check_memory(2000, 1940, "a remedy")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "seq_len", "first"),
+    [
+        (8, 512, "--batch_size 4, --seq_len 256, "),
+        (1, 512, "--seq_len 256, "),
+        (2, 64, "--batch_size 1, "),
+        (1, 64, ""),
+    ],
+)
+def test_the_remedy_names_what_can_be_smaller(batch_size: int, seq_len: int, first: str) -> None:
+    wanted = f"try {first}--gradient_checkpointing on or a smaller --preset"
+    assert memory_remedy(batch_size, seq_len) == wanted
+
+
+@pytest.mark.parametrize(("keep", "existing", "wanted"), [(2, 0, 3), (2, 1, 2), (2, 3, 1), (2, 9, 1), (1, 0, 2)])
+def test_the_disk_has_to_hold_the_kept_ones_and_one_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int, existing: int, wanted: int
+) -> None:
+    monkeypatch.setattr("mm_rec.estimate.free_bytes", lambda _: 1000 * wanted)
+    check_disk(tmp_path, 1000, keep, existing)
+    monkeypatch.setattr("mm_rec.estimate.free_bytes", lambda _: 1000 * wanted - 1)
+    with pytest.raises(UserError, match=rf"would take {wanted}\.0 kB in .*; try --keep_checkpoints 1"):
+        check_disk(tmp_path, 1000, keep, existing)
