@@ -13,7 +13,7 @@ from mm_rec import processes
 from mm_rec.board import Board
 from mm_rec.config import ModelConfig
 from mm_rec.data.batches import Batches, EvenBatches
-from mm_rec.data.prepare import Prepared
+from mm_rec.data.prepared import Prepared
 from mm_rec.device import apply_precision, keep_freed_memory
 from mm_rec.evaluate import select_documents
 from mm_rec.model import MMRecModel

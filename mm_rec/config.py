@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DEFAULT_PRESET", "FLOAT32_MATRICES", "FLOAT32_VECTORS", "PRESETS", "WEIGHTS", "ModelConfig"]
+__all__ = ["DEFAULT_PRESET", "DOMAINS", "FLOAT32_MATRICES", "FLOAT32_VECTORS", "PRESETS", "WEIGHTS", "ModelConfig"]
 
 FLOAT32_MATRICES = ("w_g", "address")
 """Matrices of a block that act on float32 states and stay float32 whatever the precision."""
@@ -16,6 +16,10 @@ FLOAT32_VECTORS = ("decay_bias", "gate_bias", "rate_logit")
 
 WEIGHTS = ("full", "int8")
 """How the matrices of a trained model are loaded: as they are, or rounded to int8."""
+
+
+DOMAINS = ("text", "code")
+"""Kinds of text, each of which has an expert and a data folder of its name."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class ModelConfig:
     n_heads: int
     n_layers: int
     d_ff: int
-    experts: tuple[str, ...] = ("text", "code")
+    experts: tuple[str, ...] = DOMAINS
     gate_every: int = 3
     window: int = 128
     slots: int = 64

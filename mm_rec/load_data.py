@@ -10,10 +10,11 @@ from pathlib import Path
 from rich.console import Console
 
 from mm_rec import processes
-from mm_rec.config import PRESETS
+from mm_rec.config import DOMAINS, PRESETS
 from mm_rec.data.download_data import Request, download
 from mm_rec.data.files import find_files
-from mm_rec.data.prepare import DOMAINS, Prepared, prepare
+from mm_rec.data.prepare import prepare
+from mm_rec.data.prepared import Prepared
 from mm_rec.data.synthetic import DEFAULT_SAMPLES, write_synthetic
 from mm_rec.program import say
 from mm_rec.settings import TrainSettings

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from mm_rec import processes
-from mm_rec.data.prepare import Prepared
+from mm_rec.data.prepared import Prepared
 from mm_rec.estimate import (
     check_memory,
     checkpoint_bytes,

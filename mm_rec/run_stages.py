@@ -12,7 +12,7 @@ from rich.console import Console
 from mm_rec import checkpoint, processes
 from mm_rec.build import build_trainer
 from mm_rec.config import ModelConfig
-from mm_rec.data.prepare import Prepared
+from mm_rec.data.prepared import Prepared
 from mm_rec.device import select_device
 from mm_rec.estimate import check_disk, check_memory, checkpoint_bytes, count_parameters, with_margin
 from mm_rec.plan import Plan, make_plan

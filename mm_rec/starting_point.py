@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mm_rec import checkpoint
 from mm_rec.config import ModelConfig
-from mm_rec.data.prepare import Prepared
+from mm_rec.data.prepared import Prepared
 from mm_rec.errors import UserError
 from mm_rec.plan import Plan
 from mm_rec.run_config import differences, list_runs

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from mm_rec import processes
 from mm_rec.api import Model, load
+from mm_rec.config import DOMAINS
 from mm_rec.data.local import take_own
-from mm_rec.data.prepare import DOMAINS
 from mm_rec.errors import UserError
 from mm_rec.load_data import load_data
 from mm_rec.options import from_values

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mm_rec.config import DOMAINS
 from mm_rec.data.fetch import fetch
 from mm_rec.data.hub import UnreachableError
 from mm_rec.data.local import take_builtin, take_own
@@ -109,7 +110,7 @@ def _fetch(source: Source, request: Request, data_dir: Path, on_unreachable: str
     try:
         return fetch(source, samples, data_dir, tell)
     except UnreachableError as error:
-        if on_unreachable == "error" or source.kind not in ("text", "code"):
+        if on_unreachable == "error" or source.kind not in DOMAINS:
             raise
         tell(f"{error.what}: taking the builtin {source.kind} in place of {source.name}")
         return take_builtin(source.kind, request.samples.get(source.kind), data_dir, tell)
@@ -153,7 +154,7 @@ def read_arguments(options: argparse.Namespace) -> Request:
 def run(options: argparse.Namespace) -> int:
     """Do what the flags of :func:`add_arguments` say; returns the exit code."""
     files = download(options.output_dir, read_arguments(options), tell=_say)
-    if any(file.parent.name in ("text", "code") for file in files):
+    if any(file.parent.name in DOMAINS for file in files):
         _say(f"to train on it: python3 -m mm_rec.scripts.train_cpu --stage stage1 --data_dir {options.output_dir}")
     return 0
 

@@ -8,54 +8,28 @@ train the tokenizer and to write tokens, so that memory holds a few kilobytes of
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from mm_rec.config import DOMAINS
 from mm_rec.data.files import find_files
 from mm_rec.data.manifest import check_files
-from mm_rec.data.pack import Document, TokenStore, write_store
+from mm_rec.data.pack import Document, write_store
+from mm_rec.data.prepared import Prepared, make_once, tell_bad_rows, write_report
 from mm_rec.data.survey import Survey, survey_domain
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS
-from mm_rec.lock import Lock
-from mm_rec.storage import DamageError, atomic_folder, remove_leftovers, reporting_errors, verify_folder
+from mm_rec.storage import atomic_folder
 from mm_rec.tokenizer import Tokenizer, train_tokenizer
 
-__all__ = ["DOMAINS", "Prepared", "describe", "make_once", "prepare"]
-
-DOMAINS = ("text", "code")
+__all__ = ["describe", "prepare"]
 
 _TOKENIZER_BYTES = 12_000_000  # of each domain; training a vocabulary of 32,000 on it takes some ten seconds
 _SMALLEST_VOCABULARY = 512
 _BYTES_AN_ENTRY = 1280  # of text for each entry of the vocabulary: rarer tokens cost time and learn little
 _ENCODE_CHARACTERS = 2_000_000  # at a time
-_BAD_ROWS_TOLD = 10
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Data ready to be trained on.
-
-    Attributes:
-        path: the folder that holds it.
-        tokenizer: trained on it, or the one that was given.
-        train: a store for each domain that has data.
-        valid: held-out documents of the same domains.
-        data_sha256: of the tokens of all stores.
-        report: what was read, left out and made; :func:`describe` puts it into words.
-    """
-
-    path: Path
-    tokenizer: Tokenizer
-    train: dict[str, TokenStore]
-    valid: dict[str, TokenStore]
-    data_sha256: str
-    report: dict[str, Any]
 
 
 def prepare(
@@ -117,41 +91,6 @@ def prepare(
     return prepared
 
 
-def make_once(root: Path, settings: dict[str, Any], make: Callable[[Path], None], *, verify: bool = False) -> Prepared:
-    """What ``make`` writes for ``settings``, or wrote in an earlier call: a folder in ``root`` named by their hash.
-
-    Two processes may call this at once; the second waits.
-
-    Args:
-        root: the folder of folders.
-        settings: everything that the result depends on, as values that JSON can hold.
-        make: writes the folder that it is given, whole or not at all.
-        verify: compare what is used again with its SHA-256, not only its size.
-    """
-    identity = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    with reporting_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
-    path = root / identity[:16]
-    lock = Lock(root / "lock", wait=True)
-    try:
-        remove_leftovers(root)
-        if not path.exists():
-            make(path)
-        elif verify:
-            _verify(path)
-    finally:
-        lock.release()
-    return _open(path)
-
-
-def tell_bad_rows(found: list[str], tell: Callable[[str], None]) -> None:
-    """The first rows that were left out, by file and line."""
-    for line in found[:_BAD_ROWS_TOLD]:
-        tell(f"left out {line}")
-    if len(found) > _BAD_ROWS_TOLD:
-        tell(f"and {len(found) - _BAD_ROWS_TOLD:,} more")
-
-
 def describe(report: dict[str, Any]) -> list[str]:
     """A report in words, a line a domain."""
     lines = []
@@ -201,14 +140,13 @@ def _make(
     if tokenizer is None:
         tell("training the tokenizer")
         samples = (survey.train_texts(_TOKENIZER_BYTES) for survey in surveys.values())
-        entries = sum(survey.n_bytes for survey in surveys.values()) // _BYTES_AN_ENTRY
-        vocab_size = min(vocab_size, max(entries, _SMALLEST_VOCABULARY))
+        most = sum(survey.n_bytes for survey in surveys.values()) // _BYTES_AN_ENTRY
+        vocab_size = min(vocab_size, max(most, _SMALLEST_VOCABULARY))
         tokenizer = train_tokenizer(chain.from_iterable(samples), vocab_size)
-    tokenizer.save(folder / "tokenizer")
-    report: dict[str, Any] = {"tokenizer": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "domains": {}}
+    entries: dict[str, Any] = {}
     for name, survey in surveys.items():
         tell(f"{name}: writing tokens")
-        entry = report["domains"][name] = {
+        entry = entries[name] = {
             "read": survey.read,
             "bad_rows": len(survey.bad_rows),
             "dropped": dict(survey.dropped.most_common()),
@@ -222,7 +160,7 @@ def _make(
                 "tokens": store.n_tokens,
                 "bytes": int(store.n_bytes.sum()),
             }
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(folder, tokenizer, entries)
 
 
 def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Document]:
@@ -237,26 +175,3 @@ def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Document]:
             for one, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
                 yield Document([tokenizer.bos_id, *ids], len(one.encode()))
             batch, size = [], 0
-
-
-def _verify(path: Path) -> None:
-    try:
-        verify_folder(path)
-    except DamageError as error:
-        raise UserError(f"{error}; delete {path}, the next run makes it anew") from error
-
-
-def _open(path: Path) -> Prepared:
-    try:
-        report = json.loads((path / "report.json").read_bytes())
-        names = list(report["domains"])
-        tokenizer = Tokenizer.load(path / "tokenizer")
-        intact = report["tokenizer"] == tokenizer.sha256
-    except (OSError, ValueError, KeyError, TypeError, UserError):
-        intact = False
-    if not intact:
-        raise UserError(f"{path} is damaged; delete it, the next run makes it anew")
-    train, valid = ({name: TokenStore.open(path / f"{name}-{split}") for name in names} for split in ("train", "valid"))
-    hashes = [[name, train[name].sha256, valid[name].sha256] for name in sorted(names)]
-    data_sha256 = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-    return Prepared(path, tokenizer, train, valid, data_sha256, report)

@@ -11,18 +11,16 @@ from typing import Any
 from mm_rec.conversation import Message
 from mm_rec.data.conversations import encode_document, find_conversations, read_conversations
 from mm_rec.data.files import BadRows
+from mm_rec.data.held_out import VALID_BYTES, VALID_SHARE, take_within
 from mm_rec.data.manifest import check_files
 from mm_rec.data.pack import write_store
-from mm_rec.data.prepare import Prepared, make_once, tell_bad_rows
+from mm_rec.data.prepared import Prepared, make_once, tell_bad_rows, write_report
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS
 from mm_rec.storage import atomic_folder
 from mm_rec.tokenizer import Tokenizer
 
 __all__ = ["prepare_conversations"]
-
-_VALID_SHARE = 0.03  # of the conversations' bytes
-_VALID_BYTES = 262_144  # at most, so that validating stays cheap
 
 
 def prepare_conversations(
@@ -97,7 +95,6 @@ def _make(
             f"{len(sizes)}, beside {len(bad.found)} bad rows"
         )
     with atomic_folder(folder, 6 * sum(sizes.values())) as temporary:
-        tokenizer.save(temporary / "tokenizer")
         entry: dict[str, Any] = {"read": len(keys), "bad_rows": len(bad.found)}
         for split, is_valid in (("train", False), ("valid", True)):
             documents = (
@@ -112,8 +109,7 @@ def _make(
                 "tokens": store.n_tokens,
                 "answer_tokens": int(store.loss_mask.sum(dtype=int)),
             }
-        report = {"tokenizer": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "domains": {name: entry}}
-        (temporary / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_report(temporary, tokenizer, {name: entry})
 
 
 def _read(files: list[Path], bad: BadRows, max_samples: int | None) -> Iterator[list[Message]]:
@@ -132,17 +128,11 @@ def _key(messages: list[Message]) -> bytes:
 
 def _hold_out(sizes: dict[bytes, int]) -> set[bytes] | None:
     """Which conversations are held out, by their keys; None if none would be left to train on."""
-    budget = min(_VALID_BYTES, _VALID_SHARE * sum(sizes.values()))
+    budget = min(VALID_BYTES, VALID_SHARE * sum(sizes.values()))
     first, *others = sorted(sizes) or [b""]
     if not others:
         return None
-    chosen, total = {first}, sizes[first]
-    for key in others[:-1]:
-        total += sizes[key]
-        if total > budget:
-            break
-        chosen.add(key)
-    return chosen
+    return {first, *take_within(others[:-1], sizes, budget - sizes[first])}
 
 
 def _describe(name: str, entry: dict[str, Any]) -> str:

@@ -10,12 +10,10 @@ from pathlib import Path
 
 from mm_rec.data.files import BadRows, read_texts
 from mm_rec.data.filters import NearDuplicates, quality_problem
+from mm_rec.data.held_out import VALID_BYTES, VALID_SHARE, take_within
 from mm_rec.errors import UserError
 
 __all__ = ["Survey", "survey_domain"]
-
-_VALID_SHARE = 0.03  # of the bytes of a domain
-_VALID_BYTES = 262_144  # at most, so that validating stays cheap
 
 
 @dataclass
@@ -82,14 +80,9 @@ class Survey:
     def split(self) -> bool:
         """Choose what is held out; False if there is too little for a split."""
         total = self.n_bytes
-        budget = int(min(_VALID_BYTES, max(_VALID_SHARE * total, min(total / len(self.kept), 0.1 * total))))
+        budget = int(min(VALID_BYTES, max(VALID_SHARE * total, min(total / len(self.kept), 0.1 * total))))
         order = self._by_hash()
-        left = budget
-        for number in order:
-            left -= self.kept[number][1]
-            if left < 0:
-                break
-            self.valid.add(number)
+        self.valid.update(take_within(order, {number: size for number, (_, size) in self.kept.items()}, budget))
         if self.valid:
             return True
         self.cut = (order[0], budget)

@@ -9,8 +9,8 @@ import pytest
 from mm_rec.conversation import encode_conversation
 from mm_rec.data.batches import Batches
 from mm_rec.data.conversations import parse_conversation
-from mm_rec.data.prepare import Prepared
 from mm_rec.data.prepare_conversations import prepare_conversations
+from mm_rec.data.prepared import Prepared
 from mm_rec.errors import UserError
 from mm_rec.tokenizer import Tokenizer, train_tokenizer
 

@@ -22,8 +22,9 @@ from mm_rec import cli
 from mm_rec.chat import ChatSession
 from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.data.batches import Batches
-from mm_rec.data.prepare import Prepared, prepare
+from mm_rec.data.prepare import prepare
 from mm_rec.data.prepare_conversations import prepare_conversations
+from mm_rec.data.prepared import Prepared
 from mm_rec.loading import load_model
 from mm_rec.stages import STAGES
 from mm_rec.tokenizer import Tokenizer

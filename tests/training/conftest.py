@@ -7,7 +7,8 @@ import torch
 
 from mm_rec import trainer
 from mm_rec.config import PRESETS, ModelConfig
-from mm_rec.data.prepare import Prepared, prepare
+from mm_rec.data.prepare import prepare
+from mm_rec.data.prepared import Prepared
 from mm_rec.data.synthetic import write_synthetic
 
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from mm_rec import checkpoint
-from mm_rec.data.prepare import Prepared
+from mm_rec.data.prepared import Prepared
 from mm_rec.run_folder import RunFolder
 from mm_rec.run_stages import train_stages
 from mm_rec.settings import TrainSettings

@@ -9,7 +9,7 @@ from small_runs import settings, train
 
 from mm_rec import checkpoint
 from mm_rec.config import PRESETS, ModelConfig
-from mm_rec.data.prepare import Prepared
+from mm_rec.data.prepared import Prepared
 from mm_rec.errors import UserError
 from mm_rec.estimate import FIXED_BYTES, count_parameters, measure_activations, training_bytes, with_margin
 from mm_rec.model import MMRecModel

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from small_runs import settings, train
 
-from mm_rec.data.prepare import Prepared
+from mm_rec.data.prepared import Prepared
 from mm_rec.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("small_world")

@@ -8,7 +8,7 @@ import torch
 from small_runs import settings, train
 
 from mm_rec.config import PRESETS
-from mm_rec.data.prepare import Prepared
+from mm_rec.data.prepared import Prepared
 from mm_rec.errors import UserError
 from mm_rec.estimate import (
     check_disk,

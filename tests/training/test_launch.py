@@ -9,7 +9,8 @@ import torch
 from small_runs import content, settings, signal_after, train
 
 from mm_rec import checkpoint
-from mm_rec.data.prepare import Prepared, prepare
+from mm_rec.data.prepare import prepare
+from mm_rec.data.prepared import Prepared
 from mm_rec.data.synthetic import write_synthetic
 from mm_rec.errors import UserError
 from mm_rec.signals import Interrupted

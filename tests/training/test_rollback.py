@@ -7,7 +7,7 @@ import pytest
 from small_runs import content, settings, signal_after, train
 
 from mm_rec import checkpoint, training_progress
-from mm_rec.data.prepare import Prepared
+from mm_rec.data.prepared import Prepared
 from mm_rec.errors import UserError
 from mm_rec.optim import AdamW
 from mm_rec.signals import Interrupted

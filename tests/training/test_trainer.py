@@ -12,7 +12,7 @@ from small_runs import content, settings, signal_after, train
 
 from mm_rec import checkpoint, trainer
 from mm_rec.data.batches import EvenBatches
-from mm_rec.data.prepare import Prepared
+from mm_rec.data.prepared import Prepared
 from mm_rec.errors import UserError
 from mm_rec.signals import Interrupted
 from mm_rec.trainer import Trainer
