@@ -120,7 +120,7 @@ def test_of_a_single_document_the_end_is_held_out(tmp_path):
 
 
 def test_what_is_held_out_is_capped_and_chosen_by_content(tmp_path, monkeypatch):
-    monkeypatch.setattr(survey_module, "_VALID_BYTES", 2000)
+    monkeypatch.setattr(survey_module, "VALID_BYTES", 2000)
     documents = synthetic_text(400)
     shuffled = random.Random(1).sample(documents, len(documents))
     held_out = []

@@ -94,8 +94,8 @@ def batches(written: dict[str, Any], prepared: dict[str, Prepared]) -> dict[str,
 
 def talk(question: str) -> None:
     """Save the session as it was loaded, and again after one more turn."""
-    model, tokenizer, _, _ = load_model(Path("finished/chat"), device="cpu", precision="fp32")
-    session = ChatSession.load(Path("session.safetensors"), model, tokenizer)
+    loaded = load_model(Path("finished/chat"), device="cpu", precision="fp32")
+    session = ChatSession.load(Path("session.safetensors"), loaded.model, loaded.tokenizer)
     dataclasses.replace(session).save(NEW / "session.safetensors")
     said = "".join(session.reply(question))
     (NEW / "third_turn.txt").write_text(said, encoding="utf-8")

@@ -215,9 +215,9 @@ def test_a_session_of_another_version(
     with monkeypatch.context() as patch:
         patch.setitem(VERSIONS, "session", version)
         session_file.write(path, tensors, settings)
-    model, tokenizer, _, _ = load_model(written / "exported", device="cpu", precision="fp32")
+    loaded = load_model(written / "exported", device="cpu", precision="fp32")
     with pytest.raises(FormatError) as error:
-        ChatSession.load(path, model, tokenizer)
+        ChatSession.load(path, loaded.model, loaded.tokenizer)
     assert in_one_line(error.value, str(path), "session format", "a new session can be started")
 
 
