@@ -16,13 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 __all__ = [
-    "CPU_LIBRARY", "CUDA_LIBRARY", "LEVELS", "BuildError",
+    "CPU_LIBRARY", "CUDA_LIBRARY", "LEVELS", "REBUILD", "BuildError",
     "build_all", "build_cpu", "build_cuda", "cpu_compiler", "cuda_compiler",
 ]  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
 CPU_LIBRARY = "libmm_rec_cpu.so"
 CUDA_LIBRARY = "libmm_rec_cuda.so"
+REBUILD = "cd mm_rec/cpp && python setup.py build_ext --inplace"
 
 # No -march=native and no -ffast-math: one library for every machine, and NaN stays NaN. Contraction of a * b + c
 # is the one licence given. libgomp is found by its name, so the process shares the one that PyTorch has loaded.

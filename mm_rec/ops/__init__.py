@@ -53,5 +53,6 @@ __all__ = [
     "use_backend",
 ]
 
+# Back ends import ops.backend, so it learns of them here. Each is loaded at the first op on its device, not now.
 register("cpu", cpu.load)
 register("cuda", cuda.load)

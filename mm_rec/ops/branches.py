@@ -41,15 +41,7 @@ _linear = define(
 _linear_backward = define(
     "linear_branch_backward(Tensor ddelta, Tensor? dh_last, Tensor product, Tensor activated, Tensor decay_logits, "
     f"Tensor h, Tensor y, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda args: (
-        args.n,
-        args.in_proj,
-        args.decay_proj,
-        args.decay_bias,
-        args.gate_bias,
-        args.out_proj,
-        args.h[:, 0],
-    ),
+    lambda args: (args.n, args.in_proj, args.decay_proj, args.decay_bias, args.gate_bias, args.out_proj, args.h[:, 0]),
     fused=True,
 )
 

@@ -26,8 +26,6 @@ from mm_rec.ops.scan import scan
 __all__ = ["gated_recurrence"]
 
 _TILE = 64  # columns, and steps of time, that a block of threads of the fused linear kernel takes: whole heads
-
-
 _HIDDEN = "Tensor projected, Tensor decay, Tensor hidden"  # the wide product, decay logits, gelu of its hidden layer
 _DECAY = "Tensor decay_proj, Tensor decay_bias, Tensor gate_bias"
 
@@ -72,14 +70,7 @@ _loop_backward = define(
     f"gated_loop_backward(Tensor dy, Tensor? dh_last, {_HIDDEN}, Tensor gamma, Tensor x, Tensor h, {_DECAY}, "
     "Tensor w_g, Tensor? h0, Tensor? reset) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # dprojected, ddecay_proj, ddecay_bias, dgate_bias, dw_g, dh0
-    lambda args: (
-        args.projected,
-        args.decay_proj,
-        args.decay_bias,
-        args.gate_bias,
-        args.w_g,
-        args.h[:, 0],
-    ),
+    lambda args: (args.projected, args.decay_proj, args.decay_bias, args.gate_bias, args.w_g, args.h[:, 0]),
     fused=True,
 )
 

@@ -15,14 +15,9 @@ from mm_rec.ops.registry import below_autograd, define, differentiable
 __all__ = ["memory_read", "memory_update"]
 
 
-def _versions(time: int, window: int) -> int:
-    """Returns how many versions of the long-term memory a chunk needs: the given one and one for each write."""
-    return -(-time // (window // 2)) + 1
-
-
 def _like_update(args: Any) -> tuple[Tensor, ...]:
     time = args.position.shape[1]
-    versions = _versions(time, args.k.shape[1] - time)
+    versions = reference.memory_versions(time, args.k.shape[1] - time)
     before = (args.key0, args.value0, args.mass0)
     return tuple(x[:, None].expand(-1, versions, *x.shape[1:]) for x in before)
 
@@ -186,7 +181,7 @@ def memory_read(
     if head_dim % 2:
         raise ValueError(f"q must have heads of even size, got {head_dim}")
     check_float("key", key, 5)
-    versions, slots = _versions(time, window), key.shape[3]
+    versions, slots = reference.memory_versions(time, window), key.shape[3]
     check_shape("key", key, (batch, versions, heads, slots, head_dim), k)
     check_shape("value", value, (batch, versions, heads, slots, head_dim), k)
     check_shape("mass", mass, (batch, versions, heads, slots), k)

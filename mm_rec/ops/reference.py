@@ -35,6 +35,7 @@ __all__ = [
     "memory_context",
     "memory_read",
     "memory_update",
+    "memory_versions",
     "readout",
     "recurrence",
     "relu_squared",
@@ -262,6 +263,11 @@ def _write_index(position: Tensor, window: int, block: int) -> tuple[Tensor, Ten
     return writes, writes.long().cumsum(dim=1)
 
 
+def memory_versions(time: int, window: int) -> int:
+    """Returns how many versions of the long-term memory a chunk needs, E + 1: the given one and one for each write."""
+    return -(-time // (window // 2)) + 1
+
+
 def memory_update(
     k: Tensor,
     v: Tensor,
@@ -292,7 +298,7 @@ def memory_update(
     keys, values, masses = [key], [value], [mass]
     offset = torch.arange(block, device=k.device)
     row = torch.arange(batch, device=k.device)[:, None]
-    for event in range(1, -(-time // block) + 1):
+    for event in range(1, memory_versions(time, window)):
         hit = writes & (version == event)
         happens = hit.any(dim=1)
         at = hit.long().argmax(dim=1)  # W tokens before token `at` is context index `at`

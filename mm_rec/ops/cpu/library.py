@@ -10,7 +10,7 @@ from typing import Any
 
 import torch  # noqa: F401 - loads PyTorch's OpenMP runtime first, which the library then shares
 
-from mm_rec.cpp.build import CPU_LIBRARY, LEVELS
+from mm_rec.cpp.build import CPU_LIBRARY, LEVELS, REBUILD
 from mm_rec.errors import SettingError
 from mm_rec.ops.backend import NativeUnavailableError
 
@@ -18,7 +18,6 @@ __all__ = ["INTERFACE", "LIBRARY_PATH", "CpuLibrary", "openmp_runtimes"]
 
 LIBRARY_PATH = Path(__file__).resolve().parents[2] / "cpp" / CPU_LIBRARY
 INTERFACE = 4  # mm_rec_interface() of mm_rec/cpp/src/level.cpp
-REBUILD = "cd mm_rec/cpp && python setup.py build_ext --inplace"
 
 _TYPES: dict[str, Any] = {
     "p": ctypes.c_void_p,

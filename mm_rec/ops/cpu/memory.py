@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mm_rec.ops.cpu import common
 from mm_rec.ops.cpu.common import TYPE_CODES, check, head_rows_of
-from mm_rec.ops.reference import rotary_angles
+from mm_rec.ops.reference import memory_versions, rotary_angles
 
 __all__ = ["KERNELS"]
 
@@ -36,7 +36,7 @@ def memory_update(
     (k, k_row), (v, v_row) = head_rows_of(k), head_rows_of(v)
     address, rate, position = address.contiguous(), rate.contiguous(), position.contiguous()
     key0, value0, mass0 = key0.contiguous(), value0.contiguous(), mass0.contiguous()
-    versions = -(-time // (window // 2)) + 1
+    versions = memory_versions(time, window)
     key, value = (common.empty((batch, versions, heads, slots, head_dim)) for _ in range(2))
     mass = common.empty((batch, versions, heads, slots))
     result = common.call.memory_update(

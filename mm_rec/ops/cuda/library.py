@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_rec.cpp.build import CUDA_LIBRARY
+from mm_rec.cpp.build import CUDA_LIBRARY, REBUILD
 from mm_rec.ops.backend import NativeUnavailableError
 
 __all__ = ["LIBRARY_PATH", "CudaLibrary", "DoesNotFitError", "cuda_library"]
 
 LIBRARY_PATH = Path(__file__).resolve().parents[2] / "cpp" / CUDA_LIBRARY
-REBUILD = "cd mm_rec/cpp && python setup.py build_ext --inplace"
 _PREFIX = "mm_rec_cuda_"
 _INTERFACE = 2  # mm_rec_cuda_interface() of mm_rec/cpp/cuda/errors.cu
 _DOES_NOT_FIT = 20_000  # kDoesNotFit of mm_rec/cpp/cuda/launch.cuh

@@ -11,7 +11,7 @@ from torch import Tensor
 from mm_rec.ops.cuda import common
 from mm_rec.ops.cuda.common import TYPE_CODES, all_dense, empty_like, rows_of, workspace_of
 from mm_rec.ops.cuda.library import DoesNotFitError, cuda_library
-from mm_rec.ops.reference import rotary_angles
+from mm_rec.ops.reference import memory_versions, rotary_angles
 
 __all__ = ["KERNELS", "fits"]
 
@@ -19,7 +19,7 @@ __all__ = ["KERNELS", "fits"]
 def memory_update(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     k, v, address, rate, position, *before = all_dense(*inputs)
     sizes = batch, time, heads, dim, slots, window = _memory_sizes(k, position, address.shape[1])
-    versions = -(-time // (window // 2)) + 1
+    versions = memory_versions(time, window)
     key, value = (common.empty(address, batch, versions, heads, slots, dim) for _ in range(2))
     mass = common.empty(address, batch, versions, heads, slots)
     workspace = workspace_of("memory_update", k, batch, time, window)
