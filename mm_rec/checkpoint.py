@@ -29,6 +29,7 @@ from torch import Tensor
 from mm_rec import hf_folder, storage
 from mm_rec.config import ModelConfig
 from mm_rec.errors import UserError
+from mm_rec.formats import KEY, VERSIONS, take_version
 from mm_rec.tokenizer import Tokenizer
 
 __all__ = [
@@ -110,7 +111,7 @@ def save(
     n_bytes = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
     with storage.atomic_folder(path, n_bytes + SMALL_FILES_BYTES) as folder:
         hf_folder.write_model_files(folder, config, tokenizer, hf_folder.default_domain(config, weights))
-        _write_json(folder / "trainer.json", dict(trainer))
+        _write_json(folder / "trainer.json", {KEY: VERSIONS["training"], **trainer})
         for name, group in tensors.items():
             _write_tensors(folder / f"{name}.safetensors", group)
 
@@ -124,17 +125,15 @@ def load(path: Path, *, weights_only: bool = False) -> Checkpoint:
 
     Raises:
         CheckpointError: naming the file that is missing or damaged.
+        FormatError: if it is whole but of another version of its format.
     """
     path = Path(path)
     _verify(path, weights_only)
+    values = _read_json(path / "config.json", "model")
+    trainer = {} if weights_only else _read_json(path / "trainer.json", "training")
     with _reading(path / "config.json"):
-        values = json.loads((path / "config.json").read_bytes())
         known = {field.name for field in dataclasses.fields(ModelConfig)}
         config = ModelConfig.from_dict({name: value for name, value in values.items() if name in known})
-    trainer: dict[str, Any] = {}
-    if not weights_only:
-        with _reading(path / "trainer.json"):
-            trainer = dict(json.loads((path / "trainer.json").read_bytes()))
     return Checkpoint(
         path=path,
         config=config,
@@ -241,6 +240,10 @@ def _verify(path: Path, weights_only: bool) -> None:
         raise CheckpointError(str(error)) from error
     needed = MODEL_FILES if weights_only else MODEL_FILES + TRAINING_FILES
     missing = [name for name in needed if name not in names]
+    if missing:  # another version may have other files
+        for name, kind in (("config.json", "model"), ("trainer.json", "training")):
+            if name in names and name in needed:
+                _read_json(path / name, kind)
     if missing and missing[0] in TRAINING_FILES:
         raise CheckpointError(
             f"{path} holds a model without the state of its training ({missing[0]} is not in its manifest): "
@@ -266,6 +269,12 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise
         raise OSError(int(code[1]), str(error), str(path)) from error
     path.chmod((path.parent / "config.json").stat().st_mode)  # the library makes it private
+
+
+def _read_json(path: Path, kind: str) -> dict[str, Any]:
+    """The values of a JSON file that states the version of the format ``kind``."""
+    with _reading(path):
+        return take_version(kind, json.loads(path.read_bytes()), path)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from mm_rec import checkpoint, ops, storage
-from mm_rec.checkpoint import Checkpoint, CheckpointError
+from mm_rec.checkpoint import Checkpoint
 from mm_rec.cli import run_program
 from mm_rec.data.manifest import MANIFEST, check_files, read_manifest
 from mm_rec.device import available_memory, select_device, select_precision
@@ -131,7 +131,7 @@ def _check_checkpoints(run: Path) -> tuple[Checkpoint | None, list[Finding]]:
     for path in paths:
         try:
             newest = checkpoint.load(path)
-        except CheckpointError as error:
+        except UserError as error:
             damaged.append(Finding("broken", str(error)))
     if newest is None:
         return None, [*damaged, Finding("broken", f"{run} has no valid checkpoint left; start beside it with --fresh")]

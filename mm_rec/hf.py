@@ -21,6 +21,7 @@ from mm_rec.blocks.mm_rec_block import MMRecBlock
 from mm_rec.config import DEFAULT_PRESET, ModelConfig
 from mm_rec.decode import find_decoder
 from mm_rec.experts import Fusion
+from mm_rec.formats import FIRST_VERSION, KEY, VERSIONS, check_version
 from mm_rec.hf_folder import AUTO_MAP, MODELING_CODE, MODELING_FILE
 from mm_rec.model import EMBEDDING_STD, MMRecModel
 from mm_rec.state import ModelState, map_state
@@ -48,8 +49,23 @@ class MMRecConfig(PreTrainedConfig):  # type: ignore[misc]
             setattr(self, name, settings.pop(name, default))
         self.domain = domain
         self.use_cache = use_cache
-        super().__init__(**{**settings, "tie_word_embeddings": True})
+        super().__init__(**{**settings, KEY: VERSIONS["model"], "tie_word_embeddings": True})
         self.auto_map = dict(AUTO_MAP)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> MMRecConfig:
+        """Reads a configuration as the base class does; an error of :meth:`from_dict` then says the name."""
+        named = {"name_or_path": str(pretrained_model_name_or_path), **kwargs}
+        found: MMRecConfig = super().from_pretrained(pretrained_model_name_or_path, **named)
+        return found
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> MMRecConfig:
+        """Makes a configuration of the values in ``config.json``; a FormatError if they are of another version."""
+        where = kwargs.get("name_or_path") or "config.json"
+        check_version("model", config_dict.get(KEY, FIRST_VERSION), where)
+        found: MMRecConfig = super().from_dict(config_dict, **kwargs)
+        return found
 
     def model_config(self) -> ModelConfig:
         """The shape of the model; raises ValueError if there is no such model."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mm_rec.config import ModelConfig
+from mm_rec.formats import KEY, VERSIONS
 from mm_rec.tokenizer import Tokenizer
 
 __all__ = ["AUTO_MAP", "MODELING_CODE", "MODELING_FILE", "default_domain", "write_model_files"]
@@ -43,6 +44,7 @@ def write_model_files(folder: Path, config: ModelConfig, tokenizer: Tokenizer, d
     """
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     model = {
+        KEY: VERSIONS["model"],
         "model_type": "mm_rec",
         "architectures": ["MMRecForCausalLM"],
         "auto_map": AUTO_MAP,

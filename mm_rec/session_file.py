@@ -16,12 +16,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mm_rec.errors import UserError
+from mm_rec.formats import KEY, VERSIONS, check_version
 from mm_rec.model import MMRecModel
 from mm_rec.storage import DamageError, write_atomic
 
 __all__ = ["fingerprint", "read", "write"]
 
-_FORMAT = 1
 _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _NO_DIGEST = "0" * 64
 _MAX_BYTES = 1 << 30
@@ -46,7 +46,7 @@ def write(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> N
     """
     blank = save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        metadata={"sha256": _NO_DIGEST, "settings": json.dumps({"format": _FORMAT, **settings}, sort_keys=True)},
+        metadata={"sha256": _NO_DIGEST, "settings": json.dumps({KEY: VERSIONS["session"], **settings}, sort_keys=True)},
     )
     write_atomic(path, _with_digest(blank, hashlib.sha256(blank).hexdigest()))
 
@@ -55,7 +55,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and settings of a session file.
 
     Raises:
-        UserError: if it cannot be read or was written in another version of the format.
+        UserError: if it cannot be read.
+        FormatError: if it was written in another version of the format.
         DamageError: if it is not, bit for bit, what :func:`write` wrote.
     """
     try:
@@ -68,8 +69,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise DamageError(f"{path} is not a chat session, or it is damaged; use another copy or start a new one")
     header_bytes = int.from_bytes(content[:8], "little")
     settings: dict[str, Any] = json.loads(json.loads(content[8 : 8 + header_bytes])["__metadata__"]["settings"])
-    if settings.pop("format") != _FORMAT:
-        raise UserError(f"{path} was written by another version of MM-Rec; continue it with that one")
+    check_version("session", settings.pop(KEY, None), path)
     return load(content), settings
 
 

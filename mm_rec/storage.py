@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_rec.errors import UserError
+from mm_rec.formats import KEY, VERSIONS
 
 __all__ = [
     "MANIFEST",
@@ -42,7 +43,6 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-MANIFEST_FORMAT = 1
 TEMPORARY_PREFIX = ".tmp-"
 _TEMPORARY = re.compile(r"\.tmp-.+-[0-9a-f]{16}", re.DOTALL)
 HASH_THREADS = 4
@@ -302,7 +302,7 @@ def _fingerprint(path: Path) -> dict[str, int | str]:
 
 
 def _manifest_bytes(entries: dict[str, dict[str, int | str]]) -> bytes:
-    content = {"format": MANIFEST_FORMAT, "files": entries}
+    content = {KEY: VERSIONS["manifest"], "files": entries}
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=True) + "\n").encode()
 
 

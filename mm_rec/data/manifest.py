@@ -8,12 +8,12 @@ from typing import Any
 
 from mm_rec.data.pack import file_sha256
 from mm_rec.errors import UserError
+from mm_rec.formats import KEY, VERSIONS, is_current
 from mm_rec.storage import write_atomic
 
 __all__ = ["MANIFEST", "check_files", "read_manifest", "record_file"]
 
 MANIFEST = "manifest.json"
-_FORMAT = 1
 
 
 def read_manifest(data_dir: Path) -> dict[str, dict[str, Any]]:
@@ -25,7 +25,8 @@ def read_manifest(data_dir: Path) -> dict[str, dict[str, Any]]:
     try:
         content = json.loads(path.read_bytes())
         entries: dict[str, dict[str, Any]] = dict(content["files"])
-        if content["format"] != _FORMAT or not all(isinstance(entry["sha256"], str) for entry in entries.values()):
+        known = is_current("download manifest", content[KEY])
+        if not known or not all(isinstance(entry["sha256"], str) for entry in entries.values()):
             raise ValueError("it is of another format")
     except FileNotFoundError:
         return {}
@@ -38,7 +39,7 @@ def read_manifest(data_dir: Path) -> dict[str, dict[str, Any]]:
 def record_file(data_dir: Path, name: str, entry: dict[str, Any]) -> None:
     """Add or replace the entry of the file ``name``, which has to hold its ``sha256``."""
     entries = {**read_manifest(data_dir), name: entry}
-    content = {"format": _FORMAT, "files": dict(sorted(entries.items()))}
+    content = {KEY: VERSIONS["download manifest"], "files": dict(sorted(entries.items()))}
     write_atomic(data_dir / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
 
 

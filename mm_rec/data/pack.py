@@ -22,10 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm_rec.errors import UserError
+from mm_rec.formats import KEY, VERSIONS, check_version
 
 __all__ = ["Document", "TokenStore", "file_sha256", "write_store"]
-
-_FORMAT = 1
 
 
 class Document(NamedTuple):
@@ -91,8 +90,7 @@ class TokenStore:
         index_bytes = _read(path / "index.json", path)
         try:
             index = json.loads(index_bytes)
-            if index["format"] != _FORMAT:
-                raise _broken(path, f"it has format {index['format']}, not {_FORMAT}")
+            check_version("token store", index[KEY], path)
             for name, entry in index["files"].items():
                 if (path / name).stat().st_size != entry["bytes"]:
                     raise _broken(path, f"{name} does not have the {entry['bytes']} bytes that its index states")
@@ -153,7 +151,7 @@ def write_store(path: Path, documents: Iterable[Document], *, vocab_size: int) -
     np.save(path / "offsets.npy", np.array(offsets, dtype=np.int64), allow_pickle=False)
     np.save(path / "n_bytes.npy", np.array(n_bytes, dtype=np.int64), allow_pickle=False)
     index = {
-        "format": _FORMAT,
+        KEY: VERSIONS["token store"],
         "dtype": dtype.name,
         "tokens": offsets[-1],
         "documents": len(n_bytes),

@@ -21,6 +21,7 @@ from mm_rec.data.manifest import check_files
 from mm_rec.data.pack import Document, TokenStore, write_store
 from mm_rec.data.survey import Survey, survey_domain
 from mm_rec.errors import UserError
+from mm_rec.formats import KEY, VERSIONS
 from mm_rec.lock import Lock
 from mm_rec.storage import DamageError, atomic_folder, remove_leftovers, reporting_errors, verify_folder
 from mm_rec.tokenizer import Tokenizer, train_tokenizer
@@ -29,7 +30,6 @@ __all__ = ["DOMAINS", "Prepared", "describe", "make_once", "prepare"]
 
 DOMAINS = ("text", "code")
 
-_FORMAT = 3  # counts up whenever the same input would come out differently
 _TOKENIZER_BYTES = 12_000_000  # of each domain; training a vocabulary of 32,000 on it takes some ten seconds
 _SMALLEST_VOCABULARY = 512
 _BYTES_AN_ENTRY = 1280  # of text for each entry of the vocabulary: rarer tokens cost time and learn little
@@ -94,7 +94,7 @@ def prepare(
     tell = progress or (lambda line: None)
     files = _find(data_dir, domains, tell)
     settings = {
-        "format": _FORMAT,
+        KEY: VERSIONS["documents"],
         "files": {name: check_files(data_dir, paths) for name, paths in files.items()},
         "tokenizer": vocab_size if tokenizer is None else tokenizer.sha256,
         "max_samples": max_samples,

@@ -15,12 +15,12 @@ from mm_rec.data.manifest import check_files
 from mm_rec.data.pack import write_store
 from mm_rec.data.prepare import Prepared, make_once, tell_bad_rows
 from mm_rec.errors import UserError
+from mm_rec.formats import KEY, VERSIONS
 from mm_rec.storage import atomic_folder
 from mm_rec.tokenizer import Tokenizer
 
 __all__ = ["prepare_conversations"]
 
-_FORMAT = 1  # counts up whenever the same input would come out differently
 _VALID_SHARE = 0.03  # of the conversations' bytes
 _VALID_BYTES = 262_144  # at most, so that validating stays cheap
 
@@ -55,7 +55,7 @@ def prepare_conversations(
     tell = progress or (lambda line: None)
     files = find_conversations(path)
     settings = {
-        "format": _FORMAT,
+        KEY: VERSIONS["conversations"],
         "conversations": name,
         "files": check_files(path if path.is_dir() else path.parent, files),
         "tokenizer": tokenizer.sha256,
