@@ -1,0 +1,66 @@
+"""What a format looks like on the disk, without its values: names, types, shapes and keys.
+
+    python tests/formats/layout.py KIND PATH > tests/formats/layouts/KIND-VERSION.json
+
+writes it down for a new version; test_layouts.py compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mm_rec.formats import KEY
+
+FILES = {
+    "model": (
+        *("config.json", "generation_config.json", "modeling_mm_rec.py", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    ),
+    "training": ("trainer.json", "optimizer.safetensors", "carried.safetensors"),
+}
+
+
+def layout(kind: str, path: Path) -> dict[str, Any]:
+    """The layout of the format ``kind`` in ``path``: a file, or a folder whose files are looked at one by one."""
+    if path.is_file():
+        return {"file": of_file(path)}
+    names = FILES.get(kind) or sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    return {name: None if "/" in name else of_file(path / name) for name in names}  # what is inside has its own format
+
+
+def of_file(path: Path) -> Any:
+    """The layout of one file; None for one whose content has a format of its own."""
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        metadata = header.pop("__metadata__", {})
+        tensors = {name: f"{entry['dtype']} {entry['shape']}" for name, entry in header.items()}
+        settings = of_value(json.loads(metadata["settings"])) if "settings" in metadata else {}
+        return {"metadata": sorted(metadata), "settings": settings, "tensors": dict(sorted(tensors.items()))}
+    if path.suffix == ".json" and path.name not in ("manifest.json", "tokenizer.json"):
+        return of_value(json.loads(path.read_bytes()))
+    if path.suffix == ".npy":
+        return str(np.load(path, allow_pickle=False).dtype)
+    if path.suffix == ".jinja":  # other words make other tokens
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return None
+
+
+def of_value(value: Any) -> Any:
+    """Keys and types of a JSON value; the version that b411fa1 did not write yet is left out."""
+    if isinstance(value, dict):
+        return {key: of_value(one) for key, one in value.items() if key != KEY}
+    if isinstance(value, list):
+        return [of_value(one) for one in value[:1]]
+    return type(value).__name__
+
+
+if __name__ == "__main__":
+    json.dump(layout(sys.argv[1], Path(sys.argv[2])), sys.stdout, indent=1)
+    print()
