@@ -20,7 +20,8 @@ __all__ = ["FIRST_VERSION", "KEY", "VERSIONS", "FormatError", "check_version", "
 VERSIONS = {
     # model.safetensors, config.json and the tokenizer, of checkpoints and exported folders; written in config.json
     "model": 1,
-    # optimizer.safetensors, carried.safetensors and trainer.json of checkpoints; written in trainer.json
+    # optimizer.safetensors, carried.safetensors and trainer.json of checkpoints; written in trainer.json. Carried
+    # states and sessions hold what mm_rec/state.py lays out: a change there raises both numbers
     "training": 1,
     # the file of a chat session; written in its settings
     "session": 1,

@@ -54,14 +54,14 @@ class MMRecConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> MMRecConfig:
-        """As of the base class, and the name is passed on for :meth:`from_dict` to say."""
+        """Reads a configuration as the base class does; an error of :meth:`from_dict` then says the name."""
         named = {"name_or_path": str(pretrained_model_name_or_path), **kwargs}
         found: MMRecConfig = super().from_pretrained(pretrained_model_name_or_path, **named)
         return found
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> MMRecConfig:
-        """A configuration from the values of ``config.json``; raises FormatError if they are of another version."""
+        """Makes a configuration of the values in ``config.json``; a FormatError if they are of another version."""
         where = kwargs.get("name_or_path") or "config.json"
         check_version("model", config_dict.get(KEY, FIRST_VERSION), where)
         found: MMRecConfig = super().from_dict(config_dict, **kwargs)

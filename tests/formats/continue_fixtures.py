@@ -44,7 +44,7 @@ def main() -> None:
     prepare_all(written, NEW / "data", NEW / "prepared")
     talk(written["turns"][-1])
     assert cli.main(["export", "--model", "finished/chat", "--output", str(NEW / "exported")]) == 0
-    model = AutoModelForCausalLM.from_pretrained("exported")
+    model = AutoModelForCausalLM.from_pretrained("exported", trust_remote_code=True)  # by the code in the folder
     with torch.inference_mode():
         logits = {name: model(torch.tensor([written["ids"]]), domain=name).logits for name in ("text", "code", "all")}
     save_file(logits, NEW / "logits.safetensors")

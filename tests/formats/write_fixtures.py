@@ -22,9 +22,9 @@ It was written by b411fa1 with Python 3.11.7, PyTorch 2.13.0+cpu, transformers 5
 (written.json has the whole list), one thread, float32, and the environment below, in which nothing depends on the
 kind of processor: the ops are the plain PyTorch definitions, since a kernel that adds in another order changes no
 format, and PyTorch, oneDNN, MKL and the C library are held at instructions that every x86-64 has. On a processor with
-AMX it wrote the same bytes again, and also without MKL_CBWR and without GLIBC_TUNABLES. Without ATEN_CPU_CAPABILITY
-and the rest, weights differed by 1.6e-6 at most; with native kernels by 9e-6. (Only the header of a session file is
-not repeated byte for byte: the safetensors library writes its two entries in either order.)
+AMX it wrote the same bytes again, without GLIBC_TUNABLES, and where MKL_ENABLE_INSTRUCTIONS let MKL see SSE4.2 or AVX2
+alone. Without this environment, weights differed by some 1e-6, with native kernels by some 1e-5. (Only the header of a
+session file is not repeated byte for byte: the safetensors library writes its two entries in either order.)
 
 This program is a record and not maintained: it uses the names that the package had then.
 """
@@ -47,7 +47,7 @@ ENVIRONMENT = {
     "MM_REC_CPU_LEVEL": "baseline",
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
-    "MKL_CBWR": "COMPATIBILITY",
+    "MKL_CBWR": "COMPATIBLE",
     "ATEN_CPU_CAPABILITY": "default",
     "ONEDNN_MAX_CPU_ISA": "SSE41",
     "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX,-AVX2,-FMA,-FMA4,-AVX512F",
