@@ -28,22 +28,22 @@ from mm_rec.tokenizer import Tokenizer
 __all__ = ["QUESTIONS", "ChatSession", "transcript"]
 
 QUESTIONS = ("Hello! Who are you?", "What can you do for me?", "Write a short story about a cat.")
-"""Asked to see how a model talks."""
+"""Questions that show how a model talks."""
 
 
 @dataclass
 class ChatSession:
     """A conversation with a model that can be saved between two turns and goes on bitwise as if never stopped.
 
-    Made by :meth:`start` or :meth:`load`.
+    :meth:`start` and :meth:`load` make one.
 
     Attributes:
-        model, tokenizer: that talk.
+        model, tokenizer: the model that answers, and its tokenizer.
         sampling: how replies are drawn; may be replaced between two turns.
         domain: the expert that answers; None fuses all.
         system: the system prompt; empty for none.
-        state: the memory after all that was said; tensors of one row.
-        generator: of the draws.
+        state: the model's state after all that was said; tensors of one row.
+        generator: draws the random numbers of all replies.
         turns: how many replies were given.
     """
 
@@ -67,7 +67,7 @@ class ChatSession:
         domain: str | None = None,
         system: str = "",
     ) -> ChatSession:
-        """A new conversation."""
+        """Starts a new conversation."""
         sampling = sampling or Sampling()
         ids, _ = encode_conversation(tokenizer, [Message("system", system)] if system else [])
         _, state = read_prompt(model, ids, domain)
@@ -75,7 +75,7 @@ class ChatSession:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens said so far, by both sides."""
+        """The number of tokens so far, of both sides."""
         return int(self.state.position[0])
 
     @torch.inference_mode()
@@ -107,7 +107,7 @@ class ChatSession:
         return logits
 
     def fork(self) -> ChatSession:
-        """A second conversation that remembers the same and goes its own way from here."""
+        """Returns a second conversation with the same memory, which goes on independently."""
         generator = torch.Generator()
         generator.set_state(self.generator.get_state())
         return dataclasses.replace(self, generator=generator)
@@ -129,7 +129,7 @@ class ChatSession:
     def load(
         cls, path: Path, model: MMRecModel, tokenizer: Tokenizer, *, sampling: Sampling | None = None
     ) -> ChatSession:
-        """Continue the session in ``path``, with other settings if ``sampling`` is given.
+        """Continues the session in ``path``, with other settings if ``sampling`` is given.
 
         Raises:
             UserError: if the file is missing or damaged, or was made with another model, precision or tokenizer.
@@ -155,7 +155,7 @@ class ChatSession:
 
 
 def transcript(session: ChatSession, questions: Iterable[str], between: Callable[[], None] = lambda: None) -> str:
-    """Ask ``questions`` one after the other and write down what was said; ``between`` is called between two pieces."""
+    """Asks ``questions`` in order and returns all that was said; ``between`` is called between two pieces."""
     lines = []
     for question in questions:
         pieces = []
@@ -167,7 +167,7 @@ def transcript(session: ChatSession, questions: Iterable[str], between: Callable
 
 
 def _identity_of(model: MMRecModel, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a saved session fits, the most telling difference first."""
+    """Returns what a session has to share with a model to be continued by it, in the order in which it is compared."""
     return {
         "tokenizer": tokenizer.sha256,
         "precision": str(model.dtype).removeprefix("torch."),

@@ -123,7 +123,7 @@ def _blocks(model: MMRecModel, expert: str) -> list[MMRecBlock]:
 
 
 class Decoder:
-    """Steps of one model; safe to call from several threads, which then wait for each other.
+    """Reads tokens with one model; safe to call from several threads, which then wait for each other.
 
     Args:
         model: on the CPU.
@@ -183,7 +183,7 @@ class Decoder:
         return list(map(Tensor.data_ptr, chain.from_iterable(map(dict.values, self._sources))))
 
     def is_current(self, model: MMRecModel) -> bool:
-        """Whether the model's weights still lie where they were, and those read from copies are what they were."""
+        """Returns whether the weights still lie where they were, and those read from copies are unchanged."""
         return (
             type(model) is self._class
             and self._find() == self._addresses
@@ -207,7 +207,7 @@ def _check(weight: Tensor, dtype: torch.dtype) -> None:
 
 
 class _Stream:
-    """The memory behind the newest state of a batch of sequences.
+    """Holds the memory of the newest state of a batch of sequences.
 
     Earlier states stay as they were: h goes to new memory, the slots are copied before a write, and a row that was
     appended to the ring lies outside of the windows of before. Only what is donated is overwritten.
@@ -235,18 +235,18 @@ class _Stream:
         self._views = self._view()
 
     def _view(self) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
-        """The recurrence of every block, and the slots of every memory block."""
+        """Returns views of the recurrence of every block and of the slots of every memory block."""
         return list(self.h.unbind(0)), list(zip(*(slot.unbind(0) for slot in self.slots), strict=True))
 
     def issued(self, state: ModelState) -> bool:
-        """Whether ``state`` is the one that this stream returned last, tensor by tensor."""
+        """Returns whether ``state`` is the one that this stream returned last, tensor by tensor."""
         blocks = [block for name in self.experts for block in state.experts[name]]
         if len(blocks) != len(self._issued):
             return False
         return all(map(is_, blocks, self._issued)) or all(map(is_, _tensors(blocks), _tensors(self._issued)))
 
     def step(self, plan: StepPlan, tokens: Tensor, position: Tensor, donate: bool) -> tuple[Tensor, ModelState]:
-        """One token, whose positions are (B,)."""
+        """Reads one token of each row, whose positions are (B,)."""
         window, block = self.config.window, self.config.window // 2
         if self.offset + window == self.ring.shape[2]:
             kept, self.ring = self.ring[:, :, self.offset :], torch.empty_like(self.ring)
@@ -268,7 +268,7 @@ class _Stream:
         return logits, self._issue(position + 1)
 
     def _issue(self, position: Tensor) -> ModelState:
-        """The state as views of this memory."""
+        """Returns the state as views of this memory."""
         rows = iter(self.ring.narrow(2, self.offset, self.config.window).unbind(0))
         h, slots = self._views
         memories = (MemoryState(k, v, *slot) for k, v, slot in zip(rows, rows, slots, strict=True))
@@ -280,7 +280,7 @@ class _Stream:
 
 
 def _tensors(blocks: list[BlockState]) -> Iterator[Tensor | None]:
-    """Every tensor of the blocks' states."""
+    """Yields every tensor of the blocks' states."""
     for h, memory in blocks:
         yield h
         yield from memory or (None,)

@@ -30,9 +30,9 @@ __all__ = ["MMRecCache", "MMRecConfig", "MMRecForCausalLM"]
 
 
 class MMRecConfig(PreTrainedConfig):  # type: ignore[misc]
-    """A :class:`ModelConfig` as `transformers` keeps it, and ``domain``: an expert, ``all`` or None for all fused.
+    """A :class:`ModelConfig` as a configuration of `transformers`, and the default ``domain``.
 
-    What is not given is as in the default preset.
+    ``domain`` is an expert, or ``all`` or None for all fused. What is not given is as in the default preset.
     """
 
     model_type = "mm_rec"
@@ -78,7 +78,7 @@ class MMRecConfig(PreTrainedConfig):  # type: ignore[misc]
 
 
 class MMRecCache(Cache):  # type: ignore[misc]
-    """The state of an MM-Rec model in the place of a key-value cache. Its size is fixed.
+    """Holds the state of an MM-Rec model, of fixed size, where other models have a key-value cache.
 
     Attributes:
         state: None before the first token.
@@ -96,11 +96,11 @@ class MMRecCache(Cache):  # type: ignore[misc]
         self.n_seen += n_tokens
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens read so far, padding included."""
+        """Returns the number of tokens read so far, padding included."""
         return self.n_seen
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: there is no longest text."""
+        """Returns -1: there is no longest text."""
         return -1
 
     @property
@@ -114,7 +114,7 @@ class MMRecCache(Cache):  # type: ignore[misc]
         return False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: what was read cannot be unread. Copy the cache before reading what may have to go."""
+        """Raises ValueError: what was read cannot be unread. Copy the cache before reading what may have to go."""
         raise ValueError("the memory of an MM-Rec model cannot go back; copy.deepcopy the cache before you read on")
 
     def reset(self) -> None:
@@ -126,12 +126,12 @@ class MMRecCache(Cache):  # type: ignore[misc]
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows at ``indices``, in that order."""
+        """Keeps the rows at ``indices``, in that order."""
         if self.state is not None:
             self.state = map_state(self.state, lambda tensor: tensor[indices.to(tensor.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times, one after the other."""
+        """Repeats every row ``repeats`` times, the copies one after the other."""
         if self.state is not None:
             self.state = map_state(self.state, lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
@@ -153,9 +153,9 @@ class MMRecBackbone(MMRecModel):
         domain: str | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
-        """Features (B, T, D) of T more tokens of each row; arguments as in :meth:`MMRecForCausalLM.forward`.
+        """Returns features (B, T, D) of T more tokens of each row; arguments as in :meth:`MMRecForCausalLM.forward`.
 
-        What collators add for attention kernels, such as ``cu_seq_lens_q`` beside ``position_ids``, is not needed.
+        Arguments for attention kernels that collators add, such as ``cu_seq_lens_q``, are ignored.
         """
         if use_cache is None:
             use_cache = self._defaults.use_cache and not self.training
@@ -169,7 +169,7 @@ class MMRecBackbone(MMRecModel):
         return BaseModelOutputWithPast(features, past_key_values=cache if use_cache else None)
 
     def chosen(self, domain: str | None) -> str | None:
-        """The expert to run, None for all, where ``domain`` is as in :meth:`MMRecForCausalLM.forward`."""
+        """Returns the expert to run, None for all, where ``domain`` is as in :meth:`MMRecForCausalLM.forward`."""
         domain = self._defaults.domain if domain is None else domain
         return None if domain == "all" else domain
 
@@ -231,7 +231,7 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         domain: str | None = None,
         **loss_settings: Any,
     ) -> CausalLMOutputWithPast:
-        """Read T more tokens of each row.
+        """Reads T more tokens of each row.
 
         Args:
             input_ids: (B, T).
@@ -273,7 +273,7 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         cache: MMRecCache,
         domain: str | None,
     ) -> Tensor | None:
-        """Logits (B, 1, V) of one more token of each row, read in one native call; None where there is none for it."""
+        """Reads one more token of each row in one native call; returns logits (B, 1, V), None where that cannot be."""
         if tokens.shape[1] != 1 or not isinstance(cache, MMRecCache) or cache.state is None:
             return None
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -302,7 +302,7 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
 
 def _refuse_unsupported(settings: dict[str, Any]) -> None:
-    """Raise ValueError for arguments of other models that would be passed over in silence."""
+    """Raises ValueError for arguments of other models that would be ignored in silence."""
     for name in ("inputs_embeds", "output_attentions", "output_hidden_states"):
         value = settings.get(name)
         if value is not None and value is not False:
@@ -312,9 +312,9 @@ def _refuse_unsupported(settings: dict[str, Any]) -> None:
 def _document_starts(
     tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, n_seen: int
 ) -> Tensor | None:
-    """Where a document starts: (B, T) bool; None for nowhere but before the first token.
+    """Returns (B, T) bool, True where a document starts; None if that is nowhere but before the first token.
 
-    Padding at the left of a row needs no more than this: the row starts afresh at its first real token.
+    This is all that padding at the left of a row needs: the row starts afresh at its first real token.
     """
     starts = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
     if attention_mask is not None:

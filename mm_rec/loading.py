@@ -40,7 +40,7 @@ class Loaded(NamedTuple):
     weights: str
 
     def choose_domain(self, requested: str | None) -> str | None:
-        """The domain for what a user asks for: an expert, ``all`` for all fused (None), None for the default.
+        """Returns the domain that a user asks for: an expert, None (all fused) for ``all``, the default for None.
 
         Raises:
             UserError: if there is no such expert.
@@ -54,9 +54,9 @@ class Loaded(NamedTuple):
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a user means by a checkpoint, a run folder (its newest valid one) or a folder of runs.
+    """Returns the checkpoint at ``path``: a checkpoint, a run folder (its newest valid one) or a folder of runs.
 
-    Of a folder of runs it is that of the newest run of the last stage.
+    In a folder of runs it is the newest valid one of the newest run of the last stage.
 
     Raises:
         UserError: if there is none.
@@ -72,12 +72,12 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def load_model(path: Path, *, device: str = "auto", precision: str = "auto", weights: str = "full") -> Loaded:
-    """Load the model that a user means by ``path``; see :func:`find_checkpoint`.
+    """Loads the model at ``path``; see :func:`find_checkpoint`.
 
     Args:
         path: checkpoint, run folder or folder of runs.
         device: as for :func:`mm_rec.device.select_device`.
-        precision: of the matrices, as for :func:`mm_rec.device.select_precision`.
+        precision: type of the matrices, as for :func:`mm_rec.device.select_precision`.
         weights: ``full``, or ``int8`` to round the matrices; see :func:`mm_rec.quantize.quantize_int8`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Fewer bytes to read for every token: matrices in 12 bits a weight, without loss, or in eight."""
+"""Compresses the matrices of a model for inference: to 12 bits a weight, without loss, or to int8."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mm_rec.ops.inference import PACKED_LEVELS, Int8Matrix, pack_weights, quanti
 __all__ = ["pack_matrices", "quantize_int8"]
 
 KEEP_WHOLE = (*FLOAT32_MATRICES, "gate")
-"""Matrices that stay as they are: those of float32 states, and the gate of the fusion, which is a few rows."""
+"""Matrices that are not rounded: those that act on float32 states, and the fusion's gate, which has a few rows."""
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""How the next token is drawn, for many texts at once: each from its own logits, generator and settings."""
+"""Draws the next token of many texts at once, each from its own logits, generator and settings."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class SamplingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. The filters apply in the order in which they stand here.
+    """Settings of how tokens are drawn. The filters apply in the order in which they stand here.
 
     Attributes:
-        max_new_tokens: to draw at most.
+        max_new_tokens: how many tokens to draw at most.
         repetition_penalty: logits of tokens that occurred are divided by it if positive, else multiplied
             (CTRL, arXiv 1909.05858); 1 changes nothing.
         temperature: divides the logits; 0 takes the likeliest token.

@@ -25,11 +25,11 @@ __all__ = ["fingerprint", "read", "write"]
 _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _NO_DIGEST = "0" * 64
 _MAX_BYTES = 1 << 30
-"""Far above any session; whatever is larger is not read into memory."""
+"""Far above the size of any session; a larger file is not read into memory."""
 
 
 def fingerprint(model: MMRecModel) -> str:
-    """SHA-256 of a model's shape and weights as they are in memory, precision included."""
+    """Returns the SHA-256 of a model's shape and weights as they are in memory, precision included."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, parameter in sorted(model.named_parameters()):
         tensor = parameter.detach().cpu().contiguous()
@@ -39,7 +39,7 @@ def fingerprint(model: MMRecModel) -> str:
 
 
 def write(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
-    """Write ``tensors`` and ``settings``, which JSON can hold, to ``path``: whole or not at all.
+    """Writes ``tensors`` and ``settings``, which JSON can hold, to ``path``: whole or not at all.
 
     Raises:
         StorageError: if the disk is full, broken or not writable.
@@ -52,7 +52,7 @@ def write(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> N
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and settings of a session file.
+    """Returns the tensors and settings of a session file.
 
     Raises:
         UserError: if it cannot be read.
@@ -74,7 +74,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _with_digest(content: bytes, digest: str) -> bytes:
-    """``content`` with its digest replaced; there is one."""
+    """Returns ``content``, which has a digest, with another digest in its place."""
     place = _DIGEST.search(content)
     assert place is not None
     return content[: place.start(1)] + digest.encode() + content[place.end(1) :]

@@ -1,4 +1,4 @@
-"""From what the engine drew to replies and streams in OpenAI's shapes."""
+"""Makes replies and streams in OpenAI's shapes of what the engine drew."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ChatFormat", "Choice", "CompletionFormat", "Names"]
 
 
 class Names:
-    """Tokens as strings, a different one for each: control tokens by name, parts of characters as bytes."""
+    """Names tokens, each differently: control tokens by their names, parts of characters by their bytes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.bytes = tokenizer.token_bytes
@@ -32,7 +32,7 @@ class Names:
 
 @dataclass
 class Choice:
-    """One text, or the next piece of it."""
+    """The text of one choice, or the next piece of it."""
 
     text: str = ""
     scores: list[TokenScore] = field(default_factory=list)
@@ -40,10 +40,10 @@ class Choice:
 
 
 class CompletionFormat:
-    """Completions, whole or in pieces.
+    """Shapes completions, whole or in pieces.
 
     Args:
-        names: of the tokens.
+        names: names of the tokens.
         top: how many likeliest tokens to list; None for no log-probabilities.
     """
 
@@ -57,10 +57,10 @@ class CompletionFormat:
         self._decoders: dict[int, tuple[codecs.IncrementalDecoder, int]] = {}
 
     def opening(self, index: int) -> None:
-        """Nothing comes before the first piece."""
+        """Returns None: nothing comes before the first piece."""
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """One text, or the next piece of it."""
+        """Returns one choice, or the next piece of it."""
         return {
             "index": index,
             "text": choice.text,
@@ -80,13 +80,13 @@ class CompletionFormat:
         }
 
     def _top_of(self, score: TokenScore) -> dict[str, float] | None:
-        """The likeliest tokens, and the one that was taken even if it is none of them."""
+        """Returns the likeliest tokens, and the one that was drawn even if it is none of them."""
         if score.logprob is None:
             return None
         return {self._names[token]: value for token, value in score.top} | {self._names[score.token]: score.logprob}
 
     def _offsets(self, index: int, tokens: Iterable[int]) -> list[int]:
-        """Where in the text each token begins; goes on where the piece before ended."""
+        """Returns where in the text each token begins, counted on from the piece before."""
         decoder, at = self._decoders.get(index) or (codecs.getincrementaldecoder("utf-8")("replace"), 0)
         offsets = []
         for token in tokens:
@@ -97,10 +97,10 @@ class CompletionFormat:
 
 
 class ChatFormat:
-    """Answers in a conversation, whole or in pieces.
+    """Shapes answers in a conversation, whole or in pieces.
 
     Args:
-        names: of the tokens.
+        names: names of the tokens.
         top: how many likeliest tokens to list; None for no log-probabilities.
     """
 
@@ -113,11 +113,11 @@ class ChatFormat:
         self._top = top
 
     def opening(self, index: int) -> dict[str, Any]:
-        """The first piece says who speaks."""
+        """Returns the first piece, which names the role."""
         return self._chunk(index, {"role": "assistant", "content": ""}, Choice())
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """One answer."""
+        """Returns one answer."""
         return {
             "index": index,
             "message": {"role": "assistant", "content": choice.text},
@@ -126,7 +126,7 @@ class ChatFormat:
         }
 
     def chunk_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """The next piece of an answer."""
+        """Returns the next piece of an answer."""
         return self._chunk(index, {"content": choice.text} if choice.text else {}, choice)
 
     def _chunk(self, index: int, delta: dict[str, str], choice: Choice) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Conversations that go on from request to request: one file of constant size each, in one folder.
+"""Keeps conversations between requests, each in one file of constant size.
 
 A request either comes to its end, and the memory after it replaces the one before, or leaves no trace.
 The files are those of ``mm-rec chat``, which can continue them.
@@ -37,14 +37,14 @@ _SUFFIX = ".safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What a conversation left: the state of one row and the number of answers so far."""
+    """The saved memory of a conversation: the state of one row and the number of answers so far."""
 
     state: ModelState
     turns: int
 
     @property
     def tokens(self) -> int:
-        """Tokens of the conversation, by both sides."""
+        """The number of tokens of the conversation, of both sides."""
         return int(self.state.position[0])
 
 
@@ -52,9 +52,9 @@ class SessionStore:
     """The sessions in a folder, which belongs to one server at a time.
 
     Args:
-        folder: made if missing, for its owner alone.
-        model, tokenizer, domain: that a session has to fit.
-        fingerprint: that of the model, from ``session_file.fingerprint``.
+        folder: made if missing, readable for its owner alone.
+        model, tokenizer, domain: what a session must have been made with.
+        fingerprint: the model's, from ``session_file.fingerprint``.
         max_sessions: files to keep at most.
 
     Raises:
@@ -88,12 +88,12 @@ class SessionStore:
         self._busy: set[str] = set()
 
     def close(self) -> None:
-        """Leave the folder to others."""
+        """Releases the folder for other servers."""
         self._lock.release()
 
     @contextmanager
     def turn(self, name: str) -> Iterator[None]:
-        """Own a session for the length of a request.
+        """Reserves a session for the length of a request.
 
         Raises:
             ApiError: 400 if it is not a name, 409 if another request has it.
@@ -114,7 +114,7 @@ class SessionStore:
             self._busy.discard(name)
 
     def load(self, name: str) -> Memory | None:
-        """The memory of a session; None if there is none of that name.
+        """Returns the memory of a session; None if there is no session of that name.
 
         Raises:
             ApiError: 409 if the file cannot be used.
@@ -141,7 +141,7 @@ class SessionStore:
         return Memory(state, turns)
 
     def save(self, name: str, memory: Memory) -> None:
-        """Replace the memory of a session.
+        """Replaces the memory of a session.
 
         Raises:
             ApiError: 429 if there are too many sessions, 503 if the disk does not take it.
@@ -160,12 +160,12 @@ class SessionStore:
             raise ApiError.busy("the session could not be saved; the server's log says why") from error
 
     def size(self, name: str) -> int:
-        """Bytes of a session's file."""
+        """Returns the size of a session's file in bytes."""
         path = self._path(name)
         return 0 if path is None else path.lstat().st_size
 
     def remove(self, name: str) -> bool:
-        """Forget a session; False if there is none of that name."""
+        """Deletes a session; returns False if there is none of that name."""
         path = self._path(name)
         if path is None:
             return False
@@ -174,7 +174,7 @@ class SessionStore:
         return True
 
     def _path(self, name: str) -> Path | None:
-        """The file of a session, None if there is none.
+        """Returns the file of a session, None if there is none.
 
         Raises:
             ApiError: 409 if something else stands in its place, such as a link to a file elsewhere.
