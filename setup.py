@@ -41,6 +41,6 @@ class PlatformWheel(bdist_wheel):
 
 setup(
     ext_modules=[Extension("mm_rec.cpp.kernels", sources=[])],  # marks the wheel as platform-specific
-    package_data={"mm_rec": ["py.typed"], "mm_rec.cpp": ["src/*", "cuda/*"], "mm_rec.serve": ["page/*"]},
+    package_data={"mm_rec": ["py.typed"], "mm_rec.cpp": ["src/*", "cuda/*"], "mm_rec.serve": ["*.html"]},
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
 )

@@ -136,7 +136,7 @@ def compare_backends(dtype: torch.dtype, domain: str | None) -> Errors:
     """The kernels of the native back end against the reference, in chunks and with resets."""
     model = build(torch.float32)
     if dtype == torch.bfloat16:
-        from mm_rec.device import apply_precision
+        from mm_rec.machine.device import apply_precision
 
         apply_precision(model, "bf16")
     tokens, probe = sample(3)

@@ -27,15 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_rec import decode, ops
+from mm_rec import ops
 from mm_rec.bench.limits import copy_action
 from mm_rec.bench.peers import gpt2_110m
 from mm_rec.bench.timing import timed
 from mm_rec.config import PRESETS
-from mm_rec.device import apply_precision
+from mm_rec.inference import decode
+from mm_rec.inference.quantize import pack_matrices, quantize_int8
+from mm_rec.machine.device import apply_precision
 from mm_rec.model import MMRecModel
 from mm_rec.ops.inference import Int8Matrix
-from mm_rec.quantize import pack_matrices, quantize_int8
 from mm_rec.state import ModelState, flatten_state, map_state
 
 RESULT = Path(__file__).parent / "results" / "generation.json"
@@ -68,7 +69,7 @@ def context_state(model: MMRecModel, domain: str | None, batch: int, context: in
 
 
 def mm_rec_turn(model: MMRecModel, domain: str | None, batch: int, context: int, steps: int) -> Turn:
-    """Greedy tokens with :func:`mm_rec.decode.step`."""
+    """Greedy tokens with :func:`mm_rec.inference.decode.step`."""
     start = context_state(model, domain, batch, context)
 
     @torch.inference_mode()

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_ops import machine
-from mm_rec import decode
 from mm_rec.config import PRESETS
-from mm_rec.device import apply_precision
+from mm_rec.inference import decode
+from mm_rec.machine.device import apply_precision
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
 from mm_rec.state import detach_state

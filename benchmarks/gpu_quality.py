@@ -33,18 +33,18 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_ops import machine
 from benchmarks.quality import CLIP, CONTEXT, DOMAINS, WEIGHT_DECAY, Data, prepare, sliding_windows
-from mm_rec import evaluate as evaluation
 from mm_rec.bench.peers import ModernGPT
 from mm_rec.config import ModelConfig
 from mm_rec.data.batches import Batch, Batches
-from mm_rec.data.feed import Feed
 from mm_rec.data.pack import TokenStore
-from mm_rec.device import apply_precision
-from mm_rec.graphs import GraphedPass
+from mm_rec.data.prefetch import Feed
+from mm_rec.evaluation import bits_per_byte as evaluation
+from mm_rec.machine.device import apply_precision
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
 from mm_rec.stages import betas, learning_rate
 from mm_rec.state import ModelState
+from mm_rec.training.cuda_graphs import GraphedPass
 
 RESULT = Path(__file__).parent / "results" / "gpu_quality.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "gpu_quality.png"

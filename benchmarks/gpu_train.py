@@ -30,11 +30,11 @@ from benchmarks.gpu_ops import machine, matrix_rate
 from mm_rec.bench.peers import ModernGPT
 from mm_rec.config import PRESETS
 from mm_rec.data.batches import Batch
-from mm_rec.device import apply_precision
-from mm_rec.graphs import GraphedPass, run_pass
+from mm_rec.machine.device import apply_precision
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
 from mm_rec.state import ModelState, map_state
+from mm_rec.training.cuda_graphs import GraphedPass, run_pass
 
 RESULT = Path(__file__).parent / "results" / "gpu_train.json"
 CHUNK, MICRO_BATCH, VOCABULARY = 2048, 65_536, 32_000

@@ -32,12 +32,12 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from mm_rec.data.builtin import builtin_text
+from mm_rec.data.download.builtin import builtin_text
 from mm_rec.data.files import BadRows, find_files, read_texts
-from mm_rec.evaluate import Documents, evaluate
-from mm_rec.generate import generate
-from mm_rec.loading import Loaded, load_model
-from mm_rec.sampling import Sampling
+from mm_rec.evaluation.bits_per_byte import Documents, evaluate
+from mm_rec.inference.generate import generate
+from mm_rec.inference.loading import Loaded, load_model
+from mm_rec.inference.sampling import Sampling
 
 RESULT = Path(__file__).parent / "results" / "harness_agreement.json"
 TASKS = ("own_endings", "own_texts", "own_continuations")

@@ -36,12 +36,12 @@ from mm_rec.config import ModelConfig
 from mm_rec.data.batches import Batch, Batches
 from mm_rec.data.files import BadRows, read_texts
 from mm_rec.data.pack import Document, TokenStore, write_store
-from mm_rec.device import apply_precision, select_precision
-from mm_rec.evaluate import evaluate, select_documents
+from mm_rec.evaluation.bits_per_byte import evaluate, select_documents
+from mm_rec.machine.device import apply_precision, select_precision
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
 from mm_rec.stages import betas, learning_rate
-from mm_rec.tokenizer import Tokenizer, train_tokenizer
+from mm_rec.text.tokenizer import Tokenizer, train_tokenizer
 
 RESULT = Path(__file__).parent / "results" / "quality.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "quality.png"

@@ -36,14 +36,14 @@ import torch
 from mm_rec import ops
 from mm_rec.bench.peers import gpt2_110m
 from mm_rec.config import PRESETS
-from mm_rec.data.builtin import builtin_code, builtin_text
-from mm_rec.device import apply_precision, select_precision
+from mm_rec.data.download.builtin import builtin_code, builtin_text
+from mm_rec.inference.session_file import fingerprint
+from mm_rec.machine.device import apply_precision, select_precision
 from mm_rec.model import MMRecModel
 from mm_rec.serve.app import Service, create_app
 from mm_rec.serve.engine import Engine
 from mm_rec.serve.sessions import SessionStore
-from mm_rec.session_file import fingerprint
-from mm_rec.tokenizer import train_tokenizer
+from mm_rec.text.tokenizer import train_tokenizer
 
 RESULT = Path(__file__).parent / "results" / "serving.json"
 PROMPT_TOKENS, NEW_TOKENS = 64, 64

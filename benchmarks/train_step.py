@@ -28,7 +28,7 @@ import torch
 from mm_rec.bench.machine import describe_machine
 from mm_rec.bench.training import Contender, StepTime, compare_steps, contenders, tune_threads
 from mm_rec.config import PRESETS
-from mm_rec.device import select_precision
+from mm_rec.machine.device import select_precision
 
 RESULT = Path(__file__).parent / "results" / "train_step.json"
 NAMES = ("one_domain", "fused", "gpt2", "gpt", "gpt_compiled")

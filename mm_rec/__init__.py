@@ -15,12 +15,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mm_rec.api import Model, TokenLogits, load
-    from mm_rec.chat import ChatSession
+    from mm_rec.api.model import Model, TokenLogits, load
     from mm_rec.config import ModelConfig
     from mm_rec.errors import UserError
+    from mm_rec.inference.chat_session import ChatSession
+    from mm_rec.inference.sampling import Sampling
     from mm_rec.model import MMRecModel
-    from mm_rec.sampling import Sampling
 
 __version__ = "0.1.0"
 
@@ -37,14 +37,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "ChatSession": "mm_rec.chat",
+    "ChatSession": "mm_rec.inference.chat_session",
     "MMRecModel": "mm_rec.model",
-    "Model": "mm_rec.api",
+    "Model": "mm_rec.api.model",
     "ModelConfig": "mm_rec.config",
-    "Sampling": "mm_rec.sampling",
-    "TokenLogits": "mm_rec.api",
+    "Sampling": "mm_rec.inference.sampling",
+    "TokenLogits": "mm_rec.api.model",
     "UserError": "mm_rec.errors",
-    "load": "mm_rec.api",
+    "load": "mm_rec.api.model",
 }
 """Where each public name lives."""
 

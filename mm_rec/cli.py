@@ -20,17 +20,19 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "data": Command("mm_rec.data.download_data", "download text and code, or take what this machine has"),
-    "tokenizer": Command("mm_rec.scripts.tokenizer", "train a tokenizer, or see how one cuts a text"),
-    "train": Command("mm_rec.scripts.train", "train one stage or all, and go on with a stopped run"),
-    "finetune": Command("mm_rec.scripts.finetune", "teach a trained model to follow instructions, or to chat"),
-    "pipeline": Command("mm_rec.scripts.pipeline", "everything in one: train all stages, then instruct, then chat"),
-    "generate": Command("mm_rec.scripts.generate", "continue a text"),
-    "chat": Command("mm_rec.scripts.chat", "talk with a model that remembers in a file of constant size"),
-    "eval": Command("mm_rec.scripts.evaluate", "measure a model and write a report page"),
-    "export": Command("mm_rec.scripts.export", "write a folder for transformers, and compare what it loads"),
-    "serve": Command("mm_rec.scripts.serve", "serve a model over HTTP, with a chat page"),
-    "doctor": Command("mm_rec.doctor", "check this machine and a run folder"),
-    "bench": Command("mm_rec.scripts.bench", "measure the speed of training on this machine"),
+    "tokenizer": Command("mm_rec.scripts.tokenizer_command", "train a tokenizer, or see how one cuts a text"),
+    "train": Command("mm_rec.scripts.train_command", "train one stage or all, and go on with a stopped run"),
+    "finetune": Command("mm_rec.scripts.finetune_command", "teach a trained model to follow instructions, or to chat"),
+    "pipeline": Command(
+        "mm_rec.scripts.pipeline_command", "everything in one: train all stages, then instruct, then chat"
+    ),
+    "generate": Command("mm_rec.scripts.generate_command", "continue a text"),
+    "chat": Command("mm_rec.scripts.chat_command", "talk with a model that remembers in a file of constant size"),
+    "eval": Command("mm_rec.scripts.eval_command", "measure a model and write a report page"),
+    "export": Command("mm_rec.scripts.export_command", "write a folder for transformers, and compare what it loads"),
+    "serve": Command("mm_rec.scripts.serve_command", "serve a model over HTTP, with a chat page"),
+    "doctor": Command("mm_rec.scripts.doctor_command", "check this machine and a run folder"),
+    "bench": Command("mm_rec.scripts.bench_command", "measure the speed of training on this machine"),
 }
 
 HELP = """usage: mm-rec COMMAND [OPTIONS]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SettingError", "UserError", "is_out_of_memory"]
+__all__ = ["MissingPackageError", "SettingError", "UserError", "is_out_of_memory"]
 
 
 class UserError(Exception):
@@ -14,6 +14,10 @@ class UserError(Exception):
 
 class SettingError(UserError, ValueError):
     """A value that a user set, in the environment say, is not one of those that can be."""
+
+
+class MissingPackageError(UserError, ImportError):
+    """A package that only this part of MM-Rec needs is not installed; the message says how to install it."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

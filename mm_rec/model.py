@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_rec import ops
+from mm_rec.blocks.expert import Expert
+from mm_rec.blocks.fusion import Fusion
 from mm_rec.config import ModelConfig
-from mm_rec.experts import Expert, Fusion
 from mm_rec.state import ModelState, initial_state
 
 __all__ = ["LossOutput", "MMRecModel", "document_positions"]

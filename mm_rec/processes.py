@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 from mm_rec.errors import UserError
-from mm_rec.signals import Interrupted, SignalGuard
+from mm_rec.machine.signals import Interrupted, SignalGuard
 
 __all__ = [
     "BroadcastTensors",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mm_rec.errors import UserError, is_out_of_memory
-from mm_rec.signals import Interrupted, SignalGuard
+from mm_rec.machine.signals import Interrupted, SignalGuard
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import mm_rec
-from mm_rec import trainer
 from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.data import download_data
-from mm_rec.data.hub import UnreachableError
-from mm_rec.data.sources import Source
+from mm_rec.data.download.hub import UnreachableError
+from mm_rec.data.download.sources import Source
 from mm_rec.program import run_program
+from mm_rec.training import trainer
 
 COMMANDS = [
     tuple(line.split("\t"))
@@ -107,8 +107,8 @@ def test_without_a_hub_training_takes_what_the_machine_has(
         raise UnreachableError("the hub cannot be reached")
 
     monkeypatch.setattr(download_data, "fetch", unreachable)
-    monkeypatch.setattr("mm_rec.data.local.builtin_text", lambda: documents("text", 30))
-    monkeypatch.setattr("mm_rec.data.local.builtin_code", lambda: documents("code", 30))
+    monkeypatch.setattr("mm_rec.data.download.local.builtin_text", lambda: documents("text", 30))
+    monkeypatch.setattr("mm_rec.data.download.local.builtin_code", lambda: documents("code", 30))
     assert run("python3 -m mm_rec.scripts.auto_train") == 0
     assert "the hub cannot be reached: taking the builtin text" in capsys.readouterr().out
     assert (tmp_path / "data" / "code" / "builtin.jsonl").exists()

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mm_rec import decode
 from mm_rec.config import PRESETS, ModelConfig
+from mm_rec.inference import decode
 from mm_rec.model import MMRecModel, _TiedEmbedding, document_positions
 
 CONFIG = ModelConfig(vocab_size=64, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, slots=6)

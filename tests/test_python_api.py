@@ -15,15 +15,15 @@ import pytest
 import torch
 
 import mm_rec
-from mm_rec import checkpoint
-from mm_rec.chat import ChatSession
 from mm_rec.config import ModelConfig
-from mm_rec.generate import generate
+from mm_rec.inference.chat_session import ChatSession
+from mm_rec.inference.generate import generate
+from mm_rec.inference.sampling import Sampling, SamplingOptions
 from mm_rec.model import MMRecModel
-from mm_rec.sampling import Sampling, SamplingOptions
-from mm_rec.scripts.sampling import FLAGS
+from mm_rec.scripts.sampling_options import FLAGS
 from mm_rec.state import flatten_state
-from mm_rec.tokenizer import CONTROL_TOKENS, train_tokenizer
+from mm_rec.storage import checkpoint
+from mm_rec.text.tokenizer import CONTROL_TOKENS, train_tokenizer
 
 CONFIG = ModelConfig(vocab_size=512, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, slots=6)
 PROMPT = "def shuffle(self, x):"

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_rec import decode
 from mm_rec.bench.peers import gpt2_110m
 from mm_rec.bench.timing import Action, median_seconds
 from mm_rec.config import ModelConfig
-from mm_rec.device import apply_precision
+from mm_rec.inference import decode
+from mm_rec.inference.quantize import pack_matrices
+from mm_rec.machine.device import apply_precision
 from mm_rec.model import MMRecModel
-from mm_rec.quantize import pack_matrices
 
 __all__ = ["compare_generation"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mm_rec import __version__, ops
-from mm_rec.tuning import cores
+from mm_rec.machine.autotune import cores
 
 __all__ = ["describe_machine", "processor_name"]
 

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from mm_rec.storage import write_atomic
+from mm_rec.storage.files import write_atomic
 
 __all__ = ["Point", "draw_roofline"]
 

@@ -18,7 +18,7 @@ from mm_rec.bench.machine import describe_machine
 from mm_rec.bench.picture import Point, draw_roofline
 from mm_rec.bench.training import Contender, StepTime, compare_steps, contenders, peak_memory, tune_threads
 from mm_rec.config import PRESETS
-from mm_rec.storage import format_bytes, write_atomic
+from mm_rec.storage.files import format_bytes, write_atomic
 
 __all__ = ["BenchSettings", "run_bench"]
 

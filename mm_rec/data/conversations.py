@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mm_rec.conversation import Message, encode_conversation
 from mm_rec.data.files import SUFFIXES, BadRows, Row, find_files, read_rows
 from mm_rec.data.manifest import MANIFEST
 from mm_rec.data.pack import Document
 from mm_rec.errors import UserError
-from mm_rec.tokenizer import Tokenizer
+from mm_rec.text.conversation import Message, encode_conversation
+from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = ["encode_document", "find_conversations", "parse_conversation", "read_conversations"]
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Literal
 
 from mm_rec.config import DOMAINS
-from mm_rec.data.fetch import fetch
-from mm_rec.data.hub import UnreachableError
-from mm_rec.data.local import take_builtin, take_own
-from mm_rec.data.sources import BUILTIN, DEFAULT_SOURCES, Source, describe_sources, find_source
+from mm_rec.data.download.fetch import fetch
+from mm_rec.data.download.hub import UnreachableError
+from mm_rec.data.download.local import take_builtin, take_own
+from mm_rec.data.download.sources import BUILTIN, DEFAULT_SOURCES, Source, describe_sources, find_source
 from mm_rec.errors import UserError
-from mm_rec.lock import Lock
 from mm_rec.program import Parser, positive_int, run_program
-from mm_rec.storage import reporting_errors
+from mm_rec.storage.files import reporting_errors
+from mm_rec.storage.lock import Lock
 
 __all__ = ["DEFAULT_SAMPLES", "Request", "add_arguments", "download", "main", "read_arguments", "run"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from mm_rec.data.pack import file_sha256
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS, is_current
-from mm_rec.storage import write_atomic
+from mm_rec.storage.files import write_atomic
 
 __all__ = ["MANIFEST", "check_files", "read_manifest", "record_file"]
 

@@ -15,14 +15,14 @@ from typing import Any
 
 from mm_rec.config import DOMAINS
 from mm_rec.data.files import find_files
+from mm_rec.data.first_pass import Survey, survey_domain
 from mm_rec.data.manifest import check_files
 from mm_rec.data.pack import Document, write_store
 from mm_rec.data.prepared import Prepared, make_once, tell_bad_rows, write_report
-from mm_rec.data.survey import Survey, survey_domain
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS
-from mm_rec.storage import atomic_folder
-from mm_rec.tokenizer import Tokenizer, train_tokenizer
+from mm_rec.storage.files import atomic_folder
+from mm_rec.text.tokenizer import Tokenizer, train_tokenizer
 
 __all__ = ["describe", "prepare"]
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mm_rec.conversation import Message
 from mm_rec.data.conversations import encode_document, find_conversations, read_conversations
 from mm_rec.data.files import BadRows
 from mm_rec.data.held_out import VALID_BYTES, VALID_SHARE, take_within
@@ -17,8 +16,9 @@ from mm_rec.data.pack import write_store
 from mm_rec.data.prepared import Prepared, make_once, tell_bad_rows, write_report
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS
-from mm_rec.storage import atomic_folder
-from mm_rec.tokenizer import Tokenizer
+from mm_rec.storage.files import atomic_folder
+from mm_rec.text.conversation import Message
+from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = ["prepare_conversations"]
 

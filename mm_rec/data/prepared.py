@@ -11,9 +11,9 @@ from typing import Any
 
 from mm_rec.data.pack import TokenStore
 from mm_rec.errors import UserError
-from mm_rec.lock import Lock
-from mm_rec.storage import DamageError, remove_leftovers, reporting_errors, verify_folder
-from mm_rec.tokenizer import Tokenizer
+from mm_rec.storage.files import DamageError, remove_leftovers, reporting_errors, verify_folder
+from mm_rec.storage.lock import Lock
+from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = ["Prepared", "make_once", "tell_bad_rows", "write_report"]
 

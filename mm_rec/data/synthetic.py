@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from mm_rec.storage import write_atomic
+from mm_rec.storage.files import write_atomic
 
 __all__ = ["DEFAULT_SAMPLES", "synthetic_code", "synthetic_text", "write_synthetic"]
 

@@ -13,7 +13,7 @@ if __package__ in (None, ""):  # run as a file: the folder of this script is on 
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from mm_rec.program import run_program
-from mm_rec.scripts import train
+from mm_rec.scripts import train_command
 
 DEFAULTS = {
     "stage": "all",
@@ -25,8 +25,8 @@ SAMPLES = {"text": 100_000, "code": 10_000}
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
-    """Parse arguments and train; see :mod:`mm_rec.scripts.train`."""
-    return train.main(arguments, prog, description=__doc__, defaults=DEFAULTS, samples=SAMPLES)
+    """Parse arguments and train; see :mod:`mm_rec.scripts.train_command`."""
+    return train_command.main(arguments, prog, description=__doc__, defaults=DEFAULTS, samples=SAMPLES)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from mm_rec.program import run_program
-from mm_rec.scripts import train
+from mm_rec.scripts import train_command
 
 DEFAULTS = {"device": "cpu"}
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
-    """Parse arguments and train; see :mod:`mm_rec.scripts.train`."""
-    return train.main(arguments, prog, description=__doc__, defaults=DEFAULTS)
+    """Parse arguments and train; see :mod:`mm_rec.scripts.train_command`."""
+    return train_command.main(arguments, prog, description=__doc__, defaults=DEFAULTS)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ from fastapi import FastAPI, Request
 from starlette.responses import HTMLResponse, Response
 
 from mm_rec import __version__
-from mm_rec.conversation import Message, encode_conversation, encode_message
-from mm_rec.generate import end_tokens
-from mm_rec.sampling import Sampling
+from mm_rec.inference.generate import end_tokens
+from mm_rec.inference.sampling import Sampling
 from mm_rec.serve import schemas
 from mm_rec.serve.answer import Answer, respond
 from mm_rec.serve.engine import Engine
@@ -30,7 +29,8 @@ from mm_rec.serve.jobs import Job
 from mm_rec.serve.replies import ChatFormat, CompletionFormat, Names
 from mm_rec.serve.sessions import Memory, SessionStore
 from mm_rec.state import ModelState
-from mm_rec.tokenizer import Tokenizer
+from mm_rec.text.conversation import Message, encode_conversation, encode_message
+from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = ["Service", "create_app"]
 
@@ -153,7 +153,7 @@ def create_app(service: Service, *, api_key: str | None = None, limits: Limits |
 
 
 def _add_page(app: FastAPI) -> None:
-    page = resources.files("mm_rec.serve").joinpath("page/index.html").read_text(encoding="utf-8")
+    page = resources.files("mm_rec.serve").joinpath("chat_page.html").read_text(encoding="utf-8")
     headers = {"Content-Security-Policy": _content_policy(page), "X-Content-Type-Options": "nosniff"}
 
     @app.get("/", include_in_schema=False)

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mm_rec import decode
-from mm_rec.generate import GeneratedText
+from mm_rec.inference import decode
+from mm_rec.inference.generate import GeneratedText
+from mm_rec.inference.sampling import next_tokens
 from mm_rec.model import MMRecModel
-from mm_rec.sampling import next_tokens
 from mm_rec.serve.jobs import (
     EngineError,
     Job,
@@ -35,7 +35,7 @@ from mm_rec.serve.jobs import (
     TokenScore,
 )
 from mm_rec.state import ModelState, flatten_state, map_state
-from mm_rec.tokenizer import Tokenizer
+from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = ["Engine"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mm_rec.sampling import Sampling
+from mm_rec.inference.sampling import Sampling
 from mm_rec.state import ModelState
 
 __all__ = [

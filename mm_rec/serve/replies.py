@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mm_rec.serve.jobs import TokenScore
-from mm_rec.tokenizer import Tokenizer
+from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = ["ChatFormat", "Choice", "CompletionFormat", "Names"]
 

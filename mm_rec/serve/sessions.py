@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 
-from mm_rec import session_file, storage
 from mm_rec.errors import UserError
-from mm_rec.lock import Lock
+from mm_rec.inference import session_file
+from mm_rec.inference.sampling import Sampling
 from mm_rec.model import MMRecModel
-from mm_rec.sampling import Sampling
 from mm_rec.serve.errors import ApiError
 from mm_rec.state import ModelState, flatten_state, unflatten_state
-from mm_rec.tokenizer import Tokenizer
+from mm_rec.storage import files
+from mm_rec.storage.lock import Lock
+from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = ["Memory", "SessionStore"]
 
@@ -72,11 +73,11 @@ class SessionStore:
         fingerprint: str,
         max_sessions: int = 1000,
     ) -> None:
-        with storage.reporting_errors(folder):
+        with files.reporting_errors(folder):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder = folder.resolve()
         self._lock = Lock(self._folder / ".lock")
-        storage.remove_leftovers(self._folder)
+        files.remove_leftovers(self._folder)
         self._model = model
         self._max_sessions = max_sessions
         self._identity = {
@@ -155,7 +156,7 @@ class SessionStore:
         settings = {"system": "", "sampling": dataclasses.asdict(Sampling())}
         try:
             session_file.write(self._folder / f"{name}{_SUFFIX}", tensors, self._identity | settings)
-        except storage.StorageError as error:
+        except files.StorageError as error:
             _log.error("session %s: %s", name, error)
             raise ApiError.busy("the session could not be saved; the server's log says why") from error
 
@@ -170,7 +171,7 @@ class SessionStore:
         if path is None:
             return False
         path.unlink()
-        storage.sync(self._folder)
+        files.sync(self._folder)
         return True
 
     def _path(self, name: str) -> Path | None:

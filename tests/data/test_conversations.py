@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mm_rec.conversation import Message
 from mm_rec.data.conversations import encode_document, find_conversations, parse_conversation, read_conversations
 from mm_rec.data.files import BadRows
 from mm_rec.errors import UserError
-from mm_rec.tokenizer import Tokenizer, train_tokenizer
+from mm_rec.text.conversation import Message
+from mm_rec.text.tokenizer import Tokenizer, train_tokenizer
 
 HELLO = [Message("user", "Hello"), Message("assistant", "Hi!")]
 SYSTEM = [Message("system", "Be kind."), *HELLO]

@@ -6,16 +6,17 @@ import re
 
 import pytest
 
-from mm_rec.data import builtin, download_data
+from mm_rec.data import download_data
+from mm_rec.data.download import builtin
+from mm_rec.data.download.sources import DEFAULT_SOURCES, SOURCES, describe_sources, find_source
 from mm_rec.data.download_data import Request, download, main
 from mm_rec.data.files import BadRows, read_texts
 from mm_rec.data.manifest import read_manifest
 from mm_rec.data.prepare import prepare
-from mm_rec.data.sources import DEFAULT_SOURCES, SOURCES, describe_sources, find_source
 from mm_rec.data.synthetic import synthetic_code, synthetic_text
 from mm_rec.errors import UserError
-from mm_rec.lock import Lock
 from mm_rec.program import run_program
+from mm_rec.storage.lock import Lock
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@ import random
 
 import pytest
 
-from mm_rec.data import survey as survey_module
+from mm_rec.data import first_pass as survey_module
+from mm_rec.data.first_pass import survey_domain
 from mm_rec.data.prepare import describe, prepare
-from mm_rec.data.survey import survey_domain
 from mm_rec.data.synthetic import synthetic_code, synthetic_text, write_synthetic
 from mm_rec.errors import UserError
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mm_rec.conversation import encode_conversation
 from mm_rec.data.batches import Batches
 from mm_rec.data.conversations import parse_conversation
 from mm_rec.data.prepare_conversations import prepare_conversations
 from mm_rec.data.prepared import Prepared
 from mm_rec.errors import UserError
-from mm_rec.tokenizer import Tokenizer, train_tokenizer
+from mm_rec.text.conversation import encode_conversation
+from mm_rec.text.tokenizer import Tokenizer, train_tokenizer
 
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i * i} less {i}."} for i in range(60)]
 

@@ -12,12 +12,13 @@ import torch
 from talking import CONFIG
 from workload import Trial, refusal, workload
 
-from mm_rec import checkpoint, session_file
-from mm_rec.chat import ChatSession
-from mm_rec.checkpoint import CheckpointError
 from mm_rec.errors import UserError
+from mm_rec.inference import session_file
+from mm_rec.inference.chat_session import ChatSession
+from mm_rec.inference.sampling import Sampling
 from mm_rec.model import MMRecModel
-from mm_rec.sampling import Sampling
+from mm_rec.storage import checkpoint
+from mm_rec.storage.checkpoint import CheckpointError
 
 
 def flip_bit(content: bytes, rng: random.Random) -> bytes:

@@ -19,10 +19,10 @@ from supervisor import Supervisor
 from tiny_runs import When, as_argument, leftovers
 from workload import Trial, workload
 
-from mm_rec.data import fetch as fetch_module
-from mm_rec.data.fetch import fetch
+from mm_rec.data.download import fetch as fetch_module
+from mm_rec.data.download.fetch import fetch
+from mm_rec.data.download.sources import SOURCES
 from mm_rec.data.manifest import check_files, read_manifest
-from mm_rec.data.sources import SOURCES
 from mm_rec.errors import UserError
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "data"))
@@ -131,8 +131,12 @@ def downloader(folder: Path) -> Iterator[tuple[Hub, Any]]:
         yield one, start
 
 
-PLACES = {"mm_rec.data.fetch:_Download._commit": 10, "mm_rec.data.fetch:write_atomic": 10,
-          "mm_rec.data.fetch:_Download._line": 900, "mm_rec.data.fetch:_Download.finish": 1}  # fmt: skip
+PLACES = {
+    "mm_rec.data.download.fetch:_Download._commit": 10,
+    "mm_rec.data.download.fetch:write_atomic": 10,
+    "mm_rec.data.download.fetch:_Download._line": 900,
+    "mm_rec.data.download.fetch:_Download.finish": 1,
+}
 
 
 def random_place(rng: random.Random) -> tuple[str, int, float]:

@@ -12,7 +12,7 @@ from tiny_runs import When, arm
 
 from mm_rec import cli
 from mm_rec.data import download_data  # noqa: F401
-from mm_rec.data import fetch as fetch_module
+from mm_rec.data.download import fetch as fetch_module
 
 
 def run(command: list[str], url: str, cache: str, when: dict[str, Any] | None, chunk: int) -> int:

@@ -30,10 +30,10 @@ from tiny_runs import (
 from workload import Complete, Trial, workload
 
 PLACES = {
-    "mm_rec.run_folder:RunFolder.save": 6,
-    "mm_rec.checkpoint:save": 5,
-    "mm_rec.trainer:Trainer._evaluate": 3,
-    "mm_rec.trainer:Trainer._sample": 3,
+    "mm_rec.storage.run_folder:RunFolder.save": 6,
+    "mm_rec.storage.checkpoint:save": 5,
+    "mm_rec.training.trainer:Trainer._evaluate": 3,
+    "mm_rec.training.trainer:Trainer._sample": 3,
 }
 """Where kills are biased to, and how often at least each is called in a run."""
 
@@ -150,12 +150,16 @@ def killed_commands(folder: Path) -> Iterator[Trial]:
 PHASES = {
     "preparation": ["mm_rec.data.prepare:survey_domain", "mm_rec.data.prepare:_make", "mm_rec.data.prepare:_encode"],
     "warm-up": [
-        "mm_rec.run_estimate:measure_activations",
-        "mm_rec.run_estimate:_seconds_per_step",
-        "mm_rec.run_stages:build_trainer",
+        "mm_rec.training.run_estimate:measure_activations",
+        "mm_rec.training.run_estimate:_seconds_per_step",
+        "mm_rec.training.run_stages:build_trainer",
     ],
-    "evaluation": ["mm_rec.trainer:Trainer._evaluate", "mm_rec.trainer:Trainer._sample"],
-    "save": ["mm_rec.run_folder:RunFolder.save", "mm_rec.checkpoint:save", "mm_rec.storage:_seal"],
+    "evaluation": ["mm_rec.training.trainer:Trainer._evaluate", "mm_rec.training.trainer:Trainer._sample"],
+    "save": [
+        "mm_rec.storage.run_folder:RunFolder.save",
+        "mm_rec.storage.checkpoint:save",
+        "mm_rec.storage.files:_seal",
+    ],
 }
 SIGNALS = {
     "SIGTERM": (signal.SIGTERM,),
@@ -218,7 +222,7 @@ def spoiled_losses(folder: Path) -> Iterator[Trial]:
             root = folder / f"{name}{seed}"
             work = {"command": pipeline.command(stage, root), "faults": faults}
             if name == "killed":
-                place = rng.choice([*PLACES, "mm_rec.trainer:Trainer._roll_back"])
+                place = rng.choice([*PLACES, "mm_rec.training.trainer:Trainer._roll_back"])
                 when = as_argument(When(place, 1 if "roll" in place else rng.randint(1, PLACES[place]), 0.002))
                 child = pipeline.supervisor.run("tiny_runs.run", when=when, **work)
                 assert child.status in (0, -signal.SIGKILL), child.log

@@ -12,7 +12,7 @@ from pipeline_workloads import Pipeline
 from tiny_runs import STAGES, clear, difference, result
 from workload import Complete, Trial, workload
 
-from mm_rec.checkpoint import checkpoint_name
+from mm_rec.storage.checkpoint import checkpoint_name
 
 STEPS = 64
 ACCUMULATIONS = (1, 3)

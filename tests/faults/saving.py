@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from mm_rec import checkpoint, storage
 from mm_rec.config import ModelConfig
-from mm_rec.run_folder import RunFolder
-from mm_rec.tokenizer import train_tokenizer
+from mm_rec.storage import checkpoint, files
+from mm_rec.storage.run_folder import RunFolder
+from mm_rec.text.tokenizer import train_tokenizer
 
 CONFIG = ModelConfig.preset("tiny", vocab_size=320, d_model=8, n_layers=1, d_ff=16)
 IDENTITY = {"seed": 0}
@@ -62,7 +62,7 @@ def save_beyond_limit(folder: str, step: int, limit: int) -> None:
 
 def save_without_check(folder: str, step: int) -> None:
     """Save as if something else took the space between the check and the writing."""
-    storage.require_space = lambda path, n_bytes: None
+    files.require_space = lambda path, n_bytes: None
     save(folder, step)
 
 

@@ -10,7 +10,7 @@ import saving
 from supervisor import CHANGING, WRITING, Child, Supervisor, can_trace, small_disk
 from workload import Complete, Impossible, Trial, workload
 
-from mm_rec import checkpoint, storage
+from mm_rec.storage import checkpoint, files
 
 ERRORS = ("ENOSPC", "EIO")
 
@@ -49,7 +49,7 @@ def calls_of_a_save(supervisor: Supervisor, folder: Path, kinds: str) -> list[tu
     """The system calls of a save that nothing disturbs: name, and the how manieth of that name."""
     whole = supervisor.run("saving.save", inject=kinds, folder=str(folder), step=60)
     assert whole.status == 0, whole.log
-    storage.remove_folder(folder / "step_000060")
+    files.remove_folder(folder / "step_000060")
     return whole.calls()
 
 
@@ -67,10 +67,10 @@ def save_killed_at_every_call(folder: Path) -> Iterator[Trial]:
         inject = f"{name}:signal=SIGKILL:when={k}"
         child = supervisor.run("saving.save", inject=inject, folder=str(checkpoints), step=100)
         assert child.status == -9, (inject, child.log)
-        storage.remove_leftovers(checkpoints)
+        files.remove_leftovers(checkpoints)
         step = check_after(checkpoints, inject)
         if (checkpoints / "step_000100").exists():
-            storage.remove_folder(checkpoints / "step_000100")
+            files.remove_folder(checkpoints / "step_000100")
         return "the old checkpoint is the newest" if step == 50 else "the new checkpoint is the newest"
 
     yield trial
@@ -100,7 +100,7 @@ def save_failing_at_every_call(folder: Path) -> Iterator[Trial]:
             check_refusal(child, path, context)
         step = check_after(checkpoints, context)
         if step == 100:
-            storage.remove_folder(path)
+            files.remove_folder(path)
         if child.status == 0:  # some may fail without harm, such as the making of a folder that is there
             assert step == 100, context
             return f"{error}: saved all the same"
@@ -138,7 +138,7 @@ def save_on_a_full_disk(folder: Path) -> Iterator[Trial]:
             checkpoints.mkdir()
             first = supervisor.run("saving.save_without_check", folder=str(checkpoints), step=50)
             assert first.status == 0, first.log
-            (folder / "disk" / "other").write_bytes(bytes(storage.free_bytes(checkpoints) - 4096 * pages))
+            (folder / "disk" / "other").write_bytes(bytes(files.free_bytes(checkpoints) - 4096 * pages))
             for work in ("save_without_check", "save"):
                 child = supervisor.run(f"saving.{work}", folder=str(checkpoints), step=100)
                 check_refusal(child, checkpoints / "step_000100", (work, pages))
@@ -171,7 +171,7 @@ def runs_killed_at_system_calls(folder: Path) -> Iterator[Trial]:
         last = supervisor.run("saving.train", root=str(root), steps=steps)
         assert last.status == 0, last.log
         check_run(folder / "straight", root, steps)
-        storage.remove_folder(root)
+        files.remove_folder(root)
         return {"kills": statuses.count(-9), "came out byte for byte": 1}
 
     yield trial

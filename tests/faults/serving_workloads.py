@@ -24,15 +24,15 @@ from fastapi.testclient import TestClient
 from workload import Trial, workload
 
 from mm_rec.config import ModelConfig
-from mm_rec.conversation import Message, clean, encode_conversation
 from mm_rec.data.conversations import encode_document, parse_conversation
+from mm_rec.inference.session_file import fingerprint
 from mm_rec.model import MMRecModel
 from mm_rec.serve.app import Service, create_app
 from mm_rec.serve.engine import Engine
 from mm_rec.serve.protocol import HeadTimeoutProtocol
 from mm_rec.serve.sessions import SessionStore
-from mm_rec.session_file import fingerprint
-from mm_rec.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
+from mm_rec.text.conversation import Message, clean, encode_conversation
+from mm_rec.text.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ModelConfig(vocab_size=512, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8, slots=2)

@@ -70,8 +70,8 @@ def read_record(folder: Path, one: Workload) -> Record:
 
 def write_row(folder: Path, row: int, records: dict[str, Record]) -> None:
     """Write the records of a row; what other processes wrote of other workloads meanwhile stays."""
-    from mm_rec.lock import Lock
-    from mm_rec.storage import write_atomic
+    from mm_rec.storage.files import write_atomic
+    from mm_rec.storage.lock import Lock
 
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder / ".lock", wait=True)

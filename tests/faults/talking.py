@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from saving import TOKENIZER
 
-from mm_rec.chat import ChatSession
 from mm_rec.config import ModelConfig
+from mm_rec.inference.chat_session import ChatSession
+from mm_rec.inference.sampling import Sampling
 from mm_rec.model import MMRecModel
-from mm_rec.sampling import Sampling
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8, slots=2)
 TEXTS = ("hello", "and what then?")

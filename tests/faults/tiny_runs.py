@@ -25,13 +25,14 @@ from typing import Any
 import psutil
 from supervisor import clocks
 
-from mm_rec import cli, run_estimate, trainer, training_progress
-from mm_rec.checkpoint import list_checkpoints
+from mm_rec import cli
 from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.data.batches import Batch
 from mm_rec.data.synthetic import write_synthetic
 from mm_rec.ops import backend
-from mm_rec.trainer import Trainer
+from mm_rec.storage.checkpoint import list_checkpoints
+from mm_rec.training import progress, run_estimate, trainer
+from mm_rec.training.trainer import Trainer
 
 STAGES = ("stage1", "stage2", "stage3", "instruct", "chat")
 CONFIG = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8, slots=2)
@@ -203,7 +204,7 @@ def note_batches(path: str) -> None:
 
 def spoil_losses(faults: dict[int, str]) -> None:
     """Make the loss or the gradient of some steps what it must not be, every time they are tried."""
-    training_progress.HISTORY = 1  # a spike shows from the second loss of a domain on
+    progress.HISTORY = 1  # a spike shows from the second loss of a domain on
     compute = Trainer.micro_batch_loss
 
     def spoiled(self: Trainer, *args: Any) -> Any:

@@ -19,15 +19,15 @@ from transformers import AutoModelForCausalLM
 
 import mm_rec.hf  # noqa: F401 - registers the model
 from mm_rec import cli
-from mm_rec.chat import ChatSession
 from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.data.batches import Batches
 from mm_rec.data.prepare import prepare
 from mm_rec.data.prepare_conversations import prepare_conversations
 from mm_rec.data.prepared import Prepared
-from mm_rec.loading import load_model
+from mm_rec.inference.chat_session import ChatSession
+from mm_rec.inference.loading import load_model
 from mm_rec.stages import STAGES
-from mm_rec.tokenizer import Tokenizer
+from mm_rec.text.tokenizer import Tokenizer
 
 NEW = Path("new")
 

@@ -23,12 +23,14 @@ from continue_fixtures import commands
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mm_rec import checkpoint, cli, session_file
+from mm_rec import cli
 from mm_rec.formats import KEY, VERSIONS
-from mm_rec.loading import load_model
+from mm_rec.inference import session_file
+from mm_rec.inference.loading import load_model
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
-from mm_rec.tokenizer import Tokenizer
+from mm_rec.storage import checkpoint
+from mm_rec.text.tokenizer import Tokenizer
 
 STAGES = ("stage1", "stage2", "stage3", "instruct", "chat")
 STOPPED, FINISHED = "checkpoints/step_000004", "checkpoints/step_000007"

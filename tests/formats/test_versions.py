@@ -14,15 +14,18 @@ from continue_fixtures import commands
 from transformers import AutoModelForCausalLM
 
 import mm_rec.hf
-from mm_rec import checkpoint, cli, doctor, formats, session_file, storage
-from mm_rec.chat import ChatSession
-from mm_rec.checkpoint import CheckpointError
+from mm_rec import cli, formats
 from mm_rec.data.pack import TokenStore
 from mm_rec.data.prepare import prepare
 from mm_rec.data.prepare_conversations import prepare_conversations
 from mm_rec.formats import KEY, VERSIONS, FormatError, is_current
-from mm_rec.loading import load_model
-from mm_rec.tokenizer import Tokenizer
+from mm_rec.inference import session_file
+from mm_rec.inference.chat_session import ChatSession
+from mm_rec.inference.loading import load_model
+from mm_rec.scripts import doctor_command
+from mm_rec.storage import checkpoint, files
+from mm_rec.storage.checkpoint import CheckpointError
+from mm_rec.text.tokenizer import Tokenizer
 
 STOPPED, FINISHED = "checkpoints/step_000004", "checkpoints/step_000007"
 OTHERS = [2, 0, -1, 10**400, "1", "", "new\nline", True, False, None, 1.0, float("nan"), [1], {"1": 1}]
@@ -41,9 +44,9 @@ def set_version(value: Any) -> Edit:
 
 def edited(source: Path, target: Path, name: str, edit: Edit) -> Path:
     """A copy of a sealed folder with one file changed, sealed again."""
-    with storage.atomic_folder(target) as folder:
+    with files.atomic_folder(target) as folder:
         for path in source.iterdir():
-            if path.name != storage.MANIFEST:
+            if path.name != files.MANIFEST:
                 shutil.copyfile(path, folder / path.name)
         edit(folder / name)
     return target
@@ -182,7 +185,7 @@ def test_a_run_of_another_version_is_left_as_it_is(
     assert error.startswith(f"error: {later_run / STOPPED / 'trainer.json'} has training format 2")
     assert error.count("\n") == 1
     assert set(before) == {path for path in later_run.rglob("*") if path.name not in ("events.log", "run.lock")}
-    assert [finding.level for finding in doctor.check_run(later_run)].count("broken") > 0
+    assert [finding.level for finding in doctor_command.check_run(later_run)].count("broken") > 0
 
 
 def test_a_new_run_starts_from_the_weights_of_another_version(later_run: Path, about: dict[str, Any]) -> None:

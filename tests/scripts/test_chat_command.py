@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mm_rec import checkpoint
 from mm_rec.cli import main
 from mm_rec.config import ModelConfig
+from mm_rec.inference.sampling import Sampling
 from mm_rec.model import MMRecModel
-from mm_rec.sampling import Sampling
-from mm_rec.scripts.chat import Conversation
-from mm_rec.scripts.sampling import FLAGS
-from mm_rec.tokenizer import train_tokenizer
+from mm_rec.scripts.chat_command import Conversation
+from mm_rec.scripts.sampling_options import FLAGS
+from mm_rec.storage import checkpoint
+from mm_rec.text.tokenizer import train_tokenizer
 
 CONFIG = ModelConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, slots=6)
 

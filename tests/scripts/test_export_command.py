@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mm_rec import checkpoint, hf_folder
 from mm_rec.cli import main
 from mm_rec.config import ModelConfig
 from mm_rec.errors import UserError
-from mm_rec.loading import load_model
+from mm_rec.inference.loading import load_model
 from mm_rec.model import MMRecModel
-from mm_rec.tokenizer import Tokenizer, train_tokenizer
+from mm_rec.storage import checkpoint, hf_folder
+from mm_rec.text.tokenizer import Tokenizer, train_tokenizer
 
 CONFIG = ModelConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, slots=6)
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mm_rec import checkpoint, trainer
 from mm_rec.cli import main
 from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.data.synthetic import write_synthetic
-from mm_rec.loading import load_model
-from mm_rec.scripts import pipeline
+from mm_rec.inference.loading import load_model
+from mm_rec.scripts import pipeline_command
+from mm_rec.storage import checkpoint
+from mm_rec.training import trainer
 
 FLAGS = ["--checkpoint_interval", "2", "--eval_interval", "3", "--valid_bytes", "100", "--device", "cpu"]
 ROWS = [
@@ -27,7 +28,7 @@ def small_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     config = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8, slots=2)
     monkeypatch.setitem(PRESETS, "tiny", config)
     monkeypatch.setattr(trainer, "SAMPLE_TOKENS", 3)
-    monkeypatch.setattr(pipeline, "TRANSCRIPT_TOKENS", 3)
+    monkeypatch.setattr(pipeline_command, "TRANSCRIPT_TOKENS", 3)
     monkeypatch.setattr(trainer, "draw_losses", lambda *_: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -15,13 +15,13 @@ import uvicorn
 from fastapi.testclient import TestClient
 
 from mm_rec.config import ModelConfig
+from mm_rec.inference.session_file import fingerprint
 from mm_rec.model import MMRecModel
 from mm_rec.serve.app import Service, create_app
 from mm_rec.serve.engine import Engine
 from mm_rec.serve.protocol import HeadTimeoutProtocol
 from mm_rec.serve.sessions import SessionStore
-from mm_rec.session_file import fingerprint
-from mm_rec.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
+from mm_rec.text.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
 
 CONFIG = ModelConfig(vocab_size=512, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, slots=6)
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from mm_rec import decode
-from mm_rec.conversation import Message, encode_conversation
-from mm_rec.generate import generate
+from mm_rec.inference import decode
+from mm_rec.inference.generate import generate
+from mm_rec.inference.sampling import Sampling
 from mm_rec.model import MMRecModel
-from mm_rec.sampling import Sampling
 from mm_rec.serve.app import Service
-from mm_rec.tokenizer import CONTROL_TOKENS, Tokenizer
+from mm_rec.text.conversation import Message, encode_conversation
+from mm_rec.text.tokenizer import CONTROL_TOKENS, Tokenizer
 
 PROMPT = "def shuffle(self, x):\n    return"
 HI = {"role": "user", "content": "Hi"}
@@ -347,6 +347,6 @@ def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
     assert "unsafe" not in policy
     import mm_rec.serve.app
 
-    page = (Path(inspect.getfile(mm_rec.serve.app)).parent / "page" / "index.html").read_text(encoding="utf-8")
+    page = (Path(inspect.getfile(mm_rec.serve.app)).parent / "chat_page.html").read_text(encoding="utf-8")
     assert reply.text == page
     assert "://" not in page.replace("http://www.w3.org/2000/svg", "")

@@ -11,11 +11,11 @@ from pathlib import Path
 import openai
 import pytest
 
-from mm_rec import checkpoint
 from mm_rec.errors import UserError
 from mm_rec.model import MMRecModel
-from mm_rec.scripts.serve import main
-from mm_rec.tokenizer import Tokenizer
+from mm_rec.scripts.serve_command import main
+from mm_rec.storage import checkpoint
+from mm_rec.text.tokenizer import Tokenizer
 
 
 @pytest.fixture

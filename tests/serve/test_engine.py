@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from mm_rec import decode
-from mm_rec.chat import ChatSession
-from mm_rec.conversation import Message, encode_message
-from mm_rec.generate import generate
+from mm_rec.inference import decode
+from mm_rec.inference.chat_session import ChatSession
+from mm_rec.inference.generate import generate
+from mm_rec.inference.sampling import Sampling
 from mm_rec.model import MMRecModel
-from mm_rec.sampling import Sampling
 from mm_rec.serve.engine import ALONE_CHUNK, SHARED_CHUNK, Engine
 from mm_rec.serve.jobs import (
     EngineError,
@@ -27,7 +26,8 @@ from mm_rec.serve.jobs import (
     TokenScore,
 )
 from mm_rec.state import flatten_state
-from mm_rec.tokenizer import Tokenizer
+from mm_rec.text.conversation import Message, encode_message
+from mm_rec.text.tokenizer import Tokenizer
 
 WaitUntil = Callable[[Callable[[], bool]], None]
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from mm_rec import decode
+from mm_rec.inference import decode
 from mm_rec.serve.app import Service
 
 QUESTION = [{"role": "user", "content": "What is ışık?"}]

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import Case, GenerationMode
 
 from mm_rec.serve.app import Service, create_app
-from mm_rec.tokenizer import MIN_VOCAB_SIZE
+from mm_rec.text.tokenizer import MIN_VOCAB_SIZE
 
 N_CASES = int(os.environ.get("MM_REC_SCHEMA_CASES", "15"))
 """Valid requests to each operation, and as many that are not; all checks of schemathesis run on each of them."""

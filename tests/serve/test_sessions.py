@@ -13,17 +13,17 @@ import torch
 from fastapi.testclient import TestClient
 from safetensors.torch import load_file
 
-from mm_rec import decode
-from mm_rec.chat import ChatSession
-from mm_rec.conversation import Message, encode_conversation
 from mm_rec.errors import UserError
+from mm_rec.inference import decode
+from mm_rec.inference.chat_session import ChatSession
+from mm_rec.inference.session_file import fingerprint
 from mm_rec.model import MMRecModel
 from mm_rec.serve.app import Service
 from mm_rec.serve.errors import ApiError
 from mm_rec.serve.sessions import SessionStore
-from mm_rec.session_file import fingerprint
-from mm_rec.storage import StorageError
-from mm_rec.tokenizer import Tokenizer
+from mm_rec.storage.files import StorageError
+from mm_rec.text.conversation import Message, encode_conversation
+from mm_rec.text.tokenizer import Tokenizer
 
 Connect = Callable[..., TestClient]
 MakeService = Callable[..., Service]
@@ -131,7 +131,7 @@ def test_a_request_that_does_not_end_leaves_no_trace(
         assert say(client, "lost").status_code == 500
         monkeypatch.setattr(decode, "step", step)
         assert path.read_bytes() == before
-        monkeypatch.setattr("mm_rec.session_file.write_atomic", _full_disk)
+        monkeypatch.setattr("mm_rec.inference.session_file.write_atomic", _full_disk)
         reply = say(client, "lost, too")
         assert (reply.status_code, reply.headers["retry-after"]) == (503, "2")
         lines = say(client, "lost, too", stream=True).text.split("\n\n")

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mm_rec import trainer
 from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.data.prepare import prepare
 from mm_rec.data.prepared import Prepared
 from mm_rec.data.synthetic import write_synthetic
+from mm_rec.training import trainer
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from mm_rec import checkpoint
 from mm_rec.data.prepared import Prepared
-from mm_rec.run_folder import RunFolder
-from mm_rec.run_stages import train_stages
-from mm_rec.settings import TrainSettings
-from mm_rec.signals import SignalGuard
+from mm_rec.machine.signals import SignalGuard
+from mm_rec.storage import checkpoint
+from mm_rec.storage.run_folder import RunFolder
+from mm_rec.training.run_stages import train_stages
+from mm_rec.training.settings import TrainSettings
 
 RECORDS = ("loss_log.txt", "metrics.jsonl")
 

@@ -10,7 +10,8 @@ from small_runs import settings, train
 from mm_rec.config import PRESETS
 from mm_rec.data.prepared import Prepared
 from mm_rec.errors import UserError
-from mm_rec.estimate import (
+from mm_rec.model import MMRecModel
+from mm_rec.training.estimate import (
     check_disk,
     check_memory,
     checkpoint_bytes,
@@ -20,7 +21,6 @@ from mm_rec.estimate import (
     sharded_bytes,
     training_bytes,
 )
-from mm_rec.model import MMRecModel
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
@@ -97,8 +97,8 @@ def test_the_remedy_names_what_can_be_smaller(batch_size: int, seq_len: int, fir
 def test_the_disk_has_to_hold_the_kept_ones_and_one_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int, existing: int, wanted: int
 ) -> None:
-    monkeypatch.setattr("mm_rec.estimate.free_bytes", lambda _: 1000 * wanted)
+    monkeypatch.setattr("mm_rec.training.estimate.free_bytes", lambda _: 1000 * wanted)
     check_disk(tmp_path, 1000, keep, existing)
-    monkeypatch.setattr("mm_rec.estimate.free_bytes", lambda _: 1000 * wanted - 1)
+    monkeypatch.setattr("mm_rec.training.estimate.free_bytes", lambda _: 1000 * wanted - 1)
     with pytest.raises(UserError, match=rf"would take {wanted}\.0 kB in .*; try --keep_checkpoints 1"):
         check_disk(tmp_path, 1000, keep, existing)

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from mm_rec.plan import make_plan
-from mm_rec.settings import TrainSettings
 from mm_rec.stages import STAGES
+from mm_rec.training.plan import make_plan
+from mm_rec.training.settings import TrainSettings
 
 
 def test_the_guide_s_sizes_are_the_defaults() -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 from small_runs import content, settings, signal_after, train
 
-from mm_rec import checkpoint, training_progress
 from mm_rec.data.prepared import Prepared
 from mm_rec.errors import UserError
+from mm_rec.machine.signals import Interrupted
 from mm_rec.optim import AdamW
-from mm_rec.signals import Interrupted
-from mm_rec.trainer import Trainer
+from mm_rec.storage import checkpoint
+from mm_rec.training import progress
+from mm_rec.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
@@ -66,7 +67,7 @@ def test_rollbacks_are_repeated_exactly_by_a_run_that_was_stopped(
 
 
 def test_a_spike_is_rolled_back(data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_progress, "HISTORY", 2)
+    monkeypatch.setattr(progress, "HISTORY", 2)
     inject(monkeypatch, {9: 1000.0})
     train(data, settings(tmp_path))
     assert "jumped" in (tmp_path / "stage1" / "events.log").read_text()
@@ -77,7 +78,7 @@ def test_a_spike_is_rolled_back(data: Prepared, tmp_path: Path, monkeypatch: pyt
 def test_a_step_in_trouble_is_judged_before_its_update(
     fault: float, data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_progress, "HISTORY", 2)
+    monkeypatch.setattr(progress, "HISTORY", 2)
     inject(monkeypatch, {9: fault})
     applied: list[int] = []
     step, take = AdamW.step, Trainer._take_step

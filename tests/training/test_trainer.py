@@ -10,12 +10,13 @@ import pytest
 import torch
 from small_runs import content, settings, signal_after, train
 
-from mm_rec import checkpoint, trainer
 from mm_rec.data.batches import EvenBatches
 from mm_rec.data.prepared import Prepared
 from mm_rec.errors import UserError
-from mm_rec.signals import Interrupted
-from mm_rec.trainer import Trainer
+from mm_rec.machine.signals import Interrupted
+from mm_rec.storage import checkpoint
+from mm_rec.training import trainer
+from mm_rec.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("small_world")
 

@@ -14,7 +14,7 @@
 namespace mm_rec {
 namespace MM_LEVEL {
 
-// How to draw from one row, as in mm_rec.sampling.Sampling; `number` is uniform in [0, 1).
+// How to draw from one row, as in mm_rec.inference.sampling.Sampling; `number` is uniform in [0, 1).
 struct SampleRow {
     double number, top_p, min_p;
     float repetition_penalty, temperature;

@@ -1,8 +1,8 @@
 """The ops of generation: one native call for a token of each sequence through a whole model, and one for their draws.
 
 They run on the CPU alone, without gradients, and have no reference here: the forward pass of a model defines a step,
-and :mod:`mm_rec.sampling` a draw. ``runs_native("step", weight)`` and ``runs_native("sample", logits)`` say whether
-they can run.
+and :mod:`mm_rec.inference.sampling` a draw. ``runs_native("step", weight)`` and ``runs_native("sample", logits)`` say
+whether they can run.
 """
 
 from mm_rec.ops.backend import runs_native

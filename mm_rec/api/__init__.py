@@ -1,0 +1,1 @@
+"""The Python interface: load a trained model and use it, train one."""

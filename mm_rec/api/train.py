@@ -1,0 +1,98 @@
+"""Training from Python: :func:`mm_rec.train`, with the settings of ``mm-rec train`` as keywords."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mm_rec import processes
+from mm_rec.api.documents import Texts, data_folder
+from mm_rec.api.model import Model, load
+from mm_rec.machine.signals import Interrupted, SignalGuard
+from mm_rec.options import from_values
+from mm_rec.storage.run_folder import METRICS
+from mm_rec.training.load_data import load_data
+from mm_rec.training.run_stages import train_stages
+from mm_rec.training.settings import TrainSettings
+
+__all__ = ["TrainedRun", "train"]
+
+
+class TrainedRun:
+    """A run that has come to its end, as :func:`train` returns it. A notebook shows it as the picture of its loss.
+
+    Attributes:
+        folder: the run folder, with its records, samples, picture and checkpoints.
+        checkpoint: the folder of its last checkpoint.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self.folder = checkpoint.parent.parent
+        self._model: Model | None = None
+
+    def __repr__(self) -> str:
+        return f"TrainedRun({str(self.folder)!r})"
+
+    @property
+    def model(self) -> Model:
+        """The trained model, loaded when it is first asked for."""
+        if self._model is None:
+            self._model = load(self.checkpoint)
+        return self._model
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of the run, one dictionary for each line of ``metrics.jsonl``.
+
+        A training step has ``step``, ``loss`` (nats a token), ``bits_per_byte``, ``grad_norm``, ``rate`` and
+        ``tokens`` (read so far); a validation has ``step`` and ``valid`` (bits per byte by domain).
+        """
+        lines = (self.folder / METRICS).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def _repr_png_(self) -> bytes | None:
+        picture = self.folder / "loss.png"
+        return picture.read_bytes() if picture.exists() else None
+
+
+def train(data: Texts | Mapping[str, Texts] | None = None, *, quiet: bool = False, **settings: Any) -> TrainedRun:
+    """Train a model as ``mm-rec train`` does. The same call again goes on with a run that was stopped.
+
+    Args:
+        data: what to train on: a data folder (with folders ``text`` and ``code``, or files of text); a file; documents
+            as strings; or by domain any of the last two and folders, as in ``{"text": "book.txt", "code": programs}``.
+            None takes ``data_dir``, ``use_synthetic`` or ``download_data`` from the settings.
+        quiet: print nothing.
+        settings: the flags of ``mm-rec train`` by name, such as ``preset="small"``, ``max_steps=200``,
+            ``stage="stage1"``, ``checkpoint_dir="checkpoints"``.
+
+    Raises:
+        UserError: if a setting is unknown, or something does not fit: the data, the memory, the disk, an earlier run.
+        KeyboardInterrupt: after Ctrl-C, with everything saved.
+
+    Example:
+        >>> import mm_rec
+        >>> run = mm_rec.train(use_synthetic=True, preset="tiny", max_steps=2, quiet=True)  # doctest: +SKIP
+        >>> run.metrics[-1]["step"]  # doctest: +SKIP
+        2
+    """
+    chosen = from_values(TrainSettings, settings)
+    try:
+        with SignalGuard() as guard, processes.process_group(chosen.device):
+            console = Console(quiet=True) if quiet else processes.make_console()
+            if data is not None:
+                with processes.rank_zero_first():
+                    folder = data_folder(data, chosen.checkpoint_dir / "data")
+                chosen = from_values(TrainSettings, {**settings, "data_dir": folder})
+            checkpoint = train_stages(chosen, load_data(chosen, console), guard, console)
+    except Interrupted as stop:
+        if stop.exit_code == 128 + signal.SIGINT:
+            raise KeyboardInterrupt(str(stop)) from None
+        raise
+    return TrainedRun(checkpoint)

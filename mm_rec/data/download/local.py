@@ -1,0 +1,97 @@
+"""Data that is on this machine already: what Python brings, and the user's own files."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mm_rec.data.download.builtin import builtin_code, builtin_text
+from mm_rec.data.download.sources import BUILTIN
+from mm_rec.data.files import SUFFIXES, BadRows, find_files, read_texts
+from mm_rec.data.manifest import check_files, read_manifest, record_file
+from mm_rec.data.pack import file_sha256
+from mm_rec.errors import UserError
+from mm_rec.storage.files import format_bytes, reporting_errors, sync
+
+__all__ = ["SOURCE_SUFFIXES", "take_builtin", "take_own"]
+
+SOURCE_SUFFIXES = (
+    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt", ".swift", ".js", ".jsx",
+    ".ts", ".tsx", ".rb", ".php", ".sh", ".sql", ".lua", ".r", ".jl", ".scala", ".hs", ".ml", ".cs",
+)  # fmt: skip
+"""Program files that ``--code_dir`` takes as they are, one document each, beside data files."""
+
+
+def take_builtin(kind: str, samples: int | None, data_dir: Path, tell: Callable[[str], None]) -> Path:
+    """Write the builtin text or code as ``data_dir/KIND/builtin.jsonl``, unless it is there; returns the file.
+
+    What was written once stays as it is when packages come and go, so that a run on it can go on.
+
+    Args:
+        kind: ``text`` or ``code``.
+        samples: how many documents; None takes all there are, some ten megabytes.
+        data_dir: the data folder.
+        tell: takes a line about what happens.
+    """
+    name = f"{kind}/{BUILTIN}.jsonl"
+    entry = read_manifest(data_dir).get(name)
+    if entry is not None and entry.get("asked") == samples and (data_dir / name).exists():
+        check_files(data_dir, [data_dir / name])
+        tell(f"{BUILTIN}: {data_dir / name} is there already")
+        return data_dir / name
+    tell(f"{BUILTIN}: reading {kind} from this machine's Python installation")
+    texts = builtin_code() if kind == "code" else builtin_text()
+    entry = {"source": BUILTIN, "revision": sys.version, "licence": "as each package", "asked": samples}
+    return _write(data_dir, name, islice(texts, samples), entry, tell)
+
+
+def take_own(kind: str, path: Path, skip_bad: int, data_dir: Path, tell: Callable[[str], None]) -> Path:
+    """Copy the documents of the user's file or folder ``path`` to ``data_dir/KIND/own.jsonl``; returns the file.
+
+    For code they may be programs (:data:`SOURCE_SUFFIXES`), too. Raises UserError if there is nothing to read, for more
+    than ``skip_bad`` bad rows, or if ``path`` is in that folder already.
+    """
+    if path.resolve().is_relative_to((data_dir / kind).resolve()):
+        raise UserError(f"{path} is in the data folder already and is used as it is; leave out --{kind}_dir")
+    plain = SOURCE_SUFFIXES if kind == "code" else ()
+    files = find_files(path, plain)
+    if not files:
+        raise UserError(f"there is no data file in {path}; what is read are {', '.join([*SUFFIXES, *plain])}")
+    bad = BadRows(skip_bad)
+    texts = (text for file in files for text in read_texts(file, bad))
+    target = _write(data_dir, f"{kind}/own.jsonl", texts, {"source": "own", "origin": {"path": str(path)}}, tell)
+    if bad.found:
+        tell(f"{len(bad.found)} bad rows left out, the first one {bad.found[0]}")
+    return target
+
+
+def _write(data_dir: Path, name: str, texts: Iterable[str], entry: dict[str, Any], tell: Callable[[str], None]) -> Path:
+    target = data_dir / name
+    part = target.with_name(f".{target.name}.part")
+    count = 0
+    if target.exists() and name not in read_manifest(data_dir):
+        raise UserError(f"{target} is in the way: this command has not made it; give it another name")
+    with reporting_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as file:
+                for text in texts:
+                    file.write(json.dumps(text, ensure_ascii=False).encode() + b"\n")
+                    count += 1
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, target)
+            sync(target.parent)
+        finally:
+            part.unlink(missing_ok=True)
+    size = target.stat().st_size
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    record_file(data_dir, name, {**entry, "samples": count, "bytes": size, "sha256": file_sha256(target), "date": date})
+    tell(f"{entry['source']}: {count:,} samples, {format_bytes(size)}, in {target}")
+    return target

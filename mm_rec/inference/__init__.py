@@ -1,0 +1,1 @@
+"""A trained model in use: loading, decoding token by token, sampling, text, chat sessions."""

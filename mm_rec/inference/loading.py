@@ -1,0 +1,103 @@
+"""A trained model from a checkpoint, ready to use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from mm_rec.config import WEIGHTS
+from mm_rec.errors import UserError
+from mm_rec.inference.quantize import pack_matrices, quantize_int8
+from mm_rec.machine.device import apply_precision, select_device, select_precision
+from mm_rec.model import MMRecModel
+from mm_rec.stages import STAGES
+from mm_rec.storage import checkpoint
+from mm_rec.storage.hf_folder import default_domain
+from mm_rec.storage.run_config import list_runs
+from mm_rec.text.tokenizer import Tokenizer
+
+__all__ = ["Loaded", "find_checkpoint", "load_model"]
+
+
+class Loaded(NamedTuple):
+    """A model with its tokenizer.
+
+    Attributes:
+        model: in its precision, on its device.
+        tokenizer: the one it was trained with.
+        domain: what to pass as ``domain`` if the user names none: None, which fuses the experts, once fusion
+            is trained, else the first expert.
+        path: the checkpoint.
+        weights: of :data:`mm_rec.config.WEIGHTS`, as they were loaded.
+    """
+
+    model: MMRecModel
+    tokenizer: Tokenizer
+    domain: str | None
+    path: Path
+    weights: str
+
+    def choose_domain(self, requested: str | None) -> str | None:
+        """Returns the domain that a user asks for: an expert, None (all fused) for ``all``, the default for None.
+
+        Raises:
+            UserError: if there is no such expert.
+        """
+        experts = self.model.config.experts
+        if requested is None:
+            return self.domain
+        if requested not in (*experts, "all"):
+            raise UserError(f"there is no expert {requested!r}; use --domain {', '.join(experts)} or all")
+        return None if requested == "all" else requested
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Returns the checkpoint at ``path``: a checkpoint, a run folder (its newest valid one) or a folder of runs.
+
+    In a folder of runs it is the newest valid one of the newest run of the last stage.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}; name a checkpoint, a run folder or a folder of runs")
+    for stage in reversed(STAGES):
+        for _, run, config in reversed(list_runs(path, stage)):
+            newest = checkpoint.newest_valid(run / "checkpoints") if config is not None else None
+            if newest is not None:
+                return newest
+    return checkpoint.resolve(path)
+
+
+def load_model(path: Path, *, device: str = "auto", precision: str = "auto", weights: str = "full") -> Loaded:
+    """Loads the model at ``path``; see :func:`find_checkpoint`.
+
+    Args:
+        path: checkpoint, run folder or folder of runs.
+        device: as for :func:`mm_rec.machine.device.select_device`.
+        precision: type of the matrices, as for :func:`mm_rec.machine.device.select_precision`.
+        weights: ``full``, or ``int8`` to round the matrices; see :func:`mm_rec.inference.quantize.quantize_int8`.
+
+    Raises:
+        UserError: if there is no valid checkpoint, or no such device, precision or kind of weights.
+    """
+    if weights not in WEIGHTS:
+        raise UserError(f"there are no weights {weights!r}; use {' or '.join(WEIGHTS)}")
+    place = select_device(device)
+    found = checkpoint.load(find_checkpoint(path), weights_only=True)
+    with torch.device("meta"):
+        model = MMRecModel(found.config)
+    try:
+        model.load_state_dict(found.weights, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {found.path} are not of the model in its config.json") from error
+    apply_precision(model, select_precision(precision, place))
+    if weights == "int8":
+        quantize_int8(model)
+    model.to(place).eval()
+    if weights == "full":
+        pack_matrices(model)
+    domain = default_domain(found.config, found.weights)
+    return Loaded(model, Tokenizer.load(found.tokenizer_dir), domain, found.path, weights)

@@ -1,0 +1,1 @@
+"""Facts of the computer: devices, precision, threads and memory, and the signals that ask a program to stop."""

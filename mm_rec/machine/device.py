@@ -1,0 +1,155 @@
+"""Where and how a model runs: device, precision, threads, and the memory that is left."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from mm_rec.config import FLOAT32_MATRICES
+from mm_rec.errors import UserError
+from mm_rec.machine.autotune import cores, threads_are_given, tune
+
+__all__ = [
+    "PRECISIONS",
+    "apply_precision",
+    "available_memory",
+    "changes_precision",
+    "default_threads",
+    "has_fast_bf16",
+    "keep_freed_memory",
+    "select_device",
+    "select_precision",
+    "set_threads",
+]
+
+PRECISIONS = ("bf16", "fp32")
+
+
+def select_device(requested: str = "auto") -> torch.device:
+    """The device to run on: ``auto`` takes CUDA if it is there, else the CPU.
+
+    Raises:
+        UserError: if the device asked for is not there.
+    """
+    if requested == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if requested == "cpu":
+        return torch.device("cpu")
+    if requested.split(":")[0] != "cuda":
+        raise UserError(f"unknown device {requested!r}; use --device cpu, cuda or auto")
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA device is usable here; use --device cpu, or install a CUDA build of PyTorch")
+    device = torch.device(requested)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise UserError(f"there is no {requested}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+    return device
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32: AVX512-BF16 or AMX, and any CUDA device."""
+    if device.type == "cuda":
+        return True
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def select_precision(requested: str, device: torch.device) -> str:
+    """``bf16`` or ``fp32``; ``auto`` takes bf16 where the device has it and, on the CPU, is measured to be faster."""
+    if requested == "auto":
+        return "bf16" if has_fast_bf16(device) and (device.type != "cpu" or tune(True).bf16) else "fp32"
+    if requested not in PRECISIONS:
+        raise UserError(f"unknown precision {requested!r}; use --precision auto, bf16 or fp32")
+    return requested
+
+
+def set_threads(requested: int | None) -> int:
+    """Use ``requested`` threads; None takes what the user has set for PyTorch, else as many as are measured to pay."""
+    if requested is None and not threads_are_given():
+        requested = tune(has_fast_bf16(torch.device("cpu"))).threads
+    if requested is not None:
+        torch.set_num_threads(requested)
+    return torch.get_num_threads()
+
+
+def default_threads(processes: int) -> int:
+    """Returns the CPU threads of one of several processes on this host: its share of the cores that it may use."""
+    return max(1, cores() // processes)
+
+
+KEPT_BYTES = 2**31 - 1
+"""Most that the C library's ``mallopt`` takes."""
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what tensors give back, so that the next step need not ask the system for it again.
+
+    A step frees hundreds of megabytes, and every fresh page costs a fault and is filled with zeros: a tenth of a step
+    of 1 x 256 tokens. Only glibc has the setting; MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ of the user win.
+    """
+    if not sys.platform.startswith("linux") or not hasattr(library := ctypes.CDLL(None), "mallopt"):
+        return
+    for parameter, name in ((-1, "MALLOC_TRIM_THRESHOLD_"), (-3, "MALLOC_MMAP_THRESHOLD_")):
+        if name not in os.environ:
+            library.mallopt(parameter, KEPT_BYTES)
+
+
+def apply_precision(model: nn.Module, precision: str) -> None:
+    """Convert the matrices of ``model`` to bfloat16, or leave all in float32.
+
+    Biases, the recurrent gate and the addresses of the long-term slots stay float32: they are small and
+    act on float32 states. The optimizer keeps float32 masters of what is converted here.
+    """
+    if precision == "fp32":
+        return
+    for name, parameter in model.named_parameters():
+        if changes_precision(name, parameter):
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def changes_precision(name: str, parameter: Tensor) -> bool:
+    """Whether :func:`apply_precision` would convert a parameter, by its full name."""
+    return parameter.ndim >= 2 and name.rpartition(".")[2] not in FLOAT32_MATRICES
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that this process can still take on ``device``.
+
+    On the CPU that is the least of what the machine has free (MemAvailable), what the control group leaves
+    and what the address-space limit (``ulimit -v``) leaves.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limits = [psutil.virtual_memory().available]
+    if sys.platform != "win32":
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if soft != resource.RLIM_INFINITY:
+            limits.append(soft - psutil.Process().memory_info().vms)
+    limits.extend(_control_group_room())
+    return max(0, min(limits))
+
+
+def _control_group_room() -> list[int]:
+    """What the control groups of this process leave, if they limit memory (version 2 of the interface)."""
+    room: list[int] = []
+    root = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        group = root / next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(root) or not (folder / "memory.max").exists():
+                continue
+            limit = (folder / "memory.max").read_text().strip()
+            if limit != "max":
+                counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / "memory.current").read_text()) - int(counts["inactive_file"])
+                room.append(int(limit) - used)
+    return room

@@ -1,0 +1,187 @@
+"""Talk with a trained model. What was said is in its memory, which has a fixed size and fits into one file."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mm_rec.errors import UserError
+from mm_rec.program import Parser, run_program
+from mm_rec.scripts.sampling_options import (
+    add_domain_argument,
+    add_sampling_arguments,
+    add_weights_argument,
+    given_sampling,
+)
+
+if TYPE_CHECKING:
+    from mm_rec.inference.chat_session import ChatSession
+
+COMMANDS = """\
+  /save [FILE]   write the memory to FILE, or to the file of --session
+  /fork FILE     go on in FILE; the file of before keeps what it has
+  /reset         forget everything but the system prompt
+  /help          show this
+  /quit          end, as Ctrl-D does; Ctrl-C breaks off an answer
+A line that starts with a blank is a message, even if a / follows."""
+
+EPILOG = f"""commands in a conversation:
+{COMMANDS}
+
+examples:
+  mm-rec chat --model checkpoints_cpu --session talk.safetensors
+  mm-rec chat --model checkpoints_cpu --session talk.safetensors --resume
+  printf 'Hello\\nWhat is your name?\\n' | mm-rec chat --model checkpoints_cpu --temperature 0
+"""
+
+
+def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """Parse arguments, load the model, talk until the input ends."""
+    parser = Parser(prog=prog, description=__doc__, epilog=EPILOG)
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint, run folder or folder of runs")
+    parser.add_argument("--session", type=Path, metavar="FILE", help="keep the memory here, saved after every answer")
+    parser.add_argument("--resume", action="store_true", help="go on with the conversation in --session")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt of a new conversation")
+    add_domain_argument(parser)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: CUDA if it is there")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="type of the matrices")
+    add_weights_argument(parser)
+    add_sampling_arguments(parser)
+    options = parser.parse_args(arguments)
+    if options.resume and options.session is None:
+        parser.error("--resume needs --session FILE")
+    if options.resume and (options.system is not None or options.domain is not None):
+        parser.error("--system and --domain are those that the conversation was started with; leave them out")
+    if not options.resume and options.session is not None and options.session.exists():
+        raise UserError(f"{options.session} holds a conversation; go on with --resume or name another file")
+    session = _open_session(options)
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    Conversation(session, options.session, interactive=sys.stdin.isatty()).run()
+    return 0
+
+
+def _open_session(options: argparse.Namespace) -> ChatSession:
+    from mm_rec.inference.chat_session import ChatSession
+    from mm_rec.inference.loading import load_model
+    from mm_rec.inference.sampling import Sampling
+
+    given = given_sampling(options)
+    loaded = load_model(options.model, device=options.device, precision=options.precision, weights=options.weights)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    if options.resume:
+        session = ChatSession.load(options.session, model, tokenizer)
+        session.sampling = dataclasses.replace(session.sampling, **given)
+        return session
+    domain = loaded.choose_domain(options.domain)
+    return ChatSession.start(model, tokenizer, sampling=Sampling(**given), domain=domain, system=options.system or "")
+
+
+class Conversation:
+    """The loop of ``mm-rec chat``: a line of input is a message or a command.
+
+    Args:
+        session: to talk in.
+        path: where it is kept; None for nowhere.
+        interactive: show prompts, and go on after errors.
+    """
+
+    def __init__(self, session: ChatSession, path: Path | None, *, interactive: bool) -> None:
+        self.session = session
+        self.path = path
+        self.interactive = interactive
+
+    def run(self) -> None:
+        """Talk until the input ends or /quit."""
+        if self.interactive:
+            import readline  # noqa: F401 (gives input() its line editing)
+
+            told = f"{self.session.turns} answers so far; " if self.session.turns else ""
+            print(f"{told}/help shows the commands, Ctrl-D ends")
+        with _ctrl_c_as_exception():
+            for line in self._lines():
+                try:
+                    if line.startswith("/"):
+                        self._command(*line[1:].split(maxsplit=1))
+                    else:
+                        self._answer(line)
+                except UserError as error:
+                    if not self.interactive:
+                        raise
+                    print(f"error: {error}", file=sys.stderr)
+
+    def _lines(self) -> Iterator[str]:
+        """Messages and commands; blank lines and what follows /quit are left out."""
+        while True:
+            try:
+                line = input("you: " if self.interactive else "").rstrip()
+            except EOFError:
+                return
+            if line == "/quit":
+                return
+            if line:
+                yield line
+
+    def _answer(self, message: str) -> None:
+        if self.interactive:
+            print("model: ", end="", flush=True)
+        try:
+            for piece in self.session.reply(message):
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            if not self.interactive:
+                raise
+        print(flush=True)
+        if self.path is not None:
+            self.session.save(self.path)
+
+    def _command(self, name: str = "", argument: str = "") -> None:
+        path = Path(argument.strip()) if argument else None
+        match name:
+            case "save":
+                target = path or self.path
+                if target is None:
+                    raise UserError("there is no --session; use /save FILE")
+                self._save(target)
+            case "fork":
+                if path is None:
+                    raise UserError("name the file to go on in: /fork FILE")
+                if path.exists():
+                    raise UserError(f"{path} is there already; name another file")
+                self._save(path)
+                self.path = path
+            case "reset":
+                old = self.session
+                self.session = type(old).start(
+                    old.model, old.tokenizer, sampling=old.sampling, domain=old.domain, system=old.system
+                )
+                if self.path is not None:
+                    self.session.save(self.path)
+                print("forgotten")
+            case "help":
+                print(COMMANDS)
+            case _:
+                raise UserError(f"there is no command /{name}; /help shows them")
+
+    def _save(self, path: Path) -> None:
+        self.session.save(path)
+        print(f"saved in {path}, {path.stat().st_size:,} bytes")
+
+
+@contextlib.contextmanager
+def _ctrl_c_as_exception() -> Iterator[None]:
+    """Make Ctrl-C a KeyboardInterrupt, which can break off an answer without ending the program."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(main))

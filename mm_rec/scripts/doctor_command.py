@@ -1,0 +1,175 @@
+"""Check this machine, a run folder and its data, and say what can be done with them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from mm_rec import ops
+from mm_rec.data.manifest import MANIFEST, check_files, read_manifest
+from mm_rec.errors import UserError
+from mm_rec.machine.device import available_memory, select_device, select_precision
+from mm_rec.program import Parser, run_program
+from mm_rec.storage import checkpoint, files
+from mm_rec.storage.checkpoint import Checkpoint
+from mm_rec.storage.lock import owner_of
+from mm_rec.storage.run_config import differences, read_config, versions
+from mm_rec.storage.run_folder import LOCK, RECORDS
+
+__all__ = ["Finding", "check_data", "check_machine", "check_run", "main"]
+
+EPILOG = """examples:
+  mm-rec doctor                             this machine
+  mm-rec doctor checkpoints_cpu/stage1      and a run: checkpoints, records, versions, disk
+  mm-rec doctor --data_dir data             and the data: every file against its manifest
+
+The exit code is 0 if nothing is broken, else 1.
+"""
+
+Level = Literal["ok", "note", "broken"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: ``ok``, ``note`` (works, but may surprise) or ``broken`` (with what helps)."""
+
+    level: Level
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.level:6}  {self.text}"
+
+
+def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """Print what was found; returns 1 if something is broken."""
+    parser = Parser(prog=prog, description=__doc__, epilog=EPILOG)
+    parser.add_argument("run", type=Path, nargs="*", help="run folder, or folder of runs")
+    parser.add_argument("--data_dir", type=Path, help="folder with downloaded data")
+    options = parser.parse_args(arguments)
+    findings = check_machine()
+    for path in options.run:
+        for run in _runs_in(path):
+            findings += check_run(run)
+    if options.data_dir is not None:
+        findings += check_data(options.data_dir)
+    for finding in findings:
+        sys.stdout.write(f"{finding}\n")
+    return int(any(finding.level == "broken" for finding in findings))
+
+
+def check_machine() -> list[Finding]:
+    """Versions, devices, back ends, precision, threads, memory."""
+    device = select_device()
+    found = versions()
+    findings = [
+        Finding("ok", f"MM-Rec {found['mm_rec']}, Python {found['python']}, PyTorch {found['torch']}"),
+        Finding("ok", f"{platform.machine()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads in use"),
+    ]
+    for entry in ops.status().devices:
+        findings.append(Finding("ok" if entry.backend == "native" else "note", f"kernels on {entry}"))
+    if ops.status()["cpu"].backend != "native" and not (shutil.which("c++") or shutil.which("g++")):
+        findings.append(Finding("note", "there is no C++ compiler to build the native kernels with: install g++"))
+    free = files.format_bytes(available_memory(device))
+    findings.append(Finding("ok", f"trains on {device} in {select_precision('auto', device)}, {free} of memory free"))
+    return findings
+
+
+def check_run(run: Path) -> list[Finding]:
+    """Configuration, owner, checkpoints, records and disk of a run folder, and what the same command would do."""
+    config = read_config(run)
+    if config is None:
+        return [Finding("broken", f"{run} is not a run folder: it has no readable config.yaml")]
+    findings = []
+    owner = owner_of(run / LOCK)
+    findings.append(Finding("note" if owner else "ok", f"{run} is in use by {owner}" if owner else f"{run} is free"))
+    changed = differences(config.get("versions", {}), versions())
+    if changed:
+        findings.append(
+            Finding("note", f"made with other versions: {'; '.join(changed)}; going on may not repeat bit for bit")
+        )
+    newest, of_checkpoints = _check_checkpoints(run)
+    return [*findings, *of_checkpoints, *_check_records(run, newest), *_check_leftovers(run, owner)]
+
+
+def check_data(data_dir: Path) -> list[Finding]:
+    """Every file of the data's manifest: there, and with the SHA-256 that it should have."""
+    if not data_dir.is_dir():
+        return [Finding("broken", f"there is no data folder {data_dir}")]
+    try:
+        entries = read_manifest(data_dir)
+        if not entries:
+            return [Finding("note", f"{data_dir} has no {MANIFEST}: nothing to compare its files with")]
+        return [_check_file(data_dir, name) for name in entries]
+    except UserError as error:
+        return [Finding("broken", str(error))]
+
+
+def _check_file(data_dir: Path, name: str) -> Finding:
+    try:
+        check_files(data_dir, [data_dir / name])
+    except UserError as error:
+        return Finding("broken", str(error))
+    size = (data_dir / name).stat().st_size
+    return Finding("ok", f"{data_dir / name} is what was downloaded, {files.format_bytes(size)}")
+
+
+def _check_checkpoints(run: Path) -> tuple[Checkpoint | None, list[Finding]]:
+    """The newest valid checkpoint, and what there is to say about all of them."""
+    paths = checkpoint.list_checkpoints(run / "checkpoints")
+    if not paths:
+        return None, [Finding("note", f"{run} has no checkpoint yet: the same command starts at step 0")]
+    newest: Checkpoint | None = None
+    damaged = []
+    for path in paths:
+        try:
+            newest = checkpoint.load(path)
+        except UserError as error:
+            damaged.append(Finding("broken", str(error)))
+    if newest is None:
+        return None, [*damaged, Finding("broken", f"{run} has no valid checkpoint left; start beside it with --fresh")]
+    size = sum(file.stat().st_size for file in newest.path.iterdir())
+    free = files.free_bytes(run)
+    room = f"{files.format_bytes(free)} free, a checkpoint takes {files.format_bytes(size)}"
+    return newest, [
+        *damaged,
+        Finding("ok", f"{len(paths) - len(damaged)} of {len(paths)} checkpoints are whole"),
+        Finding("ok", f"the same command goes on from step {checkpoint.checkpoint_step(newest.path)}"),
+        Finding("ok", room) if free > 2 * size else Finding("broken", f"{room}; make room before going on"),
+    ]
+
+
+def _check_records(run: Path, newest: Checkpoint | None) -> Iterable[Finding]:
+    """Whether the records reach as far as the newest checkpoint says."""
+    sizes = newest.trainer.get("run", {}).get("records", {}) if newest else {}
+    for name in RECORDS:
+        path = run / name
+        size = path.stat().st_size if path.exists() else 0
+        if size < sizes.get(name, 0):
+            yield Finding("note", f"{path} has lost its end: {size} of {sizes[name]} bytes; training is not affected")
+
+
+def _check_leftovers(run: Path, owner: str | None) -> Iterable[Finding]:
+    found = () if owner else run.rglob(f"{files.TEMPORARY_PREFIX}*")
+    leftovers = [path for path in found if files.is_temporary(path)]
+    if leftovers:
+        yield Finding("note", f"{len(leftovers)} interrupted writes; the next start of the run removes them")
+
+
+def _runs_in(path: Path) -> list[Path]:
+    """``path`` itself, or the runs in it."""
+    if read_config(path) is None and path.is_dir():
+        inside = sorted(child for child in path.iterdir() if read_config(child) is not None)
+        return inside or [path]
+    return [path]
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(main))

@@ -1,0 +1,66 @@
+"""Continue a text with a trained model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mm_rec.errors import UserError
+from mm_rec.program import Parser, run_program
+from mm_rec.scripts.sampling_options import (
+    add_domain_argument,
+    add_sampling_arguments,
+    add_weights_argument,
+    given_sampling,
+)
+
+EPILOG = """examples:
+  mm-rec generate --model checkpoints_cpu --prompt "The "
+  mm-rec generate --model checkpoints_cpu/stage1 --domain code --prompt "def add(" --temperature 0
+  echo "Once upon" | mm-rec generate --model checkpoints_cpu --stop "." --seed 7
+"""
+
+
+def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """Parse arguments, load the model, print the text as it comes."""
+    parser = Parser(prog=prog, description=__doc__, epilog=EPILOG)
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint, run folder or folder of runs")
+    parser.add_argument("--prompt", help="text to continue; read from standard input if not given and not a terminal")
+    add_domain_argument(parser)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: CUDA if it is there")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="type of the matrices")
+    add_weights_argument(parser)
+    add_sampling_arguments(parser)
+    return _generate(parser.parse_args(arguments))
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from mm_rec.inference.generate import generate
+    from mm_rec.inference.loading import load_model
+    from mm_rec.inference.sampling import Sampling
+
+    sampling = Sampling(**given_sampling(options))
+    prompt = _read_prompt(options.prompt)
+    loaded = load_model(options.model, device=options.device, precision=options.precision, weights=options.weights)
+    domain = loaded.choose_domain(options.domain)
+    sys.stdout.write(prompt)
+    for piece in generate(loaded.model, loaded.tokenizer, prompt, sampling, domain):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0
+
+
+def _read_prompt(given: str | None) -> str:
+    """The prompt that was given, else what standard input holds if that is no terminal."""
+    try:
+        prompt = given if given is not None else "" if sys.stdin.isatty() else sys.stdin.read()
+        prompt.encode()  # an argument that is not UTF-8 comes with surrogates
+    except UnicodeError as error:
+        raise UserError("the prompt is not UTF-8 text; convert it first, for example with iconv") from error
+    return prompt
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(main))

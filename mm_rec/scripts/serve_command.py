@@ -1,0 +1,134 @@
+"""Serve a model over HTTP: OpenAI's protocol, sessions with a memory of fixed size, and a chat page."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from mm_rec.config import WEIGHTS
+from mm_rec.errors import UserError
+from mm_rec.options import Option, add_arguments, from_arguments
+from mm_rec.program import Parser, run_program
+from mm_rec.scripts.sampling_options import WEIGHTS_HELP
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+API_KEY_VARIABLE = "MM_REC_API_KEY"
+GRACE_SECONDS = 8
+"""For running requests to end after a signal."""
+
+EPILOG = f"""examples:
+  mm-rec serve --model checkpoints_cpu
+  {API_KEY_VARIABLE}=secret mm-rec serve --model checkpoints_cpu/chat --host 0.0.0.0
+
+Then open http://127.0.0.1:8000/ or point any client of OpenAI's API to http://127.0.0.1:8000/v1. A chat request with
+"session": "some-name" goes on from what the model remembers of that conversation; only new messages are sent.
+"""
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """What the server takes."""
+
+    model: Annotated[Path | None, Option("checkpoint, run folder or folder of runs (required)")] = None
+    name: Annotated[str, Option("of the model, as clients ask for it")] = "mm-rec"
+    domain: Annotated[str | None, Option("the expert to use, or `all` to fuse them; what training reached")] = None
+    host: Annotated[str, Option("address to listen on; others than this machine's need an API key")] = "127.0.0.1"
+    port: Annotated[int, Option("to listen on; 0 takes a free one", minimum=0)] = 8000
+    api_key: Annotated[str | None, Option(f"that clients have to send; {API_KEY_VARIABLE} keeps it out of `ps`")] = None
+    session_dir: Annotated[Path, Option("folder of saved conversations")] = Path("sessions")
+    max_sessions: Annotated[int, Option("conversations to keep at most", minimum=0)] = 1000
+    max_streams: Annotated[int, Option("texts to draw at the same time", minimum=1)] = 64
+    max_queue: Annotated[int, Option("prompts that may wait for a place", minimum=1)] = 256
+    max_prompt_bytes: Annotated[int, Option("of text in a request", minimum=1)] = 262_144
+    max_tokens: Annotated[int, Option("to draw for one text", minimum=1)] = 2048
+    time_limit: Annotated[float, Option("seconds for one request", minimum=1)] = 600.0
+    device: Annotated[str, Option("cpu, cuda, or auto: CUDA if it is there")] = "auto"
+    precision: Annotated[str, Option("type of the matrices", choices=("auto", "bf16", "fp32"))] = "auto"
+    weights: Annotated[str, Option(WEIGHTS_HELP, choices=WEIGHTS)] = WEIGHTS[0]
+    threads: Annotated[int | None, Option("CPU threads; all if not given", minimum=1)] = None
+
+
+def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """Parse arguments, load the model and serve until a signal comes."""
+    parser = Parser(prog=prog, description=__doc__, epilog=EPILOG)
+    add_arguments(parser, ServeSettings)
+    settings = from_arguments(ServeSettings, parser.parse_args(arguments))
+    path = settings.model
+    if path is None:
+        raise UserError("name the model to serve with --model")
+    settings = dataclasses.replace(settings, api_key=settings.api_key or os.environ.get(API_KEY_VARIABLE) or None)
+    try:
+        import uvicorn
+
+        from mm_rec.serve.gate import is_loopback
+        from mm_rec.serve.protocol import HeadTimeoutProtocol
+    except ModuleNotFoundError as error:
+        raise UserError(f"the server needs {error.name}; install it with: pip install 'mm-rec[serve]'") from None
+    if settings.api_key is None and not is_loopback(settings.host):
+        raise UserError(f"--host {settings.host} opens the server to other machines; set {API_KEY_VARIABLE} first")
+    with _listen(settings.host, settings.port) as listener:
+        app = _build(settings, path)
+        host, port = listener.getsockname()[:2]
+        sys.stdout.write(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}/ (Ctrl-C stops)\n")
+        sys.stdout.flush()
+        config = uvicorn.Config(
+            app, http=HeadTimeoutProtocol, timeout_graceful_shutdown=GRACE_SECONDS, server_header=False
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket, before the model is loaded: what can't work says so at once."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot listen on {host} port {port}: {reason}; use another --host or --port") from error
+
+
+def _build(settings: ServeSettings, path: Path) -> FastAPI:
+    """The application around the model that the settings name."""
+    from mm_rec.inference.loading import load_model
+    from mm_rec.inference.session_file import fingerprint
+    from mm_rec.machine.device import set_threads
+    from mm_rec.serve.app import Service, create_app
+    from mm_rec.serve.engine import Engine
+    from mm_rec.serve.gate import Limits
+    from mm_rec.serve.sessions import SessionStore
+
+    set_threads(settings.threads)
+    loaded = load_model(path, device=settings.device, precision=settings.precision, weights=settings.weights)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    domain = loaded.choose_domain(settings.domain)
+    identity = fingerprint(model)
+    sessions = SessionStore(
+        settings.session_dir, model, tokenizer, domain, fingerprint=identity, max_sessions=settings.max_sessions
+    )
+    service = Service(
+        name=settings.name,
+        engine=Engine(model, tokenizer, domain, max_streams=settings.max_streams, max_queue=settings.max_queue),
+        sessions=sessions,
+        fingerprint=identity,
+        max_prompt_bytes=settings.max_prompt_bytes,
+        max_tokens=settings.max_tokens,
+        seconds=settings.time_limit,
+    )
+    limits = Limits(
+        # JSON writes some characters with six bytes; the rest is for what stands around the text.
+        max_body_bytes=6 * settings.max_prompt_bytes + 65_536,
+        max_requests=settings.max_streams + settings.max_queue,
+    )
+    sys.stdout.write(f"model {loaded.path}, {model.dtype}, expert {domain or 'all'}\n")
+    return create_app(service, api_key=settings.api_key, limits=limits)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(main))

@@ -1,0 +1,1 @@
+"""What lies on the disk: whole files and folders, locks, checkpoints, run folders."""

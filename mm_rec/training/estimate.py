@@ -1,0 +1,159 @@
+"""What a run will take: memory before it is taken, disk before it is filled, time before it is spent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mm_rec.blocks.mm_rec_block import MMRecBlock
+from mm_rec.config import ModelConfig
+from mm_rec.errors import UserError
+from mm_rec.model import MMRecModel
+from mm_rec.storage.files import format_bytes, free_bytes
+
+__all__ = [
+    "Activations",
+    "check_disk",
+    "check_memory",
+    "checkpoint_bytes",
+    "count_parameters",
+    "measure_activations",
+    "memory_remedy",
+    "sharded_bytes",
+    "training_bytes",
+    "with_margin",
+]
+
+PROBE_TOKENS = 256
+MARGIN = 1.15
+"""Over the sum of what is known: buffers of the libraries, fragmentation."""
+FIXED_BYTES = 300_000_000
+"""What threads, libraries and the tokenizer take on top, whatever the model."""
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of a model, without making it."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in MMRecModel(config).parameters())
+
+
+def training_bytes(parameters: int, precision: str, *, replicated: bool = False) -> int:
+    """Bytes that weights, gradients and AdamW's state take.
+
+    Float32 takes 4 for the weight, 4 for the gradient and 8 for the moments; bfloat16 takes 2, 2 and 8, and
+    4 each for the master weight and the widened gradient. Where the model is ``replicated``, whole in each of several
+    processes, the message by which they average gradients takes 4.
+    """
+    return parameters * ((20 if precision == "bf16" else 16) + (4 if replicated else 0))
+
+
+def sharded_bytes(config: ModelConfig, precision: str, processes: int) -> int:
+    """Bytes that a process takes of what :func:`training_bytes` counts, if FSDP spreads it over all processes.
+
+    On top of its part it has two units (blocks, or the embedding) whole at a time, each with its gradient.
+    """
+    with torch.device("meta"):
+        model = MMRecModel(config)
+    sizes = [sum(p.numel() for p in one.parameters()) for one in model.modules() if isinstance(one, MMRecBlock)]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    largest = max(*sizes, parameters - sum(sizes))
+    return training_bytes(parameters, precision) // processes + 4 * largest * (2 if precision == "bf16" else 4)
+
+
+def checkpoint_bytes(parameters: int) -> int:
+    """Bytes of a checkpoint: weights and two moments in float32, and a tokenizer of a few megabytes."""
+    return 12 * parameters + 4_000_000
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that autograd keeps for the backward pass, per token of a micro-batch.
+
+    Attributes:
+        plain: all of a forward pass.
+        checkpointed: with gradient checkpointing, the block that is run again included.
+    """
+
+    plain: float
+    checkpointed: float
+
+
+def measure_activations(model: MMRecModel, domain: str | None) -> Activations:
+    """Run a short forward pass and count what autograd keeps of it. Everything in it grows with the tokens."""
+    before = model.gradient_checkpointing
+    try:
+        model.gradient_checkpointing = False
+        plain = _saved_bytes(model, domain)
+        model.gradient_checkpointing = True
+        boundaries = _saved_bytes(model, domain)
+    finally:
+        model.gradient_checkpointing = before
+    one_block = (plain - boundaries) / (model.config.n_layers * (1 if domain else len(model.config.experts)))
+    return Activations(plain / PROBE_TOKENS, (boundaries + max(one_block, 0)) / PROBE_TOKENS)
+
+
+def _saved_bytes(model: MMRecModel, domain: str | None) -> int:
+    """Bytes of the distinct storages that a forward pass over PROBE_TOKENS tokens keeps for its backward."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        # By their type, not by where they are: parameters of a sharded model are put together anew in each pass.
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # an output that its own node keeps would keep that node, and so itself, for ever
+
+    ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device=model.embedding.weight.device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output, _ = model(ids, None, domain, targets=ids)
+    total = sum(sizes.values())
+    del output
+    return total
+
+
+def check_memory(needed: int, available: int, remedy: str) -> None:
+    """Refuse a run that does not fit.
+
+    Raises:
+        UserError: naming what is needed, what there is and the remedy.
+    """
+    if needed > available:
+        raise UserError(
+            f"training would take {format_bytes(needed)} of memory and {format_bytes(available)} are free; {remedy}"
+        )
+
+
+def memory_remedy(batch_size: int, seq_len: int) -> str:
+    """What to change when the activations don't fit."""
+    smaller = []
+    if batch_size > 1:
+        smaller.append(f"--batch_size {batch_size // 2}")
+    if seq_len > 64:
+        smaller.append(f"--seq_len {seq_len // 2}")
+    return f"try {', '.join([*smaller, '--gradient_checkpointing on'])} or a smaller --preset"
+
+
+def with_margin(training: int, activations: float) -> int:
+    """Bytes to expect in all of training on top of what the process has now."""
+    return round((training + activations) * MARGIN) + FIXED_BYTES
+
+
+def check_disk(folder: Path, checkpoint: int, keep: int, existing: int) -> None:
+    """Refuse a run whose checkpoints would fill the disk: those kept and one more, being written.
+
+    Args:
+        folder: where they go; need not exist yet.
+        checkpoint: bytes of one.
+        keep: how many are kept.
+        existing: how many are there already.
+    """
+    needed = checkpoint * max(1, keep + 1 - existing)
+    free = free_bytes(folder)
+    if needed > free:
+        raise UserError(
+            f"checkpoints would take {format_bytes(needed)} in {folder} and {format_bytes(free)} are free; "
+            f"try --keep_checkpoints 1, another --checkpoint_dir, or free some space"
+        )

@@ -1,0 +1,101 @@
+"""The picture of a run: training loss and validation, drawn from its metrics file."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mm_rec.storage.files import write_atomic
+
+__all__ = ["draw_losses"]
+
+Points = list[tuple[int, float]]
+
+COLOURS = {"text": "#1f6fb4", "code": "#d9730d", "mixed": "#3a923a"}
+OTHER_COLOURS = ("#8c564b", "#7f3fbf", "#17808c")
+
+
+def draw_losses(metrics: Path, picture: Path, title: str) -> None:
+    """Draw ``metrics.jsonl`` into a PNG: loss by step, smoothed over the raw points, and bits per byte.
+
+    Args:
+        metrics: lines with ``step`` and ``losses``, or with ``valid`` (and ``valid_by_expert`` where experts are
+            fused): each a number by domain.
+        picture: PNG to replace.
+        title: above the picture.
+    """
+    train: dict[str, Points] = defaultdict(list)
+    valid: dict[str, Points] = defaultdict(list)
+    by_expert: dict[str, Points] = defaultdict(list)
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        for domain, loss in record.get("losses", {}).items():
+            train[domain].append((record["step"], loss))
+        for domain, score in record.get("valid", {}).items():
+            valid[domain].append((record["step"], score))
+        for domain, score in record.get("valid_by_expert", {}).items():
+            by_expert[domain].append((record["step"], score))
+
+    figure = Figure(figsize=(9.6, 7.2), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=14)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    _draw_train(upper, train)
+    _draw_valid(lower, valid, by_expert)
+    lower.set_xlabel("step", fontsize=12)
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomic(picture, buffer.getvalue())
+
+
+def _colour(name: str, names: list[str]) -> str:
+    return COLOURS.get(name, OTHER_COLOURS[sorted(names).index(name) % len(OTHER_COLOURS)])
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Exponential average over about a twentieth of the points, without the bias of its start."""
+    keep = 1 - 1 / max(len(values) / 20, 5)
+    average = weight = 0.0
+    out = np.empty_like(values)
+    for index, value in enumerate(values):
+        average = keep * average + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
+        out[index] = average / weight
+    return out
+
+
+def _draw_train(axes: Axes, series: dict[str, Points]) -> None:
+    axes.set_ylabel("training loss (nats a token)", fontsize=12)
+    for name, points in sorted(series.items()):
+        steps, losses = np.array(points, dtype=float).T
+        colour = _colour(name, list(series))
+        smoothed = _smooth(losses)
+        axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smoothed, color=colour, linewidth=2, label=f"{name}: {smoothed[-1]:.3f}")
+    if series:
+        axes.legend(fontsize=11)
+
+
+def _draw_valid(axes: Axes, series: dict[str, Points], by_expert: dict[str, Points]) -> None:
+    axes.set_ylabel("validation (bits per byte)", fontsize=12)
+    for name, points in sorted(series.items()):
+        steps, scores = np.array(points, dtype=float).T
+        colour = _colour(name, list(series))
+        axes.plot(steps, scores, color=colour, marker="o", markersize=5, linewidth=2, label=f"{name}: {scores[-1]:.3f}")
+        if name in by_expert:
+            steps, scores = np.array(by_expert[name], dtype=float).T
+            label = f"{name} by its own expert: {scores[-1]:.3f}"
+            axes.plot(steps, scores, color=colour, linestyle="dashed", linewidth=1.2, label=label)
+    if series:
+        axes.legend(fontsize=11)

@@ -1,0 +1,123 @@
+"""What the run at hand will take, measured on its own trainer, and the lines that say so before the first step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from mm_rec import processes
+from mm_rec.data.prepared import Prepared
+from mm_rec.optim import AdamW
+from mm_rec.program import say
+from mm_rec.storage.files import format_bytes, free_bytes
+from mm_rec.training.console import describe_seconds
+from mm_rec.training.estimate import (
+    check_memory,
+    checkpoint_bytes,
+    count_parameters,
+    measure_activations,
+    memory_remedy,
+    with_margin,
+)
+from mm_rec.training.runtime import model_and_optimizer_bytes
+from mm_rec.training.trainer import Trainer
+
+__all__ = ["RunEstimate", "announce", "estimate_run"]
+
+PROBE_PARAMETERS = 4_000_000
+"""Parameters of the small update whose time stands for the whole one."""
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """What a run takes.
+
+    Attributes:
+        parameters: parameters of the whole model.
+        memory: bytes that a process will take.
+        available: bytes that it may take.
+        seconds_per_step: time of an optimizer step, saves and validation left out.
+    """
+
+    parameters: int
+    memory: int
+    available: int
+    seconds_per_step: float
+
+
+def estimate_run(trainer: Trainer, gradient_checkpointing: str, available: int) -> RunEstimate:
+    """Measure a pass of the next batch, and decide by it whether the model uses gradient checkpointing.
+
+    Args:
+        trainer: the trainer, at the step that it goes on from.
+        gradient_checkpointing: ``on``, ``off``, or ``auto`` for only where the run does not fit without.
+        available: bytes that this process may take.
+
+    Raises:
+        UserError: if the run does not fit into memory.
+    """
+    plan, model, runtime = trainer.plan, trainer.model, trainer.runtime
+    fixed = model_and_optimizer_bytes(model.config, runtime)
+    activations = measure_activations(model, None if plan.stage.mixed else model.config.experts[0])
+    tokens = plan.batch_size // processes.world_size() * plan.seq_len
+    plain, checkpointed = (with_margin(fixed, one * tokens) for one in (activations.plain, activations.checkpointed))
+    model.gradient_checkpointing = gradient_checkpointing == "on" or (
+        gradient_checkpointing == "auto" and checkpointed <= available < plain
+    )
+    memory = checkpointed if model.gradient_checkpointing else plain
+    check_memory(memory, available, memory_remedy(plan.batch_size, plan.seq_len))
+    parameters = count_parameters(model.config)
+    own_parameters = parameters // (runtime.processes if runtime.sharded else 1)
+    return RunEstimate(parameters, memory, available, _seconds_per_step(trainer, own_parameters))
+
+
+def announce(console: Console, trainer: Trainer, data: Prepared, estimate: RunEstimate) -> None:
+    """Print what will be trained, on what, and what it takes."""
+    plan, runtime, config = trainer.plan, trainer.runtime, trainer.model.config
+    tokens = {name: store.n_tokens for name, store in data.train.items()}
+    steps = plan.last_step - trainer.progress.step
+    seconds = estimate.seconds_per_step
+    passes = plan.steps * plan.tokens_per_step / sum(tokens.values())
+    several = f"{runtime.processes} processes ({runtime.parallel}) of " if runtime.parallel else ""
+    checkpointing = ", gradient checkpointing" if trainer.model.gradient_checkpointing else ""
+    for line in (
+        f"{plan.stage.name}: {plan.stage.summary}",
+        f"  model   {estimate.parameters / 1e6:.1f}M parameters: {len(config.experts)} experts of {config.n_layers} "
+        f"blocks, {config.d_model} wide, vocabulary {config.vocab_size:,}",
+        f"  runs    on {trainer.device}, {runtime.precision}, {several}{runtime.threads} threads, "
+        f"{runtime.ops} kernels{checkpointing}",
+        f"  data    {', '.join(f'{name} {count:,} tokens' for name, count in tokens.items())}",
+        f"  steps   {plan.steps} of {plan.accumulation} x {plan.batch_size} x {plan.seq_len} tokens "
+        f"({passes:.1f} passes over the data), {steps} to go, learning rate {plan.rate:.1e}",
+        f"  time    about {describe_seconds(steps * seconds)} ({seconds:.2f} s a step, "
+        f"{plan.tokens_per_step / seconds:,.0f} tokens/s), saves and validation on top",
+        f"  memory  about {format_bytes(estimate.memory)} of {format_bytes(estimate.available)} free",
+        f"  disk    {format_bytes(checkpoint_bytes(estimate.parameters))} a checkpoint, {plan.keep_checkpoints} kept, "
+        f"{format_bytes(free_bytes(trainer.run.path))} free",
+        f"  run     {trainer.run.path}",
+    ):
+        say(console, line)
+
+
+def _seconds_per_step(trainer: Trainer, parameters: int) -> float:
+    """Seconds of a step, from the second of two passes over the next batch and a small update."""
+    batch = trainer.feed.take(trainer.batches, trainer.progress.step * trainer.plan.accumulation)
+    pass_seconds = update_seconds = 0.0
+    probe = nn.Parameter(torch.zeros(PROBE_PARAMETERS, device=trainer.device, dtype=trainer.model.dtype))
+    optimizer = AdamW([("probe", probe)])
+    for _ in range(2):
+        start = time.monotonic()
+        loss, _ = trainer.micro_batch_loss(batch)
+        loss.backward()
+        float(loss.detach())
+        pass_seconds = time.monotonic() - start
+        trainer.optimizer.zero_grad()
+        probe.grad = torch.zeros_like(probe)
+        start = time.monotonic()
+        float(optimizer.step(0.0, 1.0))
+        update_seconds = time.monotonic() - start
+    return trainer.plan.accumulation * pass_seconds + update_seconds * parameters / PROBE_PARAMETERS

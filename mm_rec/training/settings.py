@@ -1,0 +1,134 @@
+"""The settings of training: what a user may ask for, and its defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from mm_rec.config import DEFAULT_PRESET, PRESETS, ModelConfig
+from mm_rec.errors import UserError
+from mm_rec.options import Option
+from mm_rec.stages import PRETRAINING
+from mm_rec.text.tokenizer import MIN_VOCAB_SIZE
+
+__all__ = ["MODEL_SHAPE", "TrainSettings", "step_cap"]
+
+MODEL_SHAPE = (
+    "vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "gate_every", "window", "slots", "rotary_base"
+)  # fmt: skip
+"""Settings that change the shape of a preset: fields of ModelConfig."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What a training command takes. None means: derived from the preset, the stage, the device and the data."""
+
+    stage: Annotated[str, Option("what to train", choices=(*PRETRAINING, "all"))] = "stage1"
+    preset: Annotated[str, Option("size of the model", choices=tuple(PRESETS), shared=True)] = DEFAULT_PRESET
+    vocab_size: Annotated[
+        int | None, Option("tokens of the tokenizer at most", minimum=MIN_VOCAB_SIZE, shared=True)
+    ] = None
+    d_model: Annotated[int | None, Option("width of the model", minimum=1, shared=True)] = None
+    n_heads: Annotated[int | None, Option("heads, into which the width is split", minimum=1, shared=True)] = None
+    n_layers: Annotated[int | None, Option("blocks of each expert", minimum=1, shared=True)] = None
+    d_ff: Annotated[int | None, Option("width inside the feed-forward part of a block", minimum=1, shared=True)] = None
+    gate_every: Annotated[
+        int | None,
+        Option("every how many blocks one is a memory block, which attends", minimum=1, shared=True),
+    ] = None
+    window: Annotated[int | None, Option("tokens of short-term memory", minimum=2, shared=True)] = None
+    slots: Annotated[int | None, Option("slots of long-term memory of each head", minimum=1, shared=True)] = None
+    rotary_base: Annotated[
+        float | None, Option("base of the rotary encoding inside the window", minimum=1, shared=True)
+    ] = None
+    data_dir: Annotated[Path, Option("folder with text/*.jsonl and code/*.jsonl", shared=True)] = Path("data")
+    download_data: Annotated[bool, Option("download data into --data_dir if none is there", shared=True)] = False
+    use_synthetic: Annotated[bool, Option("made-up data for a quick test, nothing is downloaded", shared=True)] = False
+    max_samples: Annotated[int | None, Option("documents of each domain to use", minimum=1, shared=True)] = None
+    skip_bad: Annotated[
+        int, Option("rows that cannot be read to leave out before giving up", minimum=0, shared=True)
+    ] = 0
+    checkpoint_dir: Annotated[Path, Option("folder of run folders")] = Path("checkpoints_cpu")
+    batch_size: Annotated[int | None, Option("rows of a micro-batch", minimum=1)] = None
+    seq_len: Annotated[int | None, Option("tokens of a row", minimum=2)] = None
+    accumulation: Annotated[int, Option("micro-batches of an optimizer step", minimum=1)] = 1
+    max_steps: Annotated[int | None, Option("optimizer steps of a stage", minimum=1)] = None
+    lr: Annotated[float | None, Option("peak learning rate of stage1; later stages take their share", minimum=0)] = None
+    weight_decay: Annotated[float, Option("decay of matrices, times the learning rate", minimum=0)] = 0.1
+    clip: Annotated[float, Option("largest norm of the gradient", minimum=0)] = 1.0
+    seed: Annotated[
+        int, Option("of the initial weights, the order of the data and the samples", minimum=0, maximum=2**63 - 1)
+    ] = 0
+    checkpoint_interval: Annotated[int | None, Option("steps between two checkpoints", minimum=1)] = None
+    keep_checkpoints: Annotated[int, Option("newest checkpoints to keep", minimum=1)] = 3
+    eval_interval: Annotated[int | None, Option("steps between two validations and samples", minimum=1)] = None
+    valid_bytes: Annotated[int, Option("held-out bytes of each domain to validate on", minimum=1)] = 32_768
+    precision: Annotated[str, Option("type of the matrices", choices=("auto", "bf16", "fp32"))] = "auto"
+    threads: Annotated[int | None, Option("CPU threads; if not given, as many as pay here", minimum=1)] = None
+    device: Annotated[str, Option("cpu, cuda, or auto: CUDA if it is there")] = "auto"
+    parallel: Annotated[
+        str,
+        Option(
+            "what each of several processes holds: ddp, the whole model; fsdp, a part; auto: fsdp if the whole "
+            "does not fit",
+            choices=("auto", "ddp", "fsdp"),
+        ),
+    ] = "auto"
+    gradient_checkpointing: Annotated[
+        str,
+        Option("save memory by running blocks twice; auto: if nothing else fits", choices=("auto", "on", "off")),
+    ] = "auto"
+    fresh: Annotated[bool, Option("start a new run beside an earlier one of the same settings")] = False
+    resume_from: Annotated[Path | None, Option("run folder or checkpoint to continue")] = None
+    allow_changes: Annotated[bool, Option("accept a --resume_from of other data, settings or machine")] = False
+    init_from: Annotated[Path | None, Option("run folder or checkpoint whose weights to start from")] = None
+    tensorboard: Annotated[bool, Option("also write TensorBoard event files into the run folder")] = False
+    stages: Annotated[Mapping[str, Mapping[str, Any]], Option("settings of single stages", section=True)] = field(
+        default_factory=dict
+    )
+
+    def stage_names(self) -> tuple[str, ...]:
+        """The stages to run, in order."""
+        return PRETRAINING if self.stage == "all" else (self.stage,)
+
+    def for_stage(self, name: str) -> TrainSettings:
+        """The settings of one stage: what its section of the file says wins over the rest of the file."""
+        values = {**self.stages.get(name, {}), "stage": name, "stages": {}}
+        return dataclasses.replace(self, **values)
+
+    def model_shape(self) -> dict[str, Any]:
+        """Returns the fields of :class:`ModelConfig` that were set, by name."""
+        return {name: value for name in MODEL_SHAPE if (value := getattr(self, name)) is not None}
+
+    def model_config(self, vocab_size: int | None = None) -> ModelConfig:
+        """Returns the shape of a new model: the preset with what was set beside it.
+
+        Args:
+            vocab_size: rows of the embedding; those of the settings if None.
+
+        Raises:
+            UserError: if the sizes do not fit together.
+        """
+        shape = self.model_shape()
+        if vocab_size is None and "vocab_size" in shape:
+            vocab_size = -(-shape["vocab_size"] // 64) * 64
+        if vocab_size is not None:
+            shape["vocab_size"] = vocab_size
+        try:
+            return ModelConfig.preset(self.preset, **shape)
+        except ValueError as error:
+            raise UserError(f"these sizes do not make a model: {error}") from None
+
+
+def step_cap() -> int | None:
+    """The cap on the steps of every command, from MM_REC_MAX_STEPS; None without one."""
+    text = os.environ.get("MM_REC_MAX_STEPS", "").strip()
+    if not text:
+        return None
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise UserError(f"MM_REC_MAX_STEPS must be a whole number of at least 1, got {text!r}")
+    return int(text)

@@ -1,0 +1,153 @@
+"""What a stage starts from: the checkpoint before it, the shape of its model, and the identity that follows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mm_rec.config import ModelConfig
+from mm_rec.data.prepared import Prepared
+from mm_rec.errors import UserError
+from mm_rec.stages import STAGES
+from mm_rec.storage import checkpoint
+from mm_rec.storage.files import MANIFEST
+from mm_rec.storage.run_config import differences, list_runs
+from mm_rec.text.tokenizer import Tokenizer
+from mm_rec.training.plan import Plan
+from mm_rec.training.runtime import choose_runtime
+from mm_rec.training.settings import TrainSettings, step_cap
+
+__all__ = ["StartingPoint", "find_starting_point", "starting_checkpoint"]
+
+
+class StartingPoint(NamedTuple):
+    """What a stage starts from.
+
+    Attributes:
+        config: the shape of the model.
+        weights: the final weights of the stage before, or those named by ``init_from``; None for new ones.
+        identity: all that decides the result of the run; runs of one identity are the same run.
+    """
+
+    config: ModelConfig
+    weights: Mapping[str, Tensor] | None
+    identity: dict[str, Any]
+
+
+class _Weights(NamedTuple):
+    """A checkpoint that gives its weights: where it is, its shape, the weights, and the hash of its manifest."""
+
+    path: Path
+    config: ModelConfig
+    weights: Mapping[str, Tensor]
+    sha256: str
+
+
+def find_starting_point(settings: TrainSettings, plan: Plan, data: Prepared, device: torch.device) -> StartingPoint:
+    """Returns what the stage of ``settings`` starts from.
+
+    Raises:
+        UserError: if the checkpoint is missing, of another tokenizer, domain or shape, or would be rounded otherwise.
+    """
+    named = checkpoint.load(checkpoint.resolve(settings.resume_from)) if settings.resume_from else None
+    start = None if named else _load_weights(settings, data)
+    if named is not None:
+        config = named.config
+        starts_from = named.trainer["run"]["identity"]["starts_from"]
+        _check_rounding(settings, named, device)
+    else:
+        config = _model_config(settings, data, start)
+        starts_from = start and start.sha256
+    identity = {
+        **plan.identity(),
+        "device": device.type,
+        "precision": settings.precision,
+        "threads": settings.threads,
+        "data": data.data_sha256,
+        "tokenizer": data.tokenizer.sha256,
+        "starts_from": starts_from,
+        "model": config.to_dict(),
+    }
+    return StartingPoint(config, start and start.weights, identity)
+
+
+def starting_checkpoint(settings: TrainSettings) -> Path | None:
+    """Returns the checkpoint whose weights a stage starts from: the one named, else the last of the stage before.
+
+    None for the first stage, which starts from new weights.
+
+    Raises:
+        UserError: if there is no such checkpoint, or the stage before is not finished.
+    """
+    before = STAGES[settings.stage].follows
+    if settings.init_from is not None:
+        return checkpoint.resolve(settings.init_from)
+    return _final_checkpoint(settings.checkpoint_dir, before, settings.stage) if before else None
+
+
+def _load_weights(settings: TrainSettings, data: Prepared) -> _Weights | None:
+    """The weights that a stage starts from; None for new ones."""
+    path = starting_checkpoint(settings)
+    if path is None:
+        return None
+    found = checkpoint.load(path, weights_only=True)
+    if Tokenizer.load(found.tokenizer_dir).sha256 != data.tokenizer.sha256:
+        raise UserError(
+            f"{path} was trained with another tokenizer than that of the data; use the same --data_dir, --preset "
+            "and --max_samples as for it, or train the stages before anew"
+        )
+    return _Weights(path, found.config, found.weights, hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest())
+
+
+def _final_checkpoint(root: Path, stage: str, following: str) -> Path:
+    """The final checkpoint of the newest run of ``stage``; an error if that run is not finished."""
+    runs = [path for _, path, config in list_runs(root, stage) if config is not None] if root.is_dir() else []
+    command = f"mm-rec finetune --task {stage}" if STAGES[stage].conversations else f"mm-rec train --stage {stage}"
+    if not runs:
+        raise UserError(
+            f"{following} starts from a trained {stage} and there is none in {root}; run `{command}` first, "
+            "or name a checkpoint with --init_from"
+        )
+    newest = checkpoint.load_newest(runs[-1] / "checkpoints")
+    done = newest.trainer["step"] if newest else 0
+    steps = min(newest.trainer["steps"], step_cap() or newest.trainer["steps"]) if newest else 1
+    if newest is None or done < steps:
+        raise UserError(
+            f"{runs[-1]} is not finished ({done} of {steps} steps); go on with `{command}`, "
+            f"or start {following} from what is there with --init_from {runs[-1]}"
+        )
+    return newest.path
+
+
+def _model_config(settings: TrainSettings, data: Prepared, start: _Weights | None) -> ModelConfig:
+    """The shape of the weights if there are any, else that of the settings with the vocabulary of the tokenizer."""
+    if start is None:
+        config = settings.model_config(data.tokenizer.padded_vocab_size)
+    else:
+        config = start.config
+        for name, value in settings.model_shape().items():
+            if name != "vocab_size" and value != getattr(config, name):
+                raise UserError(
+                    f"{settings.stage} starts from {start.path}, a model whose {name} is {getattr(config, name)}, not "
+                    f"{value}; leave out {name}, or train the stages before anew"
+                )
+    unknown = sorted(set(data.train) - set(config.experts))
+    if unknown and not STAGES[settings.stage].conversations:
+        raise UserError(f"there is data of {unknown[0]}, but the model's experts are {', '.join(config.experts)}")
+    return config
+
+
+def _check_rounding(settings: TrainSettings, named: checkpoint.Checkpoint, device: torch.device) -> None:
+    """Refuse to go on with a checkpoint that is asked for by name where the rounding would differ unnoticed."""
+    before = named.trainer["runtime"]
+    changes = differences(before, choose_runtime(settings, device, before).to_dict())
+    if changes and not settings.allow_changes:
+        raise UserError(
+            f"{settings.resume_from} would not go on with the same rounding: {'; '.join(changes)}. "
+            "--allow_changes accepts that"
+        )

@@ -1,0 +1,376 @@
+"""The one training loop: batch, forward, backward, update, log, save, evaluate, sample.
+
+Everything that a run yields is a function of its identity: the batch of a step, the order of the work and the
+random numbers of a sample follow from the seed and the step. So a run that was stopped goes on bit for bit as
+if it never had been.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from mm_rec import processes
+from mm_rec.data.batches import Batch, Batches, EvenBatches
+from mm_rec.data.prefetch import Feed
+from mm_rec.errors import UserError, is_out_of_memory
+from mm_rec.evaluation.bits_per_byte import Documents, evaluate
+from mm_rec.inference.chat_session import QUESTIONS, ChatSession, transcript
+from mm_rec.inference.generate import generate
+from mm_rec.inference.sampling import Sampling
+from mm_rec.machine.signals import Interrupted, SignalGuard
+from mm_rec.model import MMRecModel
+from mm_rec.optim import AdamW
+from mm_rec.state import ModelState, detach_state, flatten_state, map_state, unflatten_state
+from mm_rec.storage.checkpoint import Checkpoint, checkpoint_name, prune
+from mm_rec.storage.files import write_atomic
+from mm_rec.storage.run_folder import METRICS, Run
+from mm_rec.text.tokenizer import Tokenizer
+from mm_rec.training.console import Meter, ProgressLine, StepReport
+from mm_rec.training.cuda_graphs import GraphedPass, run_pass
+from mm_rec.training.estimate import memory_remedy
+from mm_rec.training.plan import Plan
+from mm_rec.training.plots import draw_losses
+from mm_rec.training.progress import TrainingProgress
+from mm_rec.training.ranks import broadcast_checkpoint, own_batch
+from mm_rec.training.runtime import Runtime
+from mm_rec.training.tensorboard import Board
+
+__all__ = ["Trainer"]
+
+MIXED = "mixed"
+"""In records and carried states, the name of batches that hold all domains."""
+PROMPTS = {"text": "The ", "code": "def "}
+SAMPLE_TOKENS = 60
+MAX_ROLLBACKS = 5
+
+
+class Trainer:
+    """Trains one stage in its run folder.
+
+    Args:
+        plan: sizes and schedule.
+        model: on its device, in its precision.
+        optimizer: of its parameters.
+        batches: training data.
+        even_batches: the data of the steps in which the fusion alone learns; needed if the plan has such.
+        valid: held-out documents by domain; may be empty.
+        bytes_per_token: of the training data by domain, to show losses in bits per byte.
+        tokenizer: for samples and checkpoints.
+        run: the run folder.
+        runtime: what was chosen on this machine (precision, threads and the like), kept in the checkpoints.
+        guard: tells of signals.
+        console: to print on.
+        board: for TensorBoard, if the user wants it.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        model: MMRecModel,
+        optimizer: AdamW,
+        batches: Batches,
+        valid: Mapping[str, Documents],
+        bytes_per_token: Mapping[str, float],
+        tokenizer: Tokenizer,
+        run: Run,
+        runtime: Runtime,
+        guard: SignalGuard,
+        console: Console,
+        board: Board | None = None,
+        even_batches: EvenBatches | None = None,
+    ) -> None:
+        self.plan = plan
+        self.model = model
+        self.optimizer = optimizer
+        self.batches = batches
+        self.even_batches = even_batches
+        self.valid = dict(valid)
+        self.bytes_per_token = bytes_per_token
+        self.tokenizer = tokenizer
+        self.run = run
+        self.runtime = runtime
+        self.guard = guard
+        self.console = console
+        self.board = board
+        self.device = model.embedding.weight.device
+        self.progress = TrainingProgress()
+        self.carried: dict[str, ModelState] = {}
+        self.feed = Feed(self.device, own_batch)
+        self._sharded = runtime.sharded
+        self._graphs: GraphedPass | None = None
+        self._between = guard.check if processes.world_size() == 1 else _do_nothing
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint of this stage."""
+        self.optimizer.load_master_tensors(checkpoint.weights)
+        self.optimizer.load_state_tensors(checkpoint.optimizer)
+        self.progress = TrainingProgress(**checkpoint.trainer["position"])
+        self.carried = self._carried_in(checkpoint)
+
+    def _carried_in(self, checkpoint: Checkpoint) -> dict[str, ModelState]:
+        """The states of a checkpoint by domain; none if the user accepted a batch of another number of rows."""
+        carried = dict(checkpoint.carried)  # once: with several processes each look at a tensor sends it
+        rows = {len(tensor) for tensor in carried.values()}
+        if rows - {self.plan.batch_size}:
+            self.run.event(f"the carried state of {max(rows)} rows is left out: a batch has {self.plan.batch_size}")
+            return {}
+        flat: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in carried.items():
+            key, _, rest = name.partition("/")
+            flat[key][rest] = processes.own_rows(tensor).to(self.device)
+        return {key: unflatten_state(tensors, self.model.config) for key, tensors in flat.items()}
+
+    def fit(self) -> Path:
+        """Train to the last step of the plan; returns the final checkpoint.
+
+        A signal ends the step under way, which is then saved.
+
+        Raises:
+            Interrupted: after a signal.
+            UserError: if memory runs out or training stays unstable.
+        """
+        line = ProgressLine(self.console, self.plan.last_step, self.progress.step + 1, Meter(self.runtime.threads))
+        with line.running(), self.guard.deferred():
+            try:
+                self._loop(line)
+            except Interrupted:
+                path = self._save()
+                line.message(
+                    f"stopped at step {self.progress.step}, saved in {path}; the same command goes on from there"
+                )
+                raise
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.optimizer.zero_grad()
+                traceback.clear_frames(error.__traceback__)  # lest they keep tensors and graphs
+                remedy = memory_remedy(self.plan.batch_size, self.plan.seq_len)
+                raise UserError(f"out of memory in step {self.progress.step + 1}; {remedy}") from error
+            finally:
+                self._graphs = None
+                if self.board is not None:
+                    self.board.close()
+        return self._save()
+
+    def _loop(self, line: ProgressLine) -> None:
+        plan = self.plan
+        while True:
+            last = self.progress.step >= plan.last_step
+            evaluate_now = last or self.progress.step % plan.eval_interval == 0
+            # Saved first: a failed evaluation loses nothing, and one that was stopped is done again from its start.
+            if evaluate_now or self.progress.step % plan.checkpoint_interval == 0:
+                self._save()
+            if evaluate_now and (processes.is_rank_zero() or self._sharded):  # all have to help with a sharded model
+                self._evaluate(line)
+                if self.progress.step > 0:
+                    self._sample(line)
+                if self.progress.step > 0 and processes.is_rank_zero():
+                    title = f"{plan.stage.name}: {self.run.path}"
+                    draw_losses(self.run.path / METRICS, self.run.path / "loss.png", title)
+            if last:
+                return
+            processes.check_signals(self.guard)
+            report = self._take_step()
+            if report is not None:
+                self._show(report, line)
+
+    def _show(self, report: StepReport, line: ProgressLine) -> None:
+        """What depends on the clock, and so stays out of the records: the line, timing.jsonl, TensorBoard."""
+        cpu, memory = line.update(report)
+        self.run.log_timing(report.step, seconds=report.seconds, cpu_percent=cpu, memory_bytes=memory)
+        if self.board is not None:
+            values = {"loss": report.loss, "bits_per_byte": report.bits_per_byte, "grad_norm": report.grad_norm}
+            values |= {"rate": report.rate, "tokens_per_second": report.tokens / report.seconds}
+            self.board.add(report.step, {f"train/{name}": value for name, value in values.items()})
+
+    def micro_batch_loss(self, batch: Batch, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
+        """Loss of a micro-batch on the device, to be differentiated, and the state after it."""
+        output, after = self.model(
+            batch.tokens, state, batch.domain, batch.reset, targets=batch.targets, weight=batch.weight
+        )
+        return output.loss, detach_state(after)
+
+    def _pass(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
+        """Forward and backward of a micro-batch: its loss, and the state after it.
+
+        In one launch, where that can be: on GPUs that have the whole model, every block run once.
+        """
+        if self.device.type == "cpu" or self._sharded or self.model.gradient_checkpointing:
+            return run_pass(self.micro_batch_loss, batch, state, self.plan.accumulation)
+        if self._graphs is None:
+            self._graphs = GraphedPass(self.micro_batch_loss, list(self.model.parameters()), self.plan.accumulation)
+        return self._graphs(batch, state)
+
+    def _take_step(self) -> StepReport | None:
+        """One optimizer step; None if it was left out, rolled back or given up half way for a signal."""
+        step, plan, start = self.progress.step + 1, self.plan, time.monotonic()
+        if step in self.progress.skipped:
+            self.progress.step = step
+            self.run.log_metrics(step, skipped=True)
+            return None
+        fusion_only = step <= plan.fusion_steps
+        self._choose_trainable(fusion_only)
+        batches = self.even_batches if fusion_only else self.batches
+        assert batches is not None, "the plan has steps for the fusion alone and there are no batches for them"
+        carry = plan.stage.layout == "lanes" and not fusion_only
+        carried = dict(self.carried) if carry else {}
+        parts: list[tuple[str, Tensor]] = []
+        for index in range((step - 1) * plan.accumulation, step * plan.accumulation):
+            if parts and processes.world_size() == 1 and self.guard.requested is not None:
+                self.optimizer.zero_grad()
+                return None
+            batch = self.feed.take(batches, index)
+            key = batch.domain or MIXED
+            loss, state = self._pass(batch, carried.get(key))
+            self.optimizer.accumulate()
+            parts.append((key, loss))
+            if carry:
+                carried[key] = map_state(state, _keep)
+        numbers = processes.all_mean_(torch.stack([loss for _, loss in parts]))
+        numbers = torch.cat([numbers, self.optimizer.gradient_norm().view(1)])
+        self.feed.prefetch(batches, step * plan.accumulation)
+        *values, norm = numbers.tolist()  # the one time in a step that the device is waited for
+        losses: dict[str, list[float]] = defaultdict(list)
+        for (key, _), value in zip(parts, values, strict=True):
+            losses[key].append(value)
+        means = {key: sum(some) / len(some) for key, some in losses.items()}
+        trouble = self.progress.trouble(means)
+        if trouble is None and not math.isfinite(norm):
+            trouble = f"the norm of the gradient is {norm}"
+        if trouble is not None:
+            self._roll_back(step, trouble)
+            return None
+        rate = plan.rate_at(step) * self.progress.rate_scale
+        self.optimizer.step(rate, plan.clip or math.inf)
+        self.carried = carried
+        self.progress.step = step
+        self.progress.tokens += plan.tokens_per_step
+        self.progress.remember(means)
+        total = sum(sum(some) for some in losses.values()) / plan.accumulation
+        bits = sum(len(losses[key]) * means[key] / self.bytes_per_token[key] for key in means)
+        bits /= plan.accumulation * math.log(2)
+        self.run.log_loss(step, total)
+        self.run.log_metrics(
+            step, loss=total, losses=means, bits_per_byte=bits, grad_norm=norm, rate=rate, tokens=self.progress.tokens
+        )
+        return StepReport(step, total, bits, norm, rate, plan.tokens_per_step, time.monotonic() - start)
+
+    def _choose_trainable(self, fusion_only: bool) -> None:
+        """Where only the fusion learns, the experts get no gradients at all."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(not fusion_only or name.startswith("fusion."))
+
+    def _roll_back(self, step: int, trouble: str) -> None:
+        """Back to the last good checkpoint; from there on this step's batch is left out and the rate halved."""
+        self.optimizer.zero_grad()
+        skipped, scale = [*self.progress.skipped, step], self.progress.rate_scale / 2
+        if len(skipped) > MAX_ROLLBACKS:
+            raise UserError(
+                f"training is unstable: {trouble} in step {step}, after {MAX_ROLLBACKS} times back; "
+                f"the last good checkpoint is in {self.run.checkpoints}; start anew with a lower --lr "
+                f"(the peak was {self.plan.rate:.1e})"
+            )
+        checkpoint = broadcast_checkpoint(self.run.rewind())
+        assert checkpoint is not None, "a run saves its start"
+        self.restore(checkpoint)
+        self.progress.skipped, self.progress.rate_scale = skipped, scale
+        self.run.event(
+            f"{trouble} in step {step}: went back to step {self.progress.step}; "
+            "that batch is left out and the rate halved"
+        )
+
+    def _save(self) -> Path:
+        """The checkpoint of the present step, written if it is not there yet."""
+        carried = {
+            f"{key}/{name}": tensor
+            for key, state in self.carried.items()
+            for name, tensor in processes.gather_rows(flatten_state(state)).items()
+        }
+        path = self.run.save(
+            self.progress.step,
+            config=self.model.config,
+            weights=self.optimizer.master_tensors(),
+            optimizer=self.optimizer.state_tensors(),
+            carried=carried,
+            trainer={"position": asdict(self.progress), "runtime": self.runtime.to_dict(), "steps": self.plan.steps},
+            tokenizer=self.tokenizer,
+        )
+        if processes.is_rank_zero():
+            prune(self.run.checkpoints, self.plan.keep_checkpoints)
+        return path
+
+    def _evaluate(self, line: ProgressLine) -> None:
+        """Bits per byte on held-out documents: as the stage runs the model and, where it fuses, by own expert too."""
+        if not self.valid:
+            return
+        mixed = self.plan.stage.mixed
+        scores = {name: self._score(name, None if mixed else name) for name in self.valid}
+        shown = [f"{name} {score:.3f}" for name, score in scores.items()]
+        records = {"valid": scores}
+        if mixed and not self.plan.stage.conversations:
+            records["valid_by_expert"] = {name: self._score(name, name) for name in self.valid}
+            shown += [f"{name} by its expert {score:.3f}" for name, score in records["valid_by_expert"].items()]
+        self.run.log_metrics(self.progress.step, **records)
+        if self.board is not None:
+            self.board.add(self.progress.step, {f"valid/{name}": score for name, score in scores.items()})
+        line.message(f"validation at step {self.progress.step}, bits per byte: {', '.join(shown)}")
+
+    def _score(self, name: str, domain: str | None) -> float:
+        return evaluate(self.model, self.valid[name], domain, between=self._between).bits_per_byte
+
+    def _sample(self, line: ProgressLine) -> None:
+        """A short text of each domain, or a conversation: the same for the same seed and step."""
+        sampling = Sampling(
+            max_new_tokens=SAMPLE_TOKENS, seed=(self.plan.seed * 1_000_003 + self.progress.step) % 2**63
+        )
+        with self._same_logits():
+            if self.plan.stage.conversations:
+                session = ChatSession.start(self.model, self.tokenizer, sampling=sampling)
+                sample = transcript(session, QUESTIONS, self._between)
+            else:
+                sample = self._continue_texts(sampling)
+        if not processes.is_rank_zero():
+            return
+        write_atomic(self.run.samples / f"{checkpoint_name(self.progress.step)}.txt", sample.encode("utf-8", "replace"))
+        line.message(f"sample at step {self.progress.step}:\n{sample}")
+
+    def _same_logits(self) -> contextlib.AbstractContextManager[None]:
+        if not self._sharded:
+            return contextlib.nullcontext()
+        from mm_rec.training.fsdp import same_logits
+
+        return same_logits(self.model)
+
+    def _continue_texts(self, sampling: Sampling) -> str:
+        texts = []
+        for name in self.bytes_per_token:
+            if name == MIXED:
+                continue
+            prompt, domain = PROMPTS.get(name, ""), None if self.plan.stage.mixed else name
+            pieces = [prompt]
+            for piece in generate(self.model, self.tokenizer, prompt, sampling, domain):
+                self._between()
+                pieces.append(piece)
+            texts.append(f"[{name}] {''.join(pieces)}")
+        return "\n\n".join(texts) + "\n"
+
+
+def _do_nothing() -> None:
+    """Do nothing between two pieces of work: with several processes, a signal must not end rank 0 alone."""
+
+
+def _keep(tensor: Tensor) -> Tensor:
+    """A tensor of the state cut off from its graph, and from the larger one that it may be a view of."""
+    return tensor.detach().clone()

@@ -1,0 +1,164 @@
+"""``mm-rec eval``: the numbers are those of the library, the page holds them and its pictures, lm-eval agrees."""
+
+import base64
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mm_rec.cli import main
+from mm_rec.config import ModelConfig
+from mm_rec.evaluation.bits_per_byte import Documents, evaluate
+from mm_rec.evaluation.lm_eval import run_harness
+from mm_rec.evaluation.recall import Recall, passkey
+from mm_rec.evaluation.report import Measurements, write_report
+from mm_rec.inference.loading import load_model
+from mm_rec.model import MMRecModel
+from mm_rec.storage import checkpoint
+from mm_rec.text.tokenizer import train_tokenizer
+
+CONFIG = ModelConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, slots=6)
+TEXTS = ["The grass is green.", "One and two are three.", "Hello, what is your name? <b>&amp;"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "step_000001"
+    weights = MMRecModel(CONFIG, seed=1).state_dict()
+    weights["fusion.gate"] = torch.randn(weights["fusion.gate"].shape, generator=torch.Generator().manual_seed(1))
+    tokenizer = train_tokenizer(TEXTS * 3, 320)
+    checkpoint.save(path, config=CONFIG, weights=weights, optimizer={}, carried={}, trainer={}, tokenizer=tokenizer)
+    return path
+
+
+def run(model: Path, output: Path, *arguments: object) -> int:
+    flags = ["--device", "cpu", "--precision", "fp32", "--trials", "2"]
+    return main(["eval", "--model", str(model), "--output", str(output), *flags, *map(str, arguments)])
+
+
+def own_documents(model: Path) -> Documents:
+    tokenizer = load_model(model, device="cpu", precision="fp32").tokenizer
+    tokens = [np.array([tokenizer.bos_id, *tokenizer.encode(text)]) for text in TEXTS]
+    return Documents(tokens, sum(len(text.encode()) for text in TEXTS))
+
+
+def test_the_report_holds_what_was_measured(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documents = tmp_path / "texts.jsonl"
+    documents.write_text("\n".join(map(json.dumps, TEXTS)))
+    output = tmp_path / "deep" / "report"
+    assert run(model, output, "--documents", f"own={documents}", "--distances", "20,0") == 0
+    results = json.loads((output / "results.json").read_text())
+    loaded = load_model(model, device="cpu", precision="fp32")
+    for reader, domain in (("text", "text"), ("code", "code"), ("fused", None)):
+        expected = evaluate(loaded.model, own_documents(model), domain).bits_per_byte
+        assert results["bits_per_byte"]["own"][reader] == pytest.approx(expected, rel=1e-6)
+    expected = [one._asdict() for one in passkey(loaded.model, loaded.tokenizer, None, [0, 20], trials=2)]
+    assert results["passkey"] == expected
+    assert [one["distance"] for one in results["associative_recall"]] == [0, 20]
+    page = (output / "report.html").read_text()
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(pictures) == 3
+    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
+    assert f"<td>{results['bits_per_byte']['own']['fused']:.4f}</td>" in page
+    assert not re.search(r"""(?:src|href)=["'](?!data:)""", page)  # it needs no other file
+    assert results["conversation"].startswith("user: ")
+    assert f"report in {output / 'report.html'}" in capsys.readouterr().out
+
+
+def test_bad_rows_are_left_out_if_asked_for(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documents = tmp_path / "texts.jsonl"
+    documents.write_text("\n".join([*map(json.dumps, TEXTS), '{"neither": 1}', "[", ""]))
+    arguments = ["--documents", f"own={documents}", "--distances", "none"]
+    for skip in (0, 1):
+        assert run(model, tmp_path, *arguments, "--skip_bad", skip) == 2
+        assert f"{documents}:{4 + skip}: " in capsys.readouterr().err
+    assert run(model, tmp_path, *arguments, "--skip_bad", 2) == 0
+    assert f"2 bad rows left out, the first: {documents}:4: " in capsys.readouterr().out
+
+
+def test_what_was_not_measured_is_left_out_and_text_is_escaped(tmp_path: Path) -> None:
+    measured = Measurements({"checkpoint": "<script>"}, conversation="<b>bold</b> \ud800")
+    page = write_report(tmp_path, measured).read_text()
+    assert "<script>" not in page
+    assert "&lt;b&gt;bold" in page
+    assert "<h2>Bits per byte" not in page
+    assert "<img" not in page
+    measured.passkey = [Recall(0, 0.5, 0.1, 2)]
+    measured.tasks = {"quiz": {"acc": 0.25}}
+    page = write_report(tmp_path, measured).read_text()
+    assert page.count("<img") == 1
+    assert "<td>0.2500</td>" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--documents", "own=nowhere.jsonl"], "there is no file or folder nowhere.jsonl"),
+        (["--domain", "music"], "there is no expert 'music'"),
+        (["--distances", "none", "--tasks", "quiz"], "pip install 'mm-rec"),
+    ],
+)
+def test_what_cannot_be_done_is_an_error(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    problem: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert run(model, tmp_path, *arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert problem in err
+
+
+@pytest.mark.parametrize("arguments", [["--distances", "1,x"], ["--distances", "-1"], ["--documents", "books.jsonl"]])
+def test_flags_that_mean_nothing_are_refused(model: Path, tmp_path: Path, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(model, tmp_path, *arguments)
+    assert stop.value.code == 2
+
+
+def test_lm_eval_gives_our_own_numbers(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = [{"question": text, "choices": [" One", " three and two"], "answer": 0} for text in TEXTS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = (
+        "task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {rows}}}}}\ntest_split: test\n"
+        "output_type: {kind}\ndoc_to_text: '{text}'\ndoc_to_target: '{target}'\n{more}\n"
+    )
+    common = {"rows": tmp_path / "rows.jsonl"}
+    choice = task.format(
+        name="own_quiz", kind="multiple_choice", text="{{question}}", target="{{answer}}",
+        more="doc_to_choice: '{{choices}}'\nmetric_list: [{metric: acc}]", **common,
+    )  # fmt: skip
+    whole = task.format(
+        name="own_texts", kind="loglikelihood_rolling", text="", target="{{question}}",
+        more="metric_list: [{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}]", **common,
+    )  # fmt: skip
+    (tmp_path / "quiz.yaml").write_text(choice)
+    (tmp_path / "texts.yaml").write_text(whole)
+    results = run_harness(model, ["own_quiz", "own_texts"], task_dir=tmp_path, batch_size=2)
+
+    loaded = load_model(model, device="cpu", precision="fp32")
+    expected = evaluate(loaded.model, own_documents(model), None).bits_per_byte
+    assert results["own_texts"]["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+    right = []
+    for row in rows:
+        nats = []
+        context = loaded.tokenizer.encode(row["question"])
+        for choice in row["choices"]:
+            ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode(row["question"] + choice)]
+            with torch.no_grad():
+                logits, _ = loaded.model(torch.tensor([ids[:-1]]))
+            nll = torch.nn.functional.cross_entropy(logits[0], torch.tensor(ids[1:]), reduction="none")
+            nats.append(float(nll[len(context) :].sum()))
+        right.append(nats[0] < nats[1])
+    assert results["own_quiz"]["acc"] == pytest.approx(sum(right) / len(right))
