@@ -70,15 +70,16 @@ def recurrence(
         TypeError, ValueError: an argument has the wrong type or shape; the message names it.
     """
     check_float("z", z, 3)
-    width = z.shape[2]
-    check_shape("u", u, z.shape, z)
-    check_shape("gamma", gamma, z.shape, z)
+    shape = z.shape
+    width = shape[2]
+    check_shape("u", u, shape, z)
+    check_shape("gamma", gamma, shape, z)
     check_float("w_g", w_g, 3)
     heads, head_dim, _ = w_g.shape
     if heads * head_dim != width:
         raise ValueError(f"w_g must be (H, d, d) with H * d = {width}, got {tuple(w_g.shape)}")
     check_shape("w_g", w_g, (heads, head_dim, head_dim), z)
-    check_start("h0", h0, reset, z.shape, z)
+    check_start("h0", h0, reset, shape, z)
     if not runs_native("recurrence", z, u, gamma, w_g, h0):
         return reference.recurrence(z, u, gamma, w_g, h0, reset)
     h: tuple[Tensor, Tensor] = _forward(

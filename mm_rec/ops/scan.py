@@ -55,8 +55,9 @@ def scan(a: Tensor, x: Tensor, s0: Tensor | None = None, reset: Tensor | None = 
         TypeError, ValueError: an argument has the wrong type or shape; the message names it.
     """
     check_float("a", a, 3)
-    check_shape("x", x, a.shape, a)
-    check_start("s0", s0, reset, a.shape, a)
+    shape = a.shape
+    check_shape("x", x, shape, a)
+    check_start("s0", s0, reset, shape, a)
     if not runs_native("scan", a, x, s0):
         return reference.scan(a, x, s0, reset)
     s: Tensor = _forward(a.float(), x.float(), None if s0 is None else s0.float(), reset)
