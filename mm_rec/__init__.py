@@ -7,6 +7,9 @@ Example::
     model = mm_rec.load("checkpoints")
     print(model.generate("The ", max_new_tokens=50))
 
+    run = mm_rec.train("books.txt", preset="small", max_steps=200)
+    print(run.metrics[-1], run.folder)
+
 The names below are imported when they are first used, so ``import mm_rec`` loads the standard library alone.
 """
 
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mm_rec.api.model import Model, TokenLogits, load
+    from mm_rec.api.train import TrainedRun, train
     from mm_rec.config import ModelConfig
     from mm_rec.errors import UserError
     from mm_rec.inference.chat_session import ChatSession
@@ -31,9 +35,11 @@ __all__ = [
     "ModelConfig",
     "Sampling",
     "TokenLogits",
+    "TrainedRun",
     "UserError",
     "__version__",
     "load",
+    "train",
 ]
 
 _MODULES = {
@@ -43,8 +49,10 @@ _MODULES = {
     "ModelConfig": "mm_rec.config",
     "Sampling": "mm_rec.inference.sampling",
     "TokenLogits": "mm_rec.api.model",
+    "TrainedRun": "mm_rec.api.train",
     "UserError": "mm_rec.errors",
     "load": "mm_rec.api.model",
+    "train": "mm_rec.api.train",
 }
 """Where each public name lives."""
 

@@ -1,8 +1,9 @@
-"""Write the most memory, in bytes, that training steps took on a device: run in a process of its own."""
+"""The most memory that training steps take, measured in a process of its own, which runs this module."""
 
 from __future__ import annotations
 
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,17 @@ import torch
 from mm_rec.bench.training import mm_rec, random_batch
 from mm_rec.config import PRESETS
 
+__all__ = ["peak_memory"]
+
 STEPS = 3
+
+
+def peak_memory(preset: str, precision: str, batch_size: int, seq_len: int) -> int:
+    """Returns the most bytes that a fresh process has, or takes on the GPU, in three training steps of one expert."""
+    device = str(torch.get_default_device())
+    command = [sys.executable, "-m", "mm_rec.bench.memory", device, preset, precision, str(batch_size), str(seq_len)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(result.stdout)
 
 
 def main(device: str, preset: str, precision: str, batch_size: str, seq_len: str) -> None:

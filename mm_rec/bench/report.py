@@ -15,8 +15,9 @@ from mm_rec.bench.generation import compare_generation
 from mm_rec.bench.kernels import KernelTime, measure_kernels, measure_recurrence
 from mm_rec.bench.limits import copy_rate, products_action
 from mm_rec.bench.machine import describe_machine
+from mm_rec.bench.memory import peak_memory
 from mm_rec.bench.picture import Point, draw_roofline
-from mm_rec.bench.training import Contender, StepTime, compare_steps, contenders, peak_memory, tune_threads
+from mm_rec.bench.training import Contender, StepTime, compare_steps, contenders, tune_threads
 from mm_rec.config import PRESETS
 from mm_rec.storage.files import format_bytes, write_atomic
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +24,7 @@ from mm_rec.state import ModelState
 from mm_rec.training.cuda_graphs import GraphedPass, run_pass
 
 __all__ = [
-    "Contender", "StepTime", "compare_steps", "contenders", "gpt", "gpt2", "mm_rec", "peak_memory", "random_batch",
+    "Contender", "StepTime", "compare_steps", "contenders", "gpt", "gpt2", "mm_rec", "random_batch",
     "tune_threads",
 ]  # fmt: skip
 
@@ -242,11 +240,3 @@ def compare_steps(
         for name, one in entries.items()
         if name in times
     }
-
-
-def peak_memory(preset: str, precision: str, batch_size: int, seq_len: int) -> int:
-    """Most bytes in a fresh process that takes three training steps with one expert, or of what it has on the GPU."""
-    device = str(torch.get_default_device())
-    command = [sys.executable, "-m", "mm_rec.bench.memory", device, preset, precision, str(batch_size), str(seq_len)]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(result.stdout)
