@@ -1,0 +1,122 @@
+"""Speed of two versions of this project, in turn: training, generation in bf16 and int8, and the product's own loop.
+
+    git worktree add /tmp/before COMMIT && cp mm_rec/cpp/*.so /tmp/before/mm_rec/cpp/
+    python -m benchmarks.compare_trees --before /tmp/before [--device cuda] [--rounds 5]
+
+Each round runs the same commands once with either tree (``mm-rec bench``, ``train``, ``generate``), which one first
+changes with the round. A figure is the median over the rounds; the ratio is the median of the rounds' ratios, with the
+least and the most. Only commands that both versions have are used, so that no code of either stands in this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mm_rec.bench.machine import describe_machine
+from mm_rec.program import positive_int
+
+HERE = Path(__file__).resolve().parents[1]
+STEPS = 12
+"""Steps of a training; the first two, in which memory is first touched, don't count."""
+SHORT, LONG = 16, 400
+"""Tokens to generate: the difference in time is that of generation alone."""
+
+
+def mm_rec(tree: Path, *arguments: str) -> float:
+    """Run a command of the version in ``tree``; returns its seconds."""
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONWARNINGS": "ignore"}
+    start = time.monotonic()
+    command = [sys.executable, "-m", "mm_rec.cli", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tree)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} in {tree}: {done.stderr}")
+    return time.monotonic() - start
+
+
+def bench(tree: Path, folder: Path, device: str, shapes: Sequence[str]) -> dict[str, float]:
+    """Tokens a second of training steps and of generation, as ``mm-rec bench`` measures them."""
+    output = folder / "bench"
+    mm_rec(tree, "bench", "--device", device, "--shapes", *shapes, "--rounds", "3", "--output", str(output))
+    found = json.loads((output / "bench.json").read_text())
+    speeds = {f"step {one['shape']}, {one['model']}": one["tokens_per_second"] for one in found["training"]}
+    for context, entries in found["generation_tokens_per_second"].items():
+        speeds |= {f"generation after {context}, {name}": value for name, value in entries.items()}
+    return speeds
+
+
+def train(tree: Path, folder: Path, device: str, name: str) -> tuple[Path, dict[str, float]]:
+    """A training by ``mm-rec train``: its runs, and its steps a second."""
+    runs = folder / name
+    mm_rec(
+        tree, "train", "--use_synthetic", "--data_dir", str(folder / "data"), "--checkpoint_dir", str(runs),
+        "--device", device, "--max_steps", str(STEPS), "--valid_bytes", "1000", "--fresh",
+    )  # fmt: skip
+    newest = max(runs.glob("stage1*"), key=lambda path: path.stat().st_mtime)
+    seconds = [json.loads(line)["seconds"] for line in (newest / "timing.jsonl").read_text().splitlines()]
+    return newest, {"train, steps a second": 1 / statistics.median(seconds[2:])}
+
+
+def generate(tree: Path, model: Path, device: str) -> dict[str, float]:
+    """Tokens a second of ``mm-rec generate`` by kind of weights."""
+    speeds = {}
+    for weights in ("full", "int8"):
+        flags = ["--model", str(model), "--device", device, "--weights", weights, "--prompt", "The "]
+        short, long = (mm_rec(tree, "generate", *flags, "--max_new_tokens", str(count)) for count in (SHORT, LONG))
+        speeds[f"generate, {weights}"] = (LONG - SHORT) / max(long - short, 1e-9)
+    return speeds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, required=True, help="the tree of the earlier version")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shapes", nargs="+", default=["1x256", "2x512"])
+    parser.add_argument("--measure", nargs="+", choices=("bench", "commands"), default=["bench", "commands"])
+    parser.add_argument("--rounds", type=positive_int, default=5)
+    parser.add_argument("--output", type=Path, default=HERE / "benchmarks" / "results" / "compare_trees.json")
+    options = parser.parse_args()
+    trees = {"before": options.before.resolve(), "after": HERE}
+    rounds: list[dict[str, dict[str, float]]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, _ = train(trees["before"], folder, options.device, "model")
+        for index in range(options.rounds):
+            found = {}
+            for label in sorted(trees, reverse=bool(index % 2)):
+                tree = trees[label]
+                speeds = bench(tree, folder, options.device, options.shapes) if "bench" in options.measure else {}
+                if "commands" in options.measure:
+                    speeds |= train(tree, folder, options.device, label)[1] | generate(tree, model, options.device)
+                found[label] = speeds
+            rounds.append(found)
+            print(f"round {index + 1} of {options.rounds}", flush=True)
+    table = {}
+    for name in rounds[0]["before"]:
+        ratios = [one["after"][name] / one["before"][name] for one in rounds]
+        least, middle, most = min(ratios), statistics.median(ratios), max(ratios)
+        table[name] = {label: round(statistics.median(one[label][name] for one in rounds), 2) for label in trees}
+        table[name] |= {"ratio": round(middle, 3), "least": round(least, 3), "most": round(most, 3)}
+        print(f"{name:48} {middle:.3f} ({least:.3f} to {most:.3f})")
+    commits = {label: commit(tree) for label, tree in trees.items()}
+    result = {"machine": describe_machine(), "commits": commits, "rounds": options.rounds, "speeds": table}
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def commit(tree: Path) -> str:
+    if not (tree / ".git").exists():
+        return "a copy without git"
+    done = subprocess.run(["git", "-C", str(tree), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
