@@ -42,9 +42,9 @@ from mm_rec.evaluation import bits_per_byte as evaluation
 from mm_rec.machine.device import apply_precision
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
-from mm_rec.stages import betas, learning_rate
 from mm_rec.state import ModelState
 from mm_rec.training.cuda_graphs import GraphedPass
+from mm_rec.training.schedule import betas, learning_rate
 
 RESULT = Path(__file__).parent / "results" / "gpu_quality.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "gpu_quality.png"

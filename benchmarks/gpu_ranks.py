@@ -36,12 +36,12 @@ from mm_rec.data.prefetch import Feed
 from mm_rec.machine.device import apply_precision
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
-from mm_rec.stages import learning_rate
 from mm_rec.state import ModelState, detach_state, map_state
 from mm_rec.training.cuda_graphs import GraphedPass, run_pass
 from mm_rec.training.ddp import ReplicatedAdamW
 from mm_rec.training.fsdp import ShardedAdamW, sharded_model
 from mm_rec.training.ranks import own_batch
+from mm_rec.training.schedule import learning_rate
 
 RESULT = Path(__file__).parent / "results" / "gpu_ranks.json"
 CHUNK, TURNS, WARM_UP = 2048, 3, 3  # the first steps of a turn don't count: a GPU that has waited must wake up

@@ -40,8 +40,8 @@ from mm_rec.evaluation.bits_per_byte import evaluate, select_documents
 from mm_rec.machine.device import apply_precision, select_precision
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
-from mm_rec.stages import betas, learning_rate
 from mm_rec.text.tokenizer import Tokenizer, train_tokenizer
+from mm_rec.training.schedule import betas, learning_rate
 
 RESULT = Path(__file__).parent / "results" / "quality.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "quality.png"

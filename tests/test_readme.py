@@ -10,6 +10,8 @@ import uvicorn
 from test_guides import QUICK, quick, run
 
 from mm_rec import cli
+from mm_rec.config import PRESETS
+from mm_rec.data.synthetic import synthetic_text
 
 __all__ = ["quick"]  # the fixture: small model, two steps, a hub of a few documents
 
@@ -50,6 +52,21 @@ def mm_rec(words: list[str]) -> int:
         return cli.main(words)
     except SystemExit as ended:  # --help
         return int(ended.code or 0)
+
+
+def examples(name: str) -> list[str]:
+    """The ``python`` blocks of a README."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.usefixtures("quick")
+def test_every_python_example_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert examples("README.md") == examples("README.tr.md")
+    monkeypatch.setitem(PRESETS, "small", PRESETS["tiny"])  # the fixture's two steps, on a model that is quick
+    for example in examples("README.md"):
+        exec(example.replace('["First document ...", "Second document ..."]', repr(synthetic_text(12))), {})
+    assert (tmp_path / "checkpoints_cpu" / "stage1" / "metrics.jsonl").exists()
+    assert (tmp_path / "talk.safetensors").exists()
 
 
 @pytest.mark.usefixtures("quick")

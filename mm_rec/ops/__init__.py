@@ -9,7 +9,7 @@ checked and dispatched in the module that carries its name, and computed by the 
 from mm_rec.ops import cpu, cuda, reference
 from mm_rec.ops.backend import DeviceStatus, NativeUnavailableError, Status, register, status, use_backend
 from mm_rec.ops.branches import feed_forward, linear_branch
-from mm_rec.ops.cpu.library import INTERFACE as CPU_INTERFACE
+from mm_rec.ops.cpu.load_library import INTERFACE as CPU_INTERFACE
 from mm_rec.ops.gated_recurrence import gated_recurrence
 from mm_rec.ops.linear import linear, matmul
 from mm_rec.ops.loss import linear_cross_entropy

@@ -12,9 +12,9 @@ from mm_rec.machine.signals import SignalGuard
 from mm_rec.program import say
 from mm_rec.storage import checkpoint
 from mm_rec.text.tokenizer import Tokenizer
+from mm_rec.training.initial_weights import starting_checkpoint
 from mm_rec.training.run_stages import train_stages
 from mm_rec.training.settings import TrainSettings
-from mm_rec.training.starting_point import starting_checkpoint
 
 __all__ = ["conversations_of", "finetune"]
 

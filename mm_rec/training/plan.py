@@ -6,7 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mm_rec.stages import PEAK_RATE, STAGES, Stage, betas, learning_rate
+from mm_rec.stages import STAGES, Stage
+from mm_rec.training.schedule import PEAK_RATE, betas, learning_rate
 from mm_rec.training.settings import TrainSettings, step_cap
 
 __all__ = ["Plan", "make_plan"]

@@ -19,8 +19,17 @@ from mm_rec import processes
 from mm_rec.config import ModelConfig
 from mm_rec.data.batches import Batch
 from mm_rec.storage.checkpoint import Checkpoint
+from mm_rec.storage.resume import rewind
+from mm_rec.storage.run_folder import Run, RunFolder
 
-__all__ = ["NoRunFolder", "StageStart", "broadcast_checkpoint", "broadcast_path", "broadcast_start", "own_batch"]
+__all__ = [
+    "NoRunFolder",
+    "StageStart",
+    "broadcast_path",
+    "broadcast_start",
+    "own_batch",
+    "rewind_run",
+]
 
 
 @dataclass(frozen=True)
@@ -52,12 +61,12 @@ def broadcast_start(start: StageStart | None) -> StageStart:
     return StageStart(
         ModelConfig.from_dict(message["config"]),
         processes.broadcast_tensors(None if start is None else start.weights),
-        broadcast_checkpoint(None if start is None else start.checkpoint),
+        _broadcast_checkpoint(None if start is None else start.checkpoint),
         Path(message["finished"]) if message["finished"] else None,
     )
 
 
-def broadcast_checkpoint(found: Checkpoint | None) -> Checkpoint | None:
+def _broadcast_checkpoint(found: Checkpoint | None) -> Checkpoint | None:
     """Returns the checkpoint, or the None, that rank 0 passes; its tensors are sent when they are looked up."""
     if processes.world_size() == 1:
         return found
@@ -71,6 +80,11 @@ def broadcast_checkpoint(found: Checkpoint | None) -> Checkpoint | None:
     )
     path = Path(head["path"])
     return Checkpoint(path, ModelConfig.from_dict(head["config"]), weights, optimizer, carried, head["trainer"], path)
+
+
+def rewind_run(run: Run) -> Checkpoint | None:
+    """Rank 0 takes its run back to the newest valid checkpoint; returns that checkpoint, or None, on every rank."""
+    return _broadcast_checkpoint(rewind(run) if isinstance(run, RunFolder) else None)
 
 
 def broadcast_path(path: Path) -> Path:
@@ -97,10 +111,6 @@ class NoRunFolder:
     def __init__(self) -> None:
         self.path, self.checkpoints, self.samples = (Path(os.devnull),) * 3
         self.step = 0
-
-    def rewind(self) -> Checkpoint | None:
-        """Returns None: rank 0 reads the checkpoint."""
-        return None
 
     def save(self, step: int, *, trainer: Mapping[str, Any], **content: Any) -> Path:
         """Only note the step: rank 0 writes the checkpoint."""

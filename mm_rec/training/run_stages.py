@@ -16,10 +16,12 @@ from mm_rec.machine.device import select_device
 from mm_rec.machine.signals import SignalGuard
 from mm_rec.program import say
 from mm_rec.storage import checkpoint
+from mm_rec.storage.resume import open_run, rewind
 from mm_rec.storage.run_config import differences
 from mm_rec.storage.run_folder import Run, RunFolder
 from mm_rec.training.build import build_trainer
 from mm_rec.training.estimate import check_disk, check_memory, checkpoint_bytes, count_parameters, with_margin
+from mm_rec.training.initial_weights import StartingPoint, find_starting_point
 from mm_rec.training.plan import Plan, make_plan
 from mm_rec.training.ranks import NoRunFolder, StageStart, broadcast_path, broadcast_start
 from mm_rec.training.run_estimate import announce, estimate_run
@@ -31,7 +33,6 @@ from mm_rec.training.runtime import (
     model_and_optimizer_bytes,
 )
 from mm_rec.training.settings import TrainSettings
-from mm_rec.training.starting_point import StartingPoint, find_starting_point
 
 __all__ = ["train_stages"]
 
@@ -65,7 +66,7 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
     point = find_starting_point(settings, plan, data, device) if processes.is_rank_zero() else None
     available = memory_of_process(device)  # before anything of the run is loaded
     with NoRunFolder() if point is None else _open_run(settings, plan, point, console) as run:
-        start = broadcast_start(point and _read_start(run, plan, point))
+        start = broadcast_start(None if point is None else _read_start(run, plan, point))
         if start.finished is not None:
             say(
                 console,
@@ -87,7 +88,7 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
 
 def _open_run(settings: TrainSettings, plan: Plan, point: StartingPoint, console: Console) -> RunFolder:
     """Find or make the run folder of the stage, and own it."""
-    return RunFolder.open(
+    return open_run(
         settings.checkpoint_dir,
         settings.stage,
         point.identity,
@@ -101,9 +102,10 @@ def _open_run(settings: TrainSettings, plan: Plan, point: StartingPoint, console
 
 def _read_start(run: Run, plan: Plan, point: StartingPoint) -> StageStart:
     """What rank 0 finds in its run folder: a finished run, a checkpoint, or nothing yet."""
+    assert isinstance(run, RunFolder), "rank 0 owns the run folder"
     if finished := _finished(run, plan):
         return StageStart(point.config, finished=finished)
-    return StageStart(point.config, point.weights, run.rewind())
+    return StageStart(point.config, point.weights, rewind(run))
 
 
 def _finished(run: Run, plan: Plan) -> Path | None:

@@ -42,7 +42,7 @@ from mm_rec.training.estimate import memory_remedy
 from mm_rec.training.plan import Plan
 from mm_rec.training.plots import draw_losses
 from mm_rec.training.progress import TrainingProgress
-from mm_rec.training.ranks import broadcast_checkpoint, own_batch
+from mm_rec.training.ranks import own_batch, rewind_run
 from mm_rec.training.runtime import Runtime
 from mm_rec.training.tensorboard import Board
 
@@ -282,7 +282,7 @@ class Trainer:
                 f"the last good checkpoint is in {self.run.checkpoints}; start anew with a lower --lr "
                 f"(the peak was {self.plan.rate:.1e})"
             )
-        checkpoint = broadcast_checkpoint(self.run.rewind())
+        checkpoint = rewind_run(self.run)
         assert checkpoint is not None, "a run saves its start"
         self.restore(checkpoint)
         self.progress.skipped, self.progress.rate_scale = skipped, scale

@@ -14,7 +14,7 @@ import pytest
 
 from mm_rec.cpp import build
 from mm_rec.cpp.build import LEVELS
-from mm_rec.ops.cpu.library import INTERFACE, CpuLibrary
+from mm_rec.ops.cpu.load_library import INTERFACE, CpuLibrary
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mm_rec.cpp.build import HERE, LEVEL_FLAGS, LEVELS, cpu_compiler
-from mm_rec.ops.cpu.library import CpuLibrary
+from mm_rec.ops.cpu.load_library import CpuLibrary
 
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 SECONDS = "3"

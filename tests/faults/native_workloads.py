@@ -15,7 +15,7 @@ from pathlib import Path
 from workload import Complete, Impossible, Trial, workload
 
 from mm_rec.cpp.build import HERE, LEVEL_FLAGS, LEVELS
-from mm_rec.ops.cpu.library import LIBRARY_PATH, CpuLibrary
+from mm_rec.ops.cpu.load_library import LIBRARY_PATH, CpuLibrary
 
 ROOT = Path(__file__).resolve().parents[2]
 FUZZ = ROOT / "tests" / "cpp"

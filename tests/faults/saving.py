@@ -12,7 +12,7 @@ import torch
 
 from mm_rec.config import ModelConfig
 from mm_rec.storage import checkpoint, files
-from mm_rec.storage.run_folder import RunFolder
+from mm_rec.storage.resume import open_run, rewind
 from mm_rec.text.tokenizer import train_tokenizer
 
 CONFIG = ModelConfig.preset("tiny", vocab_size=320, d_model=8, n_layers=1, d_ff=16)
@@ -72,8 +72,8 @@ def loss(step: int) -> float:
 
 def train(root: str, steps: int, seconds_a_step: float = 0.0) -> None:
     """A run that goes on from where it was: records every step, saves every third, keeps two."""
-    with RunFolder.open(Path(root), "stage1", IDENTITY) as run:
-        resumed = run.rewind()
+    with open_run(Path(root), "stage1", IDENTITY) as run:
+        resumed = rewind(run)
         if resumed is not None:
             check(resumed)
             checkpoint.prune(run.checkpoints, keep_last=2)  # the kill may have come just before it
@@ -88,7 +88,7 @@ def train(root: str, steps: int, seconds_a_step: float = 0.0) -> None:
 
 def own(root: str) -> None:
     """Own the run folder for a minute."""
-    with RunFolder.open(Path(root), "stage1", IDENTITY) as run:
+    with open_run(Path(root), "stage1", IDENTITY) as run:
         print(f"owner of {run.path}", flush=True)
         time.sleep(60)
 

@@ -23,7 +23,7 @@ from mm_rec.inference.decode import compressed_matrices, find_decoder, use_compr
 from mm_rec.inference.quantize import pack_matrices, quantize_int8
 from mm_rec.machine.device import apply_precision
 from mm_rec.model import MMRecModel
-from mm_rec.ops.cpu.library import CpuLibrary
+from mm_rec.ops.cpu.load_library import CpuLibrary
 from mm_rec.ops.inference import pack_weights, quantize_rows
 from mm_rec.optim import AdamW
 from mm_rec.state import ModelState, flatten_state, map_state, unflatten_state

@@ -18,8 +18,8 @@ from mm_rec import ops
 from mm_rec.cpp.build import LEVELS
 from mm_rec.ops import backend, reference
 from mm_rec.ops.backend import NativeUnavailableError
-from mm_rec.ops.cpu import library
-from mm_rec.ops.cpu.library import CpuLibrary
+from mm_rec.ops.cpu import load_library as library
+from mm_rec.ops.cpu.load_library import CpuLibrary
 
 from .cases import CASES
 
@@ -71,7 +71,7 @@ def test_float64_takes_the_reference() -> None:
 def test_one_openmp_runtime() -> None:
     """The library must share PyTorch's runtime: two pools of threads would fight for the cores."""
     code = (
-        "from mm_rec import ops; from mm_rec.ops.cpu.library import openmp_runtimes;"
+        "from mm_rec import ops; from mm_rec.ops.cpu.load_library import openmp_runtimes;"
         "ops.status(); print(len(openmp_runtimes()))"
     )
     result = _python(code)  # a process of its own: what other tests import may bring another runtime

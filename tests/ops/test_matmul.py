@@ -14,7 +14,7 @@ from torch import Tensor
 from mm_rec import ops
 from mm_rec.ops import backend
 from mm_rec.ops.cpu import branches, loss, matmul
-from mm_rec.ops.cpu.library import CpuLibrary
+from mm_rec.ops.cpu.load_library import CpuLibrary
 
 pytestmark = pytest.mark.native
 SIZES = st.one_of(st.sampled_from([16, 17, 31, 32, 33, 64, 95]), st.integers(16, 130))

@@ -12,7 +12,7 @@ from mm_rec.config import ModelConfig
 from mm_rec.data.manifest import record_file
 from mm_rec.data.pack import file_sha256
 from mm_rec.scripts.doctor_command import Finding, check_data, check_machine, check_run, main
-from mm_rec.storage.run_folder import RunFolder
+from mm_rec.storage.resume import open_run, rewind
 from mm_rec.text.tokenizer import train_tokenizer
 
 
@@ -21,8 +21,8 @@ def run(tmp_path: Path) -> Path:
     """A run with checkpoints of the steps 1 and 2."""
     tokenizer = train_tokenizer(["a small text, a small tokenizer"] * 4, 300)
     config = ModelConfig.preset("tiny", vocab_size=320, d_model=8, n_layers=1, d_ff=16)
-    with RunFolder.open(tmp_path / "runs", "stage1", {"lr": 1.0}) as folder:
-        folder.rewind()
+    with open_run(tmp_path / "runs", "stage1", {"lr": 1.0}) as folder:
+        rewind(folder)
         for step in (1, 2):
             folder.log_loss(step, 1.0)
             folder.save(
@@ -67,7 +67,7 @@ def test_other_versions(run: Path) -> None:
 
 
 def test_a_run_in_use(run: Path) -> None:
-    with RunFolder.open(run.parent, "stage1", {"lr": 1.0}):
+    with open_run(run.parent, "stage1", {"lr": 1.0}):
         assert "is in use by process" in texts(check_run(run), "note")
     assert "is free" in texts(check_run(run), "ok")
 
@@ -87,7 +87,7 @@ def test_a_full_disk(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_without_checkpoints_and_what_is_no_run(tmp_path: Path) -> None:
-    RunFolder.open(tmp_path, "stage1", {"lr": 1.0}).release()
+    open_run(tmp_path, "stage1", {"lr": 1.0}).release()
     assert "starts at step 0" in texts(check_run(tmp_path / "stage1"), "note")
     assert "is not a run folder" in texts(check_run(tmp_path / "other"), "broken")
 

@@ -12,7 +12,7 @@ from typing import Any
 from mm_rec.cpp.build import LEVELS
 from mm_rec.ops.backend import Native
 from mm_rec.ops.cpu import branches, common, loss, matmul, memory, norm, optimizer, sequence
-from mm_rec.ops.cpu.library import CpuLibrary
+from mm_rec.ops.cpu.load_library import CpuLibrary
 
 __all__ = ["load"]
 

@@ -13,7 +13,7 @@ import torch
 
 from mm_rec.ops.backend import Native, NativeUnavailableError
 from mm_rec.ops.cuda import gated_recurrence, loss, memory, norm, optimizer, sequence
-from mm_rec.ops.cuda.library import cuda_library
+from mm_rec.ops.cuda.load_library import cuda_library
 
 __all__ = ["load"]
 

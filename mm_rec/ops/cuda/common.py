@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_rec.ops.cuda.library import cuda_library
+from mm_rec.ops.cuda.load_library import cuda_library
 
 __all__ = [
     "TYPE_CODES", "all_dense", "dense", "empty", "empty_like", "matrix_of", "nested_rows", "rows_of", "workspace_of",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mm_rec.ops.cuda import common
 from mm_rec.ops.cuda.common import TYPE_CODES, all_dense, empty_like, rows_of, workspace_of
-from mm_rec.ops.cuda.library import cuda_library
+from mm_rec.ops.cuda.load_library import cuda_library
 from mm_rec.ops.cuda.norm import readout
 from mm_rec.ops.cuda.sequence import mdi
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mm_rec.ops.cuda import common
 from mm_rec.ops.cuda.common import TYPE_CODES, all_dense, empty_like, rows_of, workspace_of
-from mm_rec.ops.cuda.library import DoesNotFitError, cuda_library
+from mm_rec.ops.cuda.load_library import DoesNotFitError, cuda_library
 from mm_rec.ops.reference import memory_versions, rotary_angles
 
 __all__ = ["KERNELS", "fits"]

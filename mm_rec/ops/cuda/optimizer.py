@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mm_rec.ops.cuda import common
 from mm_rec.ops.cuda.common import TYPE_CODES, all_dense, workspace_of
-from mm_rec.ops.cuda.library import cuda_library
+from mm_rec.ops.cuda.load_library import cuda_library
 from mm_rec.ops.optimizer import Update
 
 __all__ = ["KERNELS"]
