@@ -3,9 +3,9 @@
     git worktree add /tmp/before COMMIT && cp mm_rec/cpp/*.so /tmp/before/mm_rec/cpp/
     python -m benchmarks.compare_trees --before /tmp/before [--device cuda] [--rounds 5]
 
-Each round runs the same commands once with either tree (``mm-rec bench``, ``train``, ``generate``), which one first
-changes with the round. A figure is the median over the rounds; the ratio is the median of the rounds' ratios, with the
-least and the most. Only commands that both versions have are used, so that no code of either stands in this file.
+Each round runs the same parts and commands (``mm-rec train``, ``generate``) once with either tree; which one comes
+first changes with the round. A figure is the median over the rounds; the ratio is the median of the rounds' ratios,
+with the least and the most.
 """
 
 from __future__ import annotations
@@ -31,26 +31,44 @@ SHORT, LONG = 16, 400
 """Tokens to generate: the difference in time is that of generation alone."""
 
 
+def run(tree: Path, *arguments: str) -> str:
+    """Run Python with the version in ``tree``; returns what it printed."""
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=tree)
+    if done.returncode:
+        raise RuntimeError(f"{arguments} in {tree}: {done.stderr}")
+    return done.stdout
+
+
 def mm_rec(tree: Path, *arguments: str) -> float:
     """Run a command of the version in ``tree``; returns its seconds."""
-    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONWARNINGS": "ignore"}
     start = time.monotonic()
-    command = [sys.executable, "-m", "mm_rec.cli", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tree)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments)} in {tree}: {done.stderr}")
+    run(tree, "-m", "mm_rec.cli", *arguments)
     return time.monotonic() - start
 
 
-def bench(tree: Path, folder: Path, device: str, shapes: Sequence[str]) -> dict[str, float]:
-    """Tokens a second of training steps and of generation, as ``mm-rec bench`` measures them."""
-    output = folder / "bench"
-    mm_rec(tree, "bench", "--device", device, "--shapes", *shapes, "--rounds", "3", "--output", str(output))
-    found = json.loads((output / "bench.json").read_text())
-    speeds = {f"step {one['shape']}, {one['model']}": one["tokens_per_second"] for one in found["training"]}
-    for context, entries in found["generation_tokens_per_second"].items():
-        speeds |= {f"generation after {context}, {name}": value for name, value in entries.items()}
-    return speeds
+PROBE = """
+import json, sys, torch
+from mm_rec.bench.generation import compare_generation
+from mm_rec.bench.training import compare_steps, contenders
+from mm_rec.config import PRESETS
+device, precision, shapes = sys.argv[1], sys.argv[2], sys.argv[3:]
+torch.set_default_device(device)
+entries = contenders(PRESETS["100m"], precision, ["one_domain", "fused"])
+for shape in shapes:
+    batch, length = map(int, shape.split("x"))
+    for one in compare_steps(PRESETS["100m"], precision, batch, length, entries, 3).values():
+        print(json.dumps([f"{one.label}, {shape}", one.tokens_per_second]))
+for context in (128, 4096):
+    for name, speed in compare_generation(PRESETS["100m"], precision, context, 5, peers=False).items():
+        print(json.dumps([f"{name}, generation after {context}", speed]))
+"""
+"""Training steps and generation without the product around them, by functions that every version since b411fa1 has."""
+
+
+def parts(tree: Path, device: str, precision: str, shapes: Sequence[str]) -> dict[str, float]:
+    """Tokens a second of training steps and of generation."""
+    return dict(json.loads(line) for line in run(tree, "-c", PROBE, device, precision, *shapes).splitlines())
 
 
 def train(tree: Path, folder: Path, device: str, name: str) -> tuple[Path, dict[str, float]]:
@@ -79,8 +97,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, required=True, help="the tree of the earlier version")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--shapes", nargs="+", default=["1x256", "2x512"])
-    parser.add_argument("--measure", nargs="+", choices=("bench", "commands"), default=["bench", "commands"])
+    parser.add_argument("--measure", nargs="+", choices=("parts", "commands"), default=["parts", "commands"])
     parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--output", type=Path, default=HERE / "benchmarks" / "results" / "compare_trees.json")
     options = parser.parse_args()
@@ -88,12 +107,15 @@ def main() -> None:
     rounds: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model, _ = train(trees["before"], folder, options.device, "model")
+        if "commands" in options.measure:
+            model, _ = train(trees["before"], folder, options.device, "model")
         for index in range(options.rounds):
             found = {}
             for label in sorted(trees, reverse=bool(index % 2)):
                 tree = trees[label]
-                speeds = bench(tree, folder, options.device, options.shapes) if "bench" in options.measure else {}
+                speeds: dict[str, float] = {}
+                if "parts" in options.measure:
+                    speeds |= parts(tree, options.device, options.precision, options.shapes)
                 if "commands" in options.measure:
                     speeds |= train(tree, folder, options.device, label)[1] | generate(tree, model, options.device)
                 found[label] = speeds
