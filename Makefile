@@ -1,4 +1,4 @@
-# The commands of the house. `make` alone lists them.
+# The commands of this project. `make` alone lists them.
 .DEFAULT_GOAL := help
 .PHONY: help setup native demo test check bench soak clean
 

@@ -24,7 +24,7 @@ DOMAINS = ("text", "code")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of an MM-Rec model (letters as in CONTRIBUTING.md).
+    """Sizes of an MM-Rec model (letters as in :mod:`mm_rec.ops.reference`).
 
     Attributes:
         vocab_size: V, rows of the embedding, a multiple of 64; a tokenizer may use fewer ids.

@@ -18,7 +18,7 @@ __all__ = ["BlockState", "MemoryState", "ModelState", "detach_state", "flatten_s
 
 
 class MemoryState(NamedTuple):
-    """What a memory block keeps (letters as in CONTRIBUTING.md).
+    """What a memory block keeps (letters as in :mod:`mm_rec.ops.reference`).
 
     Attributes:
         k, v: (B, W, H, d), keys (un-rotated) and values of the last W tokens, oldest first, activation type.
