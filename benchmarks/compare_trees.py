@@ -3,9 +3,9 @@
     git worktree add /tmp/before COMMIT && cp mm_rec/cpp/*.so /tmp/before/mm_rec/cpp/
     python -m benchmarks.compare_trees --before /tmp/before [--device cuda] [--rounds 5]
 
-Each round runs the same parts and commands (``mm-rec train``, ``generate``) once with either tree; which one comes
-first changes with the round. A figure is the median over the rounds; the ratio is the median of the rounds' ratios,
-with the least and the most.
+Each round runs the same once with either tree (``parts``: steps and single tokens; ``train``: ``mm-rec train``;
+``generate``: texts); which one comes first changes with the round. A figure is the median over the rounds; the ratio is
+the median of the rounds' ratios, with the least and the most. The result is written after every round.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mm_rec.bench.machine import describe_machine
@@ -27,8 +27,9 @@ from mm_rec.program import positive_int
 HERE = Path(__file__).resolve().parents[1]
 STEPS = 12
 """Steps of a training; the first two, in which memory is first touched, don't count."""
-SHORT, LONG = 16, 400
-"""Tokens to generate: the difference in time is that of generation alone."""
+
+
+KINDS = ("parts", "train", "generate")
 
 
 def run(tree: Path, *arguments: str) -> str:
@@ -83,14 +84,33 @@ def train(tree: Path, folder: Path, device: str, name: str) -> tuple[Path, dict[
     return newest, {"train, steps a second": 1 / statistics.median(seconds[2:])}
 
 
+GENERATE = """
+import json, statistics, sys, time
+from pathlib import Path
+try:
+    from mm_rec.inference.generate import generate
+    from mm_rec.inference.loading import load_model
+    from mm_rec.inference.sampling import Sampling
+except ImportError:  # where they were until b411fa1
+    from mm_rec.generate import Sampling, generate
+    from mm_rec.loading import load_model
+device, path = sys.argv[1], Path(sys.argv[2])
+for weights in ("full", "int8"):
+    loaded = load_model(path, device=device, weights=weights)
+    rates = []
+    for seed in (0, 0, 1, 2, 3, 4):
+        start = time.perf_counter()
+        sampling = Sampling(max_new_tokens=200, seed=seed)
+        text = "".join(generate(loaded.model, loaded.tokenizer, "The ", sampling, "text"))
+        rates.append(200 / (time.perf_counter() - start))
+    print(json.dumps([f"generate, {weights}", statistics.median(rates[1:])]))
+"""
+"""Texts of 200 tokens by the product's own loop; the first, in which kernels are loaded, does not count."""
+
+
 def generate(tree: Path, model: Path, device: str) -> dict[str, float]:
-    """Tokens a second of ``mm-rec generate`` by kind of weights."""
-    speeds = {}
-    for weights in ("full", "int8"):
-        flags = ["--model", str(model), "--device", device, "--weights", weights, "--prompt", "The "]
-        short, long = (mm_rec(tree, "generate", *flags, "--max_new_tokens", str(count)) for count in (SHORT, LONG))
-        speeds[f"generate, {weights}"] = (LONG - SHORT) / max(long - short, 1e-9)
-    return speeds
+    """Tokens a second of generating texts, by kind of weights."""
+    return dict(json.loads(line) for line in run(tree, "-c", GENERATE, device, str(model)).splitlines())
 
 
 def main() -> None:
@@ -99,15 +119,17 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--shapes", nargs="+", default=["1x256", "2x512"])
-    parser.add_argument("--measure", nargs="+", choices=("parts", "commands"), default=["parts", "commands"])
+    parser.add_argument("--measure", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--output", type=Path, default=HERE / "benchmarks" / "results" / "compare_trees.json")
     options = parser.parse_args()
     trees = {"before": options.before.resolve(), "after": HERE}
     rounds: list[dict[str, dict[str, float]]] = []
+    table: dict[str, dict[str, float]] = {}
+    commits = {label: commit(tree) for label, tree in trees.items()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if "commands" in options.measure:
+        if "generate" in options.measure:
             model, _ = train(trees["before"], folder, options.device, "model")
         for index in range(options.rounds):
             found = {}
@@ -116,21 +138,29 @@ def main() -> None:
                 speeds: dict[str, float] = {}
                 if "parts" in options.measure:
                     speeds |= parts(tree, options.device, options.precision, options.shapes)
-                if "commands" in options.measure:
-                    speeds |= train(tree, folder, options.device, label)[1] | generate(tree, model, options.device)
+                if "train" in options.measure:
+                    speeds |= train(tree, folder, options.device, label)[1]
+                if "generate" in options.measure:
+                    speeds |= generate(tree, model, options.device)
                 found[label] = speeds
             rounds.append(found)
             print(f"round {index + 1} of {options.rounds}", flush=True)
+            table = compare(rounds)
+            result = {"machine": describe_machine(), "commits": commits, "rounds": index + 1, "speeds": table}
+            options.output.write_text(json.dumps(result, indent=1) + "\n")
+    for name, one in table.items():
+        print(f"{name:48} {one['ratio']:.3f} ({one['least']:.3f} to {one['most']:.3f})")
+
+
+def compare(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Returns the medians of both sides, and of their ratio with its least and most, by what was measured."""
     table = {}
     for name in rounds[0]["before"]:
         ratios = [one["after"][name] / one["before"][name] for one in rounds]
-        least, middle, most = min(ratios), statistics.median(ratios), max(ratios)
-        table[name] = {label: round(statistics.median(one[label][name] for one in rounds), 2) for label in trees}
-        table[name] |= {"ratio": round(middle, 3), "least": round(least, 3), "most": round(most, 3)}
-        print(f"{name:48} {middle:.3f} ({least:.3f} to {most:.3f})")
-    commits = {label: commit(tree) for label, tree in trees.items()}
-    result = {"machine": describe_machine(), "commits": commits, "rounds": options.rounds, "speeds": table}
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+        table[name] = {label: round(statistics.median(one[label][name] for one in rounds), 2) for label in rounds[0]}
+        table[name] |= {"ratio": round(statistics.median(ratios), 3)}
+        table[name] |= {"least": round(min(ratios), 3), "most": round(max(ratios), 3)}
+    return table
 
 
 def commit(tree: Path) -> str:
