@@ -55,10 +55,11 @@ from mm_rec.bench.training import compare_steps, contenders
 from mm_rec.config import PRESETS
 device, precision, shapes = sys.argv[1], sys.argv[2], sys.argv[3:]
 torch.set_default_device(device)
+rounds = 3 if device == "cpu" else 40
 entries = contenders(PRESETS["100m"], precision, ["one_domain", "fused"])
 for shape in shapes:
     batch, length = map(int, shape.split("x"))
-    for one in compare_steps(PRESETS["100m"], precision, batch, length, entries, 3).values():
+    for one in compare_steps(PRESETS["100m"], precision, batch, length, entries, rounds).values():
         print(json.dumps([f"{one.label}, {shape}", one.tokens_per_second]))
 for context in (128, 4096):
     for name, speed in compare_generation(PRESETS["100m"], precision, context, 5, peers=False).items():
@@ -120,13 +121,14 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--shapes", nargs="+", default=["1x256", "2x512"])
     parser.add_argument("--measure", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--commits", nargs=2, metavar="HASH", help="before and after, where a copy has no git")
     parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--output", type=Path, default=HERE / "benchmarks" / "results" / "compare_trees.json")
     options = parser.parse_args()
     trees = {"before": options.before.resolve(), "after": HERE}
     rounds: list[dict[str, dict[str, float]]] = []
     table: dict[str, dict[str, float]] = {}
-    commits = {label: commit(tree) for label, tree in trees.items()}
+    commits = dict(zip(trees, options.commits or map(commit, trees.values()), strict=True))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "generate" in options.measure:
@@ -164,8 +166,6 @@ def compare(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, di
 
 
 def commit(tree: Path) -> str:
-    if not (tree / ".git").exists():
-        return "a copy without git"
     done = subprocess.run(["git", "-C", str(tree), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip()
 
