@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mm_rec.config import DOMAINS
 from mm_rec.data.download.local import take_own
@@ -28,19 +29,18 @@ def data_folder(data: Texts | Mapping[str, Texts], root: Path) -> Path:
 
     Raises:
         UserError: if there is no such path, domain or document.
+        TypeError: if what is given for a domain is neither a path nor documents.
     """
-    if isinstance(data, str | Path):
-        path = Path(data)
-        if path.is_dir():
-            return path
-        if not path.is_file():
-            raise UserError(f"there is no file or folder {data}; documents as strings are given as a list")
+    if isinstance(data, str | Path) and _existing(data).is_dir():
+        return Path(data)
     domains = dict(data) if isinstance(data, Mapping) else {DOMAINS[0]: data}
     unknown = [name for name in domains if name not in DOMAINS]
-    if unknown or not domains:
-        raise UserError(f"there is no domain {', '.join(map(repr, unknown))}; data are of {' or '.join(DOMAINS)}")
+    if unknown:
+        raise UserError(f"there is no domain {unknown[0]!r}; data are of {' or '.join(DOMAINS)}")
+    if not domains:
+        raise UserError("there are no documents: the dict of domains is empty")
     contents = {
-        name: str(Path(one).resolve()) if isinstance(one, str | Path) else _json_lines(name, one)
+        name: str(_existing(one).resolve()) if isinstance(one, str | Path) else _json_lines(name, one)
         for name, one in domains.items()
     }
     folder = root / hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
@@ -53,8 +53,19 @@ def data_folder(data: Texts | Mapping[str, Texts], root: Path) -> Path:
     return folder
 
 
-def _json_lines(domain: str, texts: Iterable[str]) -> str:
+def _existing(path: str | Path) -> Path:
+    """``path``, which must exist; an empty string would otherwise be the current folder."""
+    if not str(path) or not Path(path).exists():
+        raise UserError(f"there is no file or folder {str(path)!r}; documents as strings are given as a list")
+    return Path(path)
+
+
+def _json_lines(domain: str, texts: Any) -> str:
+    if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+        raise TypeError(f"{domain} must be a path or documents as strings, not of type {type(texts).__name__}")
     documents = list(texts)
+    if not documents:
+        raise UserError(f"there are no documents of {domain}: the list is empty")
     for index, text in enumerate(documents):
         if not isinstance(text, str):
             raise UserError(f"document {index} of {domain} is a {type(text).__name__}; documents are strings")

@@ -13,6 +13,7 @@ from rich.console import Console
 from mm_rec import processes
 from mm_rec.api.documents import Texts, data_folder
 from mm_rec.api.model import Model, load
+from mm_rec.errors import UserError
 from mm_rec.machine.signals import Interrupted, SignalGuard
 from mm_rec.options import from_values
 from mm_rec.storage.run_folder import METRICS
@@ -51,7 +52,8 @@ class TrainedRun:
         """The records of the run, one dictionary for each line of ``metrics.jsonl``.
 
         A training step has ``step``, ``loss`` (nats a token), ``bits_per_byte``, ``grad_norm``, ``rate`` and
-        ``tokens`` (read so far); a validation has ``step`` and ``valid`` (bits per byte by domain).
+        ``tokens`` (read so far); a validation has ``step`` and ``valid`` (bits per byte by domain). So the losses are
+        ``[one["loss"] for one in run.metrics if "loss" in one]``.
         """
         lines = (self.folder / METRICS).read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
@@ -69,7 +71,7 @@ def train(data: Texts | Mapping[str, Texts] | None = None, *, quiet: bool = Fals
             as strings; or by domain any of the last two and folders, as in ``{"text": "book.txt", "code": programs}``.
             None takes ``data_dir``, ``use_synthetic`` or ``download_data`` from the settings.
         quiet: print nothing.
-        settings: the flags of ``mm-rec train`` by name, such as ``preset="small"``, ``max_steps=200``,
+        settings: the settings of ``mm-rec train`` by name, such as ``preset="small"``, ``max_steps=200``,
             ``stage="stage1"``, ``checkpoint_dir="checkpoints"``.
 
     Raises:
@@ -83,6 +85,9 @@ def train(data: Texts | Mapping[str, Texts] | None = None, *, quiet: bool = Fals
         2
     """
     chosen = from_values(TrainSettings, settings)
+    others = [name for name in ("data_dir", "use_synthetic", "download_data") if settings.get(name)]
+    if data is not None and others:
+        raise UserError(f"data and {others[0]} both say what to train on; leave one of them out")
     try:
         with SignalGuard() as guard, processes.process_group(chosen.device):
             console = Console(quiet=True) if quiet else processes.make_console()

@@ -125,7 +125,7 @@ def survey_domain(
         dropped = "".join(f", {count} {reason}" for reason, count in survey.dropped.items())
         raise UserError(
             f"there is too little {name} data: {len(survey.kept)} of {survey.read} documents can be used{dropped}; "
-            f"put more into {files[0].parent}"
+            f"{files[0].parent} needs more or longer ones"
         )
     return survey
 

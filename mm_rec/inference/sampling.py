@@ -83,11 +83,19 @@ class Sampling:
 
         Raises:
             UserError: if a setting is out of its range.
-            TypeError: if there is no such setting.
+            TypeError: if there is no such setting, or it is no number.
         """
         given: dict[str, Any] = dict(options)
-        if "stop" in given:
-            given["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
+        defaults = dataclasses.asdict(cls())
+        for name, value in given.items():
+            if name not in defaults:
+                raise TypeError(f"there is no sampling setting {name!r}; there are {', '.join(defaults)}")
+            if name == "stop":
+                given[name] = (value,) if isinstance(value, str) else tuple(value)
+            elif isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            elif isinstance(defaults[name], int) and value != int(value):
+                raise TypeError(f"{name} must be a whole number, got {value!r}")
         return dataclasses.replace(base or cls(), **given)
 
 

@@ -81,7 +81,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``: no BOS is added, and no control id comes out, whatever the text.
 
-        Raises ValueError for a string that is not Unicode text (one with lone surrogates).
+        Raises ValueError for a string that is not Unicode text (one with lone surrogates), TypeError for what is none.
         """
         return self.encode_batch([text])[0]
 
@@ -90,6 +90,9 @@ class Tokenizer:
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:  # what the library raises for a string that has no UTF-8 form
+            for text in texts:
+                if not isinstance(text, str):
+                    raise TypeError(f"a text is a string, not of type {type(text).__name__}") from None
             raise ValueError("only strings without lone surrogates can be encoded") from None
         return [encoding.ids for encoding in encodings]
 

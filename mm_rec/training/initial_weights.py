@@ -25,6 +25,12 @@ from mm_rec.training.settings import TrainSettings, step_cap
 __all__ = ["StartingPoint", "find_starting_point", "starting_checkpoint"]
 
 
+_OTHER_TOKENIZER = (
+    "was trained with another tokenizer than that of the data; use the same --data_dir, --preset, --vocab_size and "
+    "--max_samples as for it, or train the stages before anew"
+)
+
+
 class StartingPoint(NamedTuple):
     """What a stage starts from.
 
@@ -58,6 +64,8 @@ def find_starting_point(settings: TrainSettings, plan: Plan, data: Prepared, dev
     start = None if named else _load_weights(settings, data)
     if named is not None:
         config = named.config
+        if Tokenizer.load(named.tokenizer_dir).sha256 != data.tokenizer.sha256:
+            raise UserError(f"{settings.resume_from} {_OTHER_TOKENIZER}")
         starts_from = named.trainer["run"]["identity"]["starts_from"]
         _check_rounding(settings, named, device)
     else:
@@ -97,10 +105,7 @@ def _load_weights(settings: TrainSettings, data: Prepared) -> _Weights | None:
         return None
     found = checkpoint.load(path, weights_only=True)
     if Tokenizer.load(found.tokenizer_dir).sha256 != data.tokenizer.sha256:
-        raise UserError(
-            f"{path} was trained with another tokenizer than that of the data; use the same --data_dir, --preset "
-            "and --max_samples as for it, or train the stages before anew"
-        )
+        raise UserError(f"{path} {_OTHER_TOKENIZER}")
     return _Weights(path, found.config, found.weights, hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest())
 
 

@@ -91,10 +91,15 @@ def test_settings_name_the_data_without_an_argument() -> None:
 @pytest.mark.parametrize(
     ("data", "settings", "message"),
     [
-        ("no such folder", {}, "no file or folder no such folder; documents as strings are given as a list"),
+        ("no such folder", {}, "no file or folder 'no such folder'; documents as strings are given as a list"),
+        ("", {}, "no file or folder ''"),
+        ({"code": "nowhere"}, {}, "no file or folder 'nowhere'"),
         ({"law": TEXTS}, {}, "no domain 'law'; data are of text or code"),
-        ({}, {}, "no domain"),
-        ([], {}, "too little text data"),
+        ({}, {}, "no documents: the dict of domains is empty"),
+        ([], {}, "no documents of text: the list is empty"),
+        (["short", "too"], {}, "too little text data"),
+        (TEXTS, {"use_synthetic": True}, "data and use_synthetic both say what to train on"),
+        (TEXTS, {"data_dir": "data"}, "data and data_dir both say what to train on"),
         ([b"bytes"], {}, "document 0 of text is a bytes; documents are strings"),
         (TEXTS, {"max_step": 3}, "unknown setting max_step; did you mean max_steps"),
         (TEXTS, {"preset": "huge"}, "preset must be one of tiny, small, 100m"),
@@ -104,6 +109,12 @@ def test_what_is_wrong_is_said_in_a_line(data: object, settings: dict[str, objec
     with pytest.raises(mm_rec.UserError, match=message) as error:
         mm_rec.train(data, quiet=True, **{**QUICK, **settings})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("data", [42, b"bytes", {"text": 5}])
+def test_what_are_no_documents(data: object) -> None:
+    with pytest.raises(TypeError, match="text must be a path or documents as strings, not of type"):
+        mm_rec.train(data, quiet=True, **QUICK)
 
 
 def test_ctrl_c_saves_and_is_a_keyboard_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
