@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+import yaml
 from test_guides import QUICK, quick, run
 
 from mm_rec import cli
 from mm_rec.config import PRESETS
 from mm_rec.data.synthetic import synthetic_text
+from mm_rec.options import from_values
+from mm_rec.training.settings import TrainSettings
 
 __all__ = ["quick"]  # the fixture: small model, two steps, a hub of a few documents
 
@@ -70,6 +73,14 @@ def test_every_python_example_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch
         exec(example, {})
     assert (tmp_path / "checkpoints_cpu" / "stage1" / "metrics.jsonl").exists()
     assert (tmp_path / "talk.safetensors").exists()
+
+
+def test_the_settings_file_of_the_readme_is_read() -> None:
+    for name in ("README.md", "README.tr.md"):
+        [block] = re.findall(r"```yaml\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+        settings = from_values(TrainSettings, yaml.safe_load(block))
+        assert settings.model_config().d_model == 384
+        assert settings.for_stage("stage2").max_steps == 500
 
 
 @pytest.mark.usefixtures("quick")
