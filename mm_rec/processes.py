@@ -10,6 +10,7 @@ through NCCL.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import json
@@ -48,16 +49,17 @@ TIMEOUT = datetime.timedelta(hours=4)
 
 
 @contextlib.contextmanager
-def process_group(device: str) -> Iterator[None]:
+def process_group(device: str, *, lasting: bool = False) -> Iterator[None]:
     """Within the context this process belongs to the group that torchrun started; without torchrun nothing happens.
 
     Args:
         device: the device as in the settings; on GPUs each process of a host takes one of them.
+        lasting: leave the group only when the process ends, so that it can be used again: it cannot be made twice.
 
     Raises:
         UserError: if a host has fewer GPUs than processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
     on_gpu = device != "cpu" and torch.cuda.is_available()
@@ -70,6 +72,10 @@ def process_group(device: str) -> Iterator[None]:
             )
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    if lasting:
+        atexit.register(dist.destroy_process_group)
+        yield
+        return
     try:
         yield
     finally:

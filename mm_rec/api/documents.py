@@ -25,7 +25,7 @@ def data_folder(data: Texts | Mapping[str, Texts], root: Path) -> Path:
     Args:
         data: a folder, which is returned as it is; a file; documents as strings; or files, folders and documents by
             domain.
-        root: where to make a folder, named by the hash of what is in it, for anything but a folder.
+        root: where to make a folder for anything else, named by a hash of the texts, or of the paths.
 
     Raises:
         UserError: if there is no such path, domain or document.

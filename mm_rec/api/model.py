@@ -8,7 +8,7 @@ Example::
     print(model.generate("The ", max_new_tokens=50))
 
 ``import mm_rec`` has these names and imports nothing until one is used. Keywords are named as on the command line.
-What a caller gets wrong is a :class:`mm_rec.errors.UserError` or a ValueError of one line.
+What a caller gets wrong is a :class:`mm_rec.errors.UserError`, a ValueError or a TypeError of one line.
 """
 
 from __future__ import annotations

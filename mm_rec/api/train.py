@@ -18,6 +18,7 @@ from mm_rec.machine.signals import Interrupted, SignalGuard
 from mm_rec.options import from_values
 from mm_rec.storage.run_folder import METRICS
 from mm_rec.training.load_data import load_data
+from mm_rec.training.ranks import broadcast_path
 from mm_rec.training.run_stages import train_stages
 from mm_rec.training.settings import TrainSettings
 
@@ -33,8 +34,8 @@ class TrainedRun:
     """
 
     def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
-        self.folder = checkpoint.parent.parent
+        self.checkpoint = checkpoint.resolve()
+        self.folder = self.checkpoint.parent.parent
         self._model: Model | None = None
 
     def __repr__(self) -> str:
@@ -76,7 +77,9 @@ def train(data: Texts | Mapping[str, Texts] | None = None, *, quiet: bool = Fals
 
     Raises:
         UserError: if a setting is unknown, or something does not fit: the data, the memory, the disk, an earlier run.
-        KeyboardInterrupt: after Ctrl-C, with everything saved.
+        TypeError: if ``data`` is neither paths nor documents.
+        KeyboardInterrupt: after Ctrl-C, when the step under way is done and saved; a second one does not wait.
+        SystemExit: after SIGTERM, with everything saved.
 
     Example:
         >>> import mm_rec
@@ -89,15 +92,15 @@ def train(data: Texts | Mapping[str, Texts] | None = None, *, quiet: bool = Fals
     if data is not None and others:
         raise UserError(f"data and {others[0]} both say what to train on; leave one of them out")
     try:
-        with SignalGuard() as guard, processes.process_group(chosen.device):
+        with SignalGuard(ends_process=False) as guard, processes.process_group(chosen.device, lasting=True):
             console = Console(quiet=True) if quiet else processes.make_console()
             if data is not None:
-                with processes.rank_zero_first():
-                    folder = data_folder(data, chosen.checkpoint_dir / "data")
+                folder = data_folder(data, chosen.checkpoint_dir / "data") if processes.is_rank_zero() else Path()
+                folder = broadcast_path(folder)
                 chosen = from_values(TrainSettings, {**settings, "data_dir": folder})
             checkpoint = train_stages(chosen, load_data(chosen, console), guard, console)
     except Interrupted as stop:
         if stop.exit_code == 128 + signal.SIGINT:
             raise KeyboardInterrupt(str(stop)) from None
-        raise
+        raise SystemExit(stop.exit_code) from None
     return TrainedRun(checkpoint)

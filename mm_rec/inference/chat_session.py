@@ -92,7 +92,7 @@ class ChatSession:
         logits = self._read([*question, tokenizer.control_ids["<|assistant|>"]])
         answer = GeneratedText(tokenizer, self.model.config.vocab_size, self.sampling, self.generator)
         try:
-            yield from generate_pieces(logits, self._read, answer)
+            yield from generate_pieces(logits, self._read, answer, read_first=True)
         finally:
             self._read([tokenizer.end_id])
             self.turns += 1

@@ -124,7 +124,7 @@ class GeneratedText:
         piece = self._stream.push(token)
         if self._stream.stopped:
             self.finish_reason = "stop"
-        elif not self._left:
+        elif self._left <= 0:
             self.finish_reason = "length"
         return piece
 
@@ -171,24 +171,29 @@ def read_prompt(
     return logits[0], state
 
 
-def generate_pieces(logits: Tensor, read: Callable[[Sequence[int]], Tensor], text: GeneratedText) -> Iterator[str]:
+def generate_pieces(
+    logits: Tensor, read: Callable[[Sequence[int]], Tensor], text: GeneratedText, *, read_first: bool = False
+) -> Iterator[str]:
     """Draws tokens and reads each until the text ends; yields the pieces of the text.
-
-    A token is read before its piece is yielded, so the model has read all that the caller has seen.
 
     Args:
         logits: (V,), those after the prompt.
         read: reads more tokens and returns the logits (V,) after the last.
         text: the text to draw.
+        read_first: read each token before its piece is yielded, the last one too, so that the model has read all that
+            a caller has seen who stops anywhere. Otherwise a piece comes one read earlier.
     """
     while text.finish_reason is None:
         [token] = next_tokens(logits[None], [text.sampler])
         piece = text.push(token)
         if piece is None:
             break
-        logits = read([token])
+        if read_first:
+            logits = read([token])
         if piece:
             yield piece
+        if not read_first and text.finish_reason is None:
+            logits = read([token])
     if piece := text.finish():
         yield piece
 

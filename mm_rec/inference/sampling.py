@@ -91,6 +91,8 @@ class Sampling:
             if name not in defaults:
                 raise TypeError(f"there is no sampling setting {name!r}; there are {', '.join(defaults)}")
             if name == "stop":
+                if not isinstance(value, Iterable) or not all(isinstance(one, str) for one in value):
+                    raise TypeError(f"stop must be a string or several, got {value!r}")
                 given[name] = (value,) if isinstance(value, str) else tuple(value)
             elif isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"{name} must be a number, got {value!r}")

@@ -34,11 +34,14 @@ class SignalGuard:
     Python takes no signals and the guard does nothing.
 
     Args:
+        ends_process: whether the second signal, or nine seconds, end the process. In a process that is not ours, as a
+            notebook's, it is False: the second signal raises KeyboardInterrupt at once, and nothing else happens.
         last: the program ends after this guard; once a signal came, those that come on the way out are ignored.
     """
 
-    def __init__(self, *, last: bool = False) -> None:
+    def __init__(self, *, last: bool = False, ends_process: bool = True) -> None:
         self.requested: int | None = None
+        self._ends_process = ends_process
         self._last = last
         self._deferred = False
         self._previous: dict[int, Any] = {}
@@ -49,6 +52,8 @@ class SignalGuard:
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
                 self._previous[signum] = signal.signal(signum, self._handle)
+            if not self._ends_process:
+                return self
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
             self._previous_wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
@@ -85,6 +90,8 @@ class SignalGuard:
             self.requested = signum
             if not self._deferred:
                 raise Interrupted(signum)
+        elif not self._ends_process:
+            raise KeyboardInterrupt
 
 
 def _watch(pipe: int) -> None:

@@ -64,6 +64,7 @@ def find_starting_point(settings: TrainSettings, plan: Plan, data: Prepared, dev
     start = None if named else _load_weights(settings, data)
     if named is not None:
         config = named.config
+        _check_shape(settings, config, f"{settings.resume_from} is")
         if Tokenizer.load(named.tokenizer_dir).sha256 != data.tokenizer.sha256:
             raise UserError(f"{settings.resume_from} {_OTHER_TOKENIZER}")
         starts_from = named.trainer["run"]["identity"]["starts_from"]
@@ -135,16 +136,21 @@ def _model_config(settings: TrainSettings, data: Prepared, start: _Weights | Non
         config = settings.model_config(data.tokenizer.padded_vocab_size)
     else:
         config = start.config
-        for name, value in settings.model_shape().items():
-            if name != "vocab_size" and value != getattr(config, name):
-                raise UserError(
-                    f"{settings.stage} starts from {start.path}, a model whose {name} is {getattr(config, name)}, not "
-                    f"{value}; leave out {name}, or train the stages before anew"
-                )
+        _check_shape(settings, config, f"{settings.stage} starts from {start.path},")
     unknown = sorted(set(data.train) - set(config.experts))
     if unknown and not STAGES[settings.stage].conversations:
         raise UserError(f"there is data of {unknown[0]}, but the model's experts are {', '.join(config.experts)}")
     return config
+
+
+def _check_shape(settings: TrainSettings, config: ModelConfig, what: str) -> None:
+    """Refuse a size that is asked for where the model has another; the vocabulary is compared by the tokenizer."""
+    for name, value in settings.model_shape().items():
+        if name != "vocab_size" and value != getattr(config, name):
+            raise UserError(
+                f"{what} a model whose {name} is {getattr(config, name)}, not {value}; leave out {name}, "
+                "or train a model of that size anew"
+            )
 
 
 def _check_rounding(settings: TrainSettings, named: checkpoint.Checkpoint, device: torch.device) -> None:

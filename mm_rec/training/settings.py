@@ -22,6 +22,14 @@ MODEL_SHAPE = (
 )  # fmt: skip
 """Settings that change the shape of a preset: fields of ModelConfig."""
 
+LARGEST = 2**20
+"""Largest of the sizes that can be asked for; what does not fit into memory is refused below it."""
+
+
+def _size(help: str, minimum: float = 1, maximum: float = LARGEST) -> Option:
+    """The option of a size of the model: if it is not given, it is that of the preset."""
+    return Option(f"{help}; that of the preset if not given", minimum=minimum, maximum=maximum, shared=True)
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -29,22 +37,15 @@ class TrainSettings:
 
     stage: Annotated[str, Option("what to train", choices=(*PRETRAINING, "all"))] = "stage1"
     preset: Annotated[str, Option("size of the model", choices=tuple(PRESETS), shared=True)] = DEFAULT_PRESET
-    vocab_size: Annotated[
-        int | None, Option("tokens of the tokenizer at most", minimum=MIN_VOCAB_SIZE, shared=True)
-    ] = None
-    d_model: Annotated[int | None, Option("width of the model", minimum=1, shared=True)] = None
-    n_heads: Annotated[int | None, Option("heads, into which the width is split", minimum=1, shared=True)] = None
-    n_layers: Annotated[int | None, Option("blocks of each expert", minimum=1, shared=True)] = None
-    d_ff: Annotated[int | None, Option("width inside the feed-forward part of a block", minimum=1, shared=True)] = None
-    gate_every: Annotated[
-        int | None,
-        Option("every how many blocks one is a memory block, which attends", minimum=1, shared=True),
-    ] = None
-    window: Annotated[int | None, Option("tokens of short-term memory", minimum=2, shared=True)] = None
-    slots: Annotated[int | None, Option("slots of long-term memory of each head", minimum=1, shared=True)] = None
-    rotary_base: Annotated[
-        float | None, Option("base of the rotary encoding inside the window", minimum=1, shared=True)
-    ] = None
+    vocab_size: Annotated[int | None, _size("tokens of the tokenizer at most", minimum=MIN_VOCAB_SIZE)] = None
+    d_model: Annotated[int | None, _size("width of the model")] = None
+    n_heads: Annotated[int | None, _size("heads, into which the width is split")] = None
+    n_layers: Annotated[int | None, _size("blocks of each expert", maximum=1000)] = None
+    d_ff: Annotated[int | None, _size("width inside the feed-forward part of a block")] = None
+    gate_every: Annotated[int | None, _size("every how many blocks one is a memory block, which attends")] = None
+    window: Annotated[int | None, _size("tokens of short-term memory", minimum=2)] = None
+    slots: Annotated[int | None, _size("slots of long-term memory of each head")] = None
+    rotary_base: Annotated[float | None, _size("base of the rotary encoding inside the window", maximum=1e9)] = None
     data_dir: Annotated[Path, Option("folder with text/*.jsonl and code/*.jsonl", shared=True)] = Path("data")
     download_data: Annotated[bool, Option("download data into --data_dir if none is there", shared=True)] = False
     use_synthetic: Annotated[bool, Option("made-up data for a quick test, nothing is downloaded", shared=True)] = False

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,7 +40,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_documents_as_strings_become_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     run = mm_rec.train(TEXTS, quiet=True, **QUICK)
     assert capsys.readouterr().out == ""
-    assert run.folder == Path("runs/stage1")
+    assert run.folder == Path("runs/stage1").resolve()
     assert run.checkpoint == run.folder / "checkpoints" / "step_000002"
     steps = [record["step"] for record in run.metrics if "loss" in record]
     assert steps == [1, 2]
@@ -64,7 +66,7 @@ def test_the_same_call_goes_on_and_other_documents_make_another_run() -> None:
     first = mm_rec.train(TEXTS, quiet=True, **QUICK)
     again = mm_rec.train(iter(TEXTS), quiet=True, **{**QUICK, "max_steps": 3})
     assert (again.folder, again.checkpoint.name) == (first.folder, "step_000003")
-    assert mm_rec.train(TEXTS[1:], quiet=True, **QUICK).folder == Path("runs/stage1-2")
+    assert mm_rec.train(TEXTS[1:], quiet=True, **QUICK).folder == Path("runs/stage1-2").resolve()
 
 
 @pytest.mark.parametrize("as_text", [True, False])
@@ -131,3 +133,32 @@ def test_ctrl_c_saves_and_is_a_keyboard_interrupt(monkeypatch: pytest.MonkeyPatc
     assert json.loads(Path("runs/stage1/checkpoints/step_000001/trainer.json").read_text())["step"] == 1
     monkeypatch.setattr(RunFolder, "log_loss", log_loss)
     assert mm_rec.train(TEXTS, quiet=True, **QUICK).checkpoint.name == "step_000002"
+
+
+def test_a_second_ctrl_c_does_not_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt_twice(run: RunFolder, step: int, loss: float) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(RunFolder, "log_loss", interrupt_twice)
+    with pytest.raises(KeyboardInterrupt):
+        mm_rec.train(TEXTS, quiet=True, **QUICK)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.slow
+def test_several_processes_train_more_than_once() -> None:
+    Path("book.txt").write_text("\n".join(TEXTS))
+    Path("twice.py").write_text(
+        "import mm_rec\n"
+        f"settings = {QUICK | {'batch_size': 3}!r}\n"
+        "for steps in (1, 2):\n"
+        "    run = mm_rec.train('book.txt', quiet=True, **{**settings, 'max_steps': steps})\n"
+        "    assert run.checkpoint.name == f'step_00000{steps}', run.checkpoint\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", "twice.py"]
+    path = os.pathsep.join([str(Path(mm_rec.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert Path("runs/stage1/checkpoints/step_000002").is_dir()

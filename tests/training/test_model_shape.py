@@ -47,6 +47,9 @@ def test_sizes_that_make_no_model_are_an_error() -> None:
         parse("--preset", "100m", "--d_model", "100").model_config(512)
     with pytest.raises(UserError, match="--window must be at least 2"):
         parse("--window", "1")
+    for name in set(MODEL_SHAPE):
+        with pytest.raises(UserError, match=f"--{name} must be at most"):
+            parse(f"--{name}", "99999999999999999998")
 
 
 def test_sizes_cannot_differ_between_stages(tmp_path: Path) -> None:
@@ -68,6 +71,10 @@ def test_a_run_has_the_shape_that_was_set_and_later_stages_take_it_over(
     assert train_command.main([*flags, "--stage", "stage2"]) == 0
     with pytest.raises(UserError, match=r"stage2 starts from .* whose d_model is 32, not 64; leave out d_model"):
         train_command.main([*flags, "--stage", "stage2", "--d_model", "64"])
+    with pytest.raises(UserError, match=r"runs/stage1 is a model whose n_layers is 2, not 3; leave out n_layers"):
+        train_command.main([*flags, "--resume_from", "runs/stage1", "--n_layers", "3"])
+    with pytest.raises(UserError, match=r"trained with another tokenizer .* --vocab_size"):
+        train_command.main([*flags, "--resume_from", "runs/stage1", "--vocab_size", "290", "--allow_changes"])
 
 
 def test_values_of_python_are_checked_as_those_of_a_file_are(tmp_path: Path) -> None:
