@@ -14,7 +14,7 @@ from mm_rec.blocks.fusion import Fusion
 from mm_rec.config import ModelConfig
 from mm_rec.state import ModelState, initial_state
 
-__all__ = ["LossOutput", "MMRecModel", "document_positions"]
+__all__ = ["EMBEDDING_STD", "LossOutput", "MMRecModel", "document_positions"]
 
 EMBEDDING_STD = 0.02
 

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from mm_rec.config import ModelConfig
 
-__all__ = ["BlockState", "MemoryState", "ModelState", "detach_state", "flatten_state", "map_state", "unflatten_state"]
+__all__ = [
+    "BlockState",
+    "MemoryState",
+    "ModelState",
+    "detach_state",
+    "flatten_state",
+    "initial_state",
+    "map_state",
+    "unflatten_state",
+]
 
 
 class MemoryState(NamedTuple):

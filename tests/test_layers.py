@@ -137,3 +137,30 @@ def test_the_package_imports_nothing_of_its_own() -> None:
         if isinstance(node, ast.Import | ast.ImportFrom)
     ]
     assert all(isinstance(node, ast.ImportFrom) and node.module in ("__future__", "typing") for node in found)
+
+
+def test_modules_take_from_each_other_what_is_offered() -> None:
+    offered: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+                offered[name] = set(ast.literal_eval(node.value))
+    wrong = [
+        f"{name} takes {alias.name} of {node.module}"
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module in offered
+        for alias in node.names
+        if f"{node.module}.{alias.name}" not in MODULES and alias.name not in offered[node.module]
+    ]
+    assert not wrong
+
+
+def test_the_ops_have_two_entries() -> None:
+    entries = {"mm_rec.ops", "mm_rec.ops.inference", "mm_rec.ops.reference"}  # the last as an attribute of the first
+    wrong = [
+        f"{name} imports {other}"
+        for name, other in edges()
+        if entry(name) != "ops" and entry(other) == "ops" and other not in entries
+    ]
+    assert not wrong

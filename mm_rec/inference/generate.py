@@ -19,7 +19,7 @@ from mm_rec.model import MMRecModel
 from mm_rec.state import ModelState
 from mm_rec.text.tokenizer import Tokenizer
 
-__all__ = ["GeneratedText", "TextStream", "end_tokens", "generate", "generate_pieces", "read_prompt"]
+__all__ = ["PROMPT_CHUNK", "GeneratedText", "TextStream", "end_tokens", "generate", "generate_pieces", "read_prompt"]
 
 PROMPT_CHUNK = 512
 

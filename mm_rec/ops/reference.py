@@ -40,8 +40,10 @@ __all__ = [
     "recurrence",
     "relu_squared",
     "rms_norm",
+    "rotary_angles",
     "rotate",
     "scan",
+    "split_projected",
 ]
 
 

@@ -35,6 +35,7 @@ from mm_rec.text.tokenizer import Tokenizer
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Event",
     "checkpoint_name",
     "checkpoint_step",
     "list_checkpoints",

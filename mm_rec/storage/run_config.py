@@ -14,7 +14,7 @@ import yaml
 import mm_rec
 from mm_rec.storage import files
 
-__all__ = ["differences", "list_runs", "plain", "read_config", "same_run", "versions", "write_config"]
+__all__ = ["Config", "differences", "list_runs", "plain", "read_config", "same_run", "versions", "write_config"]
 
 CONFIG = "config.yaml"
 

@@ -30,7 +30,7 @@ from mm_rec.storage.run_config import (
     read_config,
 )
 
-__all__ = ["RECORDS", "Run", "RunFolder"]
+__all__ = ["LOCK", "METRICS", "RECORDS", "Run", "RunFolder"]
 
 METRICS, LOSS_LOG, TIMING, EVENTS, LOCK = "metrics.jsonl", "loss_log.txt", "timing.jsonl", "events.log", "run.lock"
 RECORDS = (METRICS, LOSS_LOG)

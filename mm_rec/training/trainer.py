@@ -46,7 +46,7 @@ from mm_rec.training.ranks import own_batch, rewind_run
 from mm_rec.training.runtime import Runtime
 from mm_rec.training.tensorboard import Board
 
-__all__ = ["Trainer"]
+__all__ = ["MIXED", "Trainer"]
 
 MIXED = "mixed"
 """In records and carried states, the name of batches that hold all domains."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from mm_rec.ops.cpu import common
 from mm_rec.ops.cpu.common import TYPE_CODES, flat_rows_of, pointer, rows_of, two_level_rows_of
 
-__all__ = ["KERNELS"]
+__all__ = ["KERNELS", "relu_squared", "relu_squared_backward_into"]
 
 
 def rms_norm(x: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -79,6 +79,7 @@ def readout_backward(dy: Tensor, h: Tensor, r: Tensor, heads: int) -> tuple[Tens
 
 
 def relu_squared(x: Tensor) -> Tensor:
+    """Returns max(x, 0)^2 of the type of ``x``; :func:`mm_rec.ops.relu_squared` defines it."""
     x = x.contiguous()
     y = common.empty(x.shape, x.dtype)
     common.call.relu_squared_forward(

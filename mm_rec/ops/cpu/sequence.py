@@ -8,7 +8,7 @@ from torch import Tensor
 from mm_rec.ops.cpu import common
 from mm_rec.ops.cpu.common import TYPE_CODES, check, contiguous, pointer, rows_of
 
-__all__ = ["KERNELS"]
+__all__ = ["KERNELS", "gated_scan", "gated_scan_backward"]
 
 
 def scan(a: Tensor, x: Tensor, s0: Tensor | None, reset: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from mm_rec.ops.cuda import common
 from mm_rec.ops.cuda.common import TYPE_CODES, all_dense, dense, empty_like, matrix_of, nested_rows, rows_of
 from mm_rec.ops.cuda.load_library import cuda_library
 
-__all__ = ["KERNELS"]
+__all__ = ["KERNELS", "readout"]
 
 
 def rms_norm(x: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -49,6 +49,7 @@ def add_rms_norm_backward(dtotal: Tensor | None, dn: Tensor, total: Tensor) -> t
 
 
 def readout(h: Tensor, r: Tensor, heads: int) -> Tensor:
+    """Returns the normed and gated state; :func:`mm_rec.ops.readout` documents the shapes."""
     h = dense(h)
     r, stride = rows_of(r)
     y: Tensor = empty_like(r)

@@ -11,7 +11,7 @@ from mm_rec.ops.cuda import common
 from mm_rec.ops.cuda.common import TYPE_CODES, all_dense, empty_like, matrix_of, rows_of, workspace_of
 from mm_rec.ops.cuda.load_library import cuda_library
 
-__all__ = ["KERNELS"]
+__all__ = ["KERNELS", "mdi"]
 
 
 def scan(a: Tensor, x: Tensor, s0: Tensor | None, reset: Tensor | None) -> Tensor:
@@ -79,6 +79,7 @@ def mdi(
     gate_logits: Tensor | None,
     gate_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """Returns decay and scaled candidate; :func:`mm_rec.ops.mdi` documents the shapes."""
     inputs, rows, width = _mdi_inputs(decay_logits, decay_bias, candidate, gate_logits, gate_bias)
     gamma, x = (common.empty(candidate, *candidate.shape, dtype=torch.float32) for _ in range(2))
     cuda_library().call("mdi_forward", x, *inputs, gamma, x, rows, width)

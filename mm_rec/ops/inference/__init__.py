@@ -6,6 +6,7 @@ whether they can run.
 """
 
 from mm_rec.ops.backend import runs_native
+from mm_rec.ops.inference.draw import SampleRow, sample
 from mm_rec.ops.inference.matrices import (
     PACKED_LEVELS,
     Int8Matrix,
@@ -14,7 +15,6 @@ from mm_rec.ops.inference.matrices import (
     pack_weights,
     quantize_rows,
 )
-from mm_rec.ops.inference.sample import SampleRow, sample
 from mm_rec.ops.inference.step import VECTORS, StepPlan, StepShape
 
 __all__ = [
