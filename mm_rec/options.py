@@ -101,13 +101,13 @@ def from_arguments(cls: type[T], arguments: argparse.Namespace, defaults: Mappin
     return cls(**(values | flags))
 
 
-def from_values(cls: type[T], values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> T:
+def from_values(cls: type[T], values: Mapping[str, Any]) -> T:
     """Settings from Python values, checked as those of a file are; strings and paths are alike, sections are dicts.
 
     Raises:
         UserError: for an unknown name or a value that does not fit.
     """
-    return cls(**{**(defaults or {}), **_checked(values, _fields(cls), "")})
+    return cls(**_checked(values, _fields(cls), ""))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

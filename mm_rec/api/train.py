@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from collections.abc import Mapping
@@ -96,8 +97,7 @@ def train(data: Texts | Mapping[str, Texts] | None = None, *, quiet: bool = Fals
             console = Console(quiet=True) if quiet else processes.make_console()
             if data is not None:
                 folder = data_folder(data, chosen.checkpoint_dir / "data") if processes.is_rank_zero() else Path()
-                folder = broadcast_path(folder)
-                chosen = from_values(TrainSettings, {**settings, "data_dir": folder})
+                chosen = dataclasses.replace(chosen, data_dir=broadcast_path(folder))
             checkpoint = train_stages(chosen, load_data(chosen, console), guard, console)
     except Interrupted as stop:
         if stop.exit_code == 128 + signal.SIGINT:

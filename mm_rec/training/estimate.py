@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +35,9 @@ FIXED_BYTES = 300_000_000
 """What threads, libraries and the tokenizer take on top, whatever the model."""
 
 
+@functools.cache
 def count_parameters(config: ModelConfig) -> int:
-    """Parameters of a model, without making it."""
+    """Returns the number of parameters of a model, counted on one without values the first time."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in MMRecModel(config).parameters())
 

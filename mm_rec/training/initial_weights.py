@@ -25,12 +25,6 @@ from mm_rec.training.settings import TrainSettings, step_cap
 __all__ = ["StartingPoint", "find_starting_point", "starting_checkpoint"]
 
 
-_OTHER_TOKENIZER = (
-    "was trained with another tokenizer than that of the data; use the same --data_dir, --preset, --vocab_size and "
-    "--max_samples as for it, or train the stages before anew"
-)
-
-
 class StartingPoint(NamedTuple):
     """What a stage starts from.
 
@@ -65,8 +59,7 @@ def find_starting_point(settings: TrainSettings, plan: Plan, data: Prepared, dev
     if named is not None:
         config = named.config
         _check_shape(settings, config, f"{settings.resume_from} is")
-        if Tokenizer.load(named.tokenizer_dir).sha256 != data.tokenizer.sha256:
-            raise UserError(f"{settings.resume_from} {_OTHER_TOKENIZER}")
+        _check_tokenizer(named, data, settings.resume_from)
         starts_from = named.trainer["run"]["identity"]["starts_from"]
         _check_rounding(settings, named, device)
     else:
@@ -105,8 +98,7 @@ def _load_weights(settings: TrainSettings, data: Prepared) -> _Weights | None:
     if path is None:
         return None
     found = checkpoint.load(path, weights_only=True)
-    if Tokenizer.load(found.tokenizer_dir).sha256 != data.tokenizer.sha256:
-        raise UserError(f"{path} {_OTHER_TOKENIZER}")
+    _check_tokenizer(found, data, path)
     return _Weights(path, found.config, found.weights, hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest())
 
 
@@ -141,6 +133,15 @@ def _model_config(settings: TrainSettings, data: Prepared, start: _Weights | Non
     if unknown and not STAGES[settings.stage].conversations:
         raise UserError(f"there is data of {unknown[0]}, but the model's experts are {', '.join(config.experts)}")
     return config
+
+
+def _check_tokenizer(found: checkpoint.Checkpoint, data: Prepared, path: Path | None) -> None:
+    """Refuse a checkpoint, named by ``path``, whose tokens are not those of the data."""
+    if Tokenizer.load(found.tokenizer_dir).sha256 != data.tokenizer.sha256:
+        raise UserError(
+            f"{path} was trained with another tokenizer than that of the data; use the same --data_dir, --preset, "
+            "--vocab_size and --max_samples as for it, or train the stages before anew"
+        )
 
 
 def _check_shape(settings: TrainSettings, config: ModelConfig, what: str) -> None:
