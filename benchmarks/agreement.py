@@ -24,7 +24,7 @@ from mm_rec.model import MMRecModel
 
 __all__ = ["PAIRS", "Errors", "compare_backends"]
 
-CONFIG = ModelConfig(vocab_size=64, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, slots=6)
+CONFIG = ModelConfig(vocab_size=64, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16)
 TIME = 101  # not a multiple of anything; twelve blocks of P = 8
 
 

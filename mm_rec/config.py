@@ -8,10 +8,10 @@ from typing import Any
 
 __all__ = ["DEFAULT_PRESET", "DOMAINS", "FLOAT32_MATRICES", "FLOAT32_VECTORS", "PRESETS", "WEIGHTS", "ModelConfig"]
 
-FLOAT32_MATRICES = ("w_g", "address")
+FLOAT32_MATRICES = ("w_g", "key_taps")
 """Matrices of a block that act on float32 states and stay float32 whatever the precision."""
 
-FLOAT32_VECTORS = ("decay_bias", "gate_bias", "rate_logit")
+FLOAT32_VECTORS = ("decay_bias", "gate_bias", "memory_gate_bias")
 """Vectors of a block, which stay float32 whatever the precision, as all vectors do."""
 
 WEIGHTS = ("full", "int8")
@@ -34,8 +34,7 @@ class ModelConfig:
         d_ff: F, hidden width of the feed-forward part.
         experts: names of the experts, which are also the names of the domains.
         gate_every: every how many blocks one is a memory block (recurrent gate and attention).
-        window: W, tokens of short-term memory; twice the pooling block P.
-        slots: S, slots of long-term memory per head.
+        window: W, tokens of short-term memory.
         rotary_base: base of the rotary encoding inside the window.
     """
 
@@ -47,19 +46,16 @@ class ModelConfig:
     experts: tuple[str, ...] = DOMAINS
     gate_every: int = 3
     window: int = 128
-    slots: int = 64
     rotary_base: float = 1000.0
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "gate_every", "window", "slots"):
+        for name in ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "gate_every", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.vocab_size % 64:
             raise ValueError(f"vocab_size must be a multiple of 64, got {self.vocab_size}")
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
             raise ValueError(f"d_model {self.d_model} does not split into {self.n_heads} heads of even size")
-        if self.window % 2:
-            raise ValueError(f"window must be even, got {self.window}")
         if not self.experts or len(set(self.experts)) != len(self.experts):
             raise ValueError(f"experts must be distinct names, at least one, got {self.experts}")
 

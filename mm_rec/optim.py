@@ -20,8 +20,8 @@ __all__ = ["AdamW", "ParameterSlot", "is_decayed"]
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices, but not to the addresses of the long-term slots."""
-    return parameter.ndim >= 2 and name.rpartition(".")[2] != "address"
+    """Whether weight decay applies: to matrices, but not to the weights that mix the keys of the memory."""
+    return parameter.ndim >= 2 and name.rpartition(".")[2] != "key_taps"
 
 
 @dataclass

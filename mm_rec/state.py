@@ -31,15 +31,12 @@ class MemoryState(NamedTuple):
 
     Attributes:
         k, v: (B, W, H, d), keys (un-rotated) and values of the last W tokens, oldest first, activation type.
-        key, value: (B, H, S, d) float32, sums of the long-term slots.
-        mass: (B, H, S) float32, how much was written to each slot.
+        matrix: (B, H, d, d) float32, the long-term memory: maps keys to values.
     """
 
     k: Tensor
     v: Tensor
-    key: Tensor
-    value: Tensor
-    mass: Tensor
+    matrix: Tensor
 
 
 class BlockState(NamedTuple):
@@ -78,9 +75,8 @@ def initial_state(
         if not config.is_memory_block(index):
             return BlockState(h, None)
         ring = torch.zeros(batch_size, config.window, heads, d, dtype=dtype, device=device)
-        slots = torch.zeros(batch_size, heads, config.slots, d, dtype=kept, device=device)
-        mass = torch.zeros(batch_size, heads, config.slots, dtype=kept, device=device)
-        return BlockState(h, MemoryState(ring, ring.clone(), slots, slots.clone(), mass))
+        matrix = torch.zeros(batch_size, heads, d, d, dtype=kept, device=device)
+        return BlockState(h, MemoryState(ring, ring.clone(), matrix))
 
     position = torch.zeros(batch_size, dtype=torch.int64, device=device)
     return ModelState(position, {name: [block(i) for i in range(config.n_layers)] for name in experts})

@@ -7,7 +7,7 @@ from mm_rec.config import ModelConfig
 from mm_rec.model import MMRecModel
 from mm_rec.state import detach_state, flatten_state, initial_state, map_state, unflatten_state
 
-CONFIG = ModelConfig(vocab_size=64, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, slots=6)
+CONFIG = ModelConfig(vocab_size=64, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16)
 
 
 def tokens(rows: int, time: int, seed: int = 0) -> torch.Tensor:

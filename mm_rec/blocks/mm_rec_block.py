@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_rec import ops
@@ -14,7 +15,8 @@ from mm_rec.state import BlockState, MemoryState
 __all__ = ["MMRecBlock"]
 
 DECAY_RANGE = (0.6, 0.999)
-INITIAL_RATE = 0.12  # a slot then forgets over some ten writes; the rate is learned
+MEMORY_DECAY_LOGITS = (5.0, 9.0)  # a head's memory halves in 100 to 5,600 tokens to begin with; learned
+KEY_TAPS = 4  # tokens that a key of the long-term memory is made of
 
 
 class MMRecBlock(nn.Module):
@@ -46,8 +48,10 @@ class MMRecBlock(nn.Module):
             self.w_g = nn.Parameter(torch.empty(heads, d, d))
             self.qkv_proj = nn.Parameter(torch.empty(3 * width, width))
             self.attention_out = nn.Parameter(torch.empty(width, width))
-            self.address = nn.Parameter(torch.empty(heads, config.slots, d))
-            self.rate_logit = nn.Parameter(torch.empty(heads))
+            self.key_taps = nn.Parameter(torch.empty(heads, d, KEY_TAPS))
+            # Of each head of the long-term memory: how much is written, kept and read.
+            self.memory_gates = nn.Parameter(torch.empty(3 * heads, width))
+            self.memory_gate_bias = nn.Parameter(torch.empty(3 * heads))
         self.ffn_up = nn.Parameter(torch.empty(hidden, width))
         self.ffn_down = nn.Parameter(torch.empty(width, hidden))
 
@@ -68,8 +72,13 @@ class MMRecBlock(nn.Module):
             self.w_g.normal_(0, 0.5 * config.head_dim**-0.5, generator=generator)
             self.qkv_proj.normal_(0, config.d_model**-0.5, generator=generator)
             self.attention_out.normal_(0, residual_std, generator=generator)
-            self.address.normal_(0, 4 * config.head_dim**-0.5, generator=generator)
-            self.rate_logit.fill_(math.log(INITIAL_RATE / (1 - INITIAL_RATE)))
+            self.key_taps.normal_(0, 0.3, generator=generator)
+            self.key_taps[..., 0] += 1.0
+            self.memory_gates.normal_(0, 0.02, generator=generator)
+            self.memory_gate_bias.zero_()
+            self.memory_gate_bias[config.n_heads : 2 * config.n_heads] = torch.linspace(
+                *MEMORY_DECAY_LOGITS, config.n_heads
+            )
 
     def forward(
         self, x: Tensor, n: Tensor, position: Tensor, reset: Tensor | None, state: BlockState
@@ -119,9 +128,15 @@ class MMRecBlock(nn.Module):
         """Multi-memory attention; returns the contribution to x and the memories after the last token."""
         config = self.config
         batch, time, width = n.shape
+        window = config.window
         q, k, v = ops.memory_context(ops.linear(n, self.qkv_proj), memory.k, memory.v)
-        rate = torch.sigmoid(self.rate_logit)
-        key, value, mass = ops.memory_update(k, v, self.address, rate, position, memory.key, memory.value, memory.mass)
-        out = ops.memory_read(q, k, v, key, value, mass, position, config.rotary_base)
-        kept = MemoryState(k[:, -config.window :], v[:, -config.window :], key[:, -1], value[:, -1], mass[:, -1])
+        near = ops.window_attention(q, k, v, position, config.rotary_base)
+        gates = ops.linear(n, self.memory_gates).float() + self.memory_gate_bias
+        write, keep, read = gates.split(config.n_heads, dim=-1)
+        key = ops.delta_keys(k, self.key_taps, position)
+        far, matrix = ops.delta_rule(
+            q, key, v[:, window:], torch.sigmoid(write), F.logsigmoid(keep), position, memory.matrix
+        )
+        out = near + ops.rms_norm(far) * (2 * torch.sigmoid(read))[..., None].to(far.dtype)
+        kept = MemoryState(k[:, -window:], v[:, -window:], matrix)
         return ops.linear(out.reshape(batch, time, width), self.attention_out), kept

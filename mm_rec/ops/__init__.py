@@ -7,14 +7,15 @@ checked and dispatched in the module that carries its name, and computed by the 
 """
 
 from mm_rec.ops import cpu, cuda, reference
+from mm_rec.ops.attention import window_attention
 from mm_rec.ops.backend import DeviceStatus, NativeUnavailableError, Status, register, status, use_backend
 from mm_rec.ops.branches import feed_forward, linear_branch
 from mm_rec.ops.cpu.load_library import INTERFACE as CPU_INTERFACE
+from mm_rec.ops.delta_rule import delta_keys, delta_rule
 from mm_rec.ops.gated_recurrence import gated_recurrence
 from mm_rec.ops.linear import linear, matmul
 from mm_rec.ops.loss import linear_cross_entropy
 from mm_rec.ops.mdi import mdi
-from mm_rec.ops.memory import memory_read, memory_update
 from mm_rec.ops.memory_context import memory_context
 from mm_rec.ops.norm import add_rms_norm, readout, relu_squared, rms_norm
 from mm_rec.ops.optimizer import Update, Updates, adamw_, sum_of_squares
@@ -31,6 +32,8 @@ __all__ = [
     "Updates",
     "adamw_",
     "add_rms_norm",
+    "delta_keys",
+    "delta_rule",
     "feed_forward",
     "gated_recurrence",
     "linear",
@@ -39,8 +42,6 @@ __all__ = [
     "matmul",
     "mdi",
     "memory_context",
-    "memory_read",
-    "memory_update",
     "readout",
     "recurrence",
     "reference",
@@ -51,6 +52,7 @@ __all__ = [
     "status",
     "sum_of_squares",
     "use_backend",
+    "window_attention",
 ]
 
 # Back ends import ops.backend, so it learns of them here. Each is loaded at the first op on its device, not now.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["check_float", "check_shape", "check_start", "check_type", "one_type"]
+__all__ = ["check_context", "check_float", "check_shape", "check_start", "check_type", "one_type"]
 
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
@@ -46,6 +46,18 @@ def check_type(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype,
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
     if x.device != like.device:
         raise ValueError(f"{name} is on {x.device}, the other arguments on {like.device}")
+
+
+def check_context(name: str, x: Tensor, position: Tensor) -> int:
+    """``x`` must be (B, W + T, H, d) floating-point with W at least 1, and ``position`` (B, T); returns W."""
+    check_float(name, x, 4)
+    if position.dim() != 2 or position.shape[0] != x.shape[0] or not position.shape[1]:
+        raise ValueError(f"position must be ({x.shape[0]}, T), got {tuple(position.shape)}")
+    check_type("position", position, position.shape, torch.int64, x)
+    window = x.shape[1] - position.shape[1]
+    if window < 1:
+        raise ValueError(f"{name} must hold a window and the chunk, got {x.shape[1]} tokens for {position.shape[1]}")
+    return window
 
 
 def check_start(name: str, state: Tensor | None, reset: Tensor | None, shape: Sequence[int], like: Tensor) -> None:

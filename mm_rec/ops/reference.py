@@ -3,8 +3,7 @@
 This file is the mathematics: slow, short, and differentiable by autograd alone. The native kernels
 (CPU and CUDA) are compared with it, outputs and every gradient, and never the other way round.
 
-Letters: B batch, T time, D width, H heads, d = D / H, W window, P pooling block, S long-term slots,
-E = ceil(T / P) writes to the long-term memory that T tokens can cause at most, V vocabulary, N = B * T rows.
+Letters: B batch, T time, D width, H heads, d = D / H, W window, V vocabulary, N = B * T rows.
 
 Every op computes in float32, or in float64 if an input is float64 (for ``gradcheck``); lower precision
 inputs are widened first.
@@ -27,15 +26,14 @@ __all__ = [
     "GAMMA_MIN",
     "NORM_EPS",
     "add_rms_norm",
+    "delta_keys",
+    "delta_rule",
     "feed_forward",
     "gated_recurrence",
     "linear_branch",
     "linear_cross_entropy",
     "mdi",
     "memory_context",
-    "memory_read",
-    "memory_update",
-    "memory_versions",
     "readout",
     "recurrence",
     "relu_squared",
@@ -44,6 +42,7 @@ __all__ = [
     "rotate",
     "scan",
     "split_projected",
+    "window_attention",
 ]
 
 
@@ -255,116 +254,64 @@ def memory_context(qkv: Tensor, ring_k: Tensor, ring_v: Tensor) -> tuple[Tensor,
     return rms_norm(q), torch.cat([ring_k, rms_norm(k)], dim=1), torch.cat([ring_v, v], dim=1)
 
 
-def _write_index(position: Tensor, window: int, block: int) -> tuple[Tensor, Tensor]:
-    """Find the tokens that cause a write to the long-term memory, and how many writes each token has seen.
+def window_attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, rotary_base: float = 1000.0) -> Tensor:
+    """Softmax attention over a sliding window of recent tokens.
 
-    Returns:
-        writes: (B, T) bool, and version: (B, T) int64, the number of writes at or before each token.
+    A token sees the last W tokens of its own document, itself included, under rotary encoding.
+    Shapes as in :func:`mm_rec.ops.window_attention`.
     """
-    writes = (position % block == 0) & (position >= window)
-    return writes, writes.long().cumsum(dim=1)
-
-
-def memory_versions(time: int, window: int) -> int:
-    """Returns how many versions of the long-term memory a chunk needs, E + 1: the given one and one for each write."""
-    return -(-time // (window // 2)) + 1
-
-
-def memory_update(
-    k: Tensor,
-    v: Tensor,
-    address: Tensor,
-    rate: Tensor,
-    position: Tensor,
-    key0: Tensor,
-    value0: Tensor,
-    mass0: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """All writes to the long-term memory that a chunk of tokens causes. Shapes as in :func:`mm_rec.ops.memory_update`.
-
-    A token whose position in its document is a multiple of P, and at least W = 2P, writes the P tokens in
-    the older half of the ring before it is read itself: those W to W - P + 1 places behind it. Token t goes
-    to the slots of its own choice with weights w_t = rate * softmax_s(k_t . address_s), and slot s becomes
-
-        a = prod_t (1 - w_t[s]);  M[s] <- a M[s] + sum_t w_t[s] (k_t, v_t);  mass[s] <- a mass[s] + sum_t w_t[s]
-
-    The coefficients don't depend on M, so all writes are one :func:`scan`. The first write of a document
-    (position W) starts from an empty memory. W is k.shape[1] - position.shape[1] and P is W / 2.
-    """
-    batch, time = position.shape
-    window = k.shape[1] - time
-    block = window // 2
-    k, v, address, rate = _wide(k), _wide(v), _wide(address), _wide(rate)
-    key, value, mass = _wide(key0), _wide(value0), _wide(mass0)
-    writes, version = _write_index(position, window, block)
-    keys, values, masses = [key], [value], [mass]
-    offset = torch.arange(block, device=k.device)
-    row = torch.arange(batch, device=k.device)[:, None]
-    for event in range(1, memory_versions(time, window)):
-        hit = writes & (version == event)
-        happens = hit.any(dim=1)
-        at = hit.long().argmax(dim=1)  # W tokens before token `at` is context index `at`
-        source = at[:, None] + offset
-        k_old, v_old = k[row, source], v[row, source]  # (B, P, H, d)
-        weight = rate[:, None] * torch.einsum("bphd,hsd->bphs", k_old, address).softmax(dim=-1)
-        weight = weight * happens[:, None, None, None]
-        decay = (1 - weight).prod(dim=1)
-        first = happens & (position.gather(1, at[:, None])[:, 0] == window)
-        decay = decay.masked_fill(first[:, None, None], 0.0)
-        key = decay[..., None] * key + torch.einsum("bphs,bphd->bhsd", weight, k_old)
-        value = decay[..., None] * value + torch.einsum("bphs,bphd->bhsd", weight, v_old)
-        mass = decay * mass + weight.sum(dim=1)
-        keys.append(key)
-        values.append(value)
-        masses.append(mass)
-    return torch.stack(keys, 1), torch.stack(values, 1), torch.stack(masses, 1)
-
-
-def memory_read(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mass: Tensor,
-    position: Tensor,
-    rotary_base: float = 1000.0,
-) -> Tensor:
-    """One softmax over the window of recent tokens and the slots of the long-term memory.
-
-    A token sees the last W tokens of its own document, itself included, under rotary encoding, and the
-    slots as they are after the writes up to its position: key rms_norm(M_k), value M_v / mass, logit
-    q . key / sqrt(d) + log mass. Slots of mass 0 are masked, and so are all slots before position W.
-    Shapes as in :func:`mm_rec.ops.memory_read`.
-    """
-    batch, time, _, head_dim = q.shape
+    time, head_dim = q.shape[1], q.shape[3]
     window = k.shape[1] - time
     out_dtype = q.dtype
     q, k, v = _wide(q), _wide(k), _wide(v)
-    key, value, mass = _wide(key), _wide(value), _wide(mass)
-    scale = 1 / math.sqrt(head_dim)
-
     context = torch.arange(window + time, device=q.device)
     here = context[window:]
-    recent = torch.einsum("bthd,bchd->bhtc", rotate(q, here, rotary_base), rotate(k, context, rotary_base)) * scale
+    scale = 1 / math.sqrt(head_dim)
+    logits = torch.einsum("bthd,bchd->bhtc", rotate(q, here, rotary_base), rotate(k, context, rotary_base)) * scale
     visible = (context <= here[:, None]) & (context > here[:, None] - window)  # (T, W + T)
     visible = visible & (context >= (here - position)[..., None])  # (B, T, W + T)
-    recent = recent.masked_fill(~visible[:, None], -math.inf)
+    weight = logits.masked_fill(~visible[:, None], -math.inf).softmax(dim=-1)
+    return torch.einsum("bhtc,bchd->bthd", weight, v).to(out_dtype)
 
-    _, version = _write_index(position, window, window // 2)
-    row = torch.arange(batch, device=q.device)[:, None]
-    filled = mass > 0
-    safe_mass = torch.where(filled, mass, 1.0)
-    slot_logits = torch.einsum("bthd,bthsd->bhts", q, rms_norm(key)[row, version]) * scale
-    slot_logits = slot_logits + safe_mass.log()[row, version].transpose(1, 2)
-    usable = filled[row, version] & (position >= window)[..., None, None]  # (B, T, H, S)
-    slot_logits = slot_logits.masked_fill(~usable.transpose(1, 2), -math.inf)
 
-    weight = torch.cat([recent, slot_logits], dim=-1).softmax(dim=-1)
-    out = torch.einsum("bhtc,bchd->bthd", weight[..., : window + time], v)
-    slot_value = (value / safe_mass[..., None])[row, version]
-    out = out + torch.einsum("bhts,bthsd->bthd", weight[..., window + time :], slot_value)
-    return out.to(out_dtype)
+def delta_keys(k: Tensor, taps: Tensor, position: Tensor) -> Tensor:
+    """Keys under which values are stored: the keys of a token and of those before it, weighted, of length 1.
+
+    key_t = c_t / |c_t| with c_t = sum_j taps[..., j] * k_{t-j} over the tokens of the same document. So a value can be
+    found by what stood before it. Shapes as in :func:`mm_rec.ops.delta_keys`.
+    """
+    time, reach = position.shape[1], taps.shape[2]
+    window = k.shape[1] - time
+    out_dtype = k.dtype
+    k, taps = _wide(k), _wide(taps)
+    total = torch.zeros_like(k[:, window:])
+    for j in range(reach):
+        same_document = (position >= j)[..., None, None]
+        total = total + taps[..., j] * k[:, window - j : window - j + time].masked_fill(~same_document, 0.0)
+    return (total * torch.rsqrt(total.square().sum(-1, keepdim=True) + NORM_EPS)).to(out_dtype)
+
+
+def delta_rule(
+    q: Tensor, key: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, position: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule (arXiv 2412.06464): a matrix per head that maps keys to values.
+
+    S <- exp(log_decay_t) S, emptied before the first token of a document;
+    S <- S + beta_t key_t (v_t - S^T key_t)^T;  out_t = S^T q_t
+
+    With keys of length 1 and beta = 1 the value under a key is replaced, and what lies under orthogonal keys stays.
+    Shapes as in :func:`mm_rec.ops.delta_rule`.
+    """
+    out_dtype = q.dtype
+    q, key, v, beta, log_decay, state = (_wide(x) for x in (q, key, v, beta, log_decay, state))
+    decay = log_decay.exp().masked_fill((position == 0)[..., None], 0.0)
+    out = []
+    for t in range(q.shape[1]):
+        state = decay[:, t, :, None, None] * state
+        error = v[:, t] - torch.einsum("bhi,bhij->bhj", key[:, t], state)
+        state = state + torch.einsum("bh,bhi,bhj->bhij", beta[:, t], key[:, t], error)
+        out.append(torch.einsum("bhi,bhij->bhj", q[:, t], state))
+    return torch.stack(out, dim=1).to(out_dtype), state
 
 
 def linear_cross_entropy(

@@ -18,7 +18,7 @@ from mm_rec.text.tokenizer import MIN_VOCAB_SIZE
 __all__ = ["MODEL_SHAPE", "TrainSettings", "step_cap"]
 
 MODEL_SHAPE = (
-    "vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "gate_every", "window", "slots", "rotary_base"
+    "vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "gate_every", "window", "rotary_base"
 )  # fmt: skip
 """Settings that change the shape of a preset: fields of ModelConfig."""
 
@@ -44,7 +44,6 @@ class TrainSettings:
     d_ff: Annotated[int | None, _size("width inside the feed-forward part of a block")] = None
     gate_every: Annotated[int | None, _size("every how many blocks one is a memory block, which attends")] = None
     window: Annotated[int | None, _size("tokens of short-term memory", minimum=2)] = None
-    slots: Annotated[int | None, _size("slots of long-term memory of each head")] = None
     rotary_base: Annotated[float | None, _size("base of the rotary encoding inside the window", maximum=1e9)] = None
     data_dir: Annotated[Path, Option("folder with text/*.jsonl and code/*.jsonl", shared=True)] = Path("data")
     download_data: Annotated[bool, Option("download data into --data_dir if none is there", shared=True)] = False

@@ -10,7 +10,7 @@ from mm_rec.data.pack import Document, TokenStore, write_store
 from mm_rec.evaluation.bits_per_byte import Documents, evaluate, select_documents
 from mm_rec.model import MMRecModel
 
-CONFIG = ModelConfig(vocab_size=64, d_model=32, n_heads=2, n_layers=3, d_ff=32, window=16, slots=4)
+CONFIG = ModelConfig(vocab_size=64, d_model=32, n_heads=2, n_layers=3, d_ff=32, window=16)
 
 
 def documents(lengths: list[int], seed: int = 0) -> list[np.ndarray]:

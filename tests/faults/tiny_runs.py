@@ -35,7 +35,7 @@ from mm_rec.training import progress, run_estimate, trainer
 from mm_rec.training.trainer import Trainer
 
 STAGES = ("stage1", "stage2", "stage3", "instruct", "chat")
-CONFIG = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8, slots=2)
+CONFIG = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8)
 STEPS, SAVE_EVERY, EVALUATE_EVERY = 10, 3, 4
 
 

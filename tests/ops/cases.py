@@ -128,15 +128,15 @@ def relu_squared(shape: tuple[int, ...], dtype: torch.dtype) -> Arguments:
     return (Random(dtype, "relu_squared", shape).activation(*shape),)
 
 
-# (B, T, W, H, d, S, position of each row's first token, tokens that start a document)
-MemoryCase = tuple[int, int, int, int, int, int, list[int], set[tuple[int, int]]]
+# (B, T, W, H, d, position of each row's first token, tokens that start a document)
+MemoryCase = tuple[int, int, int, int, int, list[int], set[tuple[int, int]]]
 MEMORY_SHAPES: dict[str, MemoryCase] = {
-    "one-token": (1, 1, 16, 1, 6, 3, [40], set()),
-    "one-token-that-writes": (2, 1, 8, 2, 4, 5, [8, 12], set()),
-    "short-documents": (3, 171, 16, 1, 16, 7, [0, 5, 16], {(0, 0), (1, 77), (1, 79), (1, 100)}),
-    "model-sizes": (2, 150, 128, 2, 64, 64, [0, 300], {(1, 30)}),
-    "odd-sizes": (17, 63, 8, 3, 10, 5, list(range(17)), {(3, 20), (4, 62)}),
-    "far-into-a-document": (1, 513, 64, 1, 34, 20, [100_000], set()),
+    "one-token": (1, 1, 16, 1, 6, [40], set()),
+    "first-token": (2, 1, 8, 2, 4, [0, 12], set()),
+    "short-documents": (3, 171, 16, 1, 16, [0, 5, 16], {(0, 0), (1, 77), (1, 79), (1, 128)}),
+    "model-sizes": (2, 150, 128, 2, 64, [0, 300], {(1, 30)}),
+    "odd-sizes": (17, 63, 7, 3, 10, list(range(17)), {(3, 20), (4, 62)}),
+    "far-into-a-document": (1, 513, 64, 1, 34, [100_000], set()),
 }
 
 
@@ -152,26 +152,29 @@ def positions(batch: int, time: int, start: list[int], resets: set[tuple[int, in
     return torch.tensor(rows)
 
 
-def memory_update(case: MemoryCase, dtype: torch.dtype) -> Arguments:
-    batch, time, window, heads, d, slots, start, resets = case
-    random = Random(dtype, "memory_update", batch, time, d)
-    k, v = (random.activation(batch, window + time, heads, d) for _ in range(2))
-    address, rate = random.normal(heads, slots, d, scale=4 * d**-0.5), torch.sigmoid(random.normal(heads))
-    key, value = (random.normal(batch, heads, slots, d) for _ in range(2))
-    return k, v, address, rate, positions(batch, time, start, resets), key, value, random.uniform(batch, heads, slots)
-
-
-def memory_read(case: MemoryCase, dtype: torch.dtype) -> Arguments:
-    batch, time, window, heads, d, slots, start, resets = case
-    random = Random(dtype, "memory_read", batch, time, d)
+def window_attention(case: MemoryCase, dtype: torch.dtype) -> Arguments:
+    batch, time, window, heads, d, start, resets = case
+    random = Random(dtype, "window_attention", batch, time, d)
     q = random.activation(batch, time, heads, d)
     k, v = (random.activation(batch, window + time, heads, d) for _ in range(2))
-    versions = -(-time // (window // 2)) + 1
-    key, value = (random.normal(batch, versions, heads, slots, d) for _ in range(2))
-    mass = random.uniform(batch, versions, heads, slots) * 3 + 0.05
-    value = value * mass[..., None]  # a sum of values, each as large as any
-    mass = mass.masked_fill(random.uniform(*mass.shape) < 0.2, 0.0)  # empty slots
-    return q, k, v, key, value, mass, positions(batch, time, start, resets), 1000.0
+    return q, k, v, positions(batch, time, start, resets), 1000.0
+
+
+def delta_keys(case: MemoryCase, dtype: torch.dtype) -> Arguments:
+    batch, time, window, heads, d, start, resets = case
+    random = Random(dtype, "delta_keys", batch, time, d)
+    taps = random.normal(heads, d, 4)
+    return random.activation(batch, window + time, heads, d), taps, positions(batch, time, start, resets)
+
+
+def delta_rule(case: MemoryCase, dtype: torch.dtype) -> Arguments:
+    batch, time, _, heads, d, start, resets = case
+    random = Random(dtype, "delta_rule", batch, time, d)
+    q, key, v = (random.activation(batch, time, heads, d) for _ in range(3))
+    key = torch.nn.functional.normalize(key.double(), dim=-1).to(dtype)
+    beta = random.uniform(batch, time, heads)
+    log_decay = torch.nn.functional.logsigmoid(random.normal(batch, time, heads, scale=2.0) + 3.0)
+    return q, key, v, beta, log_decay, positions(batch, time, start, resets), random.normal(batch, heads, d, d)
 
 
 def gated_recurrence(shape: tuple[int, int, int, int], loop: bool, state: bool, dtype: torch.dtype) -> Arguments:
@@ -225,8 +228,8 @@ def _all_cases() -> dict[str, dict[str, Builder]]:
     cases["rms_norm"]["to-bfloat16"] = partial(rms_norm, (3, 5, 66), torch.bfloat16)
     cases["rms_norm"]["heads"] = partial(rms_norm, (2, 5, 3, 10), None)
     cases["rms_norm"]["vector"] = partial(rms_norm, (7,), None)
-    cases["memory_update"] = {name: partial(memory_update, case) for name, case in MEMORY_SHAPES.items()}
-    cases["memory_read"] = {name: partial(memory_read, case) for name, case in MEMORY_SHAPES.items()}
+    for build in (window_attention, delta_keys, delta_rule):
+        cases[build.__name__] = {name: partial(build, case) for name, case in MEMORY_SHAPES.items()}
     cases["linear_cross_entropy"] = {
         f"{rows}x{width}x{vocabulary}-{'weighted' if weighted else 'mean'}": partial(
             linear_cross_entropy, rows, width, vocabulary, weighted

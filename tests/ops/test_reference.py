@@ -14,24 +14,25 @@ from mm_rec.ops import reference
 
 from .cases import (
     add_rms_norm,
+    delta_keys,
+    delta_rule,
     feed_forward,
     gated_recurrence,
     linear_branch,
     linear_cross_entropy,
     mdi,
     memory_context,
-    memory_read,
-    memory_update,
     positions,
     readout,
     recurrence,
     relu_squared,
     rms_norm,
     scan,
+    window_attention,
 )
 
 SHAPE = (2, 5, 6, 3)
-MEMORY = (2, 9, 4, 2, 4, 3, [0, 6], {(1, 3)})
+MEMORY = (2, 9, 4, 2, 4, [0, 6], {(1, 3)})
 F64 = torch.float64
 SMALL_CASES: dict[str, tuple[Any, ...]] = {
     "scan": scan(SHAPE, True, F64),
@@ -41,8 +42,9 @@ SMALL_CASES: dict[str, tuple[Any, ...]] = {
     "rms_norm": rms_norm((3, 5), None, F64),
     "add_rms_norm": add_rms_norm((3, 5), F64),
     "relu_squared": relu_squared((3, 5), F64),
-    "memory_update": memory_update(MEMORY, F64),
-    "memory_read": memory_read(MEMORY, F64),
+    "window_attention": window_attention(MEMORY, F64),
+    "delta_keys": delta_keys(MEMORY, F64),
+    "delta_rule": delta_rule(MEMORY, F64),
     "linear_cross_entropy": linear_cross_entropy(4, 5, 7, True, F64),
 }
 COMPOSITE_CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -76,8 +78,6 @@ def _leaf(x: Any) -> Any:
 @pytest.mark.parametrize("op", SMALL_CASES)
 def test_gradcheck(op: str) -> None:
     arguments = [_leaf(x) for x in SMALL_CASES[op]]
-    if op == "memory_read":  # at mass 0 a slot jumps from masked to read
-        arguments[5] = (SMALL_CASES[op][5] + 0.1).requires_grad_()
     assert torch.autograd.gradcheck(getattr(reference, op), arguments)
 
 
@@ -102,22 +102,29 @@ def test_recurrence_without_feedback_is_a_scan() -> None:
     assert torch.equal(h_last, h[:, -1])
 
 
-def test_reading_an_empty_memory_is_causal_attention() -> None:
+def test_a_window_as_wide_as_the_chunk_is_causal_attention() -> None:
     batch, time, window, heads, d = 2, 6, 8, 2, 4
-    q, k, v, key, value, mass, _, base = memory_read((batch, time, window, heads, d, 3, [0], set()), F64)
-    out = reference.memory_read(q, k, v, key, value, mass * 0, positions(batch, time, [0], set()), base)
+    q, k, v, _, base = window_attention((batch, time, window, heads, d, [0], set()), F64)
+    out = reference.window_attention(q, k, v, positions(batch, time, [0], set()), base)
     index = torch.arange(window, window + time)
     q, k = (reference.rotate(x, index, base).transpose(1, 2) for x in (q, k[:, window:]))
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v[:, window:].transpose(1, 2), is_causal=True)
     assert torch.allclose(out, want.transpose(1, 2))
 
 
-def test_mass_of_a_slot_counts_what_was_written() -> None:
-    """With rate 1 and one slot, a write replaces the memory by the sum of what it wrote, and mass counts the tokens."""
-    batch, time, window = 1, 9, 8
-    k, v, address, _, position, key, value, mass = memory_update((batch, time, window, 1, 4, 1, [0], set()), F64)
-    _, new_value, new_mass = reference.memory_update(
-        k, v, address, torch.ones(1, dtype=F64), position, key, value, mass
-    )
-    assert torch.equal(new_mass[0, -1], torch.full((1, 1), window / 2, dtype=F64))
-    assert torch.allclose(new_value[0, -1, 0, 0], v[0, window : window + window // 2, 0].sum(0))
+def test_the_delta_rule_replaces_what_lies_under_a_key() -> None:
+    """Two orthogonal keys, the first written twice: each then gives the value written last, without any decay."""
+    key = torch.eye(4, dtype=F64)[[0, 1, 0]].view(1, 3, 1, 4)
+    v = torch.randn(1, 3, 1, 4, dtype=F64)
+    one, none = torch.ones(1, 3, 1, dtype=F64), torch.zeros(1, 3, 1, dtype=F64)
+    _, state = reference.delta_rule(key, key, v, one, none, torch.arange(3)[None], torch.zeros(1, 1, 4, 4, dtype=F64))
+    assert torch.equal(state[0, 0, 0], v[0, 2, 0])
+    assert torch.equal(state[0, 0, 1], v[0, 1, 0])
+
+
+def test_a_key_is_made_of_its_own_document_alone() -> None:
+    k, taps, _ = delta_keys((1, 3, 8, 1, 4, [5], set()), F64)
+    position = torch.tensor([[5, 0, 1]])
+    key = reference.delta_keys(k, taps, position)
+    assert torch.allclose(key[0, 1], reference.delta_keys(k[:, 8:10], taps[..., :1], torch.tensor([[0]]))[0, 0])
+    assert not torch.allclose(key[0, 0], reference.delta_keys(k[:, 7:9], taps[..., :1], torch.tensor([[0]]))[0, 0])

@@ -17,8 +17,6 @@ pytestmark = pytest.mark.native
 
 # Which case of each op: small, and with all optional arguments where there are some.
 CHOSEN = {op: list(cases.values())[1] for op, cases in CASES.items()}
-CHOSEN["memory_read"] = CHOSEN["memory_update"] = CASES["memory_read"]["one-token-that-writes"]
-CHOSEN["memory_update"] = CASES["memory_update"]["one-token-that-writes"]
 
 
 def _leaves(arguments: tuple[Any, ...]) -> list[Any]:

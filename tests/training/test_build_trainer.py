@@ -50,7 +50,7 @@ def test_what_cannot_fit_is_refused_before_it_starts(
 def test_gradient_checkpointing_comes_when_nothing_else_fits(
     data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deep = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=8, d_ff=16, gate_every=8, window=8, slots=2)
+    deep = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=8, d_ff=16, gate_every=8, window=8)
     monkeypatch.setitem(PRESETS, "tiny", deep)
     wanted = settings(tmp_path, batch_size=2, seq_len=512, max_steps=1, precision="fp32")
     training = training_bytes(count_parameters(deep), "fp32")
