@@ -16,8 +16,6 @@
 #include "gated_scan.h"
 #include "loss.h"
 #include "mdi.h"
-#include "memory_read_backward.h"
-#include "memory_update.h"
 #include "norm.h"
 #include "optimizer.h"
 #include "recurrence_backward.h"
@@ -26,6 +24,7 @@
 #include "step.h"
 #include "tile_product.h"
 #include "vector_product.h"
+#include "window_attention_backward.h"
 
 using namespace mm_rec::MM_LEVEL;
 
@@ -267,38 +266,35 @@ static void fill_positions(Source& from, int64_t batch, int64_t time, int64_t wi
     }
 }
 
+// Rows of heads: those of a sequence evenly spaced, and now and then a gap between sequences.
 template <class T>
-static void fuzz_memory(Source& from) {
-    const int64_t batch = from.number(1, 3), time = from.number(1, 100), window = 2 * from.number(1, 40);
-    const int64_t heads = from.number(1, 3), d = 2 * from.number(1, 35), slots = from.number(1, 40);
-    const int64_t width = heads * d, context = window + time;
+struct Heads : Block<T> {
+    int64_t sequence, row;
+    Heads(Source& from, int64_t batch, int64_t time, int64_t width)
+        : Heads(from, batch, time, width, width + from.number(0, 5), from.number(0, 9)) {}
+    Heads(Source& from, int64_t batch, int64_t time, int64_t width, int64_t row, int64_t gap)
+        : Block<T>(from, (batch - 1) * (time * row + gap) + (time - 1) * row + width), sequence(time * row + gap),
+          row(row) {}
+    HeadRows<const T> rows() const { return {this->data, sequence, row}; }
+};
+
+template <class T>
+static void fuzz_window_attention(Source& from) {
+    const int64_t batch = from.number(1, 3), time = from.number(1, 100), window = from.number(1, 80);
+    const int64_t heads = from.number(1, 3), d = 2 * from.number(1, 35), width = heads * d, context = window + time;
     const int threads = threads_of(from);
     Block<int64_t> position(from, batch * time);
     fill_positions(from, batch, time, window, position);
-    const MemoryShape s{batch, time, window, heads, d, slots, position};
-    Strided<T> q(from, batch * time, width), k(from, batch * context, width), v(from, batch * context, width);
-    Floats address(from, width * slots), rate(from, heads);
-    const int64_t memory = batch * heads * slots, all = memory * s.versions();
-    Floats key0(from, memory * d), value0(from, memory * d), mass0(from, memory);
-    Floats key(from, all * d), value(from, all * d), mass(from, all);
-    const UpdateInputs<T> update{s, {k, k.row}, {v, v.row}, address, rate};
-    const Memory<const float> initial{key0, value0, mass0}, given{key, value, mass};
-    const int written = memory_update(update, initial, Memory<float>{key, value, mass}, threads);
-
+    Heads<T> q(from, batch, time, width), k(from, batch, context, width), v(from, batch, context, width);
     Floats cosine(from, context * d / 2), sine(from, context * d / 2), lse(from, batch * heads * time);
     Block<T> out(from, batch * time * width);
-    const ReadInputs<T> read{s, {q, q.row}, {k, k.row}, {v, v.row}, given, cosine, sine};
-    if (memory_read<T>(read, out, lse, threads) != written) abort();  // both judge the positions
+    const AttentionInputs<T> in{{batch, time, window, heads, d, position}, q.rows(), k.rows(), v.rows(), cosine, sine};
+    const int done = window_attention<T>(in, out, lse, threads);
 
     Block<T> dq(from, batch * time * width), dk(from, batch * context * width), dv(from, batch * context * width);
-    Strided<T> dout(from, batch * time, width);
-    Floats dkey(from, all * d), dvalue(from, all * d), dmass(from, all);
-    const ReadFromAbove<T> above{{dout, dout.row}, {out, width}, lse};
-    memory_read_backward(read, above, ReadGradients<T>{dq, dk, dv, {dkey, dvalue, dmass}}, threads);
-    Floats daddress(from, batch * width * slots), drate(from, batch * heads);
-    Floats dkey0(from, memory * d), dvalue0(from, memory * d), dmass0(from, memory);
-    const UpdateGradients<T> gradients{dk, dv, daddress, drate, {dkey0, dvalue0, dmass0}};
-    memory_update_backward(update, given, Memory<const float>{dkey, dvalue, dmass}, gradients, threads);
+    Heads<T> dout(from, batch, time, width);
+    const AttentionFromAbove<T> above{dout.rows(), {out, time * width, width}, lse};
+    if (window_attention_backward(in, above, AttentionGradients<T>{dq, dk, dv}, threads) != done) abort();
 }
 
 // A model of random sizes, its weights each a block of their own.
@@ -327,8 +323,7 @@ struct StepModel {
         p.hidden = from.number(1, 70);
         p.decay_width = from.number(1, 20);
         p.vocabulary = from.number(1, 50);
-        p.window = 2 * from.number(1, 20);
-        p.slots = from.number(1, 20);
+        p.window = from.number(1, 40);
         p.blocks = from.number(1, 3);
         p.experts = from.number(1, 2);
         const int64_t every = from.number(1, 3), d = p.width / p.heads;
@@ -346,8 +341,6 @@ struct StepModel {
                 b.w_g = block<float>(p.width * d);
                 b.qkv_proj = matrix(3 * p.width, p.width);
                 b.attention_out = matrix(p.width, p.width);
-                b.address = block<float>(p.width * p.slots);
-                b.rate_logit = block<float>(p.heads);
             }
             blocks.push_back(b);
         }
@@ -370,15 +363,14 @@ static void fuzz_step(Source& from) {
     StepModel model(from, sizeof(T) == 2);
     const StepPlan& p = model.plan;
     const int64_t n = p.experts * p.blocks * batch * p.width, capacity = p.window + offset + room;
-    const int64_t memories = p.experts * p.memory_blocks, slots = memories * batch * p.heads * p.slots;
+    const int64_t memories = p.experts * p.memory_blocks;
     Block<int64_t> tokens(from, batch), position(from, batch);
     fill_positions(from, 1, batch, p.window, position);
     for (int64_t b = 0; b < batch; ++b) tokens.data[b] = int64_t(from.values() % p.vocabulary) - (wild && b == 0);
     Floats h(from, n), h_after(from, n), logits(from, batch * p.vocabulary);
     const Scratch scratch(step_scratch(p, batch, threads));
     Block<T> ring(from, memories * 2 * batch * capacity * p.width);
-    Floats key(from, slots * (p.width / p.heads)), value(from, slots * (p.width / p.heads)), mass(from, slots);
-    const StepState state{position, h, in_place ? h.data : h_after.data, ring, capacity, offset, {key, value, mass}};
+    const StepState state{position, h, in_place ? h.data : h_after.data, ring, capacity, offset};
     step(p, state, batch, tokens, logits, scratch.data, threads);
 }
 
@@ -498,8 +490,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         case 10: fuzz_loss<float>(from); break;
         case 11: fuzz_loss<bf16>(from); break;
         case 12: fuzz_optimizer(from); break;
-        case 13: fuzz_memory<float>(from); break;
-        case 14: fuzz_memory<bf16>(from); break;
+        case 13: fuzz_window_attention<float>(from); break;
+        case 14: fuzz_window_attention<bf16>(from); break;
         case 15: fuzz_gated_scan<float>(from); break;
         case 16: fuzz_gated_scan<bf16>(from); break;
         case 17: fuzz_step<float>(from); break;

@@ -6,12 +6,11 @@
 #include "gated_scan.h"
 #include "loss.h"
 #include "mdi.h"
-#include "memory_read_backward.h"
-#include "memory_update.h"
 #include "norm.h"
 #include "optimizer.h"
 #include "recurrence_backward.h"
 #include "scan.h"
+#include "window_attention_backward.h"
 
 using namespace mm_rec::MM_LEVEL;
 
@@ -204,57 +203,30 @@ MM_EXPORT(double, sum_of_squares)
     return sum_of_squares(tensors, data, sizes, types, threads);
 }
 
-MM_EXPORT(int, memory_update)
-(int type, int64_t batch, int64_t time, int64_t window, int64_t heads, int64_t d, int64_t slots, const int64_t* position,
- const void* k, int64_t k_row, const void* v, int64_t v_row, const float* address, const float* rate,
- const float* key0, const float* value0, const float* mass0, float* key, float* value, float* mass, int threads) {
+// Rows of heads come as the distances from sequence to sequence and from row to row.
+MM_EXPORT(int, window_attention)
+(int type, int64_t batch, int64_t time, int64_t window, int64_t heads, int64_t d, const int64_t* position,
+ const void* q, int64_t q_sequence, int64_t q_row, const void* k, int64_t k_sequence, int64_t k_row, const void* v,
+ int64_t v_sequence, int64_t v_row, const float* cosine, const float* sine, void* out, float* lse, int threads) {
     return with_type(type, [&](auto t) {
         using T = decltype(t);
-        const MemoryShape shape{batch, time, window, heads, d, slots, position};
-        const UpdateInputs<T> in{shape, {as(k, t), k_row}, {as(v, t), v_row}, address, rate};
-        return memory_update(in, Memory<const float>{key0, value0, mass0}, Memory<float>{key, value, mass}, threads);
+        const AttentionInputs<T> in{{batch, time, window, heads, d, position}, {as(q, t), q_sequence, q_row},
+                                    {as(k, t), k_sequence, k_row}, {as(v, t), v_sequence, v_row}, cosine, sine};
+        return window_attention(in, as(out, t), lse, threads);
     });
 }
 
-MM_EXPORT(int, memory_update_backward)
-(int type, int64_t batch, int64_t time, int64_t window, int64_t heads, int64_t d, int64_t slots, const int64_t* position,
- const void* k, int64_t k_row, const void* v, int64_t v_row, const float* address, const float* rate,
- const float* key, const float* value, const float* mass, const float* dkey, const float* dvalue, const float* dmass,
- void* dk, void* dv, float* daddress, float* drate, float* dkey0, float* dvalue0, float* dmass0, int threads) {
+MM_EXPORT(int, window_attention_backward)
+(int type, int64_t batch, int64_t time, int64_t window, int64_t heads, int64_t d, const int64_t* position,
+ const void* q, int64_t q_sequence, int64_t q_row, const void* k, int64_t k_sequence, int64_t k_row, const void* v,
+ int64_t v_sequence, int64_t v_row, const float* cosine, const float* sine, const void* dout, int64_t dout_sequence,
+ int64_t dout_row, const void* out, const float* lse, void* dq, void* dk, void* dv, int threads) {
     return with_type(type, [&](auto t) {
         using T = decltype(t);
-        const MemoryShape shape{batch, time, window, heads, d, slots, position};
-        const UpdateInputs<T> in{shape, {as(k, t), k_row}, {as(v, t), v_row}, address, rate};
-        const UpdateGradients<T> out{as(dk, t), as(dv, t), daddress, drate, {dkey0, dvalue0, dmass0}};
-        return memory_update_backward(in, {key, value, mass}, {dkey, dvalue, dmass}, out, threads);
-    });
-}
-
-MM_EXPORT(int, memory_read)
-(int type, int64_t batch, int64_t time, int64_t window, int64_t heads, int64_t d, int64_t slots, const int64_t* position,
- const void* q, int64_t q_row, const void* k, int64_t k_row, const void* v, int64_t v_row, const float* key,
- const float* value, const float* mass, const float* cosine, const float* sine, void* out, float* lse, int threads) {
-    return with_type(type, [&](auto t) {
-        using T = decltype(t);
-        const MemoryShape shape{batch, time, window, heads, d, slots, position};
-        const ReadInputs<T> in{shape, {as(q, t), q_row}, {as(k, t), k_row}, {as(v, t), v_row}, {key, value, mass},
-                               cosine, sine};
-        return memory_read(in, as(out, t), lse, threads);
-    });
-}
-
-MM_EXPORT(int, memory_read_backward)
-(int type, int64_t batch, int64_t time, int64_t window, int64_t heads, int64_t d, int64_t slots, const int64_t* position,
- const void* q, int64_t q_row, const void* k, int64_t k_row, const void* v, int64_t v_row, const float* key,
- const float* value, const float* mass, const float* cosine, const float* sine, const void* dout, int64_t dout_row,
- const void* out, const float* lse, void* dq, void* dk, void* dv, float* dkey, float* dvalue, float* dmass, int threads) {
-    return with_type(type, [&](auto t) {
-        using T = decltype(t);
-        const MemoryShape shape{batch, time, window, heads, d, slots, position};
-        const ReadInputs<T> in{shape, {as(q, t), q_row}, {as(k, t), k_row}, {as(v, t), v_row}, {key, value, mass},
-                               cosine, sine};
-        const ReadGradients<T> to{as(dq, t), as(dk, t), as(dv, t), {dkey, dvalue, dmass}};
-        const ReadFromAbove<T> above{{as(dout, t), dout_row}, {as(out, t), heads * d}, lse};
-        return memory_read_backward(in, above, to, threads);
+        const AttentionInputs<T> in{{batch, time, window, heads, d, position}, {as(q, t), q_sequence, q_row},
+                                    {as(k, t), k_sequence, k_row}, {as(v, t), v_sequence, v_row}, cosine, sine};
+        const AttentionFromAbove<T> above{{as(dout, t), dout_sequence, dout_row},
+                                          {as(out, t), time * heads * d, heads * d}, lse};
+        return window_attention_backward(in, above, AttentionGradients<T>{as(dq, t), as(dk, t), as(dv, t)}, threads);
     });
 }

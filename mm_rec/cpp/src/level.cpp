@@ -10,7 +10,7 @@
 #define MM_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Raised with every change of the C interface, so that an old library is told from a broken one.
-MM_EXPORT int mm_rec_interface() { return 4; }
+MM_EXPORT int mm_rec_interface() { return 5; }
 
 // Whether this process may use the tile registers of AMX: Linux wants to be asked, since they add 8 kB to the state of
 // every thread that does.

@@ -21,12 +21,12 @@ enum StepResult { STEP_DONE = 0, STEP_BAD_POSITION = 2, STEP_BAD_TOKEN = 3 };
 // The weights of a block, named as in mm_rec/blocks/mm_rec_block.py; w_g is null unless it is a memory block.
 struct StepBlock {
     StepMatrix in_proj, decay_proj, out_proj, qkv_proj, attention_out, ffn_up, ffn_down;
-    const float *decay_bias, *gate_bias, *w_g, *address, *rate_logit;
+    const float *decay_bias, *gate_bias, *w_g;
 };
 
 // A model and its sizes. `decay_width` is that of the decay's hidden layer; `type` is that of the activations, 0 or 1.
 struct StepPlan {
-    int64_t type, width, heads, hidden, decay_width, vocabulary, window, slots, blocks, memory_blocks, experts;
+    int64_t type, width, heads, hidden, decay_width, vocabulary, window, blocks, memory_blocks, experts;
     StepMatrix embedding, fusion_gate, fusion_mix;  // fusion is read with more than one expert
     const StepBlock* block;                         // (experts, blocks)
     const float *cosine, *sine;                     // (window, d / 2): angles of the distance to a key
@@ -41,7 +41,6 @@ struct StepState {
     float* h_after;
     void* ring;                // (experts * memory_blocks, 2, batch, capacity, width), keys and values
     int64_t capacity, offset;
-    Memory<float> memory;      // (experts * memory_blocks, batch, heads, slots[, d]), updated in place
 };
 
 // gelu(x) = x Phi(x), from erfc(y) = e^{-y^2} P(1 / (1 + 0.327 y)), of absolute error 1.5e-7 (Abramowitz and Stegun
@@ -113,7 +112,7 @@ struct StepThreadBuffers {
         : widened(reinterpret_cast<X*>(parts.take(W * longest_row(p)))),
           rms(parts.take(batch)), fed_back(parts.take(round_up(p.d(), W))), h(parts.take(round_up(p.d(), W))),
           alpha(parts.take(round_up(p.experts, W))),
-          attention({1, 1, p.window, p.heads, p.d(), p.slots, nullptr}, parts) {}
+          attention(p.heads, p.d(), p.window, parts) {}
 };
 
 // Floats of scratch that a step needs, whatever the types.
@@ -229,12 +228,9 @@ struct StepWorker {
         walk.share(3 * p.width, STEP_UNIT, [&](Share rows) {
             multiply(block.qkv_proj, rows, w.stream, norms(), w.wide, 3 * p.width);
         });
-        const int64_t stride = state.capacity * p.width, memory = index * batch * p.heads * p.slots;
+        const int64_t stride = state.capacity * p.width;
         T* k = static_cast<T*>(state.ring) + 2 * index * batch * stride + state.offset * p.width;
-        const Memory<float>& all = state.memory;
-        const StepAttention<T> in{p.heads, p.d(), p.window, p.slots, block.address, block.rate_logit, p.cosine, p.sine,
-                                  w.wide, k, k + batch * stride, stride,
-                                  {all.key + memory * p.d(), all.value + memory * p.d(), all.mass + memory},
+        const StepAttention<T> in{p.heads, p.d(), p.window, p.cosine, p.sine, w.wide, k, k + batch * stride, stride,
                                   state.position};
         const int64_t groups = min64(p.heads, (2 * walk.threads + batch - 1) / batch);  // of a sequence's heads
         walk.share(batch * groups, 1, [&](Share tasks) {

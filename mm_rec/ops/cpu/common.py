@@ -63,13 +63,16 @@ def two_level_rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
     return x, 1, row, 0
 
 
-def head_rows_of(x: Tensor) -> tuple[Tensor, int]:
-    """Returns a (B, T, H, d) tensor as B * T evenly spaced rows, copied if need be, and the distance between rows."""
-    batch, time, heads, head_dim = x.shape
-    outer, row, head, last = x.stride()
-    if last == 1 and (head == head_dim or heads == 1) and (batch == 1 or outer == time * row) and time > 1:
-        return x, row
-    return x.contiguous(), heads * head_dim
+def head_rows_of(x: Tensor) -> tuple[Tensor, int, int]:
+    """Returns a (B, T, H, d) tensor whose heads lie side by side, copied if need be, and two distances.
+
+    Rows of a sequence are evenly spaced: the distances are those from one sequence, and from one row, to the next.
+    """
+    _, time, heads, head_dim = x.shape
+    sequence, row, head, last = x.stride()
+    if last == 1 and (head == head_dim or heads == 1):
+        return x, sequence, row
+    return x.contiguous(), time * heads * head_dim, heads * head_dim
 
 
 def check(result: int) -> None:
@@ -77,7 +80,7 @@ def check(result: int) -> None:
     if result == 1:
         raise MemoryError("no memory for the scratch of a kernel")
     if result == 2:
-        raise ValueError("position must not be negative nor cause more than one write in every W / 2 tokens")
+        raise ValueError("position must not be negative")
 
 
 def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:

@@ -17,7 +17,7 @@ from mm_rec.ops.backend import NativeUnavailableError
 __all__ = ["INTERFACE", "LIBRARY_PATH", "CpuLibrary", "openmp_runtimes"]
 
 LIBRARY_PATH = Path(__file__).resolve().parents[2] / "cpp" / CPU_LIBRARY
-INTERFACE = 4  # mm_rec_interface() of mm_rec/cpp/src/level.cpp
+INTERFACE = 5  # mm_rec_interface() of mm_rec/cpp/src/level.cpp
 
 _TYPES: dict[str, Any] = {
     "p": ctypes.c_void_p,
@@ -47,10 +47,8 @@ _SIGNATURES = {
     "readout_backward": ("i nnn pn pn pn p p i", "-"),
     "relu_squared_forward": ("i n p p i", "-"),
     "relu_squared_backward": ("i n p p p i", "-"),
-    "memory_update": ("i nnnnnn p pn pn p p ppp ppp i", "i"),
-    "memory_update_backward": ("i nnnnnn p pn pn p p ppp ppp p p p p ppp i", "i"),
-    "memory_read": ("i nnnnnn p pn pn pn ppp pp p p i", "i"),
-    "memory_read_backward": ("i nnnnnn p pn pn pn ppp pp pn p p ppp ppp i", "i"),
+    "window_attention": ("i nnnnn p pnn pnn pnn pp p p i", "i"),
+    "window_attention_backward": ("i nnnnn p pnn pnn pnn pp pnn p p ppp i", "i"),
     "cross_entropy": ("i nn p p p p i i", "i"),
     "adamw_many": ("n p ppp pp p p i", "-"),
     "sum_of_squares": ("n p p p i", "d"),
