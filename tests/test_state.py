@@ -31,7 +31,7 @@ def test_state_has_fixed_size_and_survives_flattening() -> None:
 def test_state_that_does_not_fit_is_refused() -> None:
     flat = flatten_state(MMRecModel(CONFIG).initial_state(1))
     with pytest.raises(ValueError, match="does not fit"):
-        unflatten_state({name: t for name, t in flat.items() if not name.endswith("mass")}, CONFIG)
+        unflatten_state({name: t for name, t in flat.items() if not name.endswith("matrix")}, CONFIG)
     with pytest.raises(ValueError, match="does not fit"):
         unflatten_state({name: t[..., :1] for name, t in flat.items()}, CONFIG)
     with pytest.raises(ValueError, match="not a state"):
@@ -68,4 +68,4 @@ def test_what_lasts_is_never_narrower_than_float32(dtype: torch.dtype, kept: tor
         assert block.h.dtype == kept
         if block.memory is not None:
             assert block.memory.k.dtype == block.memory.v.dtype == dtype
-            assert block.memory.key.dtype == block.memory.value.dtype == block.memory.mass.dtype == kept
+            assert block.memory.matrix.dtype == kept

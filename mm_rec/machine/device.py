@@ -103,8 +103,8 @@ def keep_freed_memory() -> None:
 def apply_precision(model: nn.Module, precision: str) -> None:
     """Convert the matrices of ``model`` to bfloat16, or leave all in float32.
 
-    Biases, the recurrent gate and the addresses of the long-term slots stay float32: they are small and
-    act on float32 states. The optimizer keeps float32 masters of what is converted here.
+    Biases, the recurrent gate and the weights that mix the keys of the long-term memory stay float32: they are
+    small and act on float32 states. The optimizer keeps float32 masters of what is converted here.
     """
     if precision == "fp32":
         return

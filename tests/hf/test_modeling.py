@@ -280,7 +280,7 @@ def test_saving_and_loading_changes_nothing(model: MMRecForCausalLM, folder: Pat
 def test_bfloat16_leaves_what_acts_on_states_wide(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     wide = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.dtype == torch.float32}
-    assert wide == {"w_g", "address", "decay_bias", "gate_bias", "rate_logit"}
+    assert wide == {"w_g", "key_taps", "decay_bias", "gate_bias", "memory_gate_bias"}
     assert model.generate(tokens(2, 20), max_new_tokens=3, eos_token_id=None).shape == (2, 23)
 
 
