@@ -13,6 +13,8 @@
 #include <vector>
 
 #define MM_STREAM_BYTES 256  // so that small results go past the caches, too
+#include "delta_keys.h"
+#include "delta_rule_backward.h"
 #include "gated_scan.h"
 #include "loss.h"
 #include "mdi.h"
@@ -297,6 +299,43 @@ static void fuzz_window_attention(Source& from) {
     if (window_attention_backward(in, above, AttentionGradients<T>{dq, dk, dv}, threads) != done) abort();
 }
 
+template <class T>
+static void fuzz_delta_keys(Source& from) {
+    const int64_t batch = from.number(1, 3), time = from.number(1, 60), window = from.number(1, 20);
+    const int64_t reach = from.number(1, min64(6, window + 1)), heads = from.number(1, 3), d = from.number(1, 70);
+    const int64_t width = heads * d, context = window + time;
+    const int threads = threads_of(from);
+    Block<int64_t> position(from, batch * time);
+    fill_positions(from, batch, time, window, position);
+    Heads<T> k(from, batch, context, width), dkey(from, batch, time, width);
+    Floats taps(from, width * reach), dtaps(from, batch * width * reach);
+    Block<T> key(from, batch * time * width), dk(from, batch * context * width);
+    const KeyInputs<T> in{{batch, time, window, heads, d, position}, reach, k.rows(), taps};
+    delta_keys<T>(in, key, threads);
+    delta_keys_backward<T>(in, dkey.rows(), dk, dtaps, threads);
+}
+
+template <class T>
+static void fuzz_delta_rule(Source& from) {
+    const int64_t batch = from.number(1, 3), time = from.number(1, 100), chunk = DELTA_BLOCK * from.number(1, 4);
+    const int64_t heads = from.number(1, 3), d = from.number(1, 70), width = heads * d, n = batch * time;
+    const int threads = int(from.number(1, 12));  // with more than heads, several share one
+    Block<int64_t> position(from, n);
+    fill_positions(from, batch, time, 16, position);
+    Heads<T> q(from, batch, time, width), key(from, batch, time, width), v(from, batch, time, width);
+    Heads<T> dout(from, batch, time, width);
+    Floats beta(from, n * heads), log_decay(from, n * heads), state(from, batch * width * d);
+    const DeltaInputs<T> in{{batch, time, heads, d, chunk, position}, q.rows(), key.rows(), v.rows(), beta, log_decay};
+    Floats states(from, batch * (in.shape.chunks() + 1) * width * d), dlast(from, batch * width * d);
+    Block<T> out(from, n * width), dq(from, n * width), dkey(from, n * width), dv(from, n * width);
+    delta_rule<T>(in, state, out, states, threads);
+
+    Floats dbeta(from, n * heads), dlog_decay(from, n * heads), dstate(from, batch * width * d);
+    const HeadRows<const T> none{nullptr, 0, 0};
+    const DeltaFromAbove<T> above{from.flag() ? dout.rows() : none, maybe(from.flag(), dlast), states};
+    delta_rule_backward<T>(in, above, {dq, dkey, dv, dbeta, dlog_decay, dstate}, threads);
+}
+
 // A model of random sizes, its weights each a block of their own.
 struct StepModel {
     Source& from;
@@ -472,7 +511,7 @@ extern "C" int mm_rec_best_level();  // of level.cpp
 // Asking for the best level also asks Linux for the tile registers of AMX.
 extern "C" int LLVMFuzzerInitialize(int*, char***) { return mm_rec_best_level() < 0; }
 
-constexpr int64_t CASES = 25;
+constexpr int64_t CASES = 29;
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Source from{data, size};
@@ -502,6 +541,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         case 22: fuzz_tile_product<bf16>(from); break;
         case 23: fuzz_vector_product<float>(from); break;
         case 24: fuzz_vector_product<bf16>(from); break;
+        case 25: fuzz_delta_keys<float>(from); break;
+        case 26: fuzz_delta_keys<bf16>(from); break;
+        case 27: fuzz_delta_rule<float>(from); break;
+        case 28: fuzz_delta_rule<bf16>(from); break;
     }
     return 0;
 }

@@ -216,14 +216,18 @@ WRONG = [
     ("rms_norm", 0, lambda x: x.bool(), "x must be floating-point"),
     ("add_rms_norm", 1, lambda x: x[..., :-1], "delta must have shape"),
     ("relu_squared", 0, lambda x: [1.0], "x must be a tensor"),
-    ("memory_update", 1, lambda x: x[:, :-1], "v must have shape"),
-    ("memory_update", 2, lambda x: x[:-1], "address must have shape"),
-    ("memory_update", 4, lambda x: x.int(), "position must be torch.int64"),
-    ("memory_update", 7, lambda x: x[..., :-1], "mass0 must have shape"),
-    ("memory_read", 0, lambda x: x[:, :, :-1], "q must have shape"),
-    ("memory_read", 3, lambda x: x[:, :0], "key is empty"),
-    ("memory_read", 5, lambda x: x[:, 1:], "mass must have shape"),
-    ("memory_read", 6, lambda x: x[:, :-1], "k must hold an even window"),
+    ("window_attention", 0, lambda x: x[:, :, :-1], "q must have shape"),
+    ("window_attention", 1, lambda x: x[:, -150:], "k must hold a window"),
+    ("window_attention", 2, lambda x: x[:, :-1], "v must have shape"),
+    ("window_attention", 3, lambda x: x.int(), "position must be torch.int64"),
+    ("window_attention", 3, lambda x: x[:1], r"position must be \(2, T\)"),
+    ("delta_keys", 0, lambda x: x[0], "k must have 4 axes"),
+    ("delta_keys", 1, lambda x: x[:, :-1], "taps must have shape"),
+    ("delta_keys", 1, lambda x: x[..., :1].expand(-1, -1, 130), "taps must reach back at most the window of 128"),
+    ("delta_rule", 1, lambda x: x[..., :-1], "key must have shape"),
+    ("delta_rule", 3, lambda x: x[..., :-1], "beta must have shape"),
+    ("delta_rule", 5, lambda x: x[:, 1:], "position must have shape"),
+    ("delta_rule", 6, lambda x: x[0], "state must have shape"),
     ("linear_cross_entropy", 1, lambda x: x[:, :-1], "embedding must have shape"),
     ("linear_cross_entropy", 2, lambda x: x.float(), "targets must be torch.int64"),
     ("linear_cross_entropy", 3, lambda x: x[:-1], "weight must have shape"),
@@ -242,10 +246,7 @@ def test_wrong_arguments_are_named(op: str, index: int, spoil: object, message: 
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("position", [[[-1, 0, 1, 2]], [[8, 8, 8, 8]]], ids=["negative", "too-many-writes"])
-def test_impossible_positions(position: list[list[int]]) -> None:
-    arguments = list(CASES["memory_update"]["one-token-that-writes"](torch.float32))
-    k = torch.randn(1, 8 + 4, 2, 4)
-    memory = [x[:1] for x in arguments[5:]]
-    with pytest.raises(ValueError, match="position"), ops.use_backend("native"):
-        ops.memory_update(k, k, *arguments[2:4], torch.tensor(position), *memory)
+def test_impossible_positions() -> None:
+    q, k, v, position, base = CASES["window_attention"]["first-token"](torch.float32)
+    with pytest.raises(ValueError, match="position must not be negative"), ops.use_backend("native"):
+        ops.window_attention(q, k, v, position - 1, base)

@@ -39,6 +39,10 @@ static auto make_padded(const Shape& s) {
     };
 }
 
+struct Span {
+    int64_t begin, end;
+};
+
 // Rows of d elements: that of (b, t, head) at data + b * sequence + t * row + head * d.
 template <class T>
 struct HeadRows {

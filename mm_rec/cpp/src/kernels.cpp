@@ -3,6 +3,8 @@
 // 0 for float32 and 1 for bfloat16. Functions that need scratch memory return 0, or 1 if there is none.
 
 #include "export.h"
+#include "delta_keys.h"
+#include "delta_rule_backward.h"
 #include "gated_scan.h"
 #include "loss.h"
 #include "mdi.h"
@@ -228,5 +230,55 @@ MM_EXPORT(int, window_attention_backward)
         const AttentionFromAbove<T> above{{as(dout, t), dout_sequence, dout_row},
                                           {as(out, t), time * heads * d, heads * d}, lse};
         return window_attention_backward(in, above, AttentionGradients<T>{as(dq, t), as(dk, t), as(dv, t)}, threads);
+    });
+}
+
+MM_EXPORT(int, delta_keys)
+(int type, int64_t batch, int64_t time, int64_t window, int64_t heads, int64_t d, int64_t reach, const int64_t* position,
+ const void* k, int64_t k_sequence, int64_t k_row, const float* taps, void* key, int threads) {
+    return with_type(type, [&](auto t) {
+        const KeyInputs<decltype(t)> in{{batch, time, window, heads, d, position}, reach, {as(k, t), k_sequence, k_row},
+                                        taps};
+        return delta_keys(in, as(key, t), threads);
+    });
+}
+
+MM_EXPORT(int, delta_keys_backward)
+(int type, int64_t batch, int64_t time, int64_t window, int64_t heads, int64_t d, int64_t reach, const int64_t* position,
+ const void* k, int64_t k_sequence, int64_t k_row, const float* taps, const void* dkey, int64_t dkey_sequence,
+ int64_t dkey_row, void* dk, float* dtaps, int threads) {
+    return with_type(type, [&](auto t) {
+        const KeyInputs<decltype(t)> in{{batch, time, window, heads, d, position}, reach, {as(k, t), k_sequence, k_row},
+                                        taps};
+        return delta_keys_backward(in, {as(dkey, t), dkey_sequence, dkey_row}, as(dk, t), dtaps, threads);
+    });
+}
+
+MM_EXPORT(int, delta_rule)
+(int type, int64_t batch, int64_t time, int64_t heads, int64_t d, int64_t chunk, const int64_t* position, const void* q,
+ int64_t q_sequence, int64_t q_row, const void* key, int64_t key_sequence, int64_t key_row, const void* v,
+ int64_t v_sequence, int64_t v_row, const float* beta, const float* log_decay, const float* state, void* out,
+ float* states, int threads) {
+    return with_type(type, [&](auto t) {
+        const DeltaInputs<decltype(t)> in{{batch, time, heads, d, chunk, position}, {as(q, t), q_sequence, q_row},
+                                          {as(key, t), key_sequence, key_row}, {as(v, t), v_sequence, v_row}, beta,
+                                          log_decay};
+        return delta_rule(in, state, as(out, t), states, threads);
+    });
+}
+
+// dout and dlast may be null.
+MM_EXPORT(int, delta_rule_backward)
+(int type, int64_t batch, int64_t time, int64_t heads, int64_t d, int64_t chunk, const int64_t* position, const void* q,
+ int64_t q_sequence, int64_t q_row, const void* key, int64_t key_sequence, int64_t key_row, const void* v,
+ int64_t v_sequence, int64_t v_row, const float* beta, const float* log_decay, const void* dout, int64_t dout_sequence,
+ int64_t dout_row, const float* dlast, const float* states, void* dq, void* dkey, void* dv, float* dbeta,
+ float* dlog_decay, float* dstate, int threads) {
+    return with_type(type, [&](auto t) {
+        using T = decltype(t);
+        const DeltaInputs<T> in{{batch, time, heads, d, chunk, position}, {as(q, t), q_sequence, q_row},
+                                {as(key, t), key_sequence, key_row}, {as(v, t), v_sequence, v_row}, beta, log_decay};
+        const DeltaFromAbove<T> above{{as(dout, t), dout_sequence, dout_row}, dlast, states};
+        return delta_rule_backward(in, above, {as(dq, t), as(dkey, t), as(dv, t), dbeta, dlog_decay, dstate}, threads);
     });
 }

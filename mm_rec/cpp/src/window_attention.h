@@ -20,10 +20,6 @@ namespace MM_LEVEL {
 
 constexpr int64_t RUN = 64, BLOCK = 16;
 
-struct Span {
-    int64_t begin, end;
-};
-
 template <class T>
 struct AttentionInputs {
     ContextShape shape;

@@ -21,16 +21,15 @@ def _rotary_tables(length: int, head_dim: int, base: float) -> tuple[Tensor, Ten
     return angle.cos().float(), angle.sin().float()
 
 
-def _rows_of(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """Returns the tensor, copied if need be, and its rows as kernels take them: address and two distances."""
-    x, sequence, row = head_rows_of(x)
-    return x, (x.data_ptr(), sequence, row)
-
-
 def window_attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, rotary_base: float) -> tuple[Tensor, Tensor]:
     batch, time, heads, head_dim = q.shape
     window = k.shape[1] - time
-    (q, q_rows), (k, k_rows), (v, v_rows), position = _rows_of(q), _rows_of(k), _rows_of(v), position.contiguous()
+    (q, q_rows), (k, k_rows), (v, v_rows), position = (
+        head_rows_of(q),
+        head_rows_of(k),
+        head_rows_of(v),
+        position.contiguous(),
+    )
     cosine, sine = _rotary_tables(window + time, head_dim, rotary_base)
     out, lse = common.empty(q.shape, q.dtype), common.empty((batch, heads, time))
     result = common.call.window_attention(
@@ -53,7 +52,12 @@ def window_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, time, heads, head_dim = q.shape
     window = k.shape[1] - time
-    (q, q_rows), (k, k_rows), (v, v_rows), (dout, dout_rows) = _rows_of(q), _rows_of(k), _rows_of(v), _rows_of(dout)
+    (q, q_rows), (k, k_rows), (v, v_rows), (dout, dout_rows) = (
+        head_rows_of(q),
+        head_rows_of(k),
+        head_rows_of(v),
+        head_rows_of(dout),
+    )
     position, out, lse = position.contiguous(), out.contiguous(), lse.contiguous()
     cosine, sine = _rotary_tables(window + time, head_dim, rotary_base)
     dq, dk, dv = (common.empty(x.shape, x.dtype) for x in (q, k, v))

@@ -63,16 +63,17 @@ def two_level_rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
     return x, 1, row, 0
 
 
-def head_rows_of(x: Tensor) -> tuple[Tensor, int, int]:
-    """Returns a (B, T, H, d) tensor whose heads lie side by side, copied if need be, and two distances.
+def head_rows_of(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """Returns a (B, T, H, d) tensor whose heads lie side by side, copied if need be, and its rows as kernels take them.
 
-    Rows of a sequence are evenly spaced: the distances are those from one sequence, and from one row, to the next.
+    These are its address, and the distances from one sequence to the next and from one row to the next.
     """
     _, time, heads, head_dim = x.shape
     sequence, row, head, last = x.stride()
     if last == 1 and (head == head_dim or heads == 1):
-        return x, sequence, row
-    return x.contiguous(), time * heads * head_dim, heads * head_dim
+        return x, (x.data_ptr(), sequence, row)
+    x = x.contiguous()
+    return x, (x.data_ptr(), time * heads * head_dim, heads * head_dim)
 
 
 def check(result: int) -> None:
