@@ -132,6 +132,20 @@ static void delta_add_product(int64_t rows, int64_t n, const float* lower, int64
     }
 }
 
+// One block of delta_solve, whose corner of L is given, on W columns in registers. The transpose goes from the last row up.
+template <bool TRANSPOSED>
+MM_INLINE void delta_solve_block(const float* corner, int64_t chunk, float* x, int64_t pitch) {
+    constexpr int LAST = DELTA_BLOCK - 1;
+    vf row[DELTA_BLOCK];
+    for (int r = 0; r < DELTA_BLOCK; ++r) row[r] = load(x + (TRANSPOSED ? LAST - r : r) * pitch);
+#pragma GCC unroll 16
+    for (int j = 0; j < DELTA_BLOCK; ++j)
+#pragma GCC unroll 16
+        for (int r = j + 1; r < DELTA_BLOCK; ++r)
+            row[r] += splat(TRANSPOSED ? corner[(LAST - j) * chunk + LAST - r] : corner[r * chunk + j]) * row[j];
+    for (int r = 0; r < DELTA_BLOCK; ++r) store(x + (TRANSPOSED ? LAST - r : r) * pitch, row[r]);
+}
+
 // x (rows, n) to (I - L)^-1 x, or its transpose times x, of a matrix L (C, C) that is 0 on and over the diagonal.
 template <bool TRANSPOSED>
 static void delta_solve(int64_t rows, int64_t n, const float* lower, int64_t chunk, float* x, int64_t pitch) {
@@ -144,19 +158,8 @@ static void delta_solve(int64_t rows, int64_t n, const float* lower, int64_t chu
                           pitch, block, pitch);
         else
             product<true>(DELTA_BLOCK, n, done, lower + i * chunk, chunk, 1, x, pitch, block, pitch);
-        for (int64_t column = 0; column < n; column += W) {
-            vf row[DELTA_BLOCK];
-            for (int r = 0; r < DELTA_BLOCK; ++r) row[r] = load(block + r * pitch + column);
-            for (int j = 0; j < DELTA_BLOCK; ++j)
-                for (int r = j + 1; r < DELTA_BLOCK; ++r) {
-                    if (TRANSPOSED)
-                        row[DELTA_BLOCK - 1 - r] +=
-                            corner[(DELTA_BLOCK - 1 - j) * chunk + DELTA_BLOCK - 1 - r] * row[DELTA_BLOCK - 1 - j];
-                    else
-                        row[r] += corner[r * chunk + j] * row[j];
-                }
-            for (int r = 0; r < DELTA_BLOCK; ++r) store(block + r * pitch + column, row[r]);
-        }
+        for (int64_t column = 0; column < n; column += W)
+            delta_solve_block<TRANSPOSED>(corner, chunk, block + column, pitch);
     }
 }
 
