@@ -11,7 +11,7 @@ from dataclasses import dataclass
 __all__ = ["CODE", "NOUNS", "TEXT", "Wordings"]
 
 NOUNS = (
-    *("weight", "price", "label", "shelf", "mark", "count", "signal", "drawer", "tag", "width", "depth", "batch"),
+    *("weight", "price", "label", "shelf", "mark", "ledge", "signal", "drawer", "tag", "width", "depth", "batch"),
     *("grade", "score", "rank", "level", "stock", "ticket", "seat", "locker", "lot", "gauge", "dose", "quota", "delay"),
     *("offset", "index", "margin", "channel", "socket", "slot", "size", "limit", "rate", "stamp", "total"),
 )
@@ -81,7 +81,7 @@ TEXT = Wordings(
     ),
     statements_without_key=(
         "The {noun} agreed upon is {value}.",
-        "Today's {noun} is {value}.",
+        "For today the {noun} reads {value}.",
         "A {noun} was chosen, and it is {value}.",
         "They settled on the {noun} {value}.",
         "Keep the {noun} ready: {value}.",
@@ -90,7 +90,7 @@ TEXT = Wordings(
     questions_without_key=(
         "The {noun} agreed upon was {value}.",
         "Which {noun} was it? It was {value}.",
-        "What was today's {noun}? Today's {noun} was {value}.",
+        "Which {noun} holds today? Today {value} holds.",
         "Question: the {noun}? Answer: {value}.",
         "The {noun} was {value}.",
         "Whoever wants the {noun} is given {value}.",
