@@ -141,32 +141,33 @@ def _streams(batch: int, length: int, width: int, heads: int) -> Iterator[Work]:
 
 def _products(config: ModelConfig, batch: int, length: int) -> Iterator[Work]:
     """The kernels that are matrix products inside: the memories and the loss, in bfloat16."""
-    heads, d, window, slots, width = config.n_heads, config.head_dim, config.window, config.slots, config.d_model
+    heads, d, window, width = config.n_heads, config.head_dim, config.window, config.d_model
     rows = batch * length
     position = torch.arange(1000, 1000 + length).expand(batch, -1)
-    q = torch.randn(batch, length, heads, d).bfloat16()
+    q, key = (torch.randn(batch, length, heads, d).bfloat16() for _ in range(2))
     k, v = (torch.randn(batch, window + length, heads, d).bfloat16() for _ in range(2))
-    slot = torch.randn(batch, heads, slots, d)
-    address, rate = torch.randn(heads, slots, d), torch.full((heads,), 0.1)
-    write = (k, v, address, rate, position, slot, slot, slot[..., 0].abs())
-    memory = ops.memory_update(*write)
-    versions = sum(x.numel() * 4 for x in memory)
-    activations = 2 * rows * width
-    per_token = 2 * rows * width
+    activations = per_token = 2 * rows * width  # bytes of a tensor in bfloat16; operations of a multiplication each
     yield from _both_ways(
-        "memory_update",
-        ops.memory_update,
-        write,
-        (2 * activations + versions, 4 * activations + 2 * versions),
-        (3 * slots * per_token, 9 * slots * per_token),
+        "window_attention",
+        ops.window_attention,
+        (q, k, v, position),
+        (4 * activations, 9 * activations),
+        (2 * window * per_token, 5 * window * per_token),
     )
-    seen = window + slots
+    taps = torch.randn(heads, d, 4)
     yield from _both_ways(
-        "memory_read",
-        ops.memory_read,
-        (q, k, v, *memory, position),
-        (4 * activations + versions, 9 * activations + 2 * versions),
-        (2 * seen * per_token, 5 * seen * per_token),
+        "delta_keys", ops.delta_keys, (k, taps, position), (2 * activations, 3 * activations), (0.0, 0.0)
+    )
+    chunk = 64  # tokens from one kept matrix to the next; products of a chunk with itself are triangular
+    beta, decay = torch.rand(2, batch, length, heads)
+    matrices = 4 * batch * (length // chunk + 1) * width * d
+    state = torch.randn(batch, heads, d, d)
+    yield from _both_ways(
+        "delta_rule",
+        ops.delta_rule,
+        (q, ops.rms_norm(key) / d**0.5, v[:, window:], beta, decay.log(), position, state),
+        (4 * activations + matrices, 7 * activations + matrices),
+        ((3 * d + 2 * chunk) * per_token, (7 * d + 5.5 * chunk) * per_token),
     )
     y = torch.randn(rows, width).bfloat16()
     embedding = (torch.randn(config.vocab_size, width) * 0.05).bfloat16()

@@ -172,7 +172,7 @@ class Decoder:
 
         fusion = weights("fusion", model.fusion) if fused else {}
         self._plan = StepPlan(
-            StepShape(self.config.n_heads, self.config.window, self.config.slots, self.config.rotary_base),
+            StepShape(self.config.n_heads, self.config.window, self.config.rotary_base),
             [[weights(*block) for block in expert] for expert in blocks],
             weights("embedding", model.embedding)["weight"],
             (fusion["gate"], fusion["mix"]) if fused else None,
@@ -209,8 +209,8 @@ def _check(weight: Tensor, dtype: torch.dtype) -> None:
 class _Stream:
     """Holds the memory of the newest state of a batch of sequences.
 
-    Earlier states stay as they were: h goes to new memory, the slots are copied before a write, and a row that was
-    appended to the ring lies outside of the windows of before. Only what is donated is overwritten.
+    Earlier states stay as they were: h and the matrices go to new memory, and a row that was appended to the ring lies
+    outside of the windows of before. Only what is donated is overwritten.
     """
 
     def __init__(self, config: ModelConfig, experts: tuple[str, ...], dtype: torch.dtype, state: ModelState) -> None:
@@ -218,25 +218,22 @@ class _Stream:
         self.experts = experts
         self._issued: list[BlockState] = []
         self._has_memory = [config.is_memory_block(index) for index in range(config.n_layers)] * len(experts)
-        self._shared = False  # whether the slots are also those of a state that may still be used
         blocks = [block for name in experts for block in state.experts[name]]
         memories = [block.memory for block in blocks if block.memory is not None]
         rows, window, heads, d = len(state.position), config.window, config.n_heads, config.head_dim
         self.h = torch.stack([block.h for block in blocks]).float()
         self.offset = 0
-        self.ring = torch.empty(2 * len(memories), rows, window + config.window // 2, heads, d, dtype=dtype)
-        sizes = (len(memories), rows, heads, config.slots)
-        self.slots = torch.empty(*sizes, d), torch.empty(*sizes, d), torch.empty(*sizes)
+        self.ring = torch.empty(2 * len(memories), rows, window + (window + 1) // 2, heads, d, dtype=dtype)
+        self.matrix = torch.empty(len(memories), rows, heads, d, d)
         for index, memory in enumerate(memories):
             for place, tensor in zip(self.ring[2 * index :], memory[:2], strict=False):
                 place[:, :window] = tensor
-            for slot, tensor in zip(self.slots, memory[2:], strict=True):
-                slot[index] = tensor
+            self.matrix[index] = memory.matrix
         self._views = self._view()
 
-    def _view(self) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
-        """Returns views of the recurrence of every block and of the slots of every memory block."""
-        return list(self.h.unbind(0)), list(zip(*(slot.unbind(0) for slot in self.slots), strict=True))
+    def _view(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns views of the recurrence of every block and of the matrix of every memory block."""
+        return list(self.h.unbind(0)), list(self.matrix.unbind(0))
 
     def issued(self, state: ModelState) -> bool:
         """Returns whether ``state`` is the one that this stream returned last, tensor by tensor."""
@@ -247,31 +244,24 @@ class _Stream:
 
     def step(self, plan: StepPlan, tokens: Tensor, position: Tensor, donate: bool) -> tuple[Tensor, ModelState]:
         """Reads one token of each row, whose positions are (B,)."""
-        window, block = self.config.window, self.config.window // 2
+        window = self.config.window
         if self.offset + window == self.ring.shape[2]:
             kept, self.ring = self.ring[:, :, self.offset :], torch.empty_like(self.ring)
             self.ring[:, :, :window] = kept
             self.offset = 0
-        writes = any(at >= window and at % block == 0 for at in position.tolist())
-        if writes and (self._shared or not donate):
-            key, value, mass = self.slots
-            self.slots, self._shared = (key.clone(), value.clone(), mass.clone()), False
-            self._views = self._view()
-        elif not donate:
-            self._shared = True
-        h = self.h if donate else torch.empty_like(self.h)
-        logits = plan.step(tokens, position, self.h, h, self.ring, self.offset, self.slots)
+        h, matrix = (self.h, self.matrix) if donate else (torch.empty_like(self.h), torch.empty_like(self.matrix))
+        logits = plan.step(tokens, position, self.h, h, self.ring, self.offset, self.matrix, matrix)
         self.offset += 1
         if not donate:
-            self.h = h
+            self.h, self.matrix = h, matrix
             self._views = self._view()
         return logits, self._issue(position + 1)
 
     def _issue(self, position: Tensor) -> ModelState:
         """Returns the state as views of this memory."""
         rows = iter(self.ring.narrow(2, self.offset, self.config.window).unbind(0))
-        h, slots = self._views
-        memories = (MemoryState(k, v, *slot) for k, v, slot in zip(rows, rows, slots, strict=True))
+        h, matrices = self._views
+        memories = (MemoryState(k, v, matrix) for k, v, matrix in zip(rows, rows, matrices, strict=True))
         self._issued = [
             BlockState(x, next(memories) if has else None) for x, has in zip(h, self._has_memory, strict=True)
         ]

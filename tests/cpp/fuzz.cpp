@@ -363,6 +363,7 @@ struct StepModel {
         p.decay_width = from.number(1, 20);
         p.vocabulary = from.number(1, 50);
         p.window = from.number(1, 40);
+        p.reach = from.number(1, min64(5, p.window + 1));
         p.blocks = from.number(1, 3);
         p.experts = from.number(1, 2);
         const int64_t every = from.number(1, 3), d = p.width / p.heads;
@@ -380,6 +381,9 @@ struct StepModel {
                 b.w_g = block<float>(p.width * d);
                 b.qkv_proj = matrix(3 * p.width, p.width);
                 b.attention_out = matrix(p.width, p.width);
+                b.memory_gates = matrix(3 * p.heads, p.width);
+                b.memory_gate_bias = block<float>(3 * p.heads);
+                b.key_taps = block<float>(p.width * p.reach);
             }
             blocks.push_back(b);
         }
@@ -409,7 +413,10 @@ static void fuzz_step(Source& from) {
     Floats h(from, n), h_after(from, n), logits(from, batch * p.vocabulary);
     const Scratch scratch(step_scratch(p, batch, threads));
     Block<T> ring(from, memories * 2 * batch * capacity * p.width);
-    const StepState state{position, h, in_place ? h.data : h_after.data, ring, capacity, offset};
+    const int64_t matrices = memories * batch * p.width * (p.width / p.heads);
+    Floats matrix(from, matrices), matrix_after(from, matrices);
+    const StepState state{position,        h,      in_place ? h.data : h_after.data, ring, capacity, offset, matrix,
+                          in_place ? matrix.data : matrix_after.data};
     step(p, state, batch, tokens, logits, scratch.data, threads);
 }
 

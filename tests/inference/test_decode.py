@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import os
 import subprocess
@@ -29,7 +30,7 @@ from mm_rec.optim import AdamW
 from mm_rec.state import ModelState, flatten_state, map_state, unflatten_state
 
 pytestmark = pytest.mark.native
-TIME = 75  # of a window of 16: nine writes
+TIME = 75  # of a window of 16
 
 
 @pytest.fixture(autouse=True)
@@ -101,8 +102,8 @@ def test_bfloat16_is_no_further_from_the_truth_than_forward(domain: str | None) 
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_across_the_first_write(preset: str) -> None:
-    """Shapes as they are, vocabulary aside: the step at position W writes the slots and reads them."""
+def test_presets_across_the_window(preset: str) -> None:
+    """Shapes as they are, vocabulary aside: from position W on, the first token is in the long-term memory alone."""
     config = ModelConfig.preset(preset, vocab_size=64, experts=("text",))
     model = MMRecModel(config)
     start = config.window - 2
@@ -123,6 +124,20 @@ def test_rows_at_different_places_of_their_documents() -> None:
     _, wide = truth(tokens, None, "text", reset)
     more = tokens_of(3, 30)
     expected, _ = truth(more, wide, "text")
+    logits, _ = step_through(model, more, state, "text")
+    assert relative_error(logits, expected) < 3e-6
+
+
+@pytest.mark.parametrize("window", [3, 16])
+def test_a_new_document_begins_with_empty_memories(window: int) -> None:
+    model = MMRecModel(dataclasses.replace(CONFIG, window=window))
+    _, state = model(tokens_of(3, 30), None, "text")
+    state = state._replace(position=torch.tensor([0, 30, 0]))
+    state = map_state(
+        state, lambda x: x if x.dim() != 2 else x * (state.position > 0)[:, None]
+    )  # h is cleared by reset
+    more = tokens_of(3, 12)
+    expected, _ = exact(model)(more, map_state(state, lambda x: x.double() if x.is_floating_point() else x), "text")
     logits, _ = step_through(model, more, state, "text")
     assert relative_error(logits, expected) < 3e-6
 
@@ -180,7 +195,7 @@ def test_donating_changes_nothing_but_what_was_donated() -> None:
     logits, after = step_through(model, tokens, model.initial_state(2, "text"), "text", donate=True)
     assert torch.equal(logits, expected)
     assert all(torch.equal(a, b) for a, b in zip(_values(after), _values(end), strict=True))
-    # Slots that an earlier state shares are not written over, even if the state at hand is donated.
+    # What an earlier state holds is not written over, even if the state at hand is donated.
     _, first = step_through(model, tokens[:, :20], model.initial_state(2, "text"), "text")
     _, second = step_through(model, tokens[:, 20:22], first, "text")
     before = [value.clone() for value in _values(first)]

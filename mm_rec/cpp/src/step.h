@@ -16,21 +16,26 @@
 namespace mm_rec {
 namespace MM_LEVEL {
 
+constexpr int64_t STEP_UNIT = 16;  // rows: no vector of results has two owners
+
 enum StepResult { STEP_DONE = 0, STEP_BAD_POSITION = 2, STEP_BAD_TOKEN = 3 };
 
 // The weights of a block, named as in mm_rec/blocks/mm_rec_block.py; w_g is null unless it is a memory block.
 struct StepBlock {
-    StepMatrix in_proj, decay_proj, out_proj, qkv_proj, attention_out, ffn_up, ffn_down;
-    const float *decay_bias, *gate_bias, *w_g;
+    StepMatrix in_proj, decay_proj, out_proj, qkv_proj, attention_out, memory_gates, ffn_up, ffn_down;
+    const float *decay_bias, *gate_bias, *w_g, *key_taps, *memory_gate_bias;
 };
 
-// A model and its sizes. `decay_width` is that of the decay's hidden layer; `type` is that of the activations, 0 or 1.
+// A model and its sizes. `decay_width` is that of the decay's hidden layer, `reach` the tokens of a key; `type` is that of the activations, 0 or 1.
 struct StepPlan {
-    int64_t type, width, heads, hidden, decay_width, vocabulary, window, blocks, memory_blocks, experts;
+    int64_t type, width, heads, hidden, decay_width, vocabulary, window, reach, blocks, memory_blocks, experts;
     StepMatrix embedding, fusion_gate, fusion_mix;  // fusion is read with more than one expert
     const StepBlock* block;                         // (experts, blocks)
     const float *cosine, *sine;                     // (window, d / 2): angles of the distance to a key
     int64_t d() const { return width / heads; }
+    // What a memory block makes of its input: queries, keys, values, and from `gates` on, a whole unit, the gates.
+    int64_t gates() const { return round_up(3 * width, STEP_UNIT); }
+    int64_t attention_row() const { return gates() + 3 * heads; }
 };
 
 // What the sequences remember, in the order of experts and blocks. The ring has room for `capacity` rows a sequence:
@@ -41,6 +46,8 @@ struct StepState {
     float* h_after;
     void* ring;                // (experts * memory_blocks, 2, batch, capacity, width), keys and values
     int64_t capacity, offset;
+    const float* matrix;       // (experts * memory_blocks, batch, heads, d, d)
+    float* matrix_after;       // may be matrix
 };
 
 // gelu(x) = x Phi(x), from erfc(y) = e^{-y^2} P(1 / (1 + 0.327 y)), of absolute error 1.5e-7 (Abramowitz and Stegun
@@ -55,8 +62,6 @@ MM_INLINE vf gelu(vf x) {
     const vf tail = 0.5f * x * (p * t * exp(-(y * y)));  // x times the smaller of Phi(x) and 1 - Phi(x)
     return x < 0.0f ? tail : x - tail;
 }
-
-constexpr int64_t STEP_UNIT = 16;  // rows: no vector of results has two owners
 
 // Right sides of products: a row of n elements for each sequence, filled up with zeros.
 template <class X>
@@ -82,7 +87,7 @@ struct StepBuffers {
 
     StepBuffers(const StepPlan& p, int64_t batch, Parts& parts)
         : phases(reinterpret_cast<StepPhase*>(parts.take(phase_count(p) * int64_t(sizeof(StepPhase) / sizeof(float))))),
-          wide_row(max64(3 * p.width + p.decay_width, p.hidden)), x(parts.take(batch * p.width)),
+          wide_row(max64(max64(3 * p.width + p.decay_width, p.hidden), p.attention_row())), x(parts.take(batch * p.width)),
           wide(parts.take(batch * wide_row)), narrow(parts.take(batch * p.width)), stream(batch, p.width, parts),
           read(batch, p.width, parts), decay(batch, p.decay_width, parts), hidden(batch, p.hidden, parts),
           outputs(batch, p.experts * p.width, parts) {}
@@ -112,7 +117,7 @@ struct StepThreadBuffers {
         : widened(reinterpret_cast<X*>(parts.take(W * longest_row(p)))),
           rms(parts.take(batch)), fed_back(parts.take(round_up(p.d(), W))), h(parts.take(round_up(p.d(), W))),
           alpha(parts.take(round_up(p.experts, W))),
-          attention(p.heads, p.d(), p.window, parts) {}
+          attention(p.heads, p.d(), p.window, p.reach, parts) {}
 };
 
 // Floats of scratch that a step needs, whatever the types.
@@ -225,13 +230,19 @@ struct StepWorker {
     }
 
     void attend(const StepBlock& block, int64_t index) {
-        walk.share(3 * p.width, STEP_UNIT, [&](Share rows) {
-            multiply(block.qkv_proj, rows, w.stream, norms(), w.wide, 3 * p.width);
+        const int64_t gates = p.gates(), wide = p.attention_row(), stride = state.capacity * p.width;
+        walk.share(wide, STEP_UNIT, [&](Share rows) {
+            const Share qkv{rows.begin, min64(rows.end, 3 * p.width)};
+            const Share gate{max64(rows.begin - gates, 0), rows.end - gates};
+            if (qkv.begin < qkv.end) multiply(block.qkv_proj, qkv, w.stream, norms(), w.wide, wide);
+            if (gate.begin < gate.end) multiply(block.memory_gates, gate, w.stream, norms(), w.wide + gates, wide);
         });
-        const int64_t stride = state.capacity * p.width;
+        const int64_t matrices = index * batch * p.width * p.d();
         T* k = static_cast<T*>(state.ring) + 2 * index * batch * stride + state.offset * p.width;
-        const StepAttention<T> in{p.heads, p.d(), p.window, p.cosine, p.sine, w.wide, k, k + batch * stride, stride,
-                                  state.position};
+        const StepMemory memory{p.heads, p.d(), p.reach, block.key_taps, w.wide + gates, wide, block.memory_gate_bias,
+                                state.matrix + matrices, state.matrix_after + matrices};
+        const StepAttention<T> in{p.heads, p.d(), p.window, p.cosine, p.sine, w.wide, wide, k, k + batch * stride, stride,
+                                  state.position, memory};
         const int64_t groups = min64(p.heads, (2 * walk.threads + batch - 1) / batch);  // of a sequence's heads
         walk.share(batch * groups, 1, [&](Share tasks) {
             for (int64_t task = tasks.begin; task < tasks.end; ++task) {

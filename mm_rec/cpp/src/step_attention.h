@@ -1,8 +1,8 @@
-// Window attention for one token: heads of one sequence append their keys and values to the ring and read the window.
+// Multi-memory attention for one token: heads of one sequence append their keys and values to the ring, and read the
+// window and the long-term memory.
 #pragma once
 
-#include "heads.h"
-#include "norm.h"
+#include "step_memory.h"
 #include "step_product.h"
 
 namespace mm_rec {
@@ -14,19 +14,22 @@ template <class T>
 struct StepAttention {
     int64_t heads, d, window;
     const float *cosine, *sine;          // (window, d / 2): of the distance to the key
-    const float* qkv;                    // (batch, 3, heads, d)
+    const float* qkv;                    // (batch, 3, heads, d), rows qkv_row apart
+    int64_t qkv_row;
     T *k, *v;                            // the first sequence's rings
     int64_t ring_stride;                 // elements from one sequence's ring to the next
     const int64_t* position;             // (batch)
+    StepMemory memory;
     int64_t width() const { return heads * d; }
 };
 
 // Buffers of one thread: a row for each head.
 struct StepAttentionScratch {
-    float *q, *out, *scores;
-    StepAttentionScratch(int64_t heads, int64_t d, int64_t window, Parts& parts)
+    float *q, *out, *scores, *total;
+    StepMemoryScratch memory;
+    StepAttentionScratch(int64_t heads, int64_t d, int64_t window, int64_t reach, Parts& parts)
         : q(parts.take(heads * round_up(d, W))), out(parts.take(heads * round_up(d, W))),
-          scores(parts.take(heads * round_up(window, W))) {}
+          scores(parts.take(heads * round_up(window, W))), total(parts.take(heads)), memory(d, reach, parts) {}
 };
 
 // Scores to exponentials, with the highest score taken off, in place; returns their sum. Scores past n, up to a whole vector, become 0.
@@ -82,16 +85,16 @@ MM_INLINE void step_add_rows(int64_t n, int64_t d, const float* weight, const T*
     }
 }
 
-// The new token's key and value go to the ring, its query, normed and scaled, to w.q.
+// The new token's key and value go to the ring, its query, normed, to w.q.
 template <class T>
 static void step_append(const StepAttention<T>& in, int64_t b, int64_t head, StepAttentionScratch& w) {
     const int64_t d = in.d, row = in.width(), at = in.window * row + b * in.ring_stride + head * d;
-    const float* q = in.qkv + b * 3 * row + head * d;
+    const float* q = in.qkv + b * in.qkv_row + head * d;
     store_row(d, q + row, in.k + at, inverse_rms(d, q + row));
     store_row(d, q + 2 * row, in.v + at);
     float* to = w.q + head * round_up(d, W);
     load_row(d, q, to);
-    const vf scale = splat(inverse_rms(d, q) / __builtin_sqrtf(float(d)));
+    const vf scale = splat(inverse_rms(d, q));
     for (int64_t i = 0; i < d; i += W) store(to + i, load(to + i) * scale);
 }
 
@@ -103,6 +106,7 @@ static void step_attend(const StepAttention<T>& in, int64_t b, int64_t first, in
     const int64_t d = in.d, row = in.width(), window = in.window, position = in.position[b], pitch = round_up(d, W);
     const int64_t oldest = max64(1, window - position), keys = window + 1 - oldest, score_row = round_up(window, W);
     const T *k = in.k + b * in.ring_stride + oldest * row, *v = in.v + b * in.ring_stride + oldest * row;
+    const float scale = 1.0f / __builtin_sqrtf(float(d));
     for (int64_t head = first; head < end; ++head) step_append(in, b, head, w);
     for (int64_t r = 0; r < keys; r += W)
         for (int64_t head = first; head < end; ++head) {
@@ -112,18 +116,24 @@ static void step_attend(const StepAttention<T>& in, int64_t b, int64_t first, in
                 prefetch_row(key + W * row, d);
                 products[i] = step_window_products(in, w.q + head * pitch, key, keys - 1 - r - i);
             }
-            store(w.scores + head * score_row + r, step_sums(products));
+            store(w.scores + head * score_row + r, step_sums(products) * scale);
         }
     for (int64_t head = first; head < end; ++head) {
-        w.q[head * pitch] = exponentials(keys, w.scores + head * score_row);  // the query is done with
+        w.total[head] = exponentials(keys, w.scores + head * score_row);
         memset(w.out + head * pitch, 0, pitch * sizeof(float));
     }
     for (int64_t r = 0; r < keys; r += W)
         for (int64_t head = first; head < end; ++head)
             step_add_rows(min64(W, keys - r), d, w.scores + head * score_row + r, v + r * row + head * d, row,
                           w.out + head * pitch);
-    for (int64_t head = first; head < end; ++head)
-        store_row(d, w.out + head * pitch, out + head * d, 1.0f / w.q[head * pitch]);
+    const T *newest = in.k + b * in.ring_stride + window * row, *value = in.v + b * in.ring_stride + window * row;
+    for (int64_t head = first; head < end; ++head) {
+        float* sum = w.out + head * pitch;
+        store_row(d, sum, sum, 1.0f / w.total[head]);
+        step_remember(in.memory, b, position, head, w.q + head * pitch, newest + head * d, value + head * d, row, sum,
+                      w.memory);
+        store_row(d, sum, out + head * d);
+    }
 }
 
 }  // namespace MM_LEVEL

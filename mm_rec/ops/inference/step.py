@@ -21,8 +21,8 @@ __all__ = ["MATRICES", "VECTORS", "StepPlan", "StepShape"]
 
 _PACKED = 3  # the code of a PackedMatrix; the others follow
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-MATRICES = ("in_proj", "decay_proj", "out_proj", "qkv_proj", "attention_out", "ffn_up", "ffn_down")
-VECTORS = ("decay_bias", "gate_bias", "w_g", "address", "rate_logit")
+MATRICES = ("in_proj", "decay_proj", "out_proj", "qkv_proj", "attention_out", "memory_gates", "ffn_up", "ffn_down")
+VECTORS = ("decay_bias", "gate_bias", "w_g", "key_taps", "memory_gate_bias")
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,11 @@ class StepShape:
     Attributes:
         heads: H.
         window: W, tokens of the short-term memory.
-        slots: S of the long-term memory.
         rotary_base: see :func:`mm_rec.ops.rotate`.
     """
 
     heads: int
     window: int
-    slots: int
     rotary_base: float
 
 
@@ -55,7 +53,7 @@ class _Block(ctypes.Structure):
 
 
 _SIZES = (
-    "type", "width", "heads", "hidden", "decay_width", "vocabulary", "window", "slots", "blocks", "memory_blocks",
+    "type", "width", "heads", "hidden", "decay_width", "vocabulary", "window", "reach", "blocks", "memory_blocks",
     "experts",
 )  # fmt: skip
 
@@ -72,7 +70,7 @@ class _State(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("position", "h", "h_after", "ring")),
         *((name, ctypes.c_int64) for name in ("capacity", "offset")),
-        *((name, ctypes.c_void_p) for name in ("key", "value", "mass")),
+        *((name, ctypes.c_void_p) for name in ("matrix", "matrix_after")),
     )
 
 
@@ -117,7 +115,7 @@ class StepPlan:
             decay_width=shape_of(first["decay_proj"])[1],
             vocabulary=vocabulary,
             window=shape.window,
-            slots=shape.slots,
+            reach=max((shape_of(block["key_taps"])[2] for block in experts[0] if "key_taps" in block), default=0),
             blocks=len(experts[0]),
             memory_blocks=sum("w_g" in block for block in experts[0]),
             experts=len(experts),
@@ -161,7 +159,8 @@ class StepPlan:
         h_after: Tensor,
         ring: Tensor,
         offset: int,
-        slots: tuple[Tensor, Tensor, Tensor],
+        matrix: Tensor,
+        matrix_after: Tensor,
     ) -> Tensor:
         """Advance each sequence by one token.
 
@@ -171,7 +170,8 @@ class StepPlan:
             ring: (2 M, B, C, H, d) in the activation type, keys and values of all memory blocks. Rows ``offset`` to
                 ``offset`` + W - 1 hold the last W tokens; the new one is written behind them, so C is larger.
             offset: see ``ring``.
-            slots: key, value (M, B, H, S, d) and mass (M, B, H, S), float32, updated in place where it is time.
+            matrix, matrix_after: (M, B, H, d, d) float32, the long-term memories of all memory blocks before, and where
+                they go; may be the same.
 
         Returns:
             Logits (B, V) float32.
@@ -186,7 +186,7 @@ class StepPlan:
             self._scratch, self._scratch_for = torch.empty(size), (len(tokens), threads)
         state = _State(
             position.data_ptr(), h.data_ptr(), h_after.data_ptr(), ring.data_ptr(), ring.shape[2], offset,
-            *(tensor.data_ptr() for tensor in slots),
+            matrix.data_ptr(), matrix_after.data_ptr(),
         )  # fmt: skip
         logits = torch.empty(len(tokens), plan.vocabulary)
         result = self._kernel(
