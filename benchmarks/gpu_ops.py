@@ -27,7 +27,7 @@ from mm_rec.config import PRESETS
 from mm_rec.model import MMRecModel
 
 RESULT = Path(__file__).parent / "results" / "gpu_ops.json"
-WIDTH, HEAD, WINDOW, SLOTS = 512, 64, 128, 64
+WIDTH, HEAD, WINDOW, TAPS = 512, 64, 128, 4
 SHAPES = ((128, 512), (32, 2048), (8, 8192))  # B, T: 65,536 tokens each
 Action = Callable[[], object]
 
@@ -144,24 +144,32 @@ def memory_cases(batch: int, time: int) -> Iterator[tuple[str, Action, int]]:
     position = index - torch.where(reset, index, -1).cummax(dim=1).values
     q, dout = half(batch, time, heads, HEAD), half(batch, time, heads, HEAD)
     k, v = (half(batch, WINDOW + time, heads, HEAD) for _ in range(2))
-    address, rate = wide(heads, SLOTS, HEAD) * 4 * HEAD**-0.5, torch.full((heads,), 0.12, device="cuda")
-    key0, value0 = (torch.zeros(batch, heads, SLOTS, HEAD, device="cuda") for _ in range(2))
-    mass0 = torch.zeros(batch, heads, SLOTS, device="cuda")
-    update = (k, v, address, rate, position)
-    key, value, mass = call("memory_update")(*update, key0, value0, mass0)
-    yield "memory_update", lambda: call("memory_update")(*update, key0, value0, mass0), size(k, v, key, value, mass)
+    read = (q, k, v, position, 1000.0)
+    out, lse = call("window_attention")(*read)
+    yield "window_attention", lambda: call("window_attention")(*read), size(q, k, v, out)
     yield (
-        "memory_update backward",
-        lambda: call("memory_update_backward")(key, value, mass, key, value, mass, *update),
-        size(key, value, mass, key, value, mass, k, v, k, v),
+        "window_attention backward",
+        lambda: call("window_attention_backward")(dout, out, lse, *read),
+        size(dout, out, q, k, v, q, k, v),
     )
-    read = (q, k, v, key, value, mass, position, 1000.0)
-    out, lse = call("memory_read")(*read)
-    yield "memory_read", lambda: call("memory_read")(*read), size(q, k, v, key, value, mass, out)
+    taps = wide(heads, HEAD, TAPS)
+    key = call("delta_keys")(k, taps, position)
+    yield "delta_keys", lambda: call("delta_keys")(k, taps, position), size(k, key)
     yield (
-        "memory_read backward",
-        lambda: call("memory_read_backward")(dout, out, lse, *read),
-        size(dout, out, q, k, v, key, value, mass, q, k, v, key, value, mass),
+        "delta_keys backward",
+        lambda: call("delta_keys_backward")(dout, k, taps, position),
+        size(dout, k, k),
+    )
+    beta = torch.rand(batch, time, heads, device="cuda")
+    log_decay = torch.nn.functional.logsigmoid(wide(batch, time, heads) + 3)
+    write = (q, key, v[:, WINDOW:], beta, log_decay, position)
+    state = wide(batch, heads, HEAD, HEAD)
+    _, states = call("delta_rule")(*write, state)
+    yield "delta_rule", lambda: call("delta_rule")(*write, state), size(q, key, q, out, states)
+    yield (
+        "delta_rule backward",
+        lambda: call("delta_rule_backward")(dout, state, states, *write),
+        size(dout, states, q, key, q, q, key, q),
     )
 
 
@@ -224,18 +232,23 @@ def measure(only: list[str]) -> dict[str, Any]:
     return {"copy GB/s": copy / 1e9, "matrix TFLOP/s": matrix_rate() / 1e12, "rows": table}
 
 
+def commit_of(given: str | None) -> str | None:
+    """The commit of the code measured: as given, else as git knows it."""
+    if given is not None:
+        return given
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
 def machine(commit: str | None) -> dict[str, Any]:
     """What the numbers were measured on."""
-    if commit is None:
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        commit = found.stdout.strip() or None
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "library": str(ops.status()["cuda"].level),
-        "commit": commit,
+        "commit": commit_of(commit),
     }
 
 

@@ -137,6 +137,6 @@ class MMRecBlock(nn.Module):
         far, matrix = ops.delta_rule(
             q, key, v[:, window:], torch.sigmoid(write), F.logsigmoid(keep), position, memory.matrix
         )
-        out = near + ops.rms_norm(far) * (2 * torch.sigmoid(read))[..., None].to(far.dtype)
+        out = ops.mix_memories(near, far, read)
         kept = MemoryState(k[:, -window:], v[:, -window:], matrix)
         return ops.linear(out.reshape(batch, time, width), self.attention_out), kept

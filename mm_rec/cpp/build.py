@@ -51,7 +51,7 @@ CUDA_ARCHITECTURES = "80 90"
 """The two generations with bf16 matrix units that differ; of the last one also PTX, which the driver compiles for later
 ones. MM_REC_CUDA_ARCHITECTURES names others, or fewer for a shorter build."""
 OLDEST_CUDA = (12, 1)  # the first whose kernels take more than 4 kB of parameters
-HOPPER_SOURCES = ("memory_walk_backward.cu",)  # with instructions that only capability 9.0 has, which "90a" stands for
+HOPPER_SOURCES = ("window_walk_backward.cu",)  # with instructions that only capability 9.0 has, which "90a" stands for
 
 
 class BuildError(RuntimeError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from mm_rec.storage.files import DamageError, remove_leftovers, reporting_errors
 from mm_rec.storage.lock import Lock
 from mm_rec.text.tokenizer import Tokenizer
 
-__all__ = ["Prepared", "make_once", "tell_bad_rows", "write_report"]
+__all__ = ["Prepared", "make_folder", "make_once", "tell_bad_rows", "write_report"]
 
 _BAD_ROWS_TOLD = 10
 
@@ -30,6 +30,7 @@ class Prepared:
         train: a store for each domain that has data.
         valid: held-out documents of the same domains.
         data_sha256: hash of the tokens of all stores.
+        recall: rows that train recall, made of the training documents, for domains that have some.
         report: what was read, left out and made; :func:`mm_rec.data.prepare.describe` puts it into words.
     """
 
@@ -39,10 +40,16 @@ class Prepared:
     valid: dict[str, TokenStore]
     data_sha256: str
     report: dict[str, Any]
+    recall: dict[str, TokenStore] = field(default_factory=dict)
 
 
 def make_once(root: Path, settings: dict[str, Any], make: Callable[[Path], None], *, verify: bool = False) -> Prepared:
-    """Returns what ``make`` writes, or wrote earlier, for ``settings``: a folder of ``root`` named by their hash.
+    """Returns the data that ``make`` writes, or wrote earlier, for ``settings``; see :func:`make_folder`."""
+    return _open(make_folder(root, settings, make, verify=verify))
+
+
+def make_folder(root: Path, settings: dict[str, Any], make: Callable[[Path], None], *, verify: bool = False) -> Path:
+    """Returns the folder of ``root`` that ``make`` writes, or wrote earlier, for ``settings``; their hash names it.
 
     Two processes may call this at once; the second waits.
 
@@ -65,7 +72,7 @@ def make_once(root: Path, settings: dict[str, Any], make: Callable[[Path], None]
             _verify(path)
     finally:
         lock.release()
-    return _open(path)
+    return path
 
 
 def write_report(folder: Path, tokenizer: Tokenizer, entries: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from mm_rec.ops.linear import linear, matmul
 from mm_rec.ops.loss import linear_cross_entropy
 from mm_rec.ops.mdi import mdi
 from mm_rec.ops.memory_context import memory_context
+from mm_rec.ops.mix_memories import mix_memories
 from mm_rec.ops.norm import add_rms_norm, readout, relu_squared, rms_norm
 from mm_rec.ops.optimizer import Update, Updates, adamw_, sum_of_squares
 from mm_rec.ops.recurrence import recurrence
@@ -42,6 +43,7 @@ __all__ = [
     "matmul",
     "mdi",
     "memory_context",
+    "mix_memories",
     "readout",
     "recurrence",
     "reference",

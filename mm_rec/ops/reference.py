@@ -34,6 +34,7 @@ __all__ = [
     "linear_cross_entropy",
     "mdi",
     "memory_context",
+    "mix_memories",
     "readout",
     "recurrence",
     "relu_squared",
@@ -312,6 +313,15 @@ def delta_rule(
         state = state + torch.einsum("bh,bhi,bhj->bhij", beta[:, t], key[:, t], error)
         out.append(torch.einsum("bhi,bhij->bhj", q[:, t], state))
     return torch.stack(out, dim=1).to(out_dtype), state
+
+
+def mix_memories(near: Tensor, far: Tensor, gate: Tensor) -> Tensor:
+    """What is read from the short-term and the long-term memory: near + 2 sigmoid(gate) rms_norm(far).
+
+    Shapes as in :func:`mm_rec.ops.mix_memories`.
+    """
+    opened = 2 * torch.sigmoid(_wide(gate))
+    return (_wide(near) + opened[..., None] * rms_norm(_wide(far))).to(near.dtype)
 
 
 def linear_cross_entropy(

@@ -177,6 +177,13 @@ def delta_rule(case: MemoryCase, dtype: torch.dtype) -> Arguments:
     return q, key, v, beta, log_decay, positions(batch, time, start, resets), random.normal(batch, heads, d, d)
 
 
+def mix_memories(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Arguments:
+    batch, time, width, heads = shape
+    random = Random(dtype, "mix_memories", shape)
+    near, far = (random.activation(batch, time, heads, width // heads) for _ in range(2))
+    return near, far, random.normal(batch, time, heads, scale=2.0)
+
+
 def gated_recurrence(shape: tuple[int, int, int, int], loop: bool, state: bool, dtype: torch.dtype) -> Arguments:
     batch, time, width, heads = shape
     random = Random(dtype, "gated_recurrence", shape, loop, state)
@@ -208,7 +215,7 @@ def _all_cases() -> dict[str, dict[str, Builder]]:
         op: {}
         for op in (
             "scan", "recurrence", "mdi", "linear_branch", "readout", "rms_norm", "add_rms_norm", "relu_squared",
-            "feed_forward",
+            "feed_forward", "mix_memories",
         )
     }  # fmt: skip
     for shape in TIME_SHAPES:
@@ -220,6 +227,7 @@ def _all_cases() -> dict[str, dict[str, Builder]]:
             cases["mdi"][f"{suffix}-gate"] = partial(mdi, shape, flag)
             cases["linear_branch"][f"{suffix}-state"] = partial(linear_branch, shape, flag)
         cases["readout"][name] = partial(readout, shape)
+        cases["mix_memories"][name] = partial(mix_memories, shape)
         cases["feed_forward"][name] = partial(feed_forward, shape)
         cases["add_rms_norm"][name] = partial(add_rms_norm, shape[:3])
         cases["relu_squared"][name] = partial(relu_squared, shape[:3])

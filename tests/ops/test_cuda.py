@@ -19,9 +19,11 @@ from .cases import (
     MEMORY_SHAPES,
     Arguments,
     Builder,
+    MemoryCase,
+    delta_keys,
+    delta_rule,
     linear_cross_entropy,
-    memory_read,
-    memory_update,
+    window_attention,
 )
 from .cases import recurrence as recurrence_case
 from .cases import scan as scan_case
@@ -30,20 +32,20 @@ from .compare import assert_agree, run, widen
 pytestmark = pytest.mark.gpu
 
 # float32 products on the tensor cores are sums of three bfloat16 ones, near 2^-16. bfloat16 results are one rounding
-# (2^-9) from the truth; four ops also compute from something rounded, as their CPU kernels or PyTorch's attention do:
-# memory_read from rotated queries and keys and from weights, the loss from logits, dW_g from du; gated_recurrence from
-# decay logits, which are an activation.
+# (2^-9) from the truth; some ops also compute from something rounded, as their CPU kernels or PyTorch's attention do:
+# window_attention from rotated queries and keys and from weights, delta_rule from the state and what is written to it,
+# the loss from logits, dW_g from du; gated_recurrence from decay logits, which are an activation.
 TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 5e-3}
 TOLERANCE_ROUNDED = {torch.float32: 2e-2, torch.bfloat16: 2e-2}
 ROUNDED = (
-    "memory_read", "linear_cross_entropy", "recurrence", "gated_recurrence", "linear_branch", "feed_forward",
+    "window_attention", "delta_rule", "linear_cross_entropy", "recurrence", "gated_recurrence", "linear_branch",
+    "feed_forward",
 )  # fmt: skip
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 # Beside the common cases: every head size that a recurrence kernel is written for, with batches that fill its groups
-# of sequences or don't, and so many that they are taken in groups; several tiles of time for scan; heads past 64 and
-# slots past a tile for the memories, and sizes at which a block walks through many tiles, in one part and in two, and
-# at which sequences are cut where documents start.
+# of sequences or don't, and so many that they are taken in groups; several tiles of time for scan; heads past 64 for
+# the memories, and sizes at which a block walks through many tiles, in one part and in two.
 HEADS = [
     (1, 1, 64, 1),
     (19, 18, 128, 2),
@@ -54,18 +56,20 @@ HEADS = [
     (3, 26, 512, 2),
     (2, 13, 80, 1),
 ]
-MEMORIES = {
-    "heads-of-128": (2, 70, 24, 1, 128, 40, [0, 100], {(0, 30)}),
-    "heads-of-256": (1, 45, 12, 1, 256, 33, [50], set()),
-    "many-slots": (2, 90, 20, 2, 32, 150, [7, 30], {(1, 40)}),
-    "long-walk": (24, 330, 128, 8, 64, 64, [0, 90, 500], {(0, 100), (3, 1), (5, 64), (5, 320)}),
-    "walks-of-two": (8, 700, 128, 8, 64, 50, [0, 129, 70, 1000], {(0, 300), (3, 63), (3, 650), (6, 0), (6, 512)}),
-    "ends-of-tiles": (3, 65, 128, 3, 64, 64, [0, 300, 64], {(1, 30), (1, 31), (2, 64)}),
-    "cut-in-two": (1, 1300, 128, 1, 64, 64, [77], {(0, t) for t in (300, 433, 562, 691, 820, 949, 1100)}),
-    "cut-in-five": (1, 2600, 128, 2, 64, 60, [63], {(0, t) for t in (300, 562, 900, 1500, 1813, 2000, 2001, 2500)}),
-    "wide-window": (1, 400, 180, 1, 32, 70, [500], {(0, 250)}),
+MEMORIES: dict[str, MemoryCase] = {
+    "heads-of-72": (2, 130, 9, 2, 72, [0, 40], {(0, 70)}),
+    "heads-of-128": (2, 70, 24, 1, 128, [0, 100], {(0, 30)}),
+    "heads-of-192": (1, 100, 12, 1, 192, [3], {(0, 64)}),
+    "heads-of-256": (1, 145, 12, 1, 256, [50], set()),
+    "heads-of-250": (1, 70, 3, 2, 250, [50], {(0, 9)}),
+    "long-walk": (24, 330, 128, 8, 64, [0, 90, 500], {(0, 100), (3, 1), (5, 64), (5, 320)}),
+    "walks-of-two": (8, 700, 128, 8, 64, [0, 129, 70, 1000], {(0, 300), (3, 63), (3, 650), (6, 0), (6, 512)}),
+    "ends-of-tiles": (3, 65, 128, 3, 64, [0, 300, 64], {(1, 30), (1, 31), (2, 64)}),
+    "one-sequence": (1, 2600, 128, 2, 64, [63], {(0, t) for t in (300, 562, 900, 1500, 1813, 2000, 2001, 2500)}),
+    "wide-window": (1, 400, 181, 1, 32, [500], {(0, 250)}),
+    "new-documents": (2, 200, 5, 2, 48, [0], {(0, t) for t in range(0, 200, 3)}),
 }
-LARGE_HEADS = ("heads-of-128", "heads-of-256")
+LARGE_HEADS = ("heads-of-72", "heads-of-128", "heads-of-192", "heads-of-250", "heads-of-256")
 EXTRA: dict[str, dict[str, Builder]] = {
     "recurrence": {
         "x".join(map(str, shape)) + f"-{state}": partial(recurrence_case, shape, state)
@@ -73,8 +77,10 @@ EXTRA: dict[str, dict[str, Builder]] = {
         for state in (False, True)
     },
     "scan": {f"long-{state}": partial(scan_case, (2, 1100, 40, 1), state) for state in (False, True)},
-    "memory_update": {name: partial(memory_update, case) for name, case in MEMORIES.items()},
-    "memory_read": {name: partial(memory_read, case) for name, case in MEMORIES.items()},
+    **{
+        build.__name__: {name: partial(build, case) for name, case in MEMORIES.items()}
+        for build in (window_attention, delta_keys, delta_rule)
+    },
 }
 ALL = [
     pytest.param(op, build, id=f"{op}-{name}")
@@ -120,9 +126,9 @@ def test_agrees_with_reference(op: str, build: Builder, dtype: torch.dtype) -> N
     ("op", "build"),
     [
         pytest.param(op, build, id=f"{op}-{name}")
-        for op in ("recurrence", "memory_update", "memory_read")
+        for op in ("recurrence", "window_attention", "delta_keys", "delta_rule")
         for name, build in {**CASES[op], **EXTRA[op]}.items()
-        if name not in LARGE_HEADS
+        if op != "window_attention" or name not in LARGE_HEADS
     ],
 )
 def test_gpus_with_less_shared_memory(
@@ -136,7 +142,7 @@ def test_gpus_with_less_shared_memory(
     assert_agree(got, want, TOLERANCE_ROUNDED if op in ROUNDED and dtype == torch.bfloat16 else TOLERANCE)
 
 
-@pytest.mark.parametrize(("op", "build"), [("memory_update", memory_update), ("memory_read", memory_read)])
+@pytest.mark.parametrize(("op", "build"), [("window_attention", window_attention), ("delta_rule", delta_rule)])
 def test_what_does_not_fit_runs_as_it_is_defined(op: str, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MM_REC_CUDA_SHARED_MEMORY", str(60 * 1024))
     monkeypatch.setattr(backend, "_warned", set())
@@ -199,14 +205,14 @@ def test_nan_is_passed_on(op: str) -> None:
 
 def test_runs_on_the_current_stream_and_in_a_graph() -> None:
     """A captured graph replays the kernels on new inputs, so no call waits for the device."""
-    arguments = on_device(memory_read(MEMORY_SHAPES["model-sizes"], torch.bfloat16))
-    ops.memory_read(*arguments)  # the table of rotations is made at the first call
+    arguments = on_device(window_attention(MEMORY_SHAPES["model-sizes"], torch.bfloat16))
+    ops.window_attention(*arguments)  # the table of rotations is made at the first call
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = ops.memory_read(*arguments)
+        captured = ops.window_attention(*arguments)
     arguments[0].mul_(0.5)
     graph.replay()
-    torch.testing.assert_close(captured, ops.memory_read(*arguments), rtol=0, atol=0)
+    torch.testing.assert_close(captured, ops.window_attention(*arguments), rtol=0, atol=0)
 
 
 COUNTS = (1, 7, 0, 4099, 3 * 4096, 70_001)

@@ -22,6 +22,7 @@ from .cases import (
     linear_cross_entropy,
     mdi,
     memory_context,
+    mix_memories,
     positions,
     readout,
     recurrence,
@@ -45,6 +46,7 @@ SMALL_CASES: dict[str, tuple[Any, ...]] = {
     "window_attention": window_attention(MEMORY, F64),
     "delta_keys": delta_keys(MEMORY, F64),
     "delta_rule": delta_rule(MEMORY, F64),
+    "mix_memories": mix_memories(SHAPE, F64),
     "linear_cross_entropy": linear_cross_entropy(4, 5, 7, True, F64),
 }
 COMPOSITE_CASES: dict[str, tuple[str, tuple[Any, ...]]] = {

@@ -1,7 +1,7 @@
 // Shared by all kernels: element types, vector access, reductions.
 //
-// Letters as in mm_rec/ops/reference.py: B batch, T time, D width, H heads, d head size, W window, P pooling
-// block, S slots, E writes, N = B * T rows. Every kernel computes in float32 whatever the type of its inputs.
+// Letters as in mm_rec/ops/reference.py: B batch, T time, D width, H heads, d head size, W window, N = B * T
+// rows. Every kernel computes in float32 whatever the type of its inputs.
 #ifndef MM_REC_COMMON_CUH
 #define MM_REC_COMMON_CUH
 
@@ -67,6 +67,22 @@ __device__ __forceinline__ void store(T* target, const float (&in)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) pack.v[i] = from_float<T>(in[i]);
   *reinterpret_cast<Pack<T, N>*>(target) = pack;
+}
+
+// Elements column .. column + 7 of a row of `size`, 0 past its end; 16 bytes at a time where `size` keeps alignment.
+template <typename T>
+__device__ __forceinline__ void load_eight(const T* row, int column, int size, float (&out)[8]) {
+  if (size % 8 == 0) {
+    if (column < size) {
+      load<8>(row + column, out);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = 0.0f;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = column + i < size ? to_float(row[column + i]) : 0.0f;
+  }
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }

@@ -108,14 +108,16 @@ __device__ __forceinline__ Left<Split> to_left(const Fragments<N>& c, int k) {
 }
 
 // c += left right, one step of 16 over k. The tile holds the right operand as (n, k), or as (k, n) if `RowMajor`; its
-// columns n .. n + 8 N - 1 take part.
+// columns n .. n + 8 N - 1 take part, of which those of fragments before `begin` and from `end` on are left out.
 template <bool RowMajor, int N, bool LeftSplit, int Rows, int Columns, bool Split>
 __device__ __forceinline__ void multiply_step(Fragments<N>& c, const Left<LeftSplit>& left,
-                                              const Tile<Rows, Columns, Split>& right, int n, int k) {
+                                              const Tile<Rows, Columns, Split>& right, int n, int k, int begin = 0,
+                                              int end = N) {
   static_assert(N % 2 == 0, "fragments are loaded two at a time");
   const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
 #pragma unroll
   for (int i = 0; i < N; i += 2) {
+    if (i < begin || i >= end) continue;
     const int at = RowMajor ? (k + matrix % 2 * 8 + row) * right.kStride + n + 8 * i + matrix / 2 * 8
                             : (n + 8 * i + matrix / 2 * 8 + row) * right.kStride + k + matrix % 2 * 8;
     uint32_t hi[4];

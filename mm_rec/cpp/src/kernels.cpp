@@ -175,6 +175,19 @@ MM_EXPORT(void, readout_backward)
     });
 }
 
+MM_EXPORT(void, mix_memories_forward)
+(int type, int64_t rows, int64_t n, const void* near, const void* far, const float* gate, void* out, int threads) {
+    with_type(type, [&](auto t) { mix_memories_forward(rows, n, as(near, t), as(far, t), gate, as(out, t), threads); });
+}
+
+MM_EXPORT(void, mix_memories_backward)
+(int type, int64_t rows, int64_t n, const void* dout, const void* far, const float* gate, void* dfar, float* dgate,
+ int threads) {
+    with_type(type, [&](auto t) {
+        mix_memories_backward(rows, n, as(dout, t), as(far, t), gate, as(dfar, t), dgate, threads);
+    });
+}
+
 MM_EXPORT(void, relu_squared_forward)(int type, int64_t n, const void* x, void* y, int threads) {
     with_type(type, [&](auto t) { relu_squared_forward(n, as(x, t), as(y, t), threads); });
 }

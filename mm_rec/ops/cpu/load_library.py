@@ -45,6 +45,8 @@ _SIGNATURES = {
     "add_rms_norm_backward": ("i nn pn pn p p p i", "-"),
     "readout_forward": ("i nnn pn pn p i", "-"),
     "readout_backward": ("i nnn pn pn pn p p i", "-"),
+    "mix_memories_forward": ("i nn p p p p i", "-"),
+    "mix_memories_backward": ("i nn p p p p p i", "-"),
     "relu_squared_forward": ("i n p p i", "-"),
     "relu_squared_backward": ("i n p p p i", "-"),
     "window_attention": ("i nnnnn p pnn pnn pnn pp p p i", "i"),

@@ -10,7 +10,8 @@ from torch import Tensor
 from mm_rec.ops.cuda.load_library import cuda_library
 
 __all__ = [
-    "TYPE_CODES", "all_dense", "dense", "empty", "empty_like", "matrix_of", "nested_rows", "rows_of", "workspace_of",
+    "TYPE_CODES", "aligned", "all_dense", "dense", "empty", "empty_like", "matrix_of", "nested_rows", "rows_of",
+    "workspace_of",
 ]  # fmt: skip
 
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}

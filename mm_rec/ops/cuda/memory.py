@@ -1,15 +1,56 @@
-"""Writing and reading the memories."""
+"""What a block keeps of its recent tokens, and attention over them."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
 from mm_rec.ops.cuda import common
-from mm_rec.ops.cuda.common import TYPE_CODES, all_dense, rows_of
+from mm_rec.ops.cuda.common import TYPE_CODES, all_dense, empty_like, rows_of
 from mm_rec.ops.cuda.load_library import cuda_library
+from mm_rec.ops.reference import rotary_angles
 
-__all__ = ["KERNELS", "fits"]
+__all__ = ["KERNELS", "window_attention", "window_attention_backward"]
+
+
+def window_attention(*inputs: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Returns what is read, and the logarithm of each softmax's denominator (B, H, T) float32."""
+    q, k, v, position, rotary_base = all_dense(*inputs)
+    sizes = batch, time, heads, dim, window = _sizes(k, position)
+    out, lse = empty_like(q), common.empty(q, batch, heads, time, dtype=torch.float32)
+    rotary = _rotary_table(window, dim, rotary_base, q.device)
+    cuda_library().call("window_attention_forward", q, q, k, v, TYPE_CODES[q.dtype], position, rotary, out, lse, *sizes)
+    return out, lse
+
+
+def window_attention_backward(*inputs: Tensor | float) -> tuple[Tensor, ...]:
+    """Returns the gradients of q, k and v."""
+    dout, out, lse, q, k, v, position, rotary_base = all_dense(*inputs)
+    sizes = *_, dim, window = _sizes(k, position)
+    gradients, inner = empty_like(q, k, v), empty_like(lse)
+    rotary = _rotary_table(window, dim, rotary_base, q.device)
+    cuda_library().call(
+        "window_attention_backward", q, dout, out, lse, q, k, v, TYPE_CODES[q.dtype], position, rotary, *gradients,
+        inner, *sizes,
+    )  # fmt: skip
+    return tuple(gradients)
+
+
+def _sizes(k: Tensor, position: Tensor) -> tuple[int, int, int, int, int]:
+    """Returns B, T, H, d and W; the kernels are written for even d up to 256."""
+    batch, time = position.shape
+    if k.shape[3] % 2 or k.shape[3] > 256:
+        raise ValueError(f"the CUDA kernels take heads of even size up to 256, got {k.shape[3]}")
+    return batch, time, k.shape[2], k.shape[3], k.shape[1] - time
+
+
+@functools.lru_cache(maxsize=16)
+def _rotary_table(window: int, dim: int, base: float, device: torch.device) -> Tensor:
+    """Returns cosine and sine of distance times frequency, (W + 2176, 2, d / 2): 34 tiles of 64 tokens need no more."""
+    angle = rotary_angles(torch.arange(window + 2176), dim, base)
+    return torch.stack([angle.cos(), angle.sin()], dim=1).float().to(device)
 
 
 def memory_context(qkv: Tensor, ring_k: Tensor, ring_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,8 +79,4 @@ def memory_context_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor) -> 
     return dqkv
 
 
-def fits(op: str, dtype: torch.dtype, dim: int) -> bool:
-    return True
-
-
-KERNELS = (memory_context, memory_context_backward)
+KERNELS = (window_attention, window_attention_backward, memory_context, memory_context_backward)

@@ -1,14 +1,14 @@
-// The backward pass of memory_read: each kernel recomputes the weights it needs from the scores and the saved
+// The backward pass of window_attention: each kernel recomputes the weights it needs from the scores and the saved
 // denominators, as FlashAttention does, and owns what it writes, so nothing is added up across blocks.
-#ifndef MM_REC_MEMORY_READ_BACKWARD_CUH
-#define MM_REC_MEMORY_READ_BACKWARD_CUH
+#ifndef MM_REC_WINDOW_ATTENTION_BACKWARD_CUH
+#define MM_REC_WINDOW_ATTENTION_BACKWARD_CUH
 
-#include "memory_read.cuh"
+#include "window_attention.cuh"
 
 namespace mm_rec {
 
-struct ReadBackward {
-  ReadInputs in;
+struct AttentionBackward {
+  AttentionInputs in;
   const void* out;
   const void* dout;
   const float* lse;  // (B, H, T)
@@ -16,18 +16,13 @@ struct ReadBackward {
   void* dq;
   void* dk;
   void* dv;
-  float* dkey;
-  float* dvalue;
-  float* dmass;
 };
 
-cudaError_t read_backward_queries(const ReadBackward& p, int64_t dtype, const MemoryExtent& extent, void* stream);
-cudaError_t read_backward_window(const ReadBackward& p, int64_t dtype, const MemoryExtent& extent, void* stream);
-cudaError_t read_backward_slots(const ReadBackward& p, int64_t dtype, const MemoryExtent& extent, void* stream);
+cudaError_t attention_backward_queries(const AttentionBackward& p, int64_t dtype, const WindowExtent& extent, void* stream);
+cudaError_t attention_backward_keys(const AttentionBackward& p, int64_t dtype, const WindowExtent& extent, void* stream);
 
-// The whole of it for the sizes of most models (memory_walk.cuh), the window first.
-cudaError_t walk_backward_window(const ReadBackward& p, const MemoryExtent& extent, void* stream);
-cudaError_t walk_backward_slots(const ReadBackward& p, const MemoryExtent& extent, void* stream);
+// The whole of it for the sizes of most models (window_walk.cuh).
+cudaError_t walk_backward(const AttentionBackward& p, const WindowExtent& extent, void* stream);
 
 // Run(type, head size rounded up) for a type code and head size.
 template <template <typename, int> class Run, typename... Arguments>

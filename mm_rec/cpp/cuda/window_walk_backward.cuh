@@ -1,10 +1,10 @@
-// What the warpgroups of memory_walk_backward.cu share: tiles on their way, and which step of the walk is which. Step j of a
+// What the warpgroups of window_walk_backward.cu share: tiles on their way, and which step of the walk is which. Step j of a
 // run is tile j of the contexts, against the tiles of queries j - 2, j - 1 and j.
-#ifndef MM_REC_MEMORY_WALK_BACKWARD_CUH
-#define MM_REC_MEMORY_WALK_BACKWARD_CUH
+#ifndef MM_REC_WINDOW_WALK_BACKWARD_CUH
+#define MM_REC_WINDOW_WALK_BACKWARD_CUH
 
-#include "memory_read_backward.cuh"
-#include "memory_walk_rows.cuh"
+#include "window_attention_backward.cuh"
+#include "window_walk_rows.cuh"
 #include "wgmma.cuh"
 
 namespace mm_rec {
@@ -17,11 +17,11 @@ constexpr int kQueryRing = kSpan + 2, kKeyRing = 4, kValueRing = 3;
 
 // A block walks along one run of tiles after the other; a run is `length` tiles of queries of a head of a sequence.
 struct Runs {
-  const ReadBackward& p;
-  const MemoryExtent& extent;
+  const AttentionBackward& p;
+  const WindowExtent& extent;
   int length, tiles, parts, count;
 
-  __device__ __forceinline__ Runs(const ReadBackward& p_, const MemoryExtent& extent_, int length_)
+  __device__ __forceinline__ Runs(const AttentionBackward& p_, const WindowExtent& extent_, int length_)
       : p(p_), extent(extent_), length(length_), tiles(static_cast<int>(ceil_div(extent_.time, kWalkTile))) {
     parts = (tiles + length - 1) / length;
     count = static_cast<int>(extent.batch * extent.heads) * parts;

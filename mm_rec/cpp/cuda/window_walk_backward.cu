@@ -1,9 +1,9 @@
-// memory_read, backward, for the sizes of most models on compute capability 9.0: the gradients of the window, each score
+// window_attention, backward, for the sizes of most models on compute capability 9.0: the gradients of the window, each score
 // computed once, by four warpgroups, which work step by step in parallel and wait for each other after each.
 #include "launch.cuh"
-#include "memory_walk_fetch.cuh"
-#include "memory_walk_keys.cuh"
-#include "memory_walk_queries.cuh"
+#include "window_walk_fetch.cuh"
+#include "window_walk_keys.cuh"
+#include "window_walk_queries.cuh"
 
 namespace mm_rec {
 namespace {
@@ -12,7 +12,7 @@ constexpr size_t kAlignment = 1024;  // the swizzle counts rows from multiples o
 constexpr size_t kSharedBytes = sizeof(WalkShared) + kAlignment;
 
 __global__ void __launch_bounds__(kWalkThreads, 1)
-    window_kernel(const ReadBackward p, const MemoryExtent extent, int length) {
+    window_kernel(const AttentionBackward p, const WindowExtent extent, int length) {
 #ifdef MM_REC_WGMMA
   unsigned char* memory = dynamic_shared();
   auto& shared = *reinterpret_cast<WalkShared*>(memory + (kAlignment - shared_address(memory) % kAlignment) % kAlignment);
@@ -39,11 +39,11 @@ __global__ void __launch_bounds__(kWalkThreads, 1)
 
 }  // namespace
 
-bool walks_backward(int64_t dtype, const MemoryExtent& extent) {
+bool walks_backward(int64_t dtype, const WindowExtent& extent) {
   return walks(dtype, extent) && has_wgmma() && kSharedBytes <= shared_memory_limit();
 }
 
-cudaError_t walk_backward_window(const ReadBackward& p, const MemoryExtent& extent, void* stream) {
+cudaError_t walk_backward(const AttentionBackward& p, const WindowExtent& extent, void* stream) {
   const int64_t processors = multiprocessors();
   const int length = walk_length(extent, processors, kWalkBehind);
   const int64_t runs = extent.batch * extent.heads * ceil_div(walk_tiles(extent), length);

@@ -1,10 +1,10 @@
-// The two warpgroups of memory_walk_backward.cu that have 64 contexts each step. Values makes scores into weights and sums up
+// The two warpgroups of window_walk_backward.cu that have 64 contexts each step. Values makes scores into weights and sums up
 // the gradients of the values; Keys takes the weights from it, makes the gradients of the scores, puts them down for Queries
 // and sums up the gradients of the keys.
-#ifndef MM_REC_MEMORY_WALK_KEYS_CUH
-#define MM_REC_MEMORY_WALK_KEYS_CUH
+#ifndef MM_REC_WINDOW_WALK_KEYS_CUH
+#define MM_REC_WINDOW_WALK_KEYS_CUH
 
-#include "memory_walk_backward.cuh"
+#include "window_walk_backward.cuh"
 
 namespace mm_rec {
 

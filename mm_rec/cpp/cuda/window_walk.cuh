@@ -1,13 +1,13 @@
-// memory_read for the sizes of most models: bfloat16, heads of 64, a window of 128, up to 64 slots. Tokens come in tiles of
-// 64 and so do their contexts: the queries of tile i see the contexts of tiles i, i + 1 and i + 2, of the first those later
+// window_attention for the sizes of most models: bfloat16, heads of 64, a window of 128. Tokens come in tiles of 64 and so do
+// their contexts: the queries of tile i see the contexts of tiles i, i + 1 and i + 2, of the first those later
 // than their own place in it, of the last those up to it. So a block of threads walks through many tiles of one head of one
 // sequence, one at a time, and each is fetched and rotated once. A warp has 16 rows and meets 9 blocks of 16 of the other
 // side.
-#ifndef MM_REC_MEMORY_WALK_CUH
-#define MM_REC_MEMORY_WALK_CUH
+#ifndef MM_REC_WINDOW_WALK_CUH
+#define MM_REC_WINDOW_WALK_CUH
 
 #include "device.cuh"
-#include "memory_read.cuh"
+#include "window_attention.cuh"
 
 namespace mm_rec {
 
@@ -15,21 +15,21 @@ constexpr int kWalkDim = 64, kWalkTile = 64, kWalkWindow = 128, kWalkBehind = kW
 constexpr float kWalkScale = 0.125f;  // 1 / sqrt(kWalkDim)
 constexpr float kBase2 = kWalkScale * kLog2e;  // of scores
 using WalkTile = Tile<kWalkTile, kWalkDim, false>;
-using WalkPlan = ReadPlan<bf16, kWalkDim>;
+using WalkPlan = AttentionPlan<bf16, kWalkDim>;
 
-inline bool walks(int64_t dtype, const MemoryExtent& extent) {
-  return dtype == kBFloat16 && extent.dim == kWalkDim && extent.window == kWalkWindow && extent.slots <= kWalkTile;
+inline bool walks(int64_t dtype, const WindowExtent& extent) {
+  return dtype == kBFloat16 && extent.dim == kWalkDim && extent.window == kWalkWindow;
 }
 
-inline int64_t walk_tiles(const MemoryExtent& extent) { return ceil_div(extent.time, kWalkTile); }  // of queries
+inline int64_t walk_tiles(const WindowExtent& extent) { return ceil_div(extent.time, kWalkTile); }  // of queries
 
 // Whether the window's kernel of the backward pass is for such sizes and runs on the device.
-bool walks_backward(int64_t dtype, const MemoryExtent& extent);
-cudaError_t walk_forward(const ReadInputs& in, void* out, float* lse, const MemoryExtent& extent, void* stream);
+bool walks_backward(int64_t dtype, const WindowExtent& extent);
+cudaError_t walk_forward(const AttentionInputs& in, void* out, float* lse, const WindowExtent& extent, void* stream);
 
 // Tiles of queries a block should walk through, up to kWalkLongest, if `resident` blocks run at a time: a block has as much to
 // do as `more` tiles beside, and the last blocks to run leave part of the device idle.
-inline int walk_length(const MemoryExtent& extent, int64_t resident, int more) {
+inline int walk_length(const WindowExtent& extent, int64_t resident, int more) {
   const int64_t tiles = walk_tiles(extent), longest = tiles < kWalkLongest ? tiles : kWalkLongest;
   int64_t best = longest, least = INT64_MAX;
   for (int64_t length = longest; length > 0; --length) {

@@ -1,18 +1,16 @@
-// What a warp of memory_walk_forward.cu does with its 16 rows of queries, contexts or slots.
-#ifndef MM_REC_MEMORY_WALK_FORWARD_CUH
-#define MM_REC_MEMORY_WALK_FORWARD_CUH
+// What a warp of window_walk_forward.cu does with its 16 rows of queries or contexts.
+#ifndef MM_REC_WINDOW_WALK_FORWARD_CUH
+#define MM_REC_WINDOW_WALK_FORWARD_CUH
 
-#include "memory_walk.cuh"
+#include "window_walk.cuh"
 
 namespace mm_rec {
 
 constexpr int kWalkRing = kWalkWindow + kWalkTile;
 
-// The contexts of a tile's queries, of which each tile replaces the oldest, and its slots.
+// The contexts of a tile's queries, of which each tile replaces the oldest.
 struct ForwardShared {
   Tile<kWalkRing, kWalkDim, false> k, v;
-  WalkTile slot_key, slot_value;
-  float bias[kWalkTile];
 };
 
 __device__ __forceinline__ int in_ring(int row) { return row < kWalkRing ? row : row - kWalkRing; }  // of the next lap, too
@@ -106,65 +104,6 @@ struct Queries {
     }
   }
   static __device__ __forceinline__ int key_lane() { return static_cast<int>(threadIdx.x) % 32 / 16 * 8 + threadIdx.x % 8; }
-};
-
-// 16 slots of a warp on their way to the tiles.
-class SlotLoads {
- public:
-  // Those past the first `rows` have no mass.
-  __device__ __forceinline__ void fetch(const ReadInputs& in, int64_t first, int rows) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool real = Quad::row(i) < rows;
-      const int64_t row = first + (real ? Quad::row(i) : 0);
-      mass_[i] = real ? in.mass[row] : 0.0f;
-      fetch_row(in.key + row * kWalkDim, real, key_[i]);
-      fetch_row(in.value + row * kWalkDim, real, value_[i]);
-    }
-  }
-  // Normed.
-  __device__ __forceinline__ void put_keys(ForwardShared& shared) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float squares = 0.0f;
-#pragma unroll
-      for (int j = 0; j < kWalkDim / 16; ++j) {
-        const float4& x = key_[i][j];
-        squares = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, squares))));
-      }
-      const float norm = rsqrtf(group_sum<4>(squares) / kWalkDim + kNormEps);
-      bf16* row = shared.slot_key.hi + (warp_row() + Quad::row(i)) * WalkTile::kStride;
-#pragma unroll
-      for (int j = 0; j < kWalkDim / 16; ++j) Quad::put(row, j, scaled(key_[i][j], norm));
-    }
-  }
-  // Divided by their mass; and the biases, log2 of the masses, -inf for slots without mass.
-  __device__ __forceinline__ void put_values(ForwardShared& shared) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = warp_row() + Quad::row(i);
-      const bool filled = mass_[i] > 0.0f;
-      const float scale = filled ? __fdividef(1.0f, mass_[i]) : 1.0f;
-      bf16* to = shared.slot_value.hi + row * WalkTile::kStride + Quad::column(0);
-#pragma unroll
-      for (int j = 0; j < kWalkDim / 16; ++j) *reinterpret_cast<uint2*>(to + 16 * j) = scaled(value_[i][j], scale);
-      if (threadIdx.x % 4 == 0) shared.bias[row] = filled ? __log2f(mass_[i]) : -INFINITY;
-    }
-  }
-
- private:
-  static __device__ __forceinline__ void fetch_row(const float* row, bool real, float4 (&x)[kWalkDim / 16]) {
-#pragma unroll
-    for (int j = 0; j < kWalkDim / 16; ++j) {
-      x[j] = real ? *reinterpret_cast<const float4*>(row + Quad::column(j)) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    }
-  }
-  static __device__ __forceinline__ uint2 scaled(const float4& x, float scale) {
-    return make_uint2(pack_bf16(scale * x.x, scale * x.y), pack_bf16(scale * x.z, scale * x.w));
-  }
-
-  float4 key_[2][kWalkDim / 16], value_[2][kWalkDim / 16];
-  float mass_[2];
 };
 
 // Running softmax of the two rows of a thread, in base 2, and the weighted sum of values. Each lane has a total of its own.

@@ -1,14 +1,14 @@
-// memory_read, backward: the gradient of the queries, and the entry point of the whole backward pass.
+// window_attention, backward: the gradient of the queries, and the entry point of the whole backward pass.
 #include "launch.cuh"
-#include "memory_read_backward.cuh"
-#include "memory_walk.cuh"
+#include "window_attention_backward.cuh"
+#include "window_walk.cuh"
 
 namespace mm_rec {
 namespace {
 
 // inner = out . dout of each token and head, eight lanes each.
 template <typename T>
-__global__ void __launch_bounds__(256) inner_product_kernel(const ReadBackward p, const MemoryExtent extent) {
+__global__ void __launch_bounds__(256) inner_product_kernel(const AttentionBackward p, const WindowExtent extent) {
   const int64_t rows = extent.batch * extent.time * extent.heads;
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x) / 8;  // (b, t, head)
   float sum = 0.0f;
@@ -29,15 +29,14 @@ template <typename Plan>
 struct Shared {
   typename Plan::Own q, dout;
   typename Plan::Other k, v;
-  float bias[Plan::kOther];
   Visible<Plan::kOwn> visible;
 };
 
 template <typename T, typename Plan>
 __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
-    query_kernel(const ReadBackward p, const MemoryExtent extent) {
+    query_kernel(const AttentionBackward p, const WindowExtent extent) {
   auto& shared = *reinterpret_cast<Shared<Plan>*>(dynamic_shared());
-  const ReadInputs& in = p.in;
+  const AttentionInputs& in = p.in;
   const int64_t b = blockIdx.z, head = blockIdx.y, t0 = static_cast<int64_t>(blockIdx.x) * Plan::kOwn;
   const int dim = extent.dim, window = extent.window, tokens = static_cast<int>(min(extent.time - t0, int64_t{Plan::kOwn}));
   const float scale = rsqrtf(static_cast<float>(dim));
@@ -59,8 +58,7 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
     inner[r] = p.inner[token];
   }
   __syncthreads();
-  int first, oldest, newest;
-  shared.visible.bounds(first, oldest, newest);
+  const int first = shared.visible.first();
 
   // dq += dscores keys, with scores in base 2, -inf for what is not seen.
   typename Plan::Sums dq = {};
@@ -107,34 +105,6 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
   }
   Plan::rotate_back(dq, tokens, dim, in.rotary, window - 1);
 
-  if (newest >= 0) {
-    queries.fetch(static_cast<const T*>(in.q) + at, extent.width(), tokens, dim);
-    queries.put(shared.q);
-  }
-  // Slots of all versions in view, a tile at a time.
-  const int tiles = static_cast<int>(ceil_div(extent.slots, Plan::kOther));
-  const int64_t count = newest >= oldest ? static_cast<int64_t>(newest - oldest + 1) * tiles : 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int version = oldest + static_cast<int>(i / tiles);
-    const int s0 = static_cast<int>(i % tiles) * Plan::kOther;
-    Plan::fill_slots(shared.k, shared.v, shared.bias, in, extent.slots_at(b, version, head) + s0, extent.slots - s0, dim);
-    __syncthreads();
-    if (shared.visible.any_of_warp(Plan::own_row(), version)) {
-      typename Plan::Scores scores = {};
-      multiply<false, false, Plan::kDim>(scores, shared.q, Plan::own_row(), shared.k, 0);
-#pragma unroll
-      for (int n = 0; n < Plan::kOther / 8; ++n) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const bool seen = shared.visible.version[row[j / 2]] == version;
-          scores[n][j] = seen ? scores[n][j] * (scale * kLog2e) + shared.bias[fragment_column(n, j)] : -INFINITY;
-        }
-      }
-      add(scores);
-    }
-    __syncthreads();
-  }
-
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (row[r] >= tokens) continue;
@@ -146,8 +116,8 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
 
 template <typename T, int Dim>
 struct QueryGradient {
-  static cudaError_t run(const ReadBackward& p, const MemoryExtent& extent, void* stream) {
-    using Plan = ReadPlan<T, Dim>;
+  static cudaError_t run(const AttentionBackward& p, const WindowExtent& extent, void* stream) {
+    using Plan = AttentionPlan<T, Dim>;
     const int64_t rows = extent.batch * extent.time * extent.heads;
     const cudaError_t error = launch(inner_product_kernel<T>, dim3(static_cast<unsigned>(ceil_div(rows, 32))), dim3(256),
                                      0, stream, p, extent);
@@ -160,36 +130,22 @@ struct QueryGradient {
 
 }  // namespace
 
-cudaError_t read_backward_queries(const ReadBackward& p, int64_t dtype, const MemoryExtent& extent, void* stream) {
+cudaError_t attention_backward_queries(const AttentionBackward& p, int64_t dtype, const WindowExtent& extent, void* stream) {
   return by_head_size<QueryGradient>(dtype, extent.dim, p, extent, stream);
 }
 
 }  // namespace mm_rec
 
-extern "C" int64_t mm_rec_cuda_memory_read_workspace(int64_t batch, int64_t time, int64_t heads, int64_t window) {
+// `inner` is scratch memory for a number of each token and head.
+extern "C" int mm_rec_cuda_window_attention_backward(const void* dout, const void* out, const float* lse,
+                                                     const void* q, const void* k, const void* v, int64_t dtype,
+                                                     const int64_t* position, const float* rotary, void* dq, void* dk,
+                                                     void* dv, float* inner, int64_t batch, int64_t time,
+                                                     int64_t heads, int64_t dim, int64_t window, void* stream) {
   using namespace mm_rec;
-  return static_cast<int64_t>(sizeof(float)) * batch * heads * time +
-         write_index_bytes({batch, time, heads, 1, 1, static_cast<int>(window)});
-}
-
-extern "C" int mm_rec_cuda_memory_read_backward(const void* dout, const void* out, const float* lse, const void* q,
-                                                const void* k, const void* v, int64_t dtype, const float* key,
-                                                const float* value, const float* mass, const int64_t* position,
-                                                const float* rotary, void* dq, void* dk, void* dv, float* dkey,
-                                                float* dvalue, float* dmass, float* workspace, int64_t batch,
-                                                int64_t time, int64_t heads, int64_t dim, int64_t slots,
-                                                int64_t window, void* stream) {
-  using namespace mm_rec;
-  const MemoryExtent extent{batch, time, heads, static_cast<int>(dim), static_cast<int>(slots), static_cast<int>(window)};
-  ReadBackward p{{q, k, v, key, value, mass, position, rotary, {}},
-                 out, dout, lse, workspace, dq, dk, dv, dkey, dvalue, dmass};
-  cudaError_t error = make_write_index(position, extent, workspace + batch * heads * time, &p.in.index, stream);
-  if (error == cudaSuccess && walks_backward(dtype, extent)) {
-    error = walk_backward_window(p, extent, stream);
-    return error == cudaSuccess ? walk_backward_slots(p, extent, stream) : error;
-  }
-  if (error == cudaSuccess) error = read_backward_queries(p, dtype, extent, stream);
-  if (error == cudaSuccess) error = read_backward_window(p, dtype, extent, stream);
-  if (error == cudaSuccess) error = read_backward_slots(p, dtype, extent, stream);
-  return error;
+  const WindowExtent extent{batch, time, heads, static_cast<int>(dim), static_cast<int>(window)};
+  const AttentionBackward p{{q, k, v, position, rotary}, out, dout, lse, inner, dq, dk, dv};
+  if (walks_backward(dtype, extent)) return walk_backward(p, extent, stream);
+  const cudaError_t error = attention_backward_queries(p, dtype, extent, stream);
+  return error == cudaSuccess ? attention_backward_keys(p, dtype, extent, stream) : error;
 }

@@ -1,9 +1,9 @@
-// The warpgroup of memory_walk_backward.cu that fetches the tiles two steps ahead, and rotates and otherwise makes ready
+// The warpgroup of window_walk_backward.cu that fetches the tiles two steps ahead, and rotates and otherwise makes ready
 // those of the next step.
-#ifndef MM_REC_MEMORY_WALK_FETCH_CUH
-#define MM_REC_MEMORY_WALK_FETCH_CUH
+#ifndef MM_REC_WINDOW_WALK_FETCH_CUH
+#define MM_REC_WINDOW_WALK_FETCH_CUH
 
-#include "memory_walk_backward.cuh"
+#include "window_walk_backward.cuh"
 
 namespace mm_rec {
 
@@ -155,9 +155,7 @@ class Fetchers {
     return (step.b * extent.heads + step.head) * extent.time + static_cast<int64_t>(step.tile) * kWalkTile;
   }
   __device__ __forceinline__ void finish_queries(const Step& step) {
-    const auto& extent = runs_.extent;
     const int place = step.number % kQueryRing;
-    const int64_t t0 = static_cast<int64_t>(step.tile) * kWalkTile, line = line_of(step);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = RowPieces::row(r);
@@ -173,7 +171,6 @@ class Fetchers {
       if (threadIdx.x % 4 != 0) continue;
       shared_.lse[place][row] = loads_.lse[r] * kLog2e;
       shared_.inner[place][row] = inner;
-      if (step.tile >= step.first && t0 + row < extent.time) runs_.p.inner[line + row] = inner;
     }
   }
   // What the next step has to do, by the first warp.

@@ -1,33 +1,45 @@
-// Parts that the kernels of memory_read share. Blocks of 4 warps own 64 rows (queries, keys of the window or slots), 16 a
-// warp, and go through tiles of the other side.
+// Parts that the kernels of window_attention share. Blocks of 4 warps own 64 rows (queries or keys), 16 a warp, and go through
+// tiles of the other side.
 //
 // Tiles hold heads with their two halves apart: half i at columns i * Dim / 2 ..., padded with zeros. So a rotation pairs
 // column j with column j + Dim / 2 whatever the head size is, and a thread's accumulators hold both.
-#ifndef MM_REC_MEMORY_READ_CUH
-#define MM_REC_MEMORY_READ_CUH
+#ifndef MM_REC_WINDOW_ATTENTION_CUH
+#define MM_REC_WINDOW_ATTENTION_CUH
 
 #include <climits>
 
-#include "memory.cuh"
+#include "common.cuh"
+#include "tile.cuh"
 
 namespace mm_rec {
 
 constexpr float kLog2e = 1.44269504f;
 
-struct ReadInputs {
+struct WindowExtent {
+  int64_t batch, time, heads;
+  int dim, window;
+
+  __host__ __device__ int64_t context() const { return window + time; }  // tokens of k and v
+  __host__ __device__ int64_t width() const { return heads * dim; }
+  // First element of a head of a token of k or v, of a token of q.
+  __host__ __device__ int64_t context_at(int64_t b, int64_t token, int64_t head) const {
+    return (b * context() + token) * width() + head * dim;
+  }
+  __host__ __device__ int64_t token_at(int64_t b, int64_t t, int64_t head) const {
+    return (b * time + t) * width() + head * dim;
+  }
+};
+
+struct AttentionInputs {
   const void* q;
   const void* k;
   const void* v;
-  const float* key;
-  const float* value;
-  const float* mass;
   const int64_t* position;
   const float* rotary;  // (W + 2176, 2, d / 2): cosines, then sines, of distance times frequency
-  WriteIndex index;
 };
 
 template <typename T, int Dim>
-struct ReadPlan {
+struct AttentionPlan {
   static constexpr int kDim = Dim, kThreads = 128, kOwn = 64, kOther = Dim <= 64 ? 64 : 32;
   static constexpr bool kSplit = sizeof(T) == 4;
   static constexpr int kLanes = Dim / 8;                   // for a row of a tile
@@ -177,87 +189,28 @@ struct ReadPlan {
       if (next < dim) row[next] = from_float<Target>(second);
     }
   }
-
-  // Slots of one version from row `first` on: keys normed, values divided by their mass, and `bias`, log2 of the masses,
-  // -inf for slots without mass.
-  template <int Rows, bool Split>
-  static __device__ __forceinline__ void fill_slots(Tile<Rows, Dim, Split>& keys, Tile<Rows, Dim, Split>& values,
-                                                    float* bias, const ReadInputs& in, int64_t first, int rows,
-                                                    int dim) {
-    using Loads = RowLoads<Rows, float>;
-    Loads key, value;
-    key.fetch(in.key + first * dim, dim, rows, dim);
-    value.fetch(in.value + first * dim, dim, rows, dim);
-    // Lane l has the mass of the warp's l-th row, counted through the rows that its lanes load at a time.
-    constexpr int kAtOnce = 32 / kLanes;
-    const int lane = threadIdx.x % 32;
-    const int own = static_cast<int>(threadIdx.x) / 32 * kAtOnce + lane % kAtOnce + lane / kAtOnce * (kThreads / kLanes);
-    const bool real = lane < kAtOnce * Loads::kCount;
-    const float mass = real && own < rows ? in.mass[first + own] : 0.0f;
-    if (real) bias[own] = mass > 0.0f ? __log2f(mass) : -INFINITY;
-    key.each([&](int, int row, int column, float(&a)[4], float(&b)[4]) {
-      float squares = 0.0f;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) squares = fmaf(a[j], a[j], fmaf(b[j], b[j], squares));
-      const float norm = rsqrtf(group_sum<kLanes>(squares) / dim + kNormEps);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        a[j] *= norm;
-        b[j] *= norm;
-      }
-      keys.set(row, column, a);
-      keys.set(row, Dim / 2 + column, b);
-    });
-    value.each([&](int i, int row, int column, float(&a)[4], float(&b)[4]) {
-      const float whole = __shfl_sync(kFullWarp, mass, lane / kLanes + i * kAtOnce), scale = whole > 0.0f ? 1.0f / whole : 1.0f;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        a[j] *= scale;
-        b[j] *= scale;
-      }
-      values.set(row, column, a);
-      values.set(row, Dim / 2 + column, b);
-    });
-  }
 };
 
-// What a tile of queries may see. Row r is token t0 + r; its context is low[r] ... W + t0 + r, and slots of version
-// version[r], -1 if none.
+// What a tile of queries may see. Row r is token t0 + r; its context is low[r] ... W + t0 + r.
 template <int Rows>
 struct Visible {
   int low[Rows];
-  int version[Rows];
 
   // Threads 0 ... Rows - 1 take part; tokens past the last see nothing.
-  __device__ __forceinline__ void fill(const ReadInputs& in, const MemoryExtent& extent, int64_t b, int64_t t0) {
+  __device__ __forceinline__ void fill(const AttentionInputs& in, const WindowExtent& extent, int64_t b, int64_t t0) {
     const int r = threadIdx.x;
     if (r >= Rows) return;
     const int64_t t = t0 + r;
     const bool real = t < extent.time;
-    const int64_t at = b * extent.time + t, place = real ? in.position[at] : 0;
+    const int64_t place = real ? in.position[b * extent.time + t] : 0;
     const int64_t newest = extent.window + t;  // context of the token itself
     low[r] = real ? static_cast<int>(max(newest - place, t + 1)) : INT_MAX;
-    version[r] = real && place >= extent.window ? in.index.version[at] : -1;
   }
-  // Whether any of the warp's sixteen rows from `row` on sees slots of `version`.
-  __device__ __forceinline__ bool any_of_warp(int row, int version_) const {
-    return __any_sync(kFullWarp, version[row + threadIdx.x % 16] == version_);
-  }
-  // The first context that any row sees, and the first and last version. Whole warps take part.
-  __device__ __forceinline__ void bounds(int& first, int& oldest, int& newest) const {
-    first = oldest = INT_MAX;
-    newest = -1;
-    for (int r = threadIdx.x % 32; r < Rows; r += 32) {
-      first = min(first, low[r]);
-      newest = max(newest, version[r]);
-      if (version[r] >= 0) oldest = min(oldest, version[r]);
-    }
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) {
-      first = min(first, __shfl_xor_sync(kFullWarp, first, mask));
-      oldest = min(oldest, __shfl_xor_sync(kFullWarp, oldest, mask));
-      newest = max(newest, __shfl_xor_sync(kFullWarp, newest, mask));
-    }
+  // The first context that any row sees. Whole warps take part.
+  __device__ __forceinline__ int first() const {
+    int least = INT_MAX;
+    for (int r = threadIdx.x % 32; r < Rows; r += 32) least = min(least, low[r]);
+    return __reduce_min_sync(kFullWarp, least);
   }
 };
 

@@ -1,8 +1,8 @@
 // Rows of heads to and from accumulators in whole pieces of 16 bytes, for heads of 64 in bfloat16.
-#ifndef MM_REC_MEMORY_WALK_ROWS_CUH
-#define MM_REC_MEMORY_WALK_ROWS_CUH
+#ifndef MM_REC_WINDOW_WALK_ROWS_CUH
+#define MM_REC_WINDOW_WALK_ROWS_CUH
 
-#include "memory_walk.cuh"
+#include "window_walk.cuh"
 
 namespace mm_rec {
 
@@ -31,12 +31,6 @@ __device__ __forceinline__ void exchange_words(uint32_t (&words)[8]) {
 // A lane's two pieces of a row: columns 8 l ... and 32 + 8 l ....
 struct RowWords {
   static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) % 4 * 8; }
-  static __device__ __forceinline__ void load(const bf16* row, uint32_t (&words)[8]) {
-    const uint4 first = *reinterpret_cast<const uint4*>(row + column());
-    const uint4 second = *reinterpret_cast<const uint4*>(row + kWalkDim / 2 + column());
-    words[0] = first.x, words[1] = first.y, words[2] = first.z, words[3] = first.w;
-    words[4] = second.x, words[5] = second.y, words[6] = second.z, words[7] = second.w;
-  }
   static __device__ __forceinline__ void store(bf16* row, const uint32_t (&words)[8]) {
     *reinterpret_cast<uint4*>(row + column()) = make_uint4(words[0], words[1], words[2], words[3]);
     *reinterpret_cast<uint4*>(row + kWalkDim / 2 + column()) = make_uint4(words[4], words[5], words[6], words[7]);
@@ -53,27 +47,6 @@ __device__ __forceinline__ void store_heads(bf16* target, int64_t stride, int ro
     for (int n = 0; n < 8; ++n) words[n] = pack_bf16(scale * x[n][2 * r], scale * x[n][2 * r + 1]);
     exchange_words(words);
     if (fragment_row(2 * r) < rows) RowWords::store(target + fragment_row(2 * r) * stride, words);
-  }
-}
-
-// The same, added to what is there.
-__device__ __forceinline__ void add_heads(bf16* target, int64_t stride, int rows, float scale,
-                                          const Fragments<kWalkDim / 8>& x) {
-  uint32_t words[2][8] = {};
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    if (fragment_row(2 * r) < rows) RowWords::load(target + fragment_row(2 * r) * stride, words[r]);
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    exchange_words(words[r]);
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      words[r][n] = pack_bf16(fmaf(scale, x[n][2 * r], __uint_as_float(words[r][n] << 16)),
-                              fmaf(scale, x[n][2 * r + 1], __uint_as_float(words[r][n] & 0xffff0000u)));
-    }
-    exchange_words(words[r]);
-    if (fragment_row(2 * r) < rows) RowWords::store(target + fragment_row(2 * r) * stride, words[r]);
   }
 }
 

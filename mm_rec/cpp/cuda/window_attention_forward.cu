@@ -1,6 +1,6 @@
-// memory_read, forward: one online softmax (as in FlashAttention, arXiv 2205.14135) over the window and the slots.
+// window_attention, forward: one online softmax (as in FlashAttention, arXiv 2205.14135) over the window.
 #include "launch.cuh"
-#include "memory_walk.cuh"
+#include "window_walk.cuh"
 
 namespace mm_rec {
 namespace {
@@ -9,7 +9,6 @@ template <typename Plan>
 struct Shared {
   typename Plan::Own q;
   typename Plan::Other k, v;
-  float bias[Plan::kOther];
   Visible<Plan::kOwn> visible;
 };
 
@@ -51,7 +50,7 @@ struct Running {
 
 template <typename T, typename Plan>
 __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
-    forward_kernel(const ReadInputs in, T* __restrict__ out, float* __restrict__ lse, const MemoryExtent extent) {
+    forward_kernel(const AttentionInputs in, T* __restrict__ out, float* __restrict__ lse, const WindowExtent extent) {
   auto& shared = *reinterpret_cast<Shared<Plan>*>(dynamic_shared());
   const int64_t b = blockIdx.z, head = blockIdx.y, t0 = static_cast<int64_t>(blockIdx.x) * Plan::kOwn;
   const int dim = extent.dim, window = extent.window, tokens = static_cast<int>(min(extent.time - t0, int64_t{Plan::kOwn}));
@@ -64,8 +63,7 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
   queries.put_rotated(shared.q, tokens, dim, in.rotary, window - 1);
   shared.visible.fill(in, extent, b, t0);
   __syncthreads();
-  int first, oldest, newest;
-  shared.visible.bounds(first, oldest, newest);
+  const int first = shared.visible.first();
 
   Running<Plan> running;
   const int row[2] = {Plan::own_row() + fragment_row(0), Plan::own_row() + fragment_row(2)};
@@ -98,34 +96,6 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
     __syncthreads();
   }
 
-  if (newest >= 0) {  // slots have no place: queries meet them un-rotated
-    queries.fetch(q, extent.width(), tokens, dim);
-    queries.put(shared.q);
-  }
-  // Slots of all versions in view, a tile at a time.
-  const int tiles = static_cast<int>(ceil_div(extent.slots, Plan::kOther));
-  const int64_t count = newest >= oldest ? static_cast<int64_t>(newest - oldest + 1) * tiles : 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int version = oldest + static_cast<int>(i / tiles);
-    const int s0 = static_cast<int>(i % tiles) * Plan::kOther;
-    Plan::fill_slots(shared.k, shared.v, shared.bias, in, extent.slots_at(b, version, head) + s0, extent.slots - s0, dim);
-    __syncthreads();
-    if (shared.visible.any_of_warp(Plan::own_row(), version)) {
-      typename Plan::Scores scores = {};
-      multiply<false, false, Plan::kDim>(scores, shared.q, Plan::own_row(), shared.k, 0);
-#pragma unroll
-      for (int n = 0; n < Plan::kOther / 8; ++n) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const bool seen = shared.visible.version[row[j / 2]] == version;
-          scores[n][j] = seen ? scores[n][j] * scale + shared.bias[fragment_column(n, j)] : -INFINITY;
-        }
-      }
-      running.add(scores, shared.v);
-    }
-    __syncthreads();
-  }
-
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int64_t t = t0 + row[r];
@@ -143,8 +113,8 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
 }
 
 template <typename T, int Dim>
-cudaError_t run(const ReadInputs& in, void* out, float* lse, const MemoryExtent& extent, void* stream) {
-  using Plan = ReadPlan<T, Dim>;
+cudaError_t run(const AttentionInputs& in, void* out, float* lse, const WindowExtent& extent, void* stream) {
+  using Plan = AttentionPlan<T, Dim>;
   const dim3 grid(static_cast<unsigned>(ceil_div(extent.time, Plan::kOwn)), static_cast<unsigned>(extent.heads),
                   static_cast<unsigned>(extent.batch));
   return launch(forward_kernel<T, Plan>, grid, dim3(Plan::kThreads), sizeof(Shared<Plan>), stream, in,
@@ -152,7 +122,7 @@ cudaError_t run(const ReadInputs& in, void* out, float* lse, const MemoryExtent&
 }
 
 template <typename T>
-cudaError_t dispatch(const ReadInputs& in, void* out, float* lse, const MemoryExtent& extent, void* stream) {
+cudaError_t dispatch(const AttentionInputs& in, void* out, float* lse, const WindowExtent& extent, void* stream) {
   if (extent.dim <= 32) return run<T, 32>(in, out, lse, extent, stream);
   if (extent.dim <= 64) return run<T, 64>(in, out, lse, extent, stream);
   if (extent.dim <= 128) return run<T, 128>(in, out, lse, extent, stream);
@@ -163,16 +133,13 @@ cudaError_t dispatch(const ReadInputs& in, void* out, float* lse, const MemoryEx
 }  // namespace
 }  // namespace mm_rec
 
-extern "C" int mm_rec_cuda_memory_read_forward(const void* q, const void* k, const void* v, int64_t dtype,
-                                               const float* key, const float* value, const float* mass,
-                                               const int64_t* position, const float* rotary, void* out, float* lse,
-                                               void* workspace, int64_t batch, int64_t time, int64_t heads, int64_t dim,
-                                               int64_t slots, int64_t window, void* stream) {
+extern "C" int mm_rec_cuda_window_attention_forward(const void* q, const void* k, const void* v, int64_t dtype,
+                                                    const int64_t* position, const float* rotary, void* out, float* lse,
+                                                    int64_t batch, int64_t time, int64_t heads, int64_t dim,
+                                                    int64_t window, void* stream) {
   using namespace mm_rec;
-  const MemoryExtent extent{batch, time, heads, static_cast<int>(dim), static_cast<int>(slots), static_cast<int>(window)};
-  ReadInputs in{q, k, v, key, value, mass, position, rotary, {}};
-  const cudaError_t error = make_write_index(position, extent, workspace, &in.index, stream);
-  if (error != cudaSuccess) return error;
+  const WindowExtent extent{batch, time, heads, static_cast<int>(dim), static_cast<int>(window)};
+  const AttentionInputs in{q, k, v, position, rotary};
   if (walks(dtype, extent)) return walk_forward(in, out, lse, extent, stream);
   return dtype == kBFloat16 ? dispatch<bf16>(in, out, lse, extent, stream)
                             : dispatch<float>(in, out, lse, extent, stream);

@@ -1,9 +1,9 @@
-// The warpgroup of memory_walk_backward.cu that has the gradients of queries, one step after the keys have put down those of
+// The warpgroup of window_walk_backward.cu that has the gradients of queries, one step after the keys have put down those of
 // the scores: three tiles of them are under way in registers.
-#ifndef MM_REC_MEMORY_WALK_QUERIES_CUH
-#define MM_REC_MEMORY_WALK_QUERIES_CUH
+#ifndef MM_REC_WINDOW_WALK_QUERIES_CUH
+#define MM_REC_WINDOW_WALK_QUERIES_CUH
 
-#include "memory_walk_backward.cuh"
+#include "window_walk_backward.cuh"
 
 namespace mm_rec {
 

@@ -1,0 +1,44 @@
+"""Which kernels of the memory ops the current device has enough shared memory for."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from mm_rec.ops.cuda.delta_rule import delta_rule, delta_rule_backward
+from mm_rec.ops.cuda.load_library import DoesNotFitError
+from mm_rec.ops.cuda.memory import window_attention, window_attention_backward
+
+__all__ = ["fits"]
+
+
+def fits(op: str, dtype: torch.dtype, dim: int) -> bool:
+    """Whether the current device has enough shared memory for a memory op, forward and backward."""
+    limit = os.environ.get("MM_REC_CUDA_SHARED_MEMORY")  # read by device.cuh
+    return _fits(op, dtype, dim, torch.cuda.current_device(), limit)
+
+
+@functools.cache
+def _fits(op: str, dtype: torch.dtype, dim: int, device: int, limit: str | None) -> bool:
+    """Try the kernels on one token: whether they fit is known only when they are launched."""
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    token, context = zeros(1, 1, 1, dim, dtype=dtype), zeros(1, 3, 1, dim, dtype=dtype)
+    position = torch.zeros((1, 1), dtype=torch.int64, device=device)
+    try:
+        if op == "delta_rule":
+            inputs = (token, token, token, zeros(1, 1, 1), zeros(1, 1, 1), position)
+            out, states = delta_rule(*inputs, zeros(1, 1, dim, dim))
+            delta_rule_backward(out, None, states, *inputs)
+        else:
+            read = (token, context, context, position, 1000.0)
+            out, lse = window_attention(*read)
+            window_attention_backward(out, out, lse, *read)
+    except DoesNotFitError:
+        return False
+    return True
