@@ -21,6 +21,6 @@ def test_ways_to_run_agree(pair: str, dtype: torch.dtype, domain: str | None) ->
 @pytest.mark.native
 @pytest.mark.parametrize("domain", ["text", None], ids=["one-domain", "fused"])
 def test_native_agrees_with_reference(domain: str | None) -> None:
-    errors = compare_backends(torch.float32, domain)
+    errors = compare_backends(domain)
     assert errors.value < 3e-6
     assert errors.gradient < 3e-5
