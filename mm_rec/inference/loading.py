@@ -100,4 +100,4 @@ def load_model(path: Path, *, device: str = "auto", precision: str = "auto", wei
     if weights == "full":
         pack_matrices(model)
     domain = default_domain(found.config, found.weights)
-    return Loaded(model, Tokenizer.load(found.tokenizer_dir), domain, found.path, weights)
+    return Loaded(model, found.load_tokenizer(), domain, found.path, weights)

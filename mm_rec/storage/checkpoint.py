@@ -17,19 +17,20 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mm_rec.config import ModelConfig
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS, take_version
 from mm_rec.storage import files, hf_folder
+from mm_rec.storage.reading import read_file, read_tensors
 from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -63,25 +64,31 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What :func:`load` read.
+    """What :func:`load` read. All of it is in memory: what becomes of the files later does not change it.
 
     Attributes:
         path: the folder.
+        sha256: of its manifest, which holds the hashes of all files.
         config: shape of the model.
         weights: by parameter name, float32.
         optimizer: as from ``AdamW.state_tensors``; empty if only the weights were asked for, as are the next two.
         carried: state carried from one step to the next, as from ``flatten_state``.
         trainer: step, random state, schedule and whatever else the trainer keeps.
-        tokenizer_dir: for ``Tokenizer.load``.
+        tokenizer_json: content of ``tokenizer.json``, for :meth:`load_tokenizer`.
     """
 
     path: Path
+    sha256: str
     config: ModelConfig
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     carried: Mapping[str, Tensor]
     trainer: dict[str, Any]
-    tokenizer_dir: Path
+    tokenizer_json: bytes
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer of the model; raises UserError if the file holds none."""
+        return Tokenizer.parse(self.tokenizer_json, self.path / "tokenizer.json")
 
 
 def save(
@@ -118,7 +125,7 @@ def save(
 
 
 def load(path: Path, *, weights_only: bool = False) -> Checkpoint:
-    """Read a checkpoint after comparing every file with the manifest.
+    """Read a checkpoint and compare every byte that is used with the manifest.
 
     Args:
         path: the checkpoint's folder.
@@ -129,20 +136,28 @@ def load(path: Path, *, weights_only: bool = False) -> Checkpoint:
         FormatError: if it is whole but of another version of its format.
     """
     path = Path(path)
-    _verify(path, weights_only)
-    values = _read_json(path / "config.json", "model")
-    trainer = {} if weights_only else _read_json(path / "trainer.json", "training")
+    try:
+        entries = files.read_manifest(path)
+        _check_names(path, entries, weights_only)
+        names = [name for name in entries if not (weights_only and name in TRAINING_FILES)]
+        with ThreadPoolExecutor(files.HASH_THREADS) as pool:
+            contents = dict(zip(names, pool.map(lambda name: _read(path / name, entries[name]), names), strict=True))
+    except files.DamageError as error:
+        raise CheckpointError(str(error)) from error
+    values = _parse_json(path / "config.json", "model", contents["config.json"])
+    trainer = {} if weights_only else _parse_json(path / "trainer.json", "training", contents["trainer.json"])
     with _reading(path / "config.json"):
         known = {field.name for field in dataclasses.fields(ModelConfig)}
         config = ModelConfig.from_dict({name: value for name, value in values.items() if name in known})
     return Checkpoint(
         path=path,
+        sha256=files.manifest_sha256(entries),
         config=config,
-        weights=_read_tensors(path / "model.safetensors"),
-        optimizer={} if weights_only else _read_tensors(path / "optimizer.safetensors"),
-        carried={} if weights_only else _read_tensors(path / "carried.safetensors"),
+        weights=contents["model.safetensors"],
+        optimizer={} if weights_only else contents["optimizer.safetensors"],
+        carried={} if weights_only else contents["carried.safetensors"],
         trainer=trainer,
-        tokenizer_dir=path,
+        tokenizer_json=contents["tokenizer.json"],
     )
 
 
@@ -172,7 +187,7 @@ def newest_valid(folder: Path, on_event: Event | None = None) -> Path | None:
     """Where the checkpoint of :func:`load_newest` is; its files are compared with the manifest, not loaded."""
 
     def checked(path: Path) -> Path:
-        _verify(path, weights_only=False)
+        _verify(path)
         return path
 
     return _newest(folder, checked, on_event)
@@ -234,17 +249,23 @@ def set_aside(path: Path) -> Path:
     return target
 
 
-def _verify(path: Path, weights_only: bool) -> None:
+def _verify(path: Path) -> None:
+    """Compare a checkpoint with its manifest, without keeping anything of it."""
     try:
-        names = files.verify_folder(path, skip=TRAINING_FILES if weights_only else ())
+        files.verify_folder(path)
+        _check_names(path, files.read_manifest(path), weights_only=False)
     except files.DamageError as error:
         raise CheckpointError(str(error)) from error
+
+
+def _check_names(path: Path, entries: Mapping[str, files.Entry], weights_only: bool) -> None:
+    """Refuse a checkpoint whose manifest lacks a file that is needed."""
     needed = MODEL_FILES if weights_only else MODEL_FILES + TRAINING_FILES
-    missing = [name for name in needed if name not in names]
+    missing = [name for name in needed if name not in entries]
     if missing:  # another version may have other files
         for name, kind in (("config.json", "model"), ("trainer.json", "training")):
-            if name in names and name in needed:
-                _read_json(path / name, kind)
+            if name in entries and name in needed:
+                _parse_json(path / name, kind, read_file(path / name, entries[name]))
     if missing and missing[0] in TRAINING_FILES:
         raise CheckpointError(
             f"{path} holds a model without the state of its training ({missing[0]} is not in its manifest): "
@@ -272,22 +293,24 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.chmod((path.parent / "config.json").stat().st_mode)  # the library makes it private
 
 
-def _read_json(path: Path, kind: str) -> dict[str, Any]:
-    """The values of a JSON file that states the version of the format ``kind``."""
+def _read(path: Path, entry: files.Entry) -> Any:
+    """The tensors of a safetensors file, the bytes of any other."""
+    if path.suffix != ".safetensors":
+        return read_file(path, entry)
     with _reading(path):
-        return take_version(kind, json.loads(path.read_bytes()), path)
+        return read_tensors(path, entry)
+
+
+def _parse_json(path: Path, kind: str, content: bytes) -> dict[str, Any]:
+    """The values in the content of a JSON file that states the version of the format ``kind``."""
+    with _reading(path):
+        return take_version(kind, json.loads(content), path)
 
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Name the file in any error of what should be a sound file by its hash."""
+    """Name the file in any error of what is a sound file by its hash."""
     try:
         yield
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from error
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    with _reading(path):
-        tensors: dict[str, torch.Tensor] = load_file(path)
-    return tensors

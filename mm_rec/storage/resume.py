@@ -7,7 +7,6 @@ whole, and cuts the records back to it; what was written half is removed or set 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -112,7 +111,8 @@ def rewind(run: RunFolder) -> Checkpoint | None:
 
 def _resume(root: Path, wanted: Config, source: Path, allow_changes: bool, on_event: Event | None) -> RunFolder:
     """The run that goes on from the checkpoint ``source``: its own, else one that begins with it."""
-    origin = checkpoint.load(source).trainer.get("run", {})
+    found = checkpoint.load(source)
+    origin = found.trainer.get("run", {})
     changes = differences({key: origin.get(key) for key in wanted}, wanted)
     if changes and not allow_changes:
         raise UserError(f"{source} is of another run: {'; '.join(changes)}. --allow_changes accepts that")
@@ -120,14 +120,13 @@ def _resume(root: Path, wanted: Config, source: Path, allow_changes: bool, on_ev
     at_home = source.parent.name == "checkpoints" and same_run(read_config(home), wanted)
     if at_home and checkpoint.newest_valid(source.parent) == source:
         return RunFolder(home, on_event)
-    digest = hashlib.sha256((source / files.MANIFEST).read_bytes()).hexdigest()
     with _choosing(root):
         for _, path, config in reversed(list_runs(root, wanted["stage"])):
             started = (config or {}).get("started_from", {})
-            if same_run(config, wanted) and started.get("manifest_sha256") == digest:
+            if same_run(config, wanted) and started.get("manifest_sha256") == found.sha256:
                 return RunFolder(path, on_event)  # this command was stopped before, and comes again
         why = "; ".join([f"it starts from {source}", *changes])
-        started = {"started_from": {"path": str(source), "manifest_sha256": digest}}
+        started = {"started_from": {"path": str(source), "manifest_sha256": found.sha256}}
         return _create(root, wanted | started, why, on_event, source)
 
 

@@ -135,13 +135,18 @@ class Tokenizer:
         """Read ``folder/tokenizer.json``; raises UserError if it is missing or broken."""
         path = Path(folder) / "tokenizer.json"
         try:
-            content = path.read_text(encoding="utf-8")
+            content = path.read_bytes()
         except FileNotFoundError:
             raise UserError(f"there is no {path}; train a tokenizer with `mm-rec tokenizer`") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise UserError(f"{path} cannot be read: {error}") from None
+        return cls.parse(content, path)
+
+    @classmethod
+    def parse(cls, content: bytes, path: Path) -> Tokenizer:
+        """Returns the tokenizer in the ``content`` of the file ``path``; raises UserError if there is none in it."""
         try:
-            backend = tokenizers.Tokenizer.from_str(content)
+            backend = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path} is not a tokenizer ({error}); train it anew with `mm-rec tokenizer`") from None
         return cls(backend)

@@ -30,7 +30,6 @@ from mm_rec.inference.loading import load_model
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
 from mm_rec.storage import checkpoint
-from mm_rec.text.tokenizer import Tokenizer
 
 STAGES = ("stage1", "stage2", "stage3", "instruct", "chat")
 STOPPED, FINISHED = "checkpoints/step_000004", "checkpoints/step_000007"
@@ -136,7 +135,7 @@ def test_a_checkpoint_is_loaded_as_it_was_written(written: Path, stage: str, tmp
         optimizer=optimizer.state_tensors(),
         carried=found.carried,
         trainer=found.trainer,
-        tokenizer=Tokenizer.load(found.tokenizer_dir),
+        tokenizer=found.load_tokenizer(),
     )
     assert_same_folder(tmp_path / "again", path)
 
@@ -227,7 +226,7 @@ def test_what_is_not_taken_over_is_out_of_tolerance(copy: Path, about: dict[str,
         optimizer=found.optimizer if part == "carried" else without(found.optimizer),
         carried=without(found.carried) if part == "carried" else found.carried,
         trainer=found.trainer,
-        tokenizer=Tokenizer.load(found.tokenizer_dir),
+        tokenizer=found.load_tokenizer(),
     )
     shutil.rmtree(path)
     Path("changed").rename(path)

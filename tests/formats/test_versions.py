@@ -90,7 +90,7 @@ def test_what_is_written_states_its_version(written: Path, tmp_path: Path) -> No
         optimizer=found.optimizer,
         carried=found.carried,
         trainer=found.trainer,
-        tokenizer=Tokenizer.load(found.tokenizer_dir),
+        tokenizer=found.load_tokenizer(),
     )
     for name, kind in (("config.json", "model"), ("trainer.json", "training")):
         values = json.loads((tmp_path / "step_000004" / name).read_bytes())
