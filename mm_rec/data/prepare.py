@@ -42,7 +42,6 @@ def prepare(
     skip_bad: int = 0,
     domains: Sequence[str] = DOMAINS,
     progress: Callable[[str], None] | None = None,
-    verify: bool = False,
 ) -> Prepared:
     """Filter, split and tokenize the data in ``data_dir``, or open what an earlier call made of the same.
 
@@ -59,7 +58,6 @@ def prepare(
         skip_bad: leave out so many rows that cannot be read before giving up.
         domains: names of the folders.
         progress: takes a line about each thing that is done.
-        verify: compare what is used again with its SHA-256, not only its size.
 
     Raises:
         UserError: if there is no data, too little, or a file that cannot be used.
@@ -85,7 +83,7 @@ def prepare(
         with atomic_folder(path, sum(survey.n_bytes for survey in surveys.values())) as folder:
             _make(folder, surveys, vocab_size, tokenizer, tell)
 
-    prepared = make_once(data_dir / "prepared", settings, make, verify=verify)
+    prepared = make_once(data_dir / "prepared", settings, make)
     for line in describe(prepared.report):
         tell(line)
     return prepared

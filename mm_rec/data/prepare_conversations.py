@@ -107,7 +107,7 @@ def _make(
             entry[split] = {
                 "documents": store.n_documents,
                 "tokens": store.n_tokens,
-                "answer_tokens": int(store.loss_mask.sum(dtype=int)),
+                "answer_tokens": store.loss_mask.sum(),
             }
         write_report(temporary, tokenizer, {name: entry})
 

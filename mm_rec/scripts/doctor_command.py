@@ -15,6 +15,7 @@ import torch
 
 from mm_rec import ops
 from mm_rec.data.manifest import MANIFEST, check_files, read_manifest
+from mm_rec.data.prepared import open_prepared
 from mm_rec.errors import UserError
 from mm_rec.machine.device import available_memory, select_device, select_precision
 from mm_rec.program import Parser, run_program
@@ -24,12 +25,12 @@ from mm_rec.storage.lock import owner_of
 from mm_rec.storage.run_config import differences, read_config, versions
 from mm_rec.storage.run_folder import LOCK, RECORDS
 
-__all__ = ["Finding", "check_data", "check_machine", "check_run", "main"]
+__all__ = ["Finding", "check_data", "check_machine", "check_prepared", "check_run", "main"]
 
 EPILOG = """examples:
   mm-rec doctor                             this machine
   mm-rec doctor checkpoints_cpu/stage1      and a run: checkpoints, records, versions, disk
-  mm-rec doctor --data_dir data             and the data: every file against its manifest
+  mm-rec doctor --data_dir data             and the data: every file against its manifest, and what was made of them
 
 The exit code is 0 if nothing is broken, else 1.
 """
@@ -56,8 +57,11 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     options = parser.parse_args(arguments)
     findings = check_machine()
     for path in options.run:
-        for run in _runs_in(path):
+        runs = _runs_in(path)
+        for run in runs:
             findings += check_run(run)
+        for root in {run.parent for run in runs}:
+            findings += check_prepared(root / "prepared")
     if options.data_dir is not None:
         findings += check_data(options.data_dir)
     for finding in findings:
@@ -100,16 +104,35 @@ def check_run(run: Path) -> list[Finding]:
 
 
 def check_data(data_dir: Path) -> list[Finding]:
-    """Every file of the data's manifest: there, and with the SHA-256 that it should have."""
+    """Every file of the data's manifest: there, and with the SHA-256 that it should have; and what is prepared."""
     if not data_dir.is_dir():
         return [Finding("broken", f"there is no data folder {data_dir}")]
     try:
-        entries = read_manifest(data_dir)
-        if not entries:
-            return [Finding("note", f"{data_dir} has no {MANIFEST}: nothing to compare its files with")]
-        return [_check_file(data_dir, name) for name in entries]
+        findings = [_check_file(data_dir, name) for name in read_manifest(data_dir)]
     except UserError as error:
-        return [Finding("broken", str(error))]
+        findings = [Finding("broken", str(error))]
+    if not findings:
+        findings = [Finding("note", f"{data_dir} has no {MANIFEST}: nothing to compare its files with")]
+    for folder in (data_dir, data_dir / "synthetic"):
+        findings += check_prepared(folder / "prepared")
+    return findings
+
+
+def check_prepared(root: Path) -> list[Finding]:
+    """Every folder of prepared data in ``root``: all of it as it was written, and no id beyond the vocabulary."""
+    findings = []
+    for path in sorted(root.glob("[0-9a-f]" * 16)):
+        try:
+            files.verify_folder(path)
+            prepared = open_prepared(path)
+        except files.DamageError as error:
+            findings.append(Finding("broken", f"{error}; delete {path}, the next run makes it anew"))
+        except UserError as error:
+            findings.append(Finding("broken", str(error)))
+        else:
+            tokens = sum(store.n_tokens for store in (*prepared.train.values(), *prepared.valid.values()))
+            findings.append(Finding("ok", f"{path} is what was prepared, {tokens:,} tokens"))
+    return findings
 
 
 def _check_file(data_dir: Path, name: str) -> Finding:
