@@ -103,7 +103,9 @@ class BlockArray:
         if block is None:
             content = self._read(number * _BLOCK_BYTES, _BLOCK_BYTES)
             if _hash(content) != self._hashes[number]:
-                raise self._damaged("was changed while it was in use")
+                raise self._damaged(
+                    f"was changed while it was in use; delete {self._path.parent}, the next run makes it anew"
+                )
             block = np.frombuffer(content, self.dtype)
             if len(self._cache) >= _CACHED_BLOCKS:
                 del self._cache[next(iter(self._cache))]
@@ -127,7 +129,7 @@ class BlockArray:
         return self._damaged(f"cannot be read: {error.strerror or error}")
 
     def _damaged(self, how: str) -> DamageError:
-        return DamageError(f"{self._path} {how}; delete {self._path.parent}, the next run makes it anew")
+        return DamageError(f"{self._path} {how}")
 
 
 def _hash(content: bytearray | memoryview) -> bytes:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from mm_rec.data.blocks import BlockArray
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS, check_version
+from mm_rec.storage.files import DamageError
 
 __all__ = ["STORE_FILES", "Document", "TokenStore", "file_sha256", "write_store"]
 
@@ -108,6 +109,8 @@ class TokenStore:
             tokens = _open_blocks(path / "tokens.bin", dtype, entries["tokens.bin"])
             mask = entries.get("loss_mask.bin")
             mask = mask and _open_blocks(path / "loss_mask.bin", np.dtype(np.uint8), mask)
+        except DamageError as error:
+            raise _broken(path, str(error)) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _broken(path, f"{type(error).__name__}: {error}") from None
         fits = len(offsets) == len(n_bytes) + 1 and offsets[0] == 0 and offsets[-1] == len(tokens)

@@ -22,8 +22,17 @@ from mm_rec.program import Parser, run_program
 from mm_rec.storage import checkpoint, files
 from mm_rec.storage.checkpoint import Checkpoint
 from mm_rec.storage.lock import owner_of
-from mm_rec.storage.run_config import differences, read_config, versions
-from mm_rec.storage.run_folder import LOCK, RECORDS
+from mm_rec.storage.resume import require_checkpoints
+from mm_rec.storage.run_config import (
+    CHECKPOINTS,
+    RECORDS,
+    Config,
+    differences,
+    read_config,
+    versions,
+    what_is_wrong,
+)
+from mm_rec.storage.run_folder import LOCK
 
 __all__ = ["Finding", "check_data", "check_machine", "check_prepared", "check_run", "main"]
 
@@ -90,7 +99,7 @@ def check_run(run: Path) -> list[Finding]:
     """Configuration, owner, checkpoints, records and disk of a run folder, and what the same command would do."""
     config = read_config(run)
     if config is None:
-        return [Finding("broken", f"{run} is not a run folder: it has no readable config.yaml")]
+        return [Finding("broken", what_is_wrong(run) or f"{run} is not a run folder: it has no readable config.yaml")]
     findings = []
     owner = owner_of(run / LOCK)
     findings.append(Finding("note" if owner else "ok", f"{run} is in use by {owner}" if owner else f"{run} is free"))
@@ -99,7 +108,7 @@ def check_run(run: Path) -> list[Finding]:
         findings.append(
             Finding("note", f"made with other versions: {'; '.join(changed)}; going on may not repeat bit for bit")
         )
-    newest, of_checkpoints = _check_checkpoints(run)
+    newest, of_checkpoints = _check_checkpoints(run, config)
     return [*findings, *of_checkpoints, *_check_records(run, newest), *_check_leftovers(run, owner)]
 
 
@@ -144,10 +153,14 @@ def _check_file(data_dir: Path, name: str) -> Finding:
     return Finding("ok", f"{data_dir / name} is what was downloaded, {files.format_bytes(size)}")
 
 
-def _check_checkpoints(run: Path) -> tuple[Checkpoint | None, list[Finding]]:
+def _check_checkpoints(run: Path, config: Config) -> tuple[Checkpoint | None, list[Finding]]:
     """The newest valid checkpoint, and what there is to say about all of them."""
-    paths = checkpoint.list_checkpoints(run / "checkpoints")
+    paths = checkpoint.list_checkpoints(run / CHECKPOINTS)
     if not paths:
+        try:
+            require_checkpoints(run, config)
+        except UserError as error:
+            return None, [Finding("broken", str(error))]
         return None, [Finding("note", f"{run} has no checkpoint yet: the same command starts at step 0")]
     newest: Checkpoint | None = None
     damaged = []
@@ -188,10 +201,14 @@ def _check_leftovers(run: Path, owner: str | None) -> Iterable[Finding]:
 
 def _runs_in(path: Path) -> list[Path]:
     """``path`` itself, or the runs in it."""
-    if read_config(path) is None and path.is_dir():
-        inside = sorted(child for child in path.iterdir() if read_config(child) is not None)
-        return inside or [path]
+    if not _is_run(path) and path.is_dir():
+        return sorted(child for child in path.iterdir() if _is_run(child)) or [path]
     return [path]
+
+
+def _is_run(path: Path) -> bool:
+    """Whether ``path`` is a run folder, sound or not."""
+    return read_config(path) is not None or what_is_wrong(path) is not None
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ _REMEDIES = {
     errno.EROFS: "use a folder that can be written to",
     errno.EACCES: "use a folder that you may write to",
     errno.EPERM: "use a folder that you may write to",
+    errno.ENOENT: "the folder was moved or removed: put it back, or use another one",
     errno.ENOTDIR: "a file stands where a folder should be: move it or use another folder",
     errno.EEXIST: "nothing is overwritten: move what is there or use another folder",
     errno.ENOTEMPTY: "nothing is overwritten: move what is there or use another folder",

@@ -14,7 +14,7 @@ from mm_rec.data.prepared import Prepared
 from mm_rec.errors import UserError
 from mm_rec.stages import STAGES
 from mm_rec.storage import checkpoint
-from mm_rec.storage.run_config import differences, list_runs
+from mm_rec.storage.run_config import differences, list_runs, require_configs
 from mm_rec.training.plan import Plan
 from mm_rec.training.runtime import choose_runtime
 from mm_rec.training.settings import TrainSettings, step_cap
@@ -101,7 +101,9 @@ def _load_weights(settings: TrainSettings, data: Prepared) -> _Weights | None:
 
 def _final_checkpoint(root: Path, stage: str, following: str) -> Path:
     """The final checkpoint of the newest run of ``stage``; an error if that run is not finished."""
-    runs = [path for _, path, config in list_runs(root, stage) if config is not None] if root.is_dir() else []
+    found = list_runs(root, stage) if root.is_dir() else []
+    require_configs(found)
+    runs = [path for _, path, config in found if config is not None]
     command = f"mm-rec finetune --task {stage}" if STAGES[stage].conversations else f"mm-rec train --stage {stage}"
     if not runs:
         raise UserError(

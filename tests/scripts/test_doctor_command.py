@@ -15,6 +15,7 @@ from mm_rec.data.prepare import prepare
 from mm_rec.data.synthetic import write_synthetic
 from mm_rec.scripts.doctor_command import Finding, check_data, check_machine, check_prepared, check_run, main
 from mm_rec.storage.resume import open_run, rewind
+from mm_rec.storage.run_config import write_config
 from mm_rec.text.tokenizer import train_tokenizer
 
 
@@ -64,7 +65,7 @@ def test_a_damaged_checkpoint(run: Path) -> None:
 def test_other_versions(run: Path) -> None:
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["versions"]["torch"] = "1.0"
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    write_config(run, config)
     assert 'torch was "1.0", is' in texts(check_run(run), "note")
 
 
