@@ -14,9 +14,9 @@ What a caller gets wrong is a :class:`mm_rec.errors.UserError`, a ValueError or 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -129,16 +129,25 @@ class Model:
         settings = Sampling.from_options(sampling)
         return generate(self.module, self.tokenizer, prompt, settings, self._loaded.choose_domain(domain))
 
-    def chat(self, *, system: str = "", domain: str | None = None, **sampling: Unpack[SamplingOptions]) -> ChatSession:
+    def chat(
+        self,
+        *,
+        system: str = "",
+        messages: Iterable[Mapping[str, Any]] = (),
+        domain: str | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> ChatSession:
         """Starts a conversation.
 
         Args:
             system: the system prompt; empty for none.
+            messages: what was said before, as in OpenAI's requests: objects with role and content.
             domain: see :class:`Model`.
             **sampling: see :class:`Model`.
 
         Raises:
             UserError: for an unknown domain or a setting out of its range.
+            ValueError: if one of ``messages`` is no message.
 
         Example::
 
@@ -150,7 +159,9 @@ class Model:
         """
         settings = Sampling.from_options(sampling)
         chosen = self._loaded.choose_domain(domain)
-        return ChatSession.start(self.module, self.tokenizer, sampling=settings, domain=chosen, system=system)
+        return ChatSession.start(
+            self.module, self.tokenizer, sampling=settings, domain=chosen, system=system, messages=messages
+        )
 
     def resume_chat(self, path: str | os.PathLike[str], **sampling: Unpack[SamplingOptions]) -> ChatSession:
         """Continues the conversation saved in ``path``, bitwise as if it had never stopped.

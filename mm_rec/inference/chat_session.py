@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,10 +66,11 @@ class ChatSession:
         sampling: Sampling | None = None,
         domain: str | None = None,
         system: str = "",
+        messages: Iterable[Message | Mapping[str, Any]] = (),
     ) -> ChatSession:
-        """Starts a new conversation."""
+        """Starts a new conversation, or one in which ``messages`` were said already."""
         sampling = sampling or Sampling()
-        ids, _ = encode_conversation(tokenizer, [Message("system", system)] if system else [])
+        ids, _ = encode_conversation(tokenizer, [*([Message("system", system)] if system else []), *messages])
         _, state = read_prompt(model, ids, domain)
         return cls(model, tokenizer, sampling, domain, system, state, torch.Generator().manual_seed(sampling.seed))
 
