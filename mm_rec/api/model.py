@@ -101,24 +101,39 @@ class Model:
         """The names of the experts."""
         return self.module.config.experts
 
-    def generate(self, prompt: str, *, domain: str | None = None, **sampling: Unpack[SamplingOptions]) -> str:
+    def generate(
+        self,
+        prompt: str,
+        *,
+        domain: str | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> str:
         """Continues ``prompt`` and returns the new text, without the prompt.
 
         Args:
             prompt: text to continue, a new document from its start; may be empty.
             domain: see :class:`Model`.
+            json_schema: let the text be JSON that follows this schema; needs ``mm-rec[json]``.
             **sampling: see :class:`Model`.
 
         Raises:
-            UserError: for an unknown domain or a setting out of its range.
+            UserError: for an unknown domain, a setting out of its range, or a schema that can't be followed.
 
         Example::
 
             text = model.generate("The ", max_new_tokens=50, temperature=0.7, stop=".")
         """
-        return "".join(self.stream(prompt, domain=domain, **sampling))
+        return "".join(self.stream(prompt, domain=domain, json_schema=json_schema, **sampling))
 
-    def stream(self, prompt: str, *, domain: str | None = None, **sampling: Unpack[SamplingOptions]) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: str,
+        *,
+        domain: str | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[str]:
         """Continues ``prompt`` as :meth:`generate` does and yields the text in pieces, never a part of a character.
 
         Example::
@@ -127,7 +142,8 @@ class Model:
                 print(piece, end="", flush=True)
         """
         settings = Sampling.from_options(sampling)
-        return generate(self.module, self.tokenizer, prompt, settings, self._loaded.choose_domain(domain))
+        chosen = self._loaded.choose_domain(domain)
+        return generate(self.module, self.tokenizer, prompt, settings, chosen, json_schema)
 
     def chat(
         self,
