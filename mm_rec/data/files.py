@@ -103,7 +103,7 @@ def read_texts(path: Path, bad: BadRows) -> Iterator[str]:
 def read_rows(path: Path, bad: BadRows, fields: Sequence[str] = ()) -> Iterator[Row]:
     """The values of a JSONL or Parquet file: any JSON value a line, or a dict a row.
 
-    Of a Parquet file only the first of ``fields`` that it has is read, or all columns if it has none of them.
+    Of a Parquet file only those of ``fields`` that it has are read, or all columns if it has none of them.
     """
     if _suffix(path) == ".parquet":
         yield from _read_parquet(path, bad, fields)
@@ -186,7 +186,7 @@ def _read_parquet(path: Path, bad: BadRows, fields: Sequence[str]) -> Iterator[R
     line = 0
     try:
         with pq.ParquetFile(path) as file:
-            columns = [name for name in fields if name in file.schema_arrow.names][:1] or None
+            columns = [name for name in fields if name in file.schema_arrow.names] or None
             for batch in file.iter_batches(batch_size=1000, columns=columns):
                 for value in batch.to_pylist():
                     line += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mm_rec.errors import UserError
 from mm_rec.inference import session_file
-from mm_rec.inference.generate import GeneratedText, generate_pieces, read_prompt
+from mm_rec.inference.generate import GeneratedText, generate_pieces, json_constraint, read_prompt
 from mm_rec.inference.sampling import Sampling
 from mm_rec.model import MMRecModel
 from mm_rec.state import ModelState, flatten_state, unflatten_state
@@ -66,10 +66,11 @@ class ChatSession:
         sampling: Sampling | None = None,
         domain: str | None = None,
         system: str = "",
+        messages: Iterable[Message | Mapping[str, Any]] = (),
     ) -> ChatSession:
-        """Starts a new conversation."""
+        """Starts a new conversation, or one in which ``messages`` were said already."""
         sampling = sampling or Sampling()
-        ids, _ = encode_conversation(tokenizer, [Message("system", system)] if system else [])
+        ids, _ = encode_conversation(tokenizer, [*([Message("system", system)] if system else []), *messages])
         _, state = read_prompt(model, ids, domain)
         return cls(model, tokenizer, sampling, domain, system, state, torch.Generator().manual_seed(sampling.seed))
 
@@ -79,27 +80,37 @@ class ChatSession:
         return int(self.state.position[0])
 
     @torch.inference_mode()
-    def reply(self, text: str) -> Iterator[str]:
+    def reply(self, text: str, *, json_schema: Mapping[str, Any] | None = None) -> Iterator[str]:
         """Says ``text`` as the user; yields the model's answer in pieces, never a part of a character.
 
         Nothing is said until the first piece is asked for.
 
         An answer ends at the end token, at a stop string, after ``max_new_tokens`` or when the caller closes the
         iterator. However it ended, the model sees it closed. The repetition penalty looks at this answer only.
+
+        Args:
+            text: what the user says.
+            json_schema: let the answer be JSON that follows this schema.
+
+        Raises:
+            UserError: if the schema can't be followed.
         """
         tokenizer = self.tokenizer
+        constraint = json_constraint(self.model, tokenizer, json_schema)
         question, _ = encode_message(tokenizer, Message("user", text))
         logits = self._read([*question, tokenizer.control_ids["<|assistant|>"]])
-        answer = GeneratedText(tokenizer, self.model.config.vocab_size, self.sampling, self.generator)
+        answer = GeneratedText(
+            tokenizer, self.model.config.vocab_size, self.sampling, self.generator, constraint=constraint
+        )
         try:
             yield from generate_pieces(logits, self._read, answer, read_first=True)
         finally:
             self._read([tokenizer.end_id])
             self.turns += 1
 
-    def answer(self, text: str) -> str:
+    def answer(self, text: str, *, json_schema: Mapping[str, Any] | None = None) -> str:
         """Says ``text`` as the user and returns the model's whole answer; see :meth:`reply`."""
-        return "".join(self.reply(text))
+        return "".join(self.reply(text, json_schema=json_schema))
 
     def _read(self, ids: Sequence[int]) -> Tensor:
         """Reads ``ids`` and returns the logits (V,) after them."""

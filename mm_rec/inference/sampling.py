@@ -112,6 +112,7 @@ class Sampler:
 
     Attributes:
         seen: the tokens so far, which the repetition penalty counts; may grow between draws.
+        banned: the tokens that are never drawn; :meth:`ban` replaces them.
     """
 
     def __init__(
@@ -120,16 +121,19 @@ class Sampler:
         self.sampling = sampling
         self.generator = generator
         self.seen = array("q", seen)
-        self.banned = array("q", banned)
         self._row = SampleRow(
             top_p=sampling.top_p,
             min_p=sampling.min_p,
             repetition_penalty=sampling.repetition_penalty,
             temperature=sampling.temperature,
             top_k=min(sampling.top_k, 2**62),
-            barred=self.banned.buffer_info()[0],
-            n_barred=len(self.banned),
         )
+        self.ban(array("q", banned))
+
+    def ban(self, tokens: array[int]) -> None:
+        """Replaces the tokens that are never drawn."""
+        self.banned = tokens
+        self._row.barred, self._row.n_barred = tokens.buffer_info()
 
     def number(self) -> float:
         """Returns the next random number, uniform in [0, 1)."""

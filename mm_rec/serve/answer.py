@@ -29,6 +29,7 @@ from mm_rec.serve.jobs import (
     QueueFullError,
     StoppedError,
     TokenScore,
+    UnfollowableError,
 )
 from mm_rec.serve.replies import ChatFormat, Choice, CompletionFormat
 from mm_rec.state import ModelState
@@ -256,6 +257,8 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str,
 def _as_api_error(error: EngineError) -> ApiError:
     if isinstance(error, OverdueError | StoppedError):
         return ApiError.busy(str(error))
+    if isinstance(error, UnfollowableError):
+        return ApiError(400, str(error), param="response_format", code="json_schema_too_complex")
     return ApiError(500, str(error), code="internal_error")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mm_rec.inference.json_constraint import JsonConstraint
 from mm_rec.inference.sampling import Sampling
 from mm_rec.state import ModelState
 
@@ -21,6 +22,7 @@ __all__ = [
     "QueueFullError",
     "StoppedError",
     "TokenScore",
+    "UnfollowableError",
 ]
 
 
@@ -40,6 +42,10 @@ class StoppedError(EngineError):
     """The engine was stopped."""
 
 
+class UnfollowableError(EngineError):
+    """The job's constraint is too complex to follow."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A prompt to read and the choices to draw after it.
@@ -55,6 +61,7 @@ class Job:
         penalise_prompt: the repetition penalty counts the tokens of the prompt, too.
         top_logprobs: how many likeliest tokens to score beside the one drawn; None gives no log-probabilities.
         prompt_logprobs: give the log-probabilities of the prompt's tokens, too.
+        constraint: what each text has to be.
     """
 
     prompt: Sequence[int]
@@ -67,6 +74,7 @@ class Job:
     penalise_prompt: bool = False
     top_logprobs: int | None = None
     prompt_logprobs: bool = False
+    constraint: JsonConstraint | None = None
 
 
 class TokenScore(NamedTuple):
