@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,6 @@ from mm_rec.data.prepared import Prepared
 from mm_rec.errors import UserError
 from mm_rec.stages import STAGES
 from mm_rec.storage import checkpoint
-from mm_rec.storage.files import MANIFEST
 from mm_rec.storage.run_config import differences, list_runs
 from mm_rec.text.tokenizer import Tokenizer
 from mm_rec.training.plan import Plan
@@ -99,7 +97,7 @@ def _load_weights(settings: TrainSettings, data: Prepared) -> _Weights | None:
         return None
     found = checkpoint.load(path, weights_only=True)
     _check_tokenizer(found, data, path)
-    return _Weights(path, found.config, found.weights, hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest())
+    return _Weights(path, found.config, found.weights, checkpoint.weights_sha256(path))
 
 
 def _final_checkpoint(root: Path, stage: str, following: str) -> Path:
