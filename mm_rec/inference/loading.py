@@ -14,7 +14,6 @@ from mm_rec.machine.device import apply_precision, select_device, select_precisi
 from mm_rec.model import MMRecModel
 from mm_rec.stages import STAGES
 from mm_rec.storage import checkpoint
-from mm_rec.storage.hf_folder import default_domain
 from mm_rec.storage.resume import require_checkpoints
 from mm_rec.storage.run_config import CHECKPOINTS, list_runs, require_configs
 from mm_rec.text.tokenizer import Tokenizer
@@ -104,5 +103,10 @@ def load_model(path: Path, *, device: str = "auto", precision: str = "auto", wei
     model.to(place).eval()
     if weights == "full":
         pack_matrices(model)
-    domain = default_domain(found.config, found.weights)
-    return Loaded(model, found.load_tokenizer(), domain, found.path, weights)
+    tokenizer = found.load_tokenizer()
+    if tokenizer.vocab_size > found.config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {found.path} has {tokenizer.vocab_size} tokens and the model {found.config.vocab_size}; "
+            "resize the model with model.resize_token_embeddings(len(tokenizer)) and save it again"
+        )
+    return Loaded(model, tokenizer, found.domain, found.path, weights)

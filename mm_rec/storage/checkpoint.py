@@ -47,6 +47,7 @@ __all__ = [
     "resolve",
     "save",
     "set_aside",
+    "write_tensors",
 ]
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -75,6 +76,7 @@ class Checkpoint:
         carried: state carried from one step to the next, as from ``flatten_state``.
         trainer: step, random state, schedule and whatever else the trainer keeps.
         tokenizer_json: content of ``tokenizer.json``, for :meth:`load_tokenizer`.
+        domain: the default domain, an expert; None fuses all.
     """
 
     path: Path
@@ -85,6 +87,7 @@ class Checkpoint:
     carried: Mapping[str, Tensor]
     trainer: dict[str, Any]
     tokenizer_json: bytes
+    domain: str | None = None
 
     def load_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer of the model; raises UserError if the file holds none."""
@@ -121,7 +124,7 @@ def save(
         hf_folder.write_model_files(folder, config, tokenizer, hf_folder.default_domain(config, weights))
         _write_json(folder / "trainer.json", {KEY: VERSIONS["training"], **trainer})
         for name, group in tensors.items():
-            _write_tensors(folder / f"{name}.safetensors", group)
+            write_tensors(folder / f"{name}.safetensors", group)
 
 
 def load(path: Path, *, weights_only: bool = False) -> Checkpoint:
@@ -136,6 +139,8 @@ def load(path: Path, *, weights_only: bool = False) -> Checkpoint:
         FormatError: if it is whole but of another version of its format.
     """
     path = Path(path)
+    if hf_folder.is_saved_by_transformers(path):
+        return _load_saved_by_transformers(path, weights_only)
     try:
         entries = files.read_manifest(path)
         _check_names(path, entries, weights_only)
@@ -146,19 +151,58 @@ def load(path: Path, *, weights_only: bool = False) -> Checkpoint:
         raise CheckpointError(str(error)) from error
     values = _parse_json(path / "config.json", "model", contents["config.json"])
     trainer = {} if weights_only else _parse_json(path / "trainer.json", "training", contents["trainer.json"])
-    with _reading(path / "config.json"):
-        known = {field.name for field in dataclasses.fields(ModelConfig)}
-        config = ModelConfig.from_dict({name: value for name, value in values.items() if name in known})
+    config = _model_config(path, values)
+    weights = hf_folder.checkpoint_names(contents["model.safetensors"])
     return Checkpoint(
         path=path,
         sha256=files.manifest_sha256(entries),
         config=config,
-        weights=contents["model.safetensors"],
+        weights=weights,
         optimizer={} if weights_only else contents["optimizer.safetensors"],
         carried={} if weights_only else contents["carried.safetensors"],
         trainer=trainer,
         tokenizer_json=contents["tokenizer.json"],
+        domain=_default_domain(path, values, config, weights),
     )
+
+
+def _load_saved_by_transformers(path: Path, weights_only: bool) -> Checkpoint:
+    """Read a model that `transformers` or a tool around it saved; there are no hashes to compare it with."""
+    try:
+        configuration, tokenizer = (path / "config.json").read_bytes(), (path / "tokenizer.json").read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be used: {error.filename} cannot be read ({error.strerror}); a tokenizer is written there "
+            f"with tokenizer.save_pretrained({str(path)!r})"
+        ) from error
+    values = _parse_json(path / "config.json", "model", configuration)
+    if values.get("model_type") != "mm_rec":
+        raise CheckpointError(f"{path} holds a model of type {values.get('model_type')}, not one of MM-Rec")
+    if not weights_only:
+        raise _no_training_state(path, "transformers saved it")
+    config = _model_config(path, values)
+    weights, sha256 = hf_folder.read_saved_weights(path)
+    domain = _default_domain(path, values, config, weights)
+    return Checkpoint(path, sha256, config, weights, {}, {}, {}, tokenizer, domain)
+
+
+def _model_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
+    """The shape of the model among the ``values`` of ``config.json``."""
+    with _reading(path / "config.json"):
+        known = {field.name for field in dataclasses.fields(ModelConfig)}
+        return ModelConfig.from_dict({name: value for name, value in values.items() if name in known})
+
+
+def _default_domain(
+    path: Path, values: Mapping[str, Any], config: ModelConfig, weights: Mapping[str, Tensor]
+) -> str | None:
+    """The default domain that ``config.json`` states; where it states none, the one that training has reached."""
+    if "domain" not in values:
+        return hf_folder.default_domain(config, weights)
+    domain = None if values["domain"] == "all" else values["domain"]
+    if domain is not None and domain not in config.experts:
+        raise CheckpointError(f"{path / 'config.json'} cannot be used: there is no expert {domain!r}")
+    return domain
 
 
 def checkpoint_name(step: int) -> str:
@@ -215,7 +259,7 @@ def resolve(path: Path, on_event: Event | None = None) -> Path:
         if newest is None:
             raise CheckpointError(f"{path} has no valid checkpoint yet")
         return newest
-    if not (path / files.MANIFEST).is_file():
+    if not (path / files.MANIFEST).is_file() and not hf_folder.is_saved_by_transformers(path):
         raise CheckpointError(f"{path} is neither a run folder nor a checkpoint: it has no {files.MANIFEST}")
     return path
 
@@ -267,19 +311,23 @@ def _check_names(path: Path, entries: Mapping[str, files.Entry], weights_only: b
             if name in entries and name in needed:
                 _parse_json(path / name, kind, read_file(path / name, entries[name]))
     if missing and missing[0] in TRAINING_FILES:
-        raise CheckpointError(
-            f"{path} holds a model without the state of its training ({missing[0]} is not in its manifest): "
-            "--init_from starts a new run from its weights"
-        )
+        raise _no_training_state(path, f"{missing[0]} is not in its manifest")
     if missing:
         raise CheckpointError(f"{path / missing[0]} is not in the manifest")
+
+
+def _no_training_state(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} holds a model without the state of its training ({reason}): "
+        "--init_from starts a new run from its weights"
+    )
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file without copying what already lies on the CPU in one piece."""
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:

@@ -62,6 +62,8 @@ class Tokenizer:
         missing = [token for token in CONTROL_TOKENS if token not in ids]
         if missing:
             raise UserError(f"this tokenizer has no {missing[0]}; train one with `mm-rec tokenizer`")
+        backend.no_padding()  # what other tools set for their batches is saved with the tokenizer
+        backend.no_truncation()
         # In this mode the library reads control tokens in a text as the plain characters that they are.
         backend.encode_special_tokens = True
         self._backend = backend
@@ -104,11 +106,10 @@ class Tokenizer:
     @cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
         """The UTF-8 bytes that each id stands for, which may end inside a character; none for control tokens."""
-        control = set(self.control_ids.values())
-        names = {i: name for name, i in self._backend.get_vocab().items()}
-        return tuple(
-            b"" if i in control else bytes(_BYTE_OF_SIGN[sign] for sign in names[i]) for i in range(self.vocab_size)
-        )
+        found = {i: bytes(_BYTE_OF_SIGN[sign] for sign in name) for name, i in self._backend.get_vocab(False).items()}
+        found |= {i: token.content.encode() for i, token in self._backend.get_added_tokens_decoder().items()}
+        found |= dict.fromkeys(self.control_ids.values(), b"")
+        return tuple(found.get(i, b"") for i in range(self.vocab_size))
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` into ``folder``.
@@ -121,7 +122,7 @@ class Tokenizer:
             "bos_token": "<|bos|>",
             "eos_token": "<|eos|>",
             "pad_token": "<|pad|>",
-            "model_max_length": 10**30,  # a state of fixed size has no longest text
+            "model_max_length": int(1e30),  # as transformers writes that there is no longest text
             "padding_side": "left",
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mm_rec.cli import main
@@ -46,7 +47,8 @@ def test_the_folder_is_the_same_model_without_training(
     with torch.no_grad():
         assert torch.equal(theirs(ids).logits, ours(ids, None, "code")[0])
     assert main(["export", "--model", str(output), "--output", str(tmp_path / "again")]) == 0
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
+    assert load_file(output / "model.safetensors").keys() == theirs.state_dict().keys() - {"lm_head.weight"}
 
 
 def test_an_exported_folder_starts_a_run_and_resumes_none(
