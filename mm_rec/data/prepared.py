@@ -43,7 +43,9 @@ class Prepared:
     report: dict[str, Any]
 
 
-def make_once(root: Path, settings: dict[str, Any], make: Callable[[Path], None]) -> Prepared:
+def make_once(
+    root: Path, settings: dict[str, Any], make: Callable[[Path], None], tell: Callable[[str], None]
+) -> Prepared:
     """Returns what ``make`` writes, or wrote earlier, for ``settings``: a folder of ``root`` named by their hash.
 
     Two processes may call this at once; the second waits.
@@ -52,6 +54,7 @@ def make_once(root: Path, settings: dict[str, Any], make: Callable[[Path], None]
         root: the folder of folders.
         settings: everything that the result depends on, as values that JSON can hold.
         make: writes the folder that it is given, whole or not at all.
+        tell: takes a line if another process has to be waited for.
 
     Raises:
         UserError: if what was made earlier is not, byte for byte, what was written.
@@ -60,13 +63,12 @@ def make_once(root: Path, settings: dict[str, Any], make: Callable[[Path], None]
     with reporting_errors(root):
         root.mkdir(parents=True, exist_ok=True)
     path = root / identity[:16]
-    lock = Lock(root / "lock", wait=True)
-    try:
+    with Lock(
+        root / "lock", wait=True, on_wait=lambda owner: tell(f"waiting for {owner}, which prepares data in {root}")
+    ):
         remove_leftovers(root)
         if not path.exists():
             make(path)
-    finally:
-        lock.release()
     return open_prepared(path)
 
 

@@ -19,8 +19,9 @@ from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS, check_version
 from mm_rec.model import MMRecModel
 from mm_rec.storage.files import DamageError, write_atomic
+from mm_rec.storage.lock import Lock, owner_of
 
-__all__ = ["fingerprint", "read", "write"]
+__all__ = ["fingerprint", "own", "read", "write"]
 
 _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _NO_DIGEST = "0" * 64
@@ -36,6 +37,22 @@ def fingerprint(model: MMRecModel) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def own(path: Path, *, in_own_folder: bool = False) -> Lock:
+    """Own the session file ``path``, which need not exist yet, so that nobody else continues or replaces it.
+
+    Args:
+        path: the file.
+        in_own_folder: its folder is owned by this process, as by a server.
+
+    Raises:
+        UserError: if another process owns it, or its folder.
+    """
+    path = path.resolve()
+    if not in_own_folder and (owner := owner_of(path.parent / ".lock")):
+        raise UserError(f"{path.parent} is in use by {owner}, so are its sessions; end it first, or use another file")
+    return Lock(path.with_name(f".{path.name}.lock"), of=path)
 
 
 def write(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:

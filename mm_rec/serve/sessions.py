@@ -97,7 +97,7 @@ class SessionStore:
         """Reserves a session for the length of a request.
 
         Raises:
-            ApiError: 400 if it is not a name, 409 if another request has it.
+            ApiError: 400 if it is not a name, 409 if another request or program has it, 503 if the disk is full.
         """
         if not _NAME.fullmatch(name):
             raise ApiError(
@@ -108,11 +108,21 @@ class SessionStore:
             )
         if name in self._busy:
             raise ApiError(409, f"another request is using session {name}", param="session", code="session_busy")
+        try:
+            lock = session_file.own(self._folder / f"{name}{_SUFFIX}", in_own_folder=True)
+        except files.StorageError as error:
+            _log.error("session %s: %s", name, error)
+            raise ApiError.busy("the session cannot be used now; the server's log says why") from error
+        except UserError as error:
+            _log.warning("%s", error)
+            message = f"another program is using session {name}"
+            raise ApiError(409, message, param="session", code="session_busy") from error
         self._busy.add(name)
         try:
             yield
         finally:
             self._busy.discard(name)
+            lock.release()
 
     def load(self, name: str) -> Memory | None:
         """Returns the memory of a session; None if there is no session of that name.

@@ -17,6 +17,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from mm_rec.errors import UserError
 from mm_rec.storage import files
@@ -111,6 +113,14 @@ class Lock:
                 f"{self._path} was removed" + (f"; it is in use by {owner}" if owner else "")
             )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
     def _own_folder(self) -> None:
         self._folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -163,8 +173,9 @@ class Lock:
         return os.pread(self._file, 4096, 0)
 
     def _write(self, content: bytes) -> None:
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, content, 0)
+        with contextlib.suppress(OSError):  # a full disk does not keep anybody from owning a folder
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, content, 0)
 
 
 def owner_of(path: Path, *, folder: bool = True) -> str | None:

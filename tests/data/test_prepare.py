@@ -4,6 +4,7 @@ import random
 import pytest
 
 from mm_rec.data import first_pass as survey_module
+from mm_rec.data import prepared as prepared_module
 from mm_rec.data.first_pass import survey_domain
 from mm_rec.data.prepare import describe, prepare
 from mm_rec.data.synthetic import synthetic_code, synthetic_text, write_synthetic
@@ -188,3 +189,18 @@ def test_a_file_that_differs_from_the_manifest_is_not_used(data_dir):
     (data_dir / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match=r"manifest\.json cannot be used"):
         prepare(data_dir, 512)
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(data_dir, monkeypatch):
+    write_report, path = prepared_module.write_report, data_dir / "text" / "synthetic.jsonl"
+
+    def change_and_write(*arguments):
+        path.write_text('"another text"\n' + path.read_text())
+        write_report(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mm_rec.data.prepare.write_report", change_and_write)
+        with pytest.raises(UserError, match=r"text/synthetic\.jsonl was changed while it was read; run"):
+            prepare(data_dir, 512)
+    assert [one.name for one in (data_dir / "prepared").iterdir()] == ["lock"]
+    prepare(data_dir, 512)

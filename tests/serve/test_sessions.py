@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from safetensors.torch import load_file
 
 from mm_rec.errors import UserError
-from mm_rec.inference import decode
+from mm_rec.inference import decode, session_file
 from mm_rec.inference.chat_session import ChatSession
 from mm_rec.inference.session_file import fingerprint
 from mm_rec.model import MMRecModel
@@ -86,7 +86,10 @@ def test_the_file_is_one_of_mm_rec_chat(
     content(say(client, "hello"))
     session = ChatSession.load(tmp_path / "sessions" / "talk.safetensors", model, tokenizer)
     assert (session.turns, session.n_tokens) == (1, client.get("/v1/sessions/talk").json()["tokens"])
-    session.save(tmp_path / "sessions" / "other.safetensors")
+    with pytest.raises(UserError, match=f"sessions is in use by process {os.getpid()} on"):
+        session.save(tmp_path / "sessions" / "other.safetensors")
+    session.save(tmp_path / "other.safetensors")
+    (tmp_path / "other.safetensors").rename(tmp_path / "sessions" / "other.safetensors")
     assert content(say(client, "go on", "other")) == content(say(client, "go on"))
 
 
@@ -245,3 +248,15 @@ def test_a_folder_has_one_server(make_service: MakeService) -> None:
 
 def test_the_folder_is_the_owners(service: Service, tmp_path: Path) -> None:
     assert (tmp_path / "sessions").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_session_that_another_program_owns_is_busy(client: TestClient, tmp_path: Path) -> None:
+    content(say(client, "hello"))
+    before = (tmp_path / "sessions" / "talk.safetensors").read_bytes()
+    with session_file.own(tmp_path / "sessions" / "talk.safetensors", in_own_folder=True):
+        reply = say(client, "hello")
+        assert reply.status_code == 409
+        assert reply.json()["error"]["message"] == "another program is using session talk"
+    assert (tmp_path / "sessions" / "talk.safetensors").read_bytes() == before
+    content(say(client, "hello"))
+    assert sorted(path.name for path in (tmp_path / "sessions").iterdir()) == [".lock", "talk.safetensors"]
