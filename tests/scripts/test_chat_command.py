@@ -100,7 +100,7 @@ def test_commands(talk, tmp_path: Path) -> None:
         ("/\n", [], "there is no command /;"),
         ("Hi\n", ["--session", "none", "--resume"], "cannot read the session"),
         ("Hi\n", ["--domain", "music"], "there is no expert 'music'"),
-        ("Hi\n", ["--top_p", "0"], "top_p must be above 0"),
+        ("Hi\n", ["--top_p", "2"], "top_p must be at least 0"),
     ],
 )
 def test_what_cannot_be_done_is_an_error(talk, text: str, flags: list[str], problem: str) -> None:

@@ -17,9 +17,10 @@ from fastapi.testclient import TestClient
 from mm_rec.config import ModelConfig
 from mm_rec.inference.session_file import fingerprint
 from mm_rec.model import MMRecModel
-from mm_rec.serve.app import Service, create_app
+from mm_rec.serve.app import create_app
 from mm_rec.serve.engine import Engine
 from mm_rec.serve.protocol import HeadTimeoutProtocol
+from mm_rec.serve.service import Service
 from mm_rec.serve.sessions import SessionStore
 from mm_rec.text.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
 

@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 import pytest
 from fastapi.testclient import TestClient
 
-from mm_rec.serve.app import Service
 from mm_rec.serve.gate import Limits, is_loopback
 from mm_rec.serve.protocol import HeadTimeoutProtocol
+from mm_rec.serve.service import Service
 
 Connect = Callable[..., TestClient]
 MakeService = Callable[..., Service]
@@ -218,12 +218,15 @@ def test_a_key_opens_v1(make_service: MakeService, connect: Connect) -> None:
         for headers, message in (({}, "no API key"), ({"Authorization": "Bearer sesame"}, "wrong API key")):
             for reply in (
                 client.get("/v1/models", headers=headers),
+                client.get("/v1/sessions/a", headers=headers),
                 client.post("/v1/completions", json=SHORT, headers=headers),
             ):
                 assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
                 assert reply.json()["error"]["message"].startswith(message)
                 assert reply.headers["www-authenticate"] == "Bearer"
         assert client.post("/v1/completions", json=SHORT, headers=key).status_code == 200
+        assert client.get("/api/tags").json() == {"error": "no API key; send it as `Authorization: Bearer KEY`"}
+        assert client.get("/api/tags", headers=key).status_code == 200
         assert client.get("/health").status_code == 200
         assert client.get("/").status_code == 200
         assert client.get("/health", headers={"Host": "example.org"}).status_code == 200
@@ -239,6 +242,31 @@ def test_a_key_opens_v1(make_service: MakeService, connect: Connect) -> None:
 )  # fmt: skip
 def test_without_a_key_no_other_name_is_served(client: TestClient, host: str, allowed: bool) -> None:
     assert client.get("/health", headers={"Host": host}).status_code == (200 if allowed else 403)
+
+
+PAGE = "https://chat.example.org"
+ASKING = {"Origin": PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+
+
+def test_no_page_elsewhere_may_use_the_server(client: TestClient) -> None:
+    assert "access-control-allow-origin" not in client.get("/health", headers={"Origin": PAGE}).headers
+    assert client.options("/v1/chat/completions", headers=ASKING).status_code == 405
+
+
+def test_pages_that_are_named_may_use_the_server(make_service: MakeService, connect: Connect) -> None:
+    with connect(make_service(), api_key="secret", cors_origins=[PAGE]) as client:
+        asked = client.options("/v1/chat/completions", headers=ASKING)
+        assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (200, PAGE)
+        assert "POST" in asked.headers["access-control-allow-methods"]
+        assert asked.headers["access-control-allow-headers"] == "authorization"
+        refused = client.post("/v1/completions", json=SHORT, headers={"Origin": PAGE})
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, PAGE)
+        key = {"Origin": PAGE, "Authorization": "Bearer secret"}
+        for body in (SHORT, ENDLESS | {"max_tokens": 3}):
+            served = client.post("/v1/completions", json=body, headers=key)
+            assert (served.status_code, served.headers["access-control-allow-origin"]) == (200, PAGE)
+        other = {**ASKING, "Origin": "https://evil.example.org"}
+        assert "access-control-allow-origin" not in client.options("/v1/chat/completions", headers=other).headers
 
 
 def test_loopback() -> None:

@@ -18,8 +18,8 @@ from mm_rec.inference import decode, session_file
 from mm_rec.inference.chat_session import ChatSession
 from mm_rec.inference.session_file import fingerprint
 from mm_rec.model import MMRecModel
-from mm_rec.serve.app import Service
 from mm_rec.serve.errors import ApiError
+from mm_rec.serve.service import Service
 from mm_rec.serve.sessions import SessionStore
 from mm_rec.storage.files import StorageError
 from mm_rec.text.conversation import Message, encode_conversation
