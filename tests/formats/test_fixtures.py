@@ -187,6 +187,8 @@ def test_prepared_data_is_used_again_and_comes_out_the_same_anew(written: Path, 
 def assert_same_bytes(found: Path, expected: Path, anew: bool = False) -> None:
     assert names(found) - {"lock"} == names(expected)
     for name in names(expected):
+        if anew and name.endswith("manifest.json"):  # it has the hashes of what may differ
+            continue
         if anew and name.endswith("tokenizer_config.json"):
             assert_same_later(found / name, expected / name)
         else:
