@@ -84,7 +84,11 @@ class MMRecBackbone(MMRecModel):
 
 
 class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """:class:`MMRecModel` with the interface of a causal language model of `transformers`."""
+    """:class:`MMRecModel` with the interface of a causal language model of `transformers`.
+
+    What the configuration's ``domain`` does not run is frozen: with one expert, the others and the fusion.
+    ``requires_grad_(True)`` thaws them for a ``domain`` that is named call by call.
+    """
 
     config_class = MMRecConfig
     config: MMRecConfig
@@ -100,6 +104,15 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self.model = MMRecBackbone(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
+        self._freeze_what_does_not_run()
+
+    def _freeze_what_does_not_run(self) -> None:
+        """Let only what the default domain runs be trained, so that no trained parameter goes without a gradient."""
+        chosen = self.model.chosen(None)
+        if chosen is not None:
+            self.model.fusion.requires_grad_(False)
+            for name, expert in self.model.experts.items():
+                expert.requires_grad_(name == chosen)
 
     def initialize_weights(self) -> None:
         """Initialise what was not loaded."""
@@ -209,6 +222,7 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         settings.setdefault("key_mapping", {rf"\.{name}$": f".{name}.weight" for name in _matrix_names()})
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **settings)
         model: MMRecForCausalLM = found[0] if isinstance(found, tuple) else found  # with output_loading_info
+        model._freeze_what_does_not_run()
         generation = model.generation_config
         if generation.suppress_tokens is None and isinstance(generation.eos_token_id, list):  # of an earlier version
             generation.suppress_tokens = [i for i in range(len(CONTROL_TOKENS)) if i not in generation.eos_token_id]
@@ -248,6 +262,8 @@ def _document_starts(
 
     This is all that padding at the left of a row needs: the row starts afresh at its first real token.
     """
+    if attention_mask is None and position_ids is None:
+        return None
     starts = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
     if attention_mask is not None:
         if attention_mask.shape != (tokens.shape[0], n_seen + tokens.shape[1]):
