@@ -23,6 +23,7 @@ from mm_rec.serve.jobs import (
     EngineError,
     Event,
     Job,
+    NotANumberError,
     Output,
     OverdueError,
     PromptRead,
@@ -164,9 +165,9 @@ class Answer:
                     yield _event({**chunk, "choices": [self._form.chunk_choice(index, piece)], **usage})
             if include_usage:
                 yield _event({**chunk, "choices": [], "usage": self._usage()})
-            yield b"data: [DONE]\n\n"
         except ApiError as error:
             yield _event(error.body)
+        yield b"data: [DONE]\n\n"
 
     async def _pieces(self) -> AsyncIterator[tuple[int, Choice]]:
         """Yields the next piece of a choice with its index; the choices of all prompts are numbered in one row."""
@@ -177,7 +178,7 @@ class Answer:
         while running:
             job, event = await self._next()
             if isinstance(event, EngineError):
-                raise _as_api_error(event)
+                raise self._as_api_error(event)
             if isinstance(event, PromptRead):
                 prompts[job] = event.scores
                 continue
@@ -201,6 +202,13 @@ class Answer:
                 return await self._events.get()
         except TimeoutError:
             raise ApiError(500, "the engine does not answer", code="internal_error") from None
+
+    def _as_api_error(self, error: EngineError) -> ApiError:
+        if isinstance(error, OverdueError | StoppedError):
+            return ApiError.busy(str(error))
+        if isinstance(error, NotANumberError) and any(job.state is not None for job in self._jobs):
+            return ApiError(409, f"{error}; start a new session", param="session", code="session_unusable")
+        return ApiError(500, str(error), code="internal_error")
 
     def _usage(self) -> dict[str, int]:
         read = sum(len(job.prompt) for job in self._jobs)
@@ -251,12 +259,6 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str,
     finally:
         working.cancel()
         leaving.cancel()
-
-
-def _as_api_error(error: EngineError) -> ApiError:
-    if isinstance(error, OverdueError | StoppedError):
-        return ApiError.busy(str(error))
-    return ApiError(500, str(error), code="internal_error")
 
 
 def _event(content: dict[str, Any]) -> bytes:

@@ -22,6 +22,7 @@ from mm_rec.inference.generate import end_tokens
 from mm_rec.inference.sampling import Sampling
 from mm_rec.serve import schemas
 from mm_rec.serve.answer import Answer, respond
+from mm_rec.serve.connections import Connections
 from mm_rec.serve.engine import Engine
 from mm_rec.serve.errors import ApiError, ErrorReply, add_handlers
 from mm_rec.serve.gate import Gate, Limits
@@ -122,13 +123,20 @@ class Service:
         )
 
 
-def create_app(service: Service, *, api_key: str | None = None, limits: Limits | None = None) -> FastAPI:
+def create_app(
+    service: Service,
+    *,
+    api_key: str | None = None,
+    limits: Limits | None = None,
+    connections: Connections | None = None,
+) -> FastAPI:
     """The application; its lifespan runs the engine and, at its end, closes the sessions.
 
     Args:
         service: what is served.
         api_key: the key that requests to /v1 have to bring; None for none.
         limits: limits of requests; the defaults of :class:`Limits` if None.
+        connections: those of the :class:`mm_rec.serve.server.Server` that serves it; None where there are none.
     """
 
     @asynccontextmanager
@@ -143,7 +151,7 @@ def create_app(service: Service, *, api_key: str | None = None, limits: Limits |
     # The usual documentation pages load their scripts from elsewhere.
     app = FastAPI(title="MM-Rec", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     add_handlers(app)
-    app.add_middleware(Gate, limits=limits or Limits(), api_key=api_key)
+    app.add_middleware(Gate, limits=limits or Limits(), connections=connections or Connections(0), api_key=api_key)
     _add_page(app)
     _add_models(app, service)
     _add_completions(app, service)

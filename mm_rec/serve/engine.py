@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mm_rec.errors import UserError
 from mm_rec.inference import decode
 from mm_rec.inference.generate import GeneratedText
 from mm_rec.inference.sampling import next_tokens
@@ -27,6 +28,7 @@ from mm_rec.serve.jobs import (
     Job,
     JobHandle,
     Listener,
+    NotANumberError,
     Output,
     OverdueError,
     PromptRead,
@@ -312,7 +314,14 @@ class Engine:
 
     def _draw(self, slots: Sequence[_Slot], logits: Tensor) -> None:
         """Draws the next token of each slot from its logits (B, V) and sends the text that it makes certain."""
-        tokens = next_tokens(logits, [slot.text.sampler for slot in slots])
+        try:
+            tokens = next_tokens(logits, [slot.text.sampler for slot in slots])
+        except UserError:  # some rows are no numbers; nothing has been drawn yet
+            self._fail_rows([slot for slot, row in zip(slots, logits, strict=True) if not row.amax().isfinite()])
+            left = [index for index, slot in enumerate(slots) if not slot.gone]
+            if left:
+                self._draw([slots[index] for index in left], logits[left])
+            return
         for slot, token, choice_logits in zip(slots, tokens, logits, strict=True):
             top = slot.handle.job.top_logprobs
             scores = () if top is None else tuple(self._score(choice_logits[None], [token], top))
@@ -356,6 +365,14 @@ class Engine:
         assert self._state is not None
         self._state = _select(self._state, keep) if keep else None
         self._batch = [self._batch[index] for index in keep]
+
+    def _fail_rows(self, slots: Sequence[_Slot]) -> None:
+        """Ends the jobs of slots whose logits are no numbers, as after a forged state; the others go on."""
+        failed = {id(slot.handle): slot.handle for slot in slots}
+        for slot in self._batch:
+            slot.gone = slot.gone or id(slot.handle) in failed
+        for handle in failed.values():
+            handle.listener(NotANumberError("the model gives no numbers after this"))
 
     def _fail_running(self, error: EngineError) -> None:
         handles = {
