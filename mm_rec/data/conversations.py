@@ -37,6 +37,9 @@ _ROLES = {
     "chatgpt": "assistant",
     "model": "assistant",
 }
+MAX_LIST_BYTES = 512_000_000
+"""A list in one JSON file is read whole, and takes several times as much memory as the file."""
+
 _FORMATS = "messages, conversations, instruction and output, or prompt and completion"
 
 
@@ -165,6 +168,11 @@ def _text(value: Any, name: str) -> str:
 def _read_json(path: Path, bad: BadRows) -> Iterator[Row]:
     """The values in the list of a JSON file; a file that does not begin with a list is read as JSONL."""
     try:
+        if path.stat().st_size > MAX_LIST_BYTES:
+            raise UserError(
+                f"{path} has more than {MAX_LIST_BYTES // 1_000_000} MB and would be read into memory whole; "
+                "write it as .jsonl, a row a line"
+            )
         content = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
