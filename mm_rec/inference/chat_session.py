@@ -22,7 +22,7 @@ from mm_rec.inference import session_file
 from mm_rec.inference.generate import GeneratedText, generate_pieces, json_constraint, read_prompt
 from mm_rec.inference.sampling import Sampling
 from mm_rec.model import MMRecModel
-from mm_rec.state import ModelState, flatten_state, unflatten_state
+from mm_rec.state import ModelState, flatten_state
 from mm_rec.storage.lock import Lock
 from mm_rec.text.conversation import Message, encode_conversation, encode_message
 from mm_rec.text.tokenizer import Tokenizer
@@ -158,21 +158,20 @@ class ChatSession:
         tensors, settings = session_file.read(path)
         identity = _identity_of(model, tokenizer)
         for name, value in identity.items():
-            if settings[name] != value:
+            if settings.get(name) != value:
                 raise UserError(
                     f"{path} was made with another {name}; continue it with that one or start a new session"
                 )
+        domain, system = settings.get("domain"), settings.get("system")
+        if domain not in (*model.config.experts, None) or not isinstance(system, str):
+            raise session_file.not_a_session(path)
         if sampling is None:
-            saved = settings["sampling"]
-            sampling = Sampling(**{**saved, "stop": tuple(saved["stop"])})
-        generator = torch.Generator()
-        generator.set_state(tensors.pop("generator"))
-        turns = int(tensors.pop("turns"))
-        device = model.embedding.weight.device
-        state = unflatten_state({name: tensor.to(device) for name, tensor in tensors.items()}, model.config)
-        return cls(
-            model, tokenizer, sampling, settings["domain"], settings["system"], state, generator, turns, identity
-        )
+            try:
+                sampling = Sampling.from_options(settings["sampling"])
+            except (UserError, TypeError, KeyError, AttributeError, OverflowError) as error:
+                raise session_file.not_a_session(path) from error
+        state, generator, turns = session_file.restore(path, tensors, model, domain)
+        return cls(model, tokenizer, sampling, domain, system, state, generator, turns, identity)
 
 
 def transcript(session: ChatSession, questions: Iterable[str], between: Callable[[], None] = lambda: None) -> str:

@@ -43,6 +43,11 @@ _WORDS = "|".join(
 )
 
 
+_LONGEST_TRAINED = 256
+"""Characters of a word that training looks at in one piece. It takes time by the square of the longest word, and a
+script without spaces or a sequence of DNA can be one word of millions; no token becomes as long as this."""
+
+
 def _byte_signs() -> dict[str, int]:
     """How GPT-2 and all byte-level vocabularies since write bytes: printable Latin-1 as it is, the rest from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -164,12 +169,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size must be at least {MIN_VOCAB_SIZE}, got {vocab_size}")
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(_WORDS), "isolated")
+    pieces = pre_tokenizers.Split(Regex(rf"[\s\S]{{{_LONGEST_TRAINED}}}"), "isolated")
+    signs = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pieces, signs])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -179,6 +182,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     backend.train_from_iterator(iter(texts), trainer)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, signs])
     # For programs that load the folder with transformers: every document starts with BOS.
     bos_id = backend.token_to_id("<|bos|>")
     backend.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", bos_id)])
