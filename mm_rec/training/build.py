@@ -70,6 +70,7 @@ def build_trainer(
             layout=plan.stage.layout,
             mixed=plan.stage.mixed,
             document_limit=plan.stage.document_limit,
+            more=data.recall,
         ),
         even_batches=EvenBatches(data.train, **sizes) if plan.fusion_steps else None,
         valid={name: documents for name, documents in valid.items() if documents.tokens},

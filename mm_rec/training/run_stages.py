@@ -11,10 +11,12 @@ from rich.console import Console
 
 from mm_rec import processes
 from mm_rec.config import ModelConfig
+from mm_rec.data.prepare_recall import add_recall_rows
 from mm_rec.data.prepared import Prepared
 from mm_rec.machine.device import select_device
 from mm_rec.machine.signals import SignalGuard
 from mm_rec.program import say
+from mm_rec.stages import STAGES
 from mm_rec.storage import checkpoint
 from mm_rec.storage.resume import cut_back, find_newest, open_run
 from mm_rec.storage.run_config import differences
@@ -61,6 +63,8 @@ def train_stages(settings: TrainSettings, data: Prepared, guard: SignalGuard, co
 def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, console: Console) -> Path:
     """Train one stage, or find it finished; returns its final checkpoint."""
     device = select_device(settings.device)
+    share = settings.recall_share_of(STAGES[settings.stage])
+    data = add_recall_rows(data, share, progress=functools.partial(say, console))
     plan = make_plan(settings, device.type, sum(store.n_tokens for store in data.train.values()))
     processes.check_rows(plan.batch_size)
     point = find_starting_point(settings, plan, data, device) if processes.is_rank_zero() else None
