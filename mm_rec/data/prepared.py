@@ -80,7 +80,7 @@ def open_prepared(path: Path) -> Prepared:
     """
     try:
         entries = read_manifest(path)
-        small = [name for name in entries if name.rpartition("/")[2] not in (*STORE_FILES, "index.json")]
+        small = [name for name in entries if name.rpartition("/")[2] not in STORE_FILES]
         contents = {name: read_file(path / name, entries[name]) for name in small}
         report = json.loads(contents["report.json"])
         tokenizer = Tokenizer.parse(contents[TOKENIZER], path / TOKENIZER)
