@@ -62,7 +62,7 @@ def one_line(log: str) -> str:
     return lines[0]
 
 
-def end_of(run: Path, kind: str) -> dict[str, bytes]:
+def end_of(run: Path, kind: str = "") -> dict[str, bytes]:
     """Of a run all that has to come out the same, whatever older parts were taken away."""
     last = f"checkpoints/{checkpoint_name(STEPS)}"
     lost = ("samples/",) if kind == "samples removed" else ()
@@ -84,9 +84,7 @@ class Absence:
             root = self.folder / f"killed{step}"
             what = "mm_rec.storage.run_folder:RunFolder.log_loss" if step else "mm_rec.storage.checkpoint:save"
             when = as_argument(When(what, max(step, 1), 0.0))
-            child = self.pipeline.supervisor.run(
-                "tiny_runs.run", command=self.pipeline.command(STAGE, root), when=when
-            )
+            child = self.pipeline.supervisor.run("tiny_runs.run", command=self.pipeline.command(STAGE, root), when=when)
             assert child.status == -9, child.log
             self._killed[step] = root
         return self._killed[step]
@@ -136,8 +134,8 @@ def parts_lost_while_idle(folder: Path) -> Iterator[Trial]:
     yield trial
 
 
-@workload(20, "a part of a run removed, emptied, renamed, linked, copied or changed while it is trained in", unit="runs",
-          quick=3, soak=150)  # fmt: skip
+@workload(20, "a part of a run removed, emptied, renamed, linked, copied or changed while it is trained in",
+          unit="runs", quick=3, soak=150)  # fmt: skip
 def parts_lost_in_training(folder: Path) -> Iterator[Trial]:
     absence = Absence(folder)
 
