@@ -102,7 +102,7 @@ class Absence:
 
 
 @workload(20, "a part of an idle run removed, emptied, renamed, linked, copied or changed by a bit", unit="runs",
-          quick=3, soak=150)  # fmt: skip
+          quick=2, soak=60)  # fmt: skip
 def parts_lost_while_idle(folder: Path) -> Iterator[Trial]:
     absence = Absence(folder)
 
@@ -135,7 +135,7 @@ def parts_lost_while_idle(folder: Path) -> Iterator[Trial]:
 
 
 @workload(20, "a part of a run removed, emptied, renamed, linked, copied or changed while it is trained in",
-          unit="runs", quick=3, soak=150)  # fmt: skip
+          unit="runs", quick=2, soak=60)  # fmt: skip
 def parts_lost_in_training(folder: Path) -> Iterator[Trial]:
     absence = Absence(folder)
 

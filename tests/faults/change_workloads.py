@@ -30,7 +30,7 @@ MOMENTS = {
 
 
 @workload(22, "a file of a served model truncated, overwritten, replaced or removed", unit="changes",
-          quick=4, soak=100)  # fmt: skip
+          quick=3, soak=50)  # fmt: skip
 def changed_under_a_server(folder: Path) -> Iterator[Trial]:
     supervisor = Supervisor(folder)
     sound = folder / "step_000001"
@@ -56,7 +56,7 @@ def changed_under_a_server(folder: Path) -> Iterator[Trial]:
 
 
 @workload(22, "a file of prepared data, sources or starting weights truncated, overwritten, replaced or removed under "
-          "a training", unit="changes", quick=3, soak=100)  # fmt: skip
+          "a training", unit="changes", quick=2, soak=50)  # fmt: skip
 def changed_under_a_training(folder: Path) -> Iterator[Trial]:
     pipeline = Pipeline(folder)
 

@@ -203,7 +203,7 @@ PAIRS = (
 
 
 @workload(21, "two that want to write one run, session, folder of sessions or data; in half of them the lock file of "
-          "the first is removed", unit="pairs of owners", quick=14, soak=210)  # fmt: skip
+          "the first is removed", unit="pairs of owners", quick=14, soak=140)  # fmt: skip
 def two_owners(folder: Path) -> Iterator[Trial]:
     pairs = Pairs(folder)
 

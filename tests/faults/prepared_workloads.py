@@ -158,7 +158,7 @@ def forge(store: Path, rng: random.Random) -> tuple[str, str]:
 
 
 @workload(19, "sources changed, added, emptied or removed between two runs of one command", unit="pairs of runs",
-          quick=1, soak=30)  # fmt: skip
+          quick=1, soak=20)  # fmt: skip
 def changed_sources(folder: Path) -> Iterator[Trial]:
     supervisor = Supervisor(folder)
     raw = folder / "raw"
