@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mm_rec.data.pack import STORE_FILES, TokenStore
 from mm_rec.errors import UserError
-from mm_rec.storage.files import DamageError, read_manifest, remove_leftovers, reporting_errors
+from mm_rec.storage.files import MANIFEST, DamageError, Entry, read_manifest, remove_leftovers, reporting_errors
 from mm_rec.storage.lock import Lock
 from mm_rec.storage.reading import read_file
 from mm_rec.text.tokenizer import Tokenizer
@@ -92,8 +92,7 @@ def open_prepared(path: Path) -> Prepared:
             for split in ("train", "valid")
         }
         for name, store in stores.items():
-            if store.sha256 != entries[f"{name}/index.json"]["sha256"]:
-                raise DamageError(f"{path / name / 'index.json'} is damaged: it is not what the manifest says")
+            _compare(path, entries, name, contents[f"{name}/index.json"], store)
     except (DamageError, KeyError, ValueError, TypeError) as error:
         why = error if isinstance(error, DamageError) else f"{path} is not a folder of prepared data ({error})"
         raise UserError(f"{why}; delete {path}, the next run makes it anew") from error
@@ -101,6 +100,14 @@ def open_prepared(path: Path) -> Prepared:
     hashes = [[name, train[name].sha256, valid[name].sha256] for name in sorted(train)]
     data_sha256 = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     return Prepared(path, tokenizer, train, valid, data_sha256, report)
+
+
+def _compare(path: Path, entries: Mapping[str, Entry], name: str, index: bytes, store: TokenStore) -> None:
+    """Raise DamageError unless the manifest, the ``index`` that it names and the ``store`` that was opened are one."""
+    if store.sha256 != entries[f"{name}/index.json"]["sha256"]:
+        raise DamageError(f"{path / name / 'index.json'} is damaged: it is not what the manifest says")
+    if any(entries[f"{name}/{file}"] != entry for file, entry in json.loads(index)["files"].items()):
+        raise DamageError(f"{path / MANIFEST} is damaged: it is not what {name}/index.json says")
 
 
 def write_report(folder: Path, tokenizer: Tokenizer, entries: dict[str, Any]) -> None:
