@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +57,8 @@ class Loaded(NamedTuple):
 def find_checkpoint(path: Path) -> Path:
     """Returns the checkpoint at ``path``: a checkpoint, a run folder (its newest valid one) or a folder of runs.
 
-    In a folder of runs it is the newest valid one of the newest run of the last stage that has completed one.
+    In a folder of runs it is the newest valid one of the newest run of the last stage that has completed one. Each
+    damaged one that is passed over is a warning.
 
     Raises:
         UserError: if there is none, or a later run has lost its checkpoints or its configuration.
@@ -67,12 +69,16 @@ def find_checkpoint(path: Path) -> Path:
         for entry in reversed(list_runs(path, stage)):
             require_configs([entry])
             _, run, config = entry
-            newest = checkpoint.newest_valid(run / CHECKPOINTS) if config is not None else None
+            newest = checkpoint.newest_valid(run / CHECKPOINTS, _warn) if config is not None else None
             if newest is not None:
                 return newest
             if config is not None:
                 require_checkpoints(run, config)
-    return checkpoint.resolve(path)
+    return checkpoint.resolve(path, _warn)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def load_model(path: Path, *, device: str = "auto", precision: str = "auto", weights: str = "full") -> Loaded:
