@@ -34,6 +34,9 @@ from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = ["encode_document", "find_conversations", "parse_conversation", "read_conversations"]
 
+MAX_LIST_BYTES = 512_000_000
+"""A list in one JSON file is read whole, and takes several times as much memory as the file."""
+
 _QUESTIONS = ("instruction", "prompt", "question")
 _DETAILS = ("input", "context")
 _ANSWERS = ("output", "completion", "response", "answer")
@@ -165,6 +168,11 @@ def _text(value: Any, name: str) -> str:
 def _read_json(path: Path, bad: BadRows) -> Iterator[Row]:
     """The values in the list of a JSON file; a file that does not begin with a list is read as JSONL."""
     try:
+        if path.stat().st_size > MAX_LIST_BYTES:
+            raise UserError(
+                f"{path} has more than {MAX_LIST_BYTES // 1_000_000} MB and would be read into memory whole; "
+                "write it as .jsonl, a row a line"
+            )
         content = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error

@@ -6,6 +6,7 @@ goes into one file.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,8 @@ from mm_rec.inference import session_file
 from mm_rec.inference.generate import GeneratedText, generate_pieces, json_constraint, read_prompt
 from mm_rec.inference.sampling import Sampling
 from mm_rec.model import MMRecModel
-from mm_rec.state import ModelState, flatten_state, unflatten_state
+from mm_rec.state import ModelState, flatten_state
+from mm_rec.storage.lock import Lock
 from mm_rec.text.conversation import Message, encode_conversation, encode_message
 from mm_rec.text.tokenizer import Tokenizer
 
@@ -123,18 +125,26 @@ class ChatSession:
         generator.set_state(self.generator.get_state())
         return dataclasses.replace(self, generator=generator)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, owned: Lock | None = None) -> None:
         """Writes the session to ``path``, one safetensors file whose size doesn't depend on what was said.
+
+        Args:
+            path: the file.
+            owned: of this file, from ``session_file.own``; None owns it only while it is written.
 
         Raises:
             StorageError: if it can't be written; an earlier file of that name is then still whole.
+            UserError: if another process owns the file.
         """
         tensors = flatten_state(self.state)
         tensors |= {"generator": self.generator.get_state(), "turns": torch.tensor(self.turns)}
         settings = {"domain": self.domain, "system": self.system, "sampling": dataclasses.asdict(self.sampling)}
         if self._identity is None:  # reads all weights, so once for all saves
             self._identity = _identity_of(self.model, self.tokenizer)
-        session_file.write(Path(path), tensors, self._identity | settings)
+        if owned is not None:
+            owned.require()
+        with contextlib.nullcontext() if owned is not None else session_file.own(Path(path)):
+            session_file.write(Path(path), tensors, self._identity | settings)
 
     @classmethod
     def load(
@@ -148,21 +158,20 @@ class ChatSession:
         tensors, settings = session_file.read(path)
         identity = _identity_of(model, tokenizer)
         for name, value in identity.items():
-            if settings[name] != value:
+            if settings.get(name) != value:
                 raise UserError(
                     f"{path} was made with another {name}; continue it with that one or start a new session"
                 )
+        domain, system = settings.get("domain"), settings.get("system")
+        if domain not in (*model.config.experts, None) or not isinstance(system, str):
+            raise session_file.not_a_session(path)
         if sampling is None:
-            saved = settings["sampling"]
-            sampling = Sampling(**{**saved, "stop": tuple(saved["stop"])})
-        generator = torch.Generator()
-        generator.set_state(tensors.pop("generator"))
-        turns = int(tensors.pop("turns"))
-        device = model.embedding.weight.device
-        state = unflatten_state({name: tensor.to(device) for name, tensor in tensors.items()}, model.config)
-        return cls(
-            model, tokenizer, sampling, settings["domain"], settings["system"], state, generator, turns, identity
-        )
+            try:
+                sampling = Sampling.from_options(settings["sampling"])
+            except (UserError, TypeError, KeyError, AttributeError, OverflowError) as error:
+                raise session_file.not_a_session(path) from error
+        state, generator, turns = session_file.restore(path, tensors, model, domain)
+        return cls(model, tokenizer, sampling, domain, system, state, generator, turns, identity)
 
 
 def transcript(session: ChatSession, questions: Iterable[str], between: Callable[[], None] = lambda: None) -> str:

@@ -21,6 +21,7 @@ from mm_rec.serve.jobs import (
     EngineError,
     Event,
     Job,
+    NotANumberError,
     Output,
     OverdueError,
     PromptRead,
@@ -169,7 +170,7 @@ class Answer:
         while running:
             job, event = await self._next()
             if isinstance(event, EngineError):
-                raise _as_api_error(event)
+                raise self._as_api_error(event)
             if isinstance(event, PromptRead):
                 prompts[job] = event.scores
                 continue
@@ -195,6 +196,15 @@ class Answer:
                 return await self._events.get()
         except TimeoutError:
             raise ApiError(500, "the engine does not answer", code="internal_error") from None
+
+    def _as_api_error(self, error: EngineError) -> ApiError:
+        if isinstance(error, OverdueError | StoppedError):
+            return ApiError.busy(str(error))
+        if isinstance(error, UnfollowableError):
+            return ApiError(400, str(error), param="response_format", code="json_schema_too_complex")
+        if isinstance(error, NotANumberError) and any(job.state is not None for job in self._jobs):
+            return ApiError(409, f"{error}; start a new session", param="session", code="session_unusable")
+        return ApiError(500, str(error), code="internal_error")
 
     def _usage(self) -> Usage:
         read = sum(len(job.prompt) for job in self._jobs)
@@ -244,11 +254,3 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str,
     finally:
         working.cancel()
         leaving.cancel()
-
-
-def _as_api_error(error: EngineError) -> ApiError:
-    if isinstance(error, OverdueError | StoppedError):
-        return ApiError.busy(str(error))
-    if isinstance(error, UnfollowableError):
-        return ApiError(400, str(error), param="response_format", code="json_schema_too_complex")
-    return ApiError(500, str(error), code="internal_error")

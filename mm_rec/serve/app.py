@@ -22,6 +22,7 @@ from mm_rec.inference.generate import end_tokens
 from mm_rec.serve import schemas
 from mm_rec.serve.answer import Answer, respond
 from mm_rec.serve.chat import add_chat
+from mm_rec.serve.connections import Connections
 from mm_rec.serve.errors import ERRORS, STREAMED, ApiError, add_handlers
 from mm_rec.serve.fields import SessionName
 from mm_rec.serve.gate import Gate, Limits
@@ -39,7 +40,12 @@ MAX_SCORED_TOKENS = 32_768
 
 
 def create_app(
-    service: Service, *, api_key: str | None = None, limits: Limits | None = None, cors_origins: Sequence[str] = ()
+    service: Service,
+    *,
+    api_key: str | None = None,
+    limits: Limits | None = None,
+    connections: Connections | None = None,
+    cors_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The application; its lifespan runs the engine and, at its end, closes the sessions.
 
@@ -47,6 +53,7 @@ def create_app(
         service: what is served.
         api_key: the key that requests to /v1 and /api have to bring; None for none.
         limits: limits of requests; the defaults of :class:`Limits` if None.
+        connections: those of the :class:`mm_rec.serve.server.Server` that serves it; None where there are none.
         cors_origins: the web pages elsewhere that may use the server, as ``https://example.org``, or ``*`` for all.
     """
 
@@ -63,7 +70,7 @@ def create_app(
     app = FastAPI(title="MM-Rec", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     add_handlers(app)
     app.add_middleware(_HeadAsGet)
-    app.add_middleware(Gate, limits=limits or Limits(), api_key=api_key)
+    app.add_middleware(Gate, limits=limits or Limits(), connections=connections or Connections(0), api_key=api_key)
     if cors_origins:  # stands before the gate: a browser asks without a key first, and pages read refusals, too
         methods, headers = ("GET", "POST", "DELETE"), ("*",)
         app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=methods, allow_headers=headers)

@@ -28,6 +28,7 @@ from mm_rec.serve.jobs import (
     Job,
     JobHandle,
     Listener,
+    NotANumberError,
     Output,
     OverdueError,
     PromptRead,
@@ -315,7 +316,14 @@ class Engine:
 
     def _draw(self, slots: Sequence[_Slot], logits: Tensor) -> None:
         """Draws the next token of each slot from its logits (B, V) and sends the text that it makes certain."""
-        tokens = next_tokens(logits, [slot.text.sampler for slot in slots])
+        try:
+            tokens = next_tokens(logits, [slot.text.sampler for slot in slots])
+        except UserError:  # some rows are no numbers; nothing has been drawn yet
+            self._fail_rows([slot for slot, row in zip(slots, logits, strict=True) if not row.amax().isfinite()])
+            left = [index for index, slot in enumerate(slots) if not slot.gone]
+            if left:
+                self._draw([slots[index] for index in left], logits[left])
+            return
         for slot, token, choice_logits in zip(slots, tokens, logits, strict=True):
             if slot.handle.cancelled:
                 continue
@@ -370,6 +378,14 @@ class Engine:
         assert self._state is not None
         self._state = _select(self._state, keep) if keep else None
         self._batch = [self._batch[index] for index in keep]
+
+    def _fail_rows(self, slots: Sequence[_Slot]) -> None:
+        """Ends the jobs of slots whose logits are no numbers, as after a forged state; the others go on."""
+        failed = {id(slot.handle): slot.handle for slot in slots}
+        for slot in self._batch:
+            slot.gone = slot.gone or id(slot.handle) in failed
+        for handle in failed.values():
+            handle.listener(NotANumberError("the model gives no numbers after this"))
 
     def _fail_running(self, error: EngineError) -> None:
         handles = {

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mm_rec.serve.connections import Connections
 from mm_rec.serve.errors import ApiError
 
 __all__ = ["Gate", "Limits", "is_loopback"]
@@ -44,14 +45,16 @@ class Gate:
     Args:
         app: the application that serves what is not refused.
         limits: limits of requests.
+        connections: those of the server; where they are full, only health checks are answered.
         api_key: the key that requests to /v1 and /api have to bring; None for none. Without one only names of this
             machine are accepted as host, so that no web page can reach the server under a name of its own (DNS
             rebinding).
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, connections: Connections, api_key: str | None) -> None:
         self._app = app
         self._limits = limits
+        self._connections = connections
         self._authorization = None if api_key is None else f"Bearer {api_key}".encode()
         self._requests = 0
 
@@ -63,6 +66,8 @@ class Gate:
         try:
             headers = Headers(scope=scope)
             self._check_origin(scope["path"], headers)
+            if self._connections.full and scope["path"] != "/health":
+                raise ApiError.busy("the server has no connection to spare; try again in a moment")
             with self._counted(scope["method"]):
                 body = await self._read(headers, receive)
                 await self._app(scope, _replay(body, receive), self._paced(send))

@@ -16,6 +16,7 @@ __all__ = [
     "Job",
     "JobHandle",
     "Listener",
+    "NotANumberError",
     "Output",
     "OverdueError",
     "PromptRead",
@@ -36,6 +37,10 @@ class QueueFullError(EngineError):
 
 class OverdueError(EngineError):
     """The job's time was over before its prompt was read."""
+
+
+class NotANumberError(EngineError):
+    """The model's logits are NaN or infinite: its weights, or the state before the prompt, are damaged."""
 
 
 class StoppedError(EngineError):

@@ -16,6 +16,7 @@ from mm_rec.text.tokenizer import Tokenizer
 __all__ = ["EVENT_STREAM", "ChatFormat", "Choice", "CompletionFormat", "Names", "ReplyFormat", "Usage", "json_line"]
 
 EVENT_STREAM = "text/event-stream"
+_DONE = b"data: [DONE]\n\n"
 
 
 class Names:
@@ -134,11 +135,11 @@ class _OpenAIFormat(ABC):
         """Yields the usage, if it was asked for, and the mark of the end."""
         if self._include_usage:
             yield self._chunk([], _tokens(usage))
-        yield b"data: [DONE]\n\n"
+        yield _DONE
 
     def failure(self, error: ApiError) -> bytes:
-        """Returns the error as the last event."""
-        return f"data: {json_line(error.body)}\n\n".encode()
+        """Returns the error as an event, and the mark of the end."""
+        return f"data: {json_line(error.body)}\n\n".encode() + _DONE
 
     @abstractmethod
     def first_choice(self, index: int) -> dict[str, Any] | None:

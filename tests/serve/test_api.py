@@ -351,7 +351,7 @@ def test_a_fault_of_the_server_keeps_the_shape(
         reply = client.post("/v1/completions", json=body)
         assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal_error")
         streamed = client.post("/v1/completions", json={**body, "stream": True})
-        assert json.loads(streamed.text.split("\n\n")[-2].removeprefix("data: "))["error"]["code"] == "internal_error"
+        assert json.loads(streamed.text.split("\n\n")[-3].removeprefix("data: "))["error"]["code"] == "internal_error"
 
 
 def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
