@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm_rec.data.pack import TokenStore
+from mm_rec.data.pack import STORE_FILES, TokenStore
 from mm_rec.errors import UserError
-from mm_rec.storage.files import DamageError, remove_leftovers, reporting_errors, verify_folder
+from mm_rec.storage.files import DamageError, read_manifest, remove_leftovers, reporting_errors
 from mm_rec.storage.lock import Lock
+from mm_rec.storage.reading import read_file
 from mm_rec.text.tokenizer import Tokenizer
 
-__all__ = ["Prepared", "make_folder", "make_once", "tell_bad_rows", "write_report"]
+__all__ = ["Prepared", "make_once", "open_prepared", "tell_bad_rows", "write_report"]
 
+SPLITS = ("train", "valid")
+TOKENIZER = "tokenizer/tokenizer.json"
 _BAD_ROWS_TOLD = 10
 
 
@@ -43,13 +46,10 @@ class Prepared:
     recall: dict[str, TokenStore] = field(default_factory=dict)
 
 
-def make_once(root: Path, settings: dict[str, Any], make: Callable[[Path], None], *, verify: bool = False) -> Prepared:
-    """Returns the data that ``make`` writes, or wrote earlier, for ``settings``; see :func:`make_folder`."""
-    return _open(make_folder(root, settings, make, verify=verify))
-
-
-def make_folder(root: Path, settings: dict[str, Any], make: Callable[[Path], None], *, verify: bool = False) -> Path:
-    """Returns the folder of ``root`` that ``make`` writes, or wrote earlier, for ``settings``; their hash names it.
+def make_once(
+    root: Path, settings: dict[str, Any], make: Callable[[Path], None], tell: Callable[[str], None]
+) -> Prepared:
+    """Returns what ``make`` writes, or wrote earlier, for ``settings``: a folder of ``root`` named by their hash.
 
     Two processes may call this at once; the second waits.
 
@@ -57,22 +57,57 @@ def make_folder(root: Path, settings: dict[str, Any], make: Callable[[Path], Non
         root: the folder of folders.
         settings: everything that the result depends on, as values that JSON can hold.
         make: writes the folder that it is given, whole or not at all.
-        verify: compare what is used again with its SHA-256, not only its size.
+        tell: takes a line if another process has to be waited for.
+
+    Raises:
+        UserError: if what was made earlier is not, byte for byte, what was written.
     """
     identity = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     with reporting_errors(root):
         root.mkdir(parents=True, exist_ok=True)
     path = root / identity[:16]
-    lock = Lock(root / "lock", wait=True)
-    try:
+    with Lock(
+        root / "lock", wait=True, on_wait=lambda owner: tell(f"waiting for {owner}, which prepares data in {root}")
+    ):
         remove_leftovers(root)
         if not path.exists():
             make(path)
-        elif verify:
-            _verify(path)
-    finally:
-        lock.release()
-    return path
+    return open_prepared(path)
+
+
+def open_prepared(path: Path) -> Prepared:
+    """Returns the prepared data in the folder ``path`` after comparing all of it with its hashes.
+
+    Raises:
+        UserError: naming the file that is missing or not what was written.
+    """
+    try:
+        entries = read_manifest(path)
+        small = [name for name in entries if name.rpartition("/")[2] not in (*STORE_FILES, "index.json")]
+        contents = {name: read_file(path / name, entries[name]) for name in small}
+        report = json.loads(contents["report.json"])
+        tokenizer = Tokenizer.parse(contents[TOKENIZER], path / TOKENIZER)
+        if report["tokenizer"] != tokenizer.sha256:
+            raise DamageError(f"{path / TOKENIZER} is not the tokenizer that {path / 'report.json'} names")
+        stores = {  # rows that train recall have no held-out split
+            f"{name}-{split}": TokenStore.open(path / f"{name}-{split}", vocab_size=tokenizer.vocab_size)
+            for name in report["domains"]
+            for split in SPLITS
+            if f"{name}-{split}/index.json" in entries
+        }
+        for name, store in stores.items():
+            if store.sha256 != entries[f"{name}/index.json"]["sha256"]:
+                raise DamageError(f"{path / name / 'index.json'} is damaged: it is not what the manifest says")
+    except (DamageError, KeyError, ValueError, TypeError) as error:
+        why = error if isinstance(error, DamageError) else f"{path} is not a folder of prepared data ({error})"
+        raise UserError(f"{why}; delete {path}, the next run makes it anew") from error
+    train, valid = (
+        {name: stores[f"{name}-{split}"] for name in report["domains"] if f"{name}-{split}" in stores}
+        for split in SPLITS
+    )
+    hashes = [[name, *(one[name].sha256 for one in (train, valid) if name in one)] for name in sorted(train)]
+    data_sha256 = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    return Prepared(path, tokenizer, train, valid, data_sha256, report)
 
 
 def write_report(folder: Path, tokenizer: Tokenizer, entries: dict[str, Any]) -> None:
@@ -94,26 +129,3 @@ def tell_bad_rows(found: list[str], tell: Callable[[str], None]) -> None:
         tell(f"left out {line}")
     if len(found) > _BAD_ROWS_TOLD:
         tell(f"and {len(found) - _BAD_ROWS_TOLD:,} more")
-
-
-def _verify(path: Path) -> None:
-    try:
-        verify_folder(path)
-    except DamageError as error:
-        raise UserError(f"{error}; delete {path}, the next run makes it anew") from error
-
-
-def _open(path: Path) -> Prepared:
-    try:
-        report = json.loads((path / "report.json").read_bytes())
-        names = list(report["domains"])
-        tokenizer = Tokenizer.load(path / "tokenizer")
-        intact = report["tokenizer"] == tokenizer.sha256
-    except (OSError, ValueError, KeyError, TypeError, UserError):
-        intact = False
-    if not intact:
-        raise UserError(f"{path} is damaged; delete it, the next run makes it anew")
-    train, valid = ({name: TokenStore.open(path / f"{name}-{split}") for name in names} for split in ("train", "valid"))
-    hashes = [[name, train[name].sha256, valid[name].sha256] for name in sorted(names)]
-    data_sha256 = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-    return Prepared(path, tokenizer, train, valid, data_sha256, report)

@@ -14,8 +14,8 @@ from mm_rec.machine.device import apply_precision, select_device, select_precisi
 from mm_rec.model import MMRecModel
 from mm_rec.stages import STAGES
 from mm_rec.storage import checkpoint
-from mm_rec.storage.hf_folder import default_domain
-from mm_rec.storage.run_config import list_runs
+from mm_rec.storage.resume import require_checkpoints
+from mm_rec.storage.run_config import CHECKPOINTS, list_runs, require_configs
 from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = ["Loaded", "find_checkpoint", "load_model"]
@@ -56,18 +56,22 @@ class Loaded(NamedTuple):
 def find_checkpoint(path: Path) -> Path:
     """Returns the checkpoint at ``path``: a checkpoint, a run folder (its newest valid one) or a folder of runs.
 
-    In a folder of runs it is the newest valid one of the newest run of the last stage.
+    In a folder of runs it is the newest valid one of the newest run of the last stage that has completed one.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or a later run has lost its checkpoints or its configuration.
     """
     if not path.is_dir():
         raise UserError(f"there is no folder {path}; name a checkpoint, a run folder or a folder of runs")
     for stage in reversed(STAGES):
-        for _, run, config in reversed(list_runs(path, stage)):
-            newest = checkpoint.newest_valid(run / "checkpoints") if config is not None else None
+        for entry in reversed(list_runs(path, stage)):
+            require_configs([entry])
+            _, run, config = entry
+            newest = checkpoint.newest_valid(run / CHECKPOINTS) if config is not None else None
             if newest is not None:
                 return newest
+            if config is not None:
+                require_checkpoints(run, config)
     return checkpoint.resolve(path)
 
 
@@ -99,5 +103,10 @@ def load_model(path: Path, *, device: str = "auto", precision: str = "auto", wei
     model.to(place).eval()
     if weights == "full":
         pack_matrices(model)
-    domain = default_domain(found.config, found.weights)
-    return Loaded(model, Tokenizer.load(found.tokenizer_dir), domain, found.path, weights)
+    tokenizer = found.load_tokenizer()
+    if tokenizer.vocab_size > found.config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {found.path} has {tokenizer.vocab_size} tokens and the model {found.config.vocab_size}; "
+            "resize the model with model.resize_token_embeddings(len(tokenizer)) and save it again"
+        )
+    return Loaded(model, tokenizer, found.domain, found.path, weights)

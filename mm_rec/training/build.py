@@ -120,7 +120,7 @@ def _bytes_per_token(data: Prepared) -> dict[str, float]:
     sizes = {
         name: (
             int(store.n_bytes.sum()),
-            store.n_tokens if store.loss_mask is None else int(store.loss_mask.sum(dtype=int)),
+            store.n_tokens if store.loss_mask is None else store.loss_mask.sum(),
         )
         for name, store in data.train.items()
     }

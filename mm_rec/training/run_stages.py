@@ -18,7 +18,7 @@ from mm_rec.machine.signals import SignalGuard
 from mm_rec.program import say
 from mm_rec.stages import STAGES
 from mm_rec.storage import checkpoint
-from mm_rec.storage.resume import open_run, rewind
+from mm_rec.storage.resume import cut_back, find_newest, open_run
 from mm_rec.storage.run_config import differences
 from mm_rec.storage.run_folder import Run, RunFolder
 from mm_rec.training.build import build_trainer
@@ -82,8 +82,11 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
         trainer = build_trainer(settings, plan, start, data, runtime, device, run, guard, console)
         if start.checkpoint is not None:
             trainer.restore(start.checkpoint)
+        saved = start.checkpoint.trainer if start.checkpoint else None
         del start, point  # the weights that they hold are in the model
         announce(console, trainer, data, estimate_run(trainer, settings.gradient_checkpointing, available))
+        if isinstance(run, RunFolder):  # nothing that cannot be undone comes before all that can refuse
+            cut_back(run, saved)
         path = trainer.fit()
     path = broadcast_path(path)
     say(console, f"{settings.stage}: {trainer.progress.step} steps done, saved in {path}")
@@ -109,7 +112,7 @@ def _read_start(run: Run, plan: Plan, point: StartingPoint) -> StageStart:
     assert isinstance(run, RunFolder), "rank 0 owns the run folder"
     if finished := _finished(run, plan):
         return StageStart(point.config, finished=finished)
-    return StageStart(point.config, point.weights, rewind(run))
+    return StageStart(point.config, point.weights, find_newest(run))
 
 
 def _finished(run: Run, plan: Plan) -> Path | None:

@@ -9,6 +9,7 @@ from mm_rec.data.prepare_recall import add_recall_rows
 from mm_rec.data.recall_rows import LONGEST, recall_documents
 from mm_rec.data.synthetic import write_synthetic
 from mm_rec.formats import VERSIONS
+from mm_rec.scripts.doctor_command import check_prepared
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +80,10 @@ def test_rows_are_added_once_for_a_share_and_seed(data):
     assert len({one.data_sha256 for one in [data, added, *others]}) == 4
     path = added.recall["text"].path.parent
     report = json.loads((path / "report.json").read_text())
-    assert (report["recall_share"], report["seed"]) == (0.2, 0)
-    assert report["domains"]["text"]["tokens"] == added.recall["text"].n_tokens
+    entry = report["domains"]["text"]
+    assert (entry["recall_share"], entry["seed"], entry["made_of"]) == (0.2, 0, data.train["text"].sha256)
+    assert entry["train"]["tokens"] == added.recall["text"].n_tokens
+    assert {finding.level for finding in check_prepared(path.parent)} == {"ok"}
     assert "report.json" in json.loads((path / "manifest.json").read_text())["files"]
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
 from fastapi.testclient import TestClient
 from workload import Trial, workload
 
@@ -27,9 +26,11 @@ from mm_rec.config import ModelConfig
 from mm_rec.data.conversations import encode_document, parse_conversation
 from mm_rec.inference.session_file import fingerprint
 from mm_rec.model import MMRecModel
-from mm_rec.serve.app import Service, create_app
+from mm_rec.serve.app import create_app
+from mm_rec.serve.connections import Connections
 from mm_rec.serve.engine import Engine
-from mm_rec.serve.protocol import HeadTimeoutProtocol
+from mm_rec.serve.server import Server
+from mm_rec.serve.service import Service
 from mm_rec.serve.sessions import SessionStore
 from mm_rec.text.conversation import Message, clean, encode_conversation
 from mm_rec.text.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
@@ -64,13 +65,13 @@ def client_of(folder: Path, **limits: int) -> Iterator[tuple[TestClient, Service
 
 
 @contextlib.contextmanager
-def socket_of(folder: Path, **limits: int) -> Iterator[tuple[int, Service]]:
+def socket_of(folder: Path, max_connections: int = 1000, **limits: int) -> Iterator[tuple[int, Service]]:
     """A server behind a real socket: its port."""
-    service = service_in(folder, **limits)
-    config = uvicorn.Config(
-        create_app(service), http=HeadTimeoutProtocol, log_level="critical", timeout_graceful_shutdown=2
+    service, connections = service_in(folder, **limits), Connections(max_connections)
+    server = Server(
+        create_app(service, connections=connections), service.engine, connections, quiet=True, drain_seconds=0.2
     )
-    server, listener = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

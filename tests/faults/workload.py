@@ -30,6 +30,8 @@ MODULES = {
     "serving_workloads": (15, 17),
     "session_workloads": (16,),
     "pickle_workloads": (18,),
+    "connection_workloads": (23,),
+    "forged_session_workloads": (24,),
 }
 """Where the workloads of each row are; a module registers its own when it is imported."""
 
