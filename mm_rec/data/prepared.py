@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mm_rec.data.pack import STORE_FILES, TokenStore
 from mm_rec.errors import UserError
@@ -16,10 +17,19 @@ from mm_rec.storage.lock import Lock
 from mm_rec.storage.reading import read_file
 from mm_rec.text.tokenizer import Tokenizer
 
-__all__ = ["Prepared", "make_once", "open_prepared", "tell_bad_rows", "write_report"]
+__all__ = [
+    "Prepared",
+    "StoreFolder",
+    "make_folder",
+    "make_once",
+    "open_folder",
+    "open_prepared",
+    "tell_bad_rows",
+    "write_report",
+]
 
-SPLITS = ("train", "valid")
 TOKENIZER = "tokenizer/tokenizer.json"
+_INDEX = "index.json"
 _BAD_ROWS_TOLD = 10
 
 
@@ -46,10 +56,31 @@ class Prepared:
     recall: dict[str, TokenStore] = field(default_factory=dict)
 
 
+class StoreFolder(NamedTuple):
+    """A folder of token stores that :func:`make_folder` made.
+
+    Attributes:
+        report: what its ``report.json`` says.
+        tokenizer: the one that lies in it, if there is one.
+        stores: the token stores, by their names in it.
+    """
+
+    report: dict[str, Any]
+    tokenizer: Tokenizer | None
+    stores: dict[str, TokenStore]
+
+
 def make_once(
     root: Path, settings: dict[str, Any], make: Callable[[Path], None], tell: Callable[[str], None]
 ) -> Prepared:
-    """Returns what ``make`` writes, or wrote earlier, for ``settings``: a folder of ``root`` named by their hash.
+    """Returns the data that ``make`` writes, or wrote earlier, for ``settings``; see :func:`make_folder`."""
+    return open_prepared(make_folder(root, settings, make, tell))
+
+
+def make_folder(
+    root: Path, settings: dict[str, Any], make: Callable[[Path], None], tell: Callable[[str], None]
+) -> Path:
+    """Returns the folder of ``root`` that ``make`` writes, or wrote earlier, for ``settings``; their hash names it.
 
     Two processes may call this at once; the second waits.
 
@@ -72,7 +103,7 @@ def make_once(
         remove_leftovers(root)
         if not path.exists():
             make(path)
-    return open_prepared(path)
+    return path
 
 
 def open_prepared(path: Path) -> Prepared:
@@ -81,33 +112,49 @@ def open_prepared(path: Path) -> Prepared:
     Raises:
         UserError: naming the file that is missing or not what was written.
     """
-    try:
+    report, tokenizer, stores = open_folder(path)
+    with _naming_the_remedy(path):
+        if tokenizer is None:
+            raise DamageError(f"{path} has no tokenizer")
+        train, valid = ({name: stores[f"{name}-{split}"] for name in report["domains"]} for split in ("train", "valid"))
+    hashes = [[name, train[name].sha256, valid[name].sha256] for name in sorted(train)]
+    data_sha256 = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    return Prepared(path, tokenizer, train, valid, data_sha256, report)
+
+
+def open_folder(path: Path) -> StoreFolder:
+    """Returns what is in a folder of token stores after comparing all of it with its hashes.
+
+    Raises:
+        UserError: naming the file that is missing or not what was written.
+    """
+    with _naming_the_remedy(path):
         entries = read_manifest(path)
-        small = [name for name in entries if name.rpartition("/")[2] not in (*STORE_FILES, "index.json")]
+        small = [name for name in entries if name.rpartition("/")[2] not in (*STORE_FILES, _INDEX)]
         contents = {name: read_file(path / name, entries[name]) for name in small}
         report = json.loads(contents["report.json"])
-        tokenizer = Tokenizer.parse(contents[TOKENIZER], path / TOKENIZER)
-        if report["tokenizer"] != tokenizer.sha256:
+        tokenizer = Tokenizer.parse(contents[TOKENIZER], path / TOKENIZER) if TOKENIZER in contents else None
+        if tokenizer is not None and (report["tokenizer"], report["vocab_size"]) != (
+            tokenizer.sha256,
+            tokenizer.vocab_size,
+        ):
             raise DamageError(f"{path / TOKENIZER} is not the tokenizer that {path / 'report.json'} names")
-        stores = {  # rows that train recall have no held-out split
-            f"{name}-{split}": TokenStore.open(path / f"{name}-{split}", vocab_size=tokenizer.vocab_size)
-            for name in report["domains"]
-            for split in SPLITS
-            if f"{name}-{split}/index.json" in entries
-        }
+        names = [name.removesuffix(f"/{_INDEX}") for name in entries if name.endswith(f"/{_INDEX}")]
+        stores = {name: TokenStore.open(path / name, vocab_size=report["vocab_size"]) for name in names}
         for name, store in stores.items():
-            if store.sha256 != entries[f"{name}/index.json"]["sha256"]:
-                raise DamageError(f"{path / name / 'index.json'} is damaged: it is not what the manifest says")
+            if store.sha256 != entries[f"{name}/{_INDEX}"]["sha256"]:
+                raise DamageError(f"{path / name / _INDEX} is damaged: it is not what the manifest says")
+    return StoreFolder(report, tokenizer, stores)
+
+
+@contextmanager
+def _naming_the_remedy(path: Path) -> Iterator[None]:
+    """Turns what can be wrong with the prepared folder ``path`` into an error that says what to do about it."""
+    try:
+        yield
     except (DamageError, KeyError, ValueError, TypeError) as error:
         why = error if isinstance(error, DamageError) else f"{path} is not a folder of prepared data ({error})"
         raise UserError(f"{why}; delete {path}, the next run makes it anew") from error
-    train, valid = (
-        {name: stores[f"{name}-{split}"] for name in report["domains"] if f"{name}-{split}" in stores}
-        for split in SPLITS
-    )
-    hashes = [[name, *(one[name].sha256 for one in (train, valid) if name in one)] for name in sorted(train)]
-    data_sha256 = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-    return Prepared(path, tokenizer, train, valid, data_sha256, report)
 
 
 def write_report(folder: Path, tokenizer: Tokenizer, entries: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from mm_rec import ops
 from mm_rec.data.manifest import MANIFEST, check_files, read_manifest
-from mm_rec.data.prepared import open_prepared
+from mm_rec.data.prepared import open_folder
 from mm_rec.errors import UserError
 from mm_rec.machine.device import available_memory, select_device, select_precision
 from mm_rec.program import Parser, run_program
@@ -133,13 +133,13 @@ def check_prepared(root: Path) -> list[Finding]:
     for path in sorted(root.glob("[0-9a-f]" * 16)):
         try:
             files.verify_folder(path)
-            prepared = open_prepared(path)
+            stores = open_folder(path).stores
         except files.DamageError as error:
             findings.append(Finding("broken", f"{error}; delete {path}, the next run makes it anew"))
         except UserError as error:
             findings.append(Finding("broken", str(error)))
         else:
-            tokens = sum(store.n_tokens for store in (*prepared.train.values(), *prepared.valid.values()))
+            tokens = sum(store.n_tokens for store in stores.values())
             findings.append(Finding("ok", f"{path} is what was prepared, {tokens:,} tokens"))
     return findings
 

@@ -12,6 +12,7 @@ from mm_rec.config import ModelConfig
 from mm_rec.data.manifest import record_file
 from mm_rec.data.pack import file_sha256
 from mm_rec.data.prepare import prepare
+from mm_rec.data.prepare_recall import add_recall_rows
 from mm_rec.data.synthetic import write_synthetic
 from mm_rec.scripts.doctor_command import Finding, check_data, check_machine, check_prepared, check_run, main
 from mm_rec.storage.resume import open_run, rewind
@@ -127,6 +128,14 @@ def test_prepared_data_against_their_hashes(tmp_path: Path) -> None:
     (tmp_path / "runs").rename(tmp_path / "conversations" / "prepared")
     (tmp_path / "conversations" / "prepared" / path.name / "manifest.json").unlink()
     assert "manifest.json cannot be read" in texts(check_prepared(tmp_path / "conversations" / "prepared"), "broken")
+
+
+def test_rows_that_train_recall_are_prepared_data_too(tmp_path: Path) -> None:
+    write_synthetic(tmp_path, 12)
+    path = add_recall_rows(prepare(tmp_path, 320, filters=False), 0.2).recall["text"].path
+    assert f"{path.parent} is what was prepared" in texts(check_data(tmp_path), "ok")
+    (path / "tokens.bin").write_bytes(b"")
+    assert f"{path / 'tokens.bin'} is damaged" in texts(check_data(tmp_path), "broken")
 
 
 def test_this_machine_is_described() -> None:
