@@ -27,7 +27,7 @@ class ModelConfig:
     """Sizes of an MM-Rec model (letters as in :mod:`mm_rec.ops.reference`).
 
     Attributes:
-        vocab_size: V, rows of the embedding, a multiple of 64; a tokenizer may use fewer ids.
+        vocab_size: V, rows of the embedding; a tokenizer may use fewer ids.
         d_model: D, width of the residual stream.
         n_heads: H, divides D; the head size d = D / H is even.
         n_layers: L, blocks per expert.
@@ -52,8 +52,6 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "gate_every", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.vocab_size % 64:
-            raise ValueError(f"vocab_size must be a multiple of 64, got {self.vocab_size}")
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
             raise ValueError(f"d_model {self.d_model} does not split into {self.n_heads} heads of even size")
         if not self.experts or len(set(self.experts)) != len(self.experts):

@@ -19,7 +19,7 @@ __all__ = ["FIRST_VERSION", "KEY", "VERSIONS", "FormatError", "check_version", "
 
 VERSIONS = {
     # model.safetensors, config.json and the tokenizer, of checkpoints and exported folders; written in config.json
-    "model": 1,
+    "model": 2,
     # optimizer.safetensors, carried.safetensors and trainer.json of checkpoints; written in trainer.json. Carried
     # states and sessions hold what mm_rec/state.py lays out: a change there raises both numbers
     "training": 1,
@@ -37,6 +37,10 @@ VERSIONS = {
     "manifest": 1,
     "download manifest": 1,
 }
+
+STILL_READ = {"model": 1}
+"""Earlier versions that are read as well. Of the model: exported folders have the names of checkpoints in it, which
+every reader takes, and ``generation_config.json`` says of fewer tokens that they are never drawn."""
 
 KEY = "format"
 """Where a JSON object states its version."""
@@ -58,6 +62,11 @@ class FormatError(UserError):
     """A file is whole but of another version of its format; the message names it and what still works."""
 
 
+def _is_read(kind: str, found: object) -> bool:
+    """Whether files of the version ``found`` are read."""
+    return is_current(kind, found) or (type(found) is int and found == STILL_READ.get(kind))
+
+
 def is_current(kind: str, found: object) -> bool:
     """Whether ``found``, any value that JSON can hold, is the number that :data:`VERSIONS` has for ``kind``.
 
@@ -73,7 +82,7 @@ def check_version(kind: str, found: object, path: Path | str) -> None:
     Raises:
         FormatError: if it is not the version that is read.
     """
-    if is_current(kind, found):
+    if _is_read(kind, found):
         return
     shown = json.dumps(found)
     if len(shown) > _LONGEST_SHOWN:

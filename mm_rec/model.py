@@ -124,7 +124,7 @@ class MMRecModel(nn.Module):
     def initial_state(self, batch_size: int, domain: str | None = None) -> ModelState:
         """The empty state of ``batch_size`` rows; with ``domain``, of that expert alone."""
         weight = self.embedding.weight
-        return initial_state(self.config, batch_size, self._domains(domain), dtype=weight.dtype, device=weight.device)
+        return initial_state(self.config, batch_size, self._domains(domain), dtype=self.dtype, device=weight.device)
 
     @overload
     def forward(
@@ -201,7 +201,7 @@ class MMRecModel(nn.Module):
         weight = self.embedding.weight
         if with_loss and weight.device.type == "cpu" and not torch.compiler.is_compiling():
             return _TiedEmbedding.apply(weight, tokens)  # type: ignore[no-any-return, no-untyped-call]
-        return F.embedding(tokens, weight), weight
+        return self.embedding(tokens), weight
 
     def _run(
         self, tokens: Tensor, state: ModelState | None, domain: str | None, reset: Tensor | None, *, with_loss: bool

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mm_rec.data.pack import TokenStore, write_store
-from mm_rec.data.prepared import Prepared, make_folder
+from mm_rec.data.pack import write_store
+from mm_rec.data.prepared import Prepared, make_folder, open_folder
 from mm_rec.data.recall_rows import recall_documents
 from mm_rec.formats import KEY, VERSIONS
 from mm_rec.storage.files import atomic_folder
@@ -51,13 +51,14 @@ def add_recall_rows(
                 documents = recall_documents(store, data.tokenizer, name, tokens[name], seed)
                 made = write_store(folder / f"{name}-recall", documents, vocab_size=data.tokenizer.vocab_size)
                 assert made.loss_mask is not None
-                counted = int(made.loss_mask.sum(dtype=int))
+                counted = made.loss_mask.sum()
                 entries[name] = {"documents": made.n_documents, "tokens": made.n_tokens, "counted_tokens": counted}
             report = {"recall_share": share, "seed": seed, "made_of": made_of, "domains": entries}
+            report |= {"tokenizer": data.tokenizer.sha256, "vocab_size": data.tokenizer.vocab_size}
             (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
-    path = make_folder(data.path.parent, settings, make)
-    recall = {name: TokenStore.open(path / f"{name}-recall") for name in data.train}
+    stores = open_folder(make_folder(data.path.parent, settings, make, tell)).stores
+    recall = {name: stores[f"{name}-recall"] for name in data.train}
     hashes = [data.data_sha256, *([name, store.sha256] for name, store in sorted(recall.items()))]
     data_sha256 = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     return dataclasses.replace(data, recall=recall, data_sha256=data_sha256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -12,6 +13,9 @@ from mm_rec.formats import FIRST_VERSION, KEY, VERSIONS, check_version
 from mm_rec.storage.hf_folder import AUTO_MAP
 
 __all__ = ["MMRecConfig"]
+
+ADAPTED_BY_DEFAULT = ("in_proj", "qkv_proj")
+"""The layers that PEFT's LoRA adapts if it is told none: those that read a block's input, as in other models."""
 
 
 class MMRecConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -51,6 +55,15 @@ class MMRecConfig(PreTrainedConfig):  # type: ignore[misc]
         check_version("model", config_dict.get(KEY, FIRST_VERSION), where)
         found: MMRecConfig = super().from_dict(config_dict, **kwargs)
         return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the base class. PEFT asks for the model's type in it just before it looks up its default layers."""
+        constants = sys.modules.get("peft.utils.constants")
+        if constants is not None:
+            mapping = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+            mapping.setdefault(self.model_type, list(ADAPTED_BY_DEFAULT))
+        values: dict[str, Any] = super().to_dict()
+        return values
 
     def model_config(self) -> ModelConfig:
         """The shape of the model; raises ValueError if there is no such model."""

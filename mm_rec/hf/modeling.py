@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from mm_rec.blocks.fusion import Fusion
-from mm_rec.blocks.mm_rec_block import MMRecBlock
-from mm_rec.config import FLOAT32_MATRICES, FLOAT32_VECTORS
+from mm_rec.config import FLOAT32_MATRICES, FLOAT32_VECTORS, ModelConfig
 from mm_rec.hf.cache import MMRecCache
 from mm_rec.hf.configuration import MMRecConfig
+from mm_rec.hf.layers import LayeredPart, initialize_missing, is_plain, matrix_names, use_linear_layers
 from mm_rec.inference import decode
 from mm_rec.model import EMBEDDING_STD, MMRecModel
+from mm_rec.storage.files import MANIFEST
 from mm_rec.storage.hf_folder import MODELING_CODE, MODELING_FILE
+from mm_rec.text.tokenizer import CONTROL_TOKENS
 
 __all__ = ["MMRecBackbone", "MMRecForCausalLM"]
 
@@ -29,7 +31,16 @@ class MMRecBackbone(MMRecModel):
 
     def __init__(self, config: MMRecConfig) -> None:
         super().__init__(config.model_config())
+        use_linear_layers(self)
         self._defaults = config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the activations: that of autocast where it is on. bfloat16 stands in for float16."""
+        weight = self.embedding.weight
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return torch.bfloat16 if dtype == torch.float16 else dtype
 
     def forward(  # type: ignore[override]
         self,
@@ -54,7 +65,17 @@ class MMRecBackbone(MMRecModel):
         features, state = self.features(input_ids, cache.state, self.chosen(domain), reset)
         if use_cache or past_key_values is not None:
             cache.update_state(state, input_ids.shape[1])
+        features = features.to(self.embedding.weight.dtype)
         return BaseModelOutputWithPast(features, past_key_values=cache if use_cache else None)
+
+    def reads_plainly(self) -> bool:
+        """Whether the model is its weights and nothing else: no layer has an adapter, a hook or another class."""
+        layers = (layer for part in self.layered_parts() for layer in part.children())
+        return is_plain(self.embedding) and all(map(is_plain, layers))
+
+    def layered_parts(self) -> list[LayeredPart]:
+        """The blocks and the fusion."""
+        return [module for module in self.modules() if isinstance(module, LayeredPart)]
 
     def chosen(self, domain: str | None) -> str | None:
         """Returns the expert to run, None for all, where ``domain`` is as in :meth:`MMRecForCausalLM.forward`."""
@@ -63,7 +84,11 @@ class MMRecBackbone(MMRecModel):
 
 
 class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """:class:`MMRecModel` with the interface of a causal language model of `transformers`."""
+    """:class:`MMRecModel` with the interface of a causal language model of `transformers`.
+
+    What the configuration's ``domain`` does not run is frozen: with one expert, the others and the fusion.
+    ``requires_grad_(True)`` thaws them for a ``domain`` that is named call by call.
+    """
 
     config_class = MMRecConfig
     config: MMRecConfig
@@ -71,7 +96,7 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     supports_gradient_checkpointing = True
     _is_stateful = True
     _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
-    _no_split_modules = ["MMRecBlock"]  # noqa: RUF012
+    _no_split_modules = ["MMRecLayeredBlock"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = [*FLOAT32_MATRICES, *FLOAT32_VECTORS]  # noqa: RUF012
 
     def __init__(self, config: MMRecConfig) -> None:
@@ -79,11 +104,24 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self.model = MMRecBackbone(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
+        self._freeze_what_does_not_run()
+
+    def _freeze_what_does_not_run(self) -> None:
+        """Let only what the default domain runs be trained, so that no trained parameter goes without a gradient."""
+        chosen = self.model.chosen(None)
+        if chosen is not None:
+            self.model.fusion.requires_grad_(False)
+            for name, expert in self.model.experts.items():
+                expert.requires_grad_(name == chosen)
+
+    def initialize_weights(self) -> None:
+        """Initialise what was not loaded."""
+        for part in self.model.layered_parts():
+            initialize_missing(part)
+        super().initialize_weights()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, MMRecBlock | Fusion):
-            module.reset_parameters()
-        elif isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=EMBEDDING_STD)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -167,7 +205,8 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         weight = self.model.embedding.weight
-        if getattr(self.lm_head, "weight", None) is not weight:  # replaced, as adapters do
+        tied = getattr(self.lm_head, "weight", None) is weight and is_plain(self.lm_head)
+        if not tied or not self.model.reads_plainly():
             return None
         starts = _document_starts(tokens, attention_mask, position_ids, cache.n_seen)
         domain = self.model.chosen(domain)
@@ -177,16 +216,35 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         cache.update_state(state, 1)
         return logits[:, None].to(weight.dtype)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **settings: Any) -> MMRecForCausalLM:
+        """Loads a folder as the base class does, under the names of checkpoints too."""
+        settings.setdefault("key_mapping", {rf"\.{name}$": f".{name}.weight" for name in _matrix_names()})
+        found = super().from_pretrained(pretrained_model_name_or_path, *args, **settings)
+        model: MMRecForCausalLM = found[0] if isinstance(found, tuple) else found  # with output_loading_info
+        model._freeze_what_does_not_run()
+        generation = model.generation_config
+        if generation.suppress_tokens is None and isinstance(generation.eos_token_id, list):  # of an earlier version
+            generation.suppress_tokens = [i for i in range(len(CONTROL_TOKENS)) if i not in generation.eos_token_id]
+        return found  # type: ignore[no-any-return]
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **settings: Any) -> None:
-        """Write configuration, weights (named as in a checkpoint) and the modeling file for ``trust_remote_code``."""
-        if settings.get("state_dict") is None:
-            settings["state_dict"] = self.model.state_dict()
+        """Write configuration, weights and the modeling file for ``trust_remote_code``."""
+        settings.setdefault("save_original_format", False)  # names of modules, as Trainer reads them
         super().save_pretrained(save_directory, **settings)
+        Path(save_directory, MANIFEST).unlink(missing_ok=True)  # of an exported folder that is now another one
         Path(save_directory, MODELING_FILE).write_text(MODELING_CODE, encoding="utf-8")
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
         """Does nothing: a saved folder has its own small modeling file and needs no copy of this module."""
+
+
+@functools.cache
+def _matrix_names() -> list[str]:
+    """The names by which checkpoints know the matrices that are layers here."""
+    with torch.device("meta"):
+        return matrix_names(MMRecModel(ModelConfig.preset("tiny")))
 
 
 def _refuse_unsupported(settings: dict[str, Any]) -> None:
@@ -204,6 +262,8 @@ def _document_starts(
 
     This is all that padding at the left of a row needs: the row starts afresh at its first real token.
     """
+    if attention_mask is None and position_ids is None:
+        return None
     starts = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
     if attention_mask is not None:
         if attention_mask.shape != (tokens.shape[0], n_seen + tokens.shape[1]):

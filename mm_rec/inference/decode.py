@@ -17,8 +17,9 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import chain, islice
-from operator import is_
+from operator import is_, is_not
 from types import MappingProxyType
 from typing import NamedTuple, cast
 
@@ -148,7 +149,9 @@ class Decoder:
         modules += [("fusion", model.fusion)] if fused else []
         # What is looked up again at each step, and as what it was found. All of it is out of the processor's caches by
         # then, so no line of Python stands between one weight and the next.
-        self._sources = [cast(dict[str, nn.Parameter], module._parameters) for _, module in modules]
+        self._sources = [
+            cast(dict[str, nn.Parameter], part._parameters) for _, module in modules for part in _parts(module)
+        ]
         self._addresses = self._find()
         self._class = type(model)
         self._copied: list[tuple[dict[str, nn.Parameter], str]] = []  # sources of which packed copies are read
@@ -156,15 +159,15 @@ class Decoder:
 
         def weights(prefix: str, module: nn.Module) -> dict[str, Weight]:
             found: dict[str, Weight] = {}
-            parameters = cast(dict[str, nn.Parameter], module._parameters)
-            for name, parameter in parameters.items():
+            for name, parameters, key in _held(module):
+                parameter = parameters[key]
                 _check(parameter, self.dtype if name not in VECTORS else torch.float32)
                 matrix = compressed.get(f"{prefix}.{name}")
                 if isinstance(matrix, Int8Matrix):
                     found[name] = matrix
                 elif matrix is not None and matrix.holds(parameter):
                     found[name] = matrix
-                    self._copied.append((parameters, name))
+                    self._copied.append((parameters, key))
                     self._versions.append(matrix.version)
                 else:
                     found[name] = parameter.detach()
@@ -180,7 +183,8 @@ class Decoder:
         )
 
     def _find(self) -> list[int]:
-        return list(map(Tensor.data_ptr, chain.from_iterable(map(dict.values, self._sources))))
+        weights = chain.from_iterable(map(dict.values, self._sources))
+        return list(map(Tensor.data_ptr, filter(partial(is_not, None), weights)))  # a layer's bias is None
 
     def is_current(self, model: MMRecModel) -> bool:
         """Returns whether the weights still lie where they were, and those read from copies are unchanged."""
@@ -199,6 +203,20 @@ class Decoder:
             if stream is None or not stream.issued(state):
                 stream = self._stream = _Stream(self.config, self.experts, self.dtype, state)
             return stream.step(self._plan, tokens.long().contiguous(), state.position.contiguous(), donate)
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """A module that holds weights, and the linear layers in it that hold the rest of them (:mod:`mm_rec.hf`)."""
+    return [module, *module.children()]
+
+
+def _held(module: nn.Module) -> Iterator[tuple[str, dict[str, nn.Parameter], str]]:
+    """Yields the name of every weight of a module, the parameters that it is among and its key there."""
+    for name, part in [("", module), *module.named_children()]:
+        parameters = cast(dict[str, nn.Parameter], part._parameters)
+        for key, parameter in parameters.items():
+            if parameter is not None:
+                yield name or key, parameters, key
 
 
 def _check(weight: Tensor, dtype: torch.dtype) -> None:

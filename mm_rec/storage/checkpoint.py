@@ -17,19 +17,21 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mm_rec.config import ModelConfig
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS, take_version
+from mm_rec.storage import adapter as adapters
 from mm_rec.storage import files, hf_folder
+from mm_rec.storage.reading import read_file, read_tensors
 from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "resolve",
     "save",
     "set_aside",
+    "write_tensors",
 ]
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -63,25 +66,33 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What :func:`load` read.
+    """What :func:`load` read. All of it is in memory: what becomes of the files later does not change it.
 
     Attributes:
         path: the folder.
+        sha256: of its manifest, which holds the hashes of all files.
         config: shape of the model.
         weights: by parameter name, float32.
         optimizer: as from ``AdamW.state_tensors``; empty if only the weights were asked for, as are the next two.
         carried: state carried from one step to the next, as from ``flatten_state``.
         trainer: step, random state, schedule and whatever else the trainer keeps.
-        tokenizer_dir: for ``Tokenizer.load``.
+        tokenizer_json: content of ``tokenizer.json``, for :meth:`load_tokenizer`.
+        domain: the default domain, an expert; None fuses all.
     """
 
     path: Path
+    sha256: str
     config: ModelConfig
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     carried: Mapping[str, Tensor]
     trainer: dict[str, Any]
-    tokenizer_dir: Path
+    tokenizer_json: bytes
+    domain: str | None = None
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer of the model; raises UserError if the file holds none."""
+        return Tokenizer.parse(self.tokenizer_json, self.path / "tokenizer.json")
 
 
 def save(
@@ -93,6 +104,7 @@ def save(
     carried: Mapping[str, Tensor],
     trainer: Mapping[str, Any],
     tokenizer: Tokenizer,
+    adapter: Mapping[str, tuple[Tensor, Tensor, float]] | None = None,
 ) -> None:
     """Write the checkpoint ``path``, which must not exist yet.
 
@@ -103,6 +115,7 @@ def save(
         optimizer, carried: named tensors; may be empty.
         trainer: values that JSON can hold.
         tokenizer: that of the model.
+        adapter: of a run that trains adapters, A, B and s of each by parameter name, kept beside the merged weights.
 
     Raises:
         StorageError: if the disk is full, broken or not writable. Nothing is left over, and no earlier
@@ -114,11 +127,21 @@ def save(
         hf_folder.write_model_files(folder, config, tokenizer, hf_folder.default_domain(config, weights))
         _write_json(folder / "trainer.json", {KEY: VERSIONS["training"], **trainer})
         for name, group in tensors.items():
-            _write_tensors(folder / f"{name}.safetensors", group)
+            write_tensors(folder / f"{name}.safetensors", group)
+        if adapter:
+            _write_adapter(folder / adapters.ADAPTER_FOLDER, adapter)
+
+
+def _write_adapter(folder: Path, adapter: Mapping[str, tuple[Tensor, Tensor, float]]) -> None:
+    """Write what was trained as an adapter of PEFT."""
+    config, tensors = adapters.adapter_files({name: adapters.LowRank(*one) for name, one in adapter.items()})
+    folder.mkdir()
+    _write_json(folder / adapters.CONFIG, config)
+    write_tensors(folder / adapters.WEIGHTS, tensors, like=folder / adapters.CONFIG)
 
 
 def load(path: Path, *, weights_only: bool = False) -> Checkpoint:
-    """Read a checkpoint after comparing every file with the manifest.
+    """Read a checkpoint and compare every byte that is used with the manifest.
 
     Args:
         path: the checkpoint's folder.
@@ -129,21 +152,70 @@ def load(path: Path, *, weights_only: bool = False) -> Checkpoint:
         FormatError: if it is whole but of another version of its format.
     """
     path = Path(path)
-    _verify(path, weights_only)
-    values = _read_json(path / "config.json", "model")
-    trainer = {} if weights_only else _read_json(path / "trainer.json", "training")
-    with _reading(path / "config.json"):
-        known = {field.name for field in dataclasses.fields(ModelConfig)}
-        config = ModelConfig.from_dict({name: value for name, value in values.items() if name in known})
+    if hf_folder.is_saved_by_transformers(path):
+        return _load_saved_by_transformers(path, weights_only)
+    try:
+        entries = files.read_manifest(path)
+        _check_names(path, entries, weights_only)
+        names = [name for name in entries if not (weights_only and name in TRAINING_FILES)]
+        with ThreadPoolExecutor(files.HASH_THREADS) as pool:
+            contents = dict(zip(names, pool.map(lambda name: _read(path / name, entries[name]), names), strict=True))
+    except files.DamageError as error:
+        raise CheckpointError(str(error)) from error
+    values = _parse_json(path / "config.json", "model", contents["config.json"])
+    trainer = {} if weights_only else _parse_json(path / "trainer.json", "training", contents["trainer.json"])
+    config = _model_config(path, values)
+    weights = hf_folder.checkpoint_names(contents["model.safetensors"])
     return Checkpoint(
         path=path,
+        sha256=files.manifest_sha256(entries),
         config=config,
-        weights=_read_tensors(path / "model.safetensors"),
-        optimizer={} if weights_only else _read_tensors(path / "optimizer.safetensors"),
-        carried={} if weights_only else _read_tensors(path / "carried.safetensors"),
+        weights=weights,
+        optimizer={} if weights_only else contents["optimizer.safetensors"],
+        carried={} if weights_only else contents["carried.safetensors"],
         trainer=trainer,
-        tokenizer_dir=path,
+        tokenizer_json=contents["tokenizer.json"],
+        domain=_default_domain(path, values, config, weights),
     )
+
+
+def _load_saved_by_transformers(path: Path, weights_only: bool) -> Checkpoint:
+    """Read a model that `transformers` or a tool around it saved; there are no hashes to compare it with."""
+    try:
+        configuration, tokenizer = (path / "config.json").read_bytes(), (path / "tokenizer.json").read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be used: {error.filename} cannot be read ({error.strerror}); a tokenizer is written there "
+            f"with tokenizer.save_pretrained({str(path)!r})"
+        ) from error
+    values = _parse_json(path / "config.json", "model", configuration)
+    if values.get("model_type") != "mm_rec":
+        raise CheckpointError(f"{path} holds a model of type {values.get('model_type')}, not one of MM-Rec")
+    if not weights_only:
+        raise _no_training_state(path, "transformers saved it")
+    config = _model_config(path, values)
+    weights, sha256 = hf_folder.read_saved_weights(path)
+    domain = _default_domain(path, values, config, weights)
+    return Checkpoint(path, sha256, config, weights, {}, {}, {}, tokenizer, domain)
+
+
+def _model_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
+    """The shape of the model among the ``values`` of ``config.json``."""
+    with _reading(path / "config.json"):
+        known = {field.name for field in dataclasses.fields(ModelConfig)}
+        return ModelConfig.from_dict({name: value for name, value in values.items() if name in known})
+
+
+def _default_domain(
+    path: Path, values: Mapping[str, Any], config: ModelConfig, weights: Mapping[str, Tensor]
+) -> str | None:
+    """The default domain that ``config.json`` states; where it states none, the one that training has reached."""
+    if "domain" not in values:
+        return hf_folder.default_domain(config, weights)
+    domain = None if values["domain"] == "all" else values["domain"]
+    if domain is not None and domain not in config.experts:
+        raise CheckpointError(f"{path / 'config.json'} cannot be used: there is no expert {domain!r}")
+    return domain
 
 
 def checkpoint_name(step: int) -> str:
@@ -172,7 +244,7 @@ def newest_valid(folder: Path, on_event: Event | None = None) -> Path | None:
     """Where the checkpoint of :func:`load_newest` is; its files are compared with the manifest, not loaded."""
 
     def checked(path: Path) -> Path:
-        _verify(path, weights_only=False)
+        _verify(path)
         return path
 
     return _newest(folder, checked, on_event)
@@ -200,7 +272,7 @@ def resolve(path: Path, on_event: Event | None = None) -> Path:
         if newest is None:
             raise CheckpointError(f"{path} has no valid checkpoint yet")
         return newest
-    if not (path / files.MANIFEST).is_file():
+    if not (path / files.MANIFEST).is_file() and not hf_folder.is_saved_by_transformers(path):
         raise CheckpointError(f"{path} is neither a run folder nor a checkpoint: it has no {files.MANIFEST}")
     return path
 
@@ -234,32 +306,48 @@ def set_aside(path: Path) -> Path:
     return target
 
 
-def _verify(path: Path, weights_only: bool) -> None:
+def _verify(path: Path) -> None:
+    """Compare a checkpoint with its manifest, without keeping anything of it."""
     try:
-        names = files.verify_folder(path, skip=TRAINING_FILES if weights_only else ())
+        files.verify_folder(path)
+        _check_names(path, files.read_manifest(path), weights_only=False)
     except files.DamageError as error:
         raise CheckpointError(str(error)) from error
+
+
+def _check_names(path: Path, entries: Mapping[str, files.Entry], weights_only: bool) -> None:
+    """Refuse a checkpoint whose manifest lacks a file that is needed."""
     needed = MODEL_FILES if weights_only else MODEL_FILES + TRAINING_FILES
-    missing = [name for name in needed if name not in names]
+    missing = [name for name in needed if name not in entries]
     if missing:  # another version may have other files
         for name, kind in (("config.json", "model"), ("trainer.json", "training")):
-            if name in names and name in needed:
-                _read_json(path / name, kind)
+            if name in entries and name in needed:
+                _parse_json(path / name, kind, read_file(path / name, entries[name]))
     if missing and missing[0] in TRAINING_FILES:
-        raise CheckpointError(
-            f"{path} holds a model without the state of its training ({missing[0]} is not in its manifest): "
-            "--init_from starts a new run from its weights"
-        )
+        raise _no_training_state(path, f"{missing[0]} is not in its manifest")
     if missing:
         raise CheckpointError(f"{path / missing[0]} is not in the manifest")
+
+
+def _no_training_state(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} holds a model without the state of its training ({reason}): "
+        "--init_from starts a new run from its weights"
+    )
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file without copying what already lies on the CPU in one piece."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], like: Path | None = None) -> None:
+    """Write a safetensors file without copying what already lies on the CPU in one piece.
+
+    Args:
+        path: the file.
+        tensors: what it holds, by name.
+        like: a file whose permissions it gets; ``config.json`` beside it if None.
+    """
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(flat, path, metadata={"format": "pt"})
@@ -269,25 +357,27 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if code is None:
             raise
         raise OSError(int(code[1]), str(error), str(path)) from error
-    path.chmod((path.parent / "config.json").stat().st_mode)  # the library makes it private
+    path.chmod((like or path.parent / "config.json").stat().st_mode)  # the library makes it private
 
 
-def _read_json(path: Path, kind: str) -> dict[str, Any]:
-    """The values of a JSON file that states the version of the format ``kind``."""
+def _read(path: Path, entry: files.Entry) -> Any:
+    """The tensors of a safetensors file, the bytes of any other."""
+    if path.suffix != ".safetensors":
+        return read_file(path, entry)
     with _reading(path):
-        return take_version(kind, json.loads(path.read_bytes()), path)
+        return read_tensors(path, entry)
+
+
+def _parse_json(path: Path, kind: str, content: bytes) -> dict[str, Any]:
+    """The values in the content of a JSON file that states the version of the format ``kind``."""
+    with _reading(path):
+        return take_version(kind, json.loads(content), path)
 
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Name the file in any error of what should be a sound file by its hash."""
+    """Name the file in any error of what is a sound file by its hash."""
     try:
         yield
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from error
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    with _reading(path):
-        tensors: dict[str, torch.Tensor] = load_file(path)
-    return tensors

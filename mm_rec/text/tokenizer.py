@@ -43,6 +43,11 @@ _WORDS = "|".join(
 )
 
 
+_LONGEST_TRAINED = 256
+"""Characters of a word that training looks at in one piece. It takes time by the square of the longest word, and a
+script without spaces or a sequence of DNA can be one word of millions; no token becomes as long as this."""
+
+
 def _byte_signs() -> dict[str, int]:
     """How GPT-2 and all byte-level vocabularies since write bytes: printable Latin-1 as it is, the rest from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -62,6 +67,8 @@ class Tokenizer:
         missing = [token for token in CONTROL_TOKENS if token not in ids]
         if missing:
             raise UserError(f"this tokenizer has no {missing[0]}; train one with `mm-rec tokenizer`")
+        backend.no_padding()  # what other tools set for their batches is saved with the tokenizer
+        backend.no_truncation()
         # In this mode the library reads control tokens in a text as the plain characters that they are.
         backend.encode_special_tokens = True
         self._backend = backend
@@ -104,11 +111,10 @@ class Tokenizer:
     @cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
         """The UTF-8 bytes that each id stands for, which may end inside a character; none for control tokens."""
-        control = set(self.control_ids.values())
-        names = {i: name for name, i in self._backend.get_vocab().items()}
-        return tuple(
-            b"" if i in control else bytes(_BYTE_OF_SIGN[sign] for sign in names[i]) for i in range(self.vocab_size)
-        )
+        found = {i: bytes(_BYTE_OF_SIGN[sign] for sign in name) for name, i in self._backend.get_vocab(False).items()}
+        found |= {i: token.content.encode() for i, token in self._backend.get_added_tokens_decoder().items()}
+        found |= dict.fromkeys(self.control_ids.values(), b"")
+        return tuple(found.get(i, b"") for i in range(self.vocab_size))
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` into ``folder``.
@@ -121,7 +127,7 @@ class Tokenizer:
             "bos_token": "<|bos|>",
             "eos_token": "<|eos|>",
             "pad_token": "<|pad|>",
-            "model_max_length": 10**30,  # a state of fixed size has no longest text
+            "model_max_length": int(1e30),  # as transformers writes that there is no longest text
             "padding_side": "left",
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
@@ -135,13 +141,18 @@ class Tokenizer:
         """Read ``folder/tokenizer.json``; raises UserError if it is missing or broken."""
         path = Path(folder) / "tokenizer.json"
         try:
-            content = path.read_text(encoding="utf-8")
+            content = path.read_bytes()
         except FileNotFoundError:
             raise UserError(f"there is no {path}; train a tokenizer with `mm-rec tokenizer`") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise UserError(f"{path} cannot be read: {error}") from None
+        return cls.parse(content, path)
+
+    @classmethod
+    def parse(cls, content: bytes, path: Path) -> Tokenizer:
+        """Returns the tokenizer in the ``content`` of the file ``path``; raises UserError if there is none in it."""
         try:
-            backend = tokenizers.Tokenizer.from_str(content)
+            backend = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path} is not a tokenizer ({error}); train it anew with `mm-rec tokenizer`") from None
         return cls(backend)
@@ -158,12 +169,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size must be at least {MIN_VOCAB_SIZE}, got {vocab_size}")
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(_WORDS), "isolated")
+    pieces = pre_tokenizers.Split(Regex(rf"[\s\S]{{{_LONGEST_TRAINED}}}"), "isolated")
+    signs = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pieces, signs])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -173,6 +182,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     backend.train_from_iterator(iter(texts), trainer)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, signs])
     # For programs that load the folder with transformers: every document starts with BOS.
     bos_id = backend.token_to_id("<|bos|>")
     backend.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", bos_id)])

@@ -13,12 +13,13 @@ from mm_rec import processes
 from mm_rec.config import ModelConfig
 from mm_rec.data.prepare_recall import add_recall_rows
 from mm_rec.data.prepared import Prepared
+from mm_rec.errors import UserError
 from mm_rec.machine.device import select_device
 from mm_rec.machine.signals import SignalGuard
 from mm_rec.program import say
 from mm_rec.stages import STAGES
 from mm_rec.storage import checkpoint
-from mm_rec.storage.resume import open_run, rewind
+from mm_rec.storage.resume import cut_back, find_newest, open_run
 from mm_rec.storage.run_config import differences
 from mm_rec.storage.run_folder import Run, RunFolder
 from mm_rec.training.build import build_trainer
@@ -82,8 +83,11 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
         trainer = build_trainer(settings, plan, start, data, runtime, device, run, guard, console)
         if start.checkpoint is not None:
             trainer.restore(start.checkpoint)
+        saved = start.checkpoint.trainer if start.checkpoint else None
         del start, point  # the weights that they hold are in the model
         announce(console, trainer, data, estimate_run(trainer, settings.gradient_checkpointing, available))
+        if isinstance(run, RunFolder):  # nothing that cannot be undone comes before all that can refuse
+            cut_back(run, saved)
         path = trainer.fit()
     path = broadcast_path(path)
     say(console, f"{settings.stage}: {trainer.progress.step} steps done, saved in {path}")
@@ -109,7 +113,7 @@ def _read_start(run: Run, plan: Plan, point: StartingPoint) -> StageStart:
     assert isinstance(run, RunFolder), "rank 0 owns the run folder"
     if finished := _finished(run, plan):
         return StageStart(point.config, finished=finished)
-    return StageStart(point.config, point.weights, rewind(run))
+    return StageStart(point.config, point.weights, find_newest(run))
 
 
 def _finished(run: Run, plan: Plan) -> Path | None:
@@ -127,6 +131,8 @@ def _choose_runtime(
     before = start.checkpoint.trainer["runtime"] if start.checkpoint else {}
     chosen = choose_runtime(settings, device, before)
     runtime = agree_on_runtime(chosen, settings, start.config, available)
+    if runtime.sharded and settings.lora is not None:
+        raise UserError("--lora needs the whole model in each process; use --parallel ddp, or leave --lora out")
     if before and (changes := differences(before, runtime.to_dict())):
         run.event(f"not the same machine or choices as before, so not the same rounding: {'; '.join(changes)}")
     return runtime
@@ -135,7 +141,7 @@ def _choose_runtime(
 def _check_room(plan: Plan, config: ModelConfig, runtime: Runtime, run: Run, available: int) -> None:
     """Refuse what cannot fit before anything is built: the model with its optimizer, and the checkpoints."""
     remedy = "try a smaller --preset" + (", or more processes" if runtime.sharded else "")
-    needed = with_margin(model_and_optimizer_bytes(config, runtime), 0)
+    needed = with_margin(model_and_optimizer_bytes(config, runtime, lora=plan.lora_rank is not None), 0)
     check_memory(needed, available, f"that is the model and its optimizer alone: {remedy}")
     if processes.is_rank_zero():
         saved = len(checkpoint.list_checkpoints(run.checkpoints))

@@ -8,6 +8,7 @@ from mm_rec.data.prepare import prepare
 from mm_rec.data.prepare_recall import add_recall_rows
 from mm_rec.data.recall_rows import LONGEST, recall_documents
 from mm_rec.data.synthetic import write_synthetic
+from mm_rec.errors import UserError
 from mm_rec.formats import VERSIONS
 
 
@@ -88,3 +89,13 @@ def test_another_version_is_made_anew(data, monkeypatch):
     before = add_recall_rows(data, 0.2).recall["text"].path.parent
     monkeypatch.setitem(VERSIONS, "recall rows", VERSIONS["recall rows"] + 1)
     assert add_recall_rows(data, 0.2).recall["text"].path.parent != before
+
+
+def test_rows_that_were_changed_are_not_trained_on(data):
+    path = add_recall_rows(data, 0.3).recall["text"].path
+    for name in ("tokens.bin", "loss_mask.bin", "offsets.npy", "index.json"):
+        sound = (path / name).read_bytes()
+        (path / name).write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+        with pytest.raises(UserError, match=r"text-recall.*the next run makes it anew"):
+            add_recall_rows(data, 0.3)
+        (path / name).write_bytes(sound)

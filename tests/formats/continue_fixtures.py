@@ -66,7 +66,7 @@ def commands(written: dict[str, Any]) -> dict[str, list[str]]:
 
 def prepare_all(written: dict[str, Any], data: Path, cache: Path) -> dict[str, Prepared]:
     """The data of each stage."""
-    documents = prepare(data, written["model"]["vocab_size"], verify=True)
+    documents = prepare(data, written["model"]["vocab_size"])
     tokenizer = Tokenizer.load(documents.path / "tokenizer")
     return {
         stage: prepare_conversations(data / stage, tokenizer, name=stage, cache=cache)

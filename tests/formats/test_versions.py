@@ -28,7 +28,7 @@ from mm_rec.storage.checkpoint import CheckpointError
 from mm_rec.text.tokenizer import Tokenizer
 
 STOPPED, FINISHED = "checkpoints/step_000004", "checkpoints/step_000007"
-OTHERS = [2, 0, -1, 10**400, "1", "", "new\nline", True, False, None, 1.0, float("nan"), [1], {"1": 1}]
+OTHERS = [4, 0, -1, 10**400, "1", "", "new\nline", True, False, None, 1.0, float("nan"), [1], {"1": 1}]
 
 Edit = Callable[[Path], None]
 
@@ -61,6 +61,7 @@ def in_one_line(error: BaseException, *parts: str) -> bool:
 def raised(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Let this be the MM-Rec that comes after a change of the format ``kind``."""
     monkeypatch.setitem(VERSIONS, kind, VERSIONS[kind] + 1)
+    monkeypatch.delitem(formats.STILL_READ, kind, raising=False)
 
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
@@ -90,7 +91,7 @@ def test_what_is_written_states_its_version(written: Path, tmp_path: Path) -> No
         optimizer=found.optimizer,
         carried=found.carried,
         trainer=found.trainer,
-        tokenizer=Tokenizer.load(found.tokenizer_dir),
+        tokenizer=found.load_tokenizer(),
     )
     for name, kind in (("config.json", "model"), ("trainer.json", "training")):
         values = json.loads((tmp_path / "step_000004" / name).read_bytes())
@@ -102,7 +103,7 @@ def test_what_is_written_states_its_version(written: Path, tmp_path: Path) -> No
 # --- model: config.json of checkpoints and exported folders -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [2, -1, True, None, "1", 10**400])
+@pytest.mark.parametrize("version", [3, -1, True, None, "1", 10**400])
 def test_a_model_of_another_version(written: Path, tmp_path: Path, version: Any) -> None:
     for source in ("exported", f"finished/chat/{FINISHED}"):
         path = edited(written / source, tmp_path / Path(source).name, "config.json", set_version(version))
@@ -131,11 +132,11 @@ def test_the_model_of_b411fa1_after_a_change(written: Path, monkeypatch: pytest.
 
 
 def test_a_command_says_it_and_ends(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = edited(written / "exported", tmp_path / "later", "config.json", set_version(2))
+    path = edited(written / "exported", tmp_path / "later", "config.json", set_version(3))
     assert cli.main(["generate", "--model", str(path), "--prompt", "The "]) == 2
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err.startswith(f"error: {path / 'config.json'} has model format 2")
+    assert output.err.startswith(f"error: {path / 'config.json'} has model format 3")
     assert output.err.count("\n") == 1
 
 
@@ -238,7 +239,11 @@ def test_a_token_store_of_another_version_is_made_anew(
 ) -> None:
     shutil.copytree(written / "data", tmp_path / "data")
     (prepared,) = (tmp_path / "data" / "prepared").iterdir()
-    set_version(version)(prepared / "text-train" / "index.json")
+    prepared.rename(tmp_path / "sound")
+    with files.atomic_folder(prepared) as folder:
+        shutil.copytree(tmp_path / "sound", folder, dirs_exist_ok=True)
+        (folder / files.MANIFEST).unlink()
+        set_version(version)(folder / "text-train" / "index.json")
     for load in (
         lambda: TokenStore.open(prepared / "text-train"),
         lambda: prepare(tmp_path / "data", about["model"]["vocab_size"]),
@@ -247,7 +252,7 @@ def test_a_token_store_of_another_version_is_made_anew(
             load()
         assert in_one_line(error.value, str(prepared / "text-train"), "token store format", "delete it")
     shutil.rmtree(prepared / "text-train")
-    with pytest.raises(formats.UserError, match="delete it"):
+    with pytest.raises(formats.UserError, match=f"delete {prepared}, the next run makes it anew"):
         prepare(tmp_path / "data", about["model"]["vocab_size"])
     shutil.rmtree(prepared)
     assert prepare(tmp_path / "data", about["model"]["vocab_size"]).path == prepared
