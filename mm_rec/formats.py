@@ -22,9 +22,9 @@ VERSIONS = {
     "model": 2,
     # optimizer.safetensors, carried.safetensors and trainer.json of checkpoints; written in trainer.json. Carried
     # states and sessions hold what mm_rec/state.py lays out: a change there raises both numbers
-    "training": 1,
+    "training": 2,
     # the file of a chat session; written in its settings
-    "session": 1,
+    "session": 2,
     # a folder of prepared data, and whatever makes the same input come out differently: part of the identity that
     # names the folder, so that one of another number is not opened but made anew beside it
     "documents": 3,
@@ -37,10 +37,6 @@ VERSIONS = {
     "manifest": 1,
     "download manifest": 1,
 }
-
-STILL_READ = {"model": 1}
-"""Earlier versions that are read as well. Of the model: exported folders have the names of checkpoints in it, which
-every reader takes, and ``generation_config.json`` says of fewer tokens that they are never drawn."""
 
 KEY = "format"
 """Where a JSON object states its version."""
@@ -62,15 +58,10 @@ class FormatError(UserError):
     """A file is whole but of another version of its format; the message names it and what still works."""
 
 
-def _is_read(kind: str, found: object) -> bool:
-    """Whether files of the version ``found`` are read."""
-    return is_current(kind, found) or (type(found) is int and found == STILL_READ.get(kind))
-
-
 def is_current(kind: str, found: object) -> bool:
     """Whether ``found``, any value that JSON can hold, is the number that :data:`VERSIONS` has for ``kind``.
 
-    >>> is_current("session", 1), is_current("session", True), is_current("session", 1.0)
+    >>> is_current("session", 2), is_current("session", True), is_current("session", 2.0)
     (True, False, False)
     """
     return type(found) is int and found == VERSIONS[kind]
@@ -82,7 +73,7 @@ def check_version(kind: str, found: object, path: Path | str) -> None:
     Raises:
         FormatError: if it is not the version that is read.
     """
-    if _is_read(kind, found):
+    if is_current(kind, found):
         return
     shown = json.dumps(found)
     if len(shown) > _LONGEST_SHOWN:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mm_rec import ops
 from mm_rec.optim import AdamW, is_decayed
 
-SHAPES = {"embedding.weight": (37, 8), "blocks.0.bias": (13,), "blocks.0.w_g": (2, 5, 5), "blocks.0.address": (2, 3, 5)}
+SHAPES = {"embedding.weight": (37, 8), "blocks.0.bias": (13,), "blocks.0.w_g": (2, 5, 5), "blocks.0.key_taps": (2, 3, 5)}
 
 
 @pytest.fixture(autouse=True, params=["native", "reference"])
@@ -65,7 +65,7 @@ def test_ten_steps_equal_torch_adamw() -> None:
 
 @pytest.mark.parametrize(
     ("name", "decays"),
-    [("embedding.weight", True), ("blocks.0.w_g", True), ("blocks.0.bias", False), ("blocks.0.address", False)],
+    [("embedding.weight", True), ("blocks.0.w_g", True), ("blocks.0.bias", False), ("blocks.0.key_taps", False)],
 )
 def test_only_matrices_decay(name: str, decays: bool) -> None:
     parameters = make_parameters()
