@@ -148,7 +148,7 @@ cudaError_t backward(const KeyInputs& in, const void* dkey, void* dk, float* par
 }
 
 int64_t partials(const KeyInputs& in) {
-  return in.reach <= kFewTaps ? few_keys_partials(in) : in.batch * ceil_div(in.context(), kContexts);
+  return few_keys(in) ? few_keys_partials(in) : in.batch * ceil_div(in.context(), kContexts);
 }
 
 }  // namespace
@@ -160,7 +160,7 @@ extern "C" int mm_rec_cuda_delta_keys_forward(const void* k, int64_t dtype, cons
                                               int64_t window, int64_t reach, void* stream) {
   using namespace mm_rec;
   const KeyInputs in{k, taps, position, batch, time, window, heads, static_cast<int>(dim), static_cast<int>(reach)};
-  if (reach <= kFewTaps) return few_keys_forward(in, dtype, key, stream);
+  if (few_keys(in)) return few_keys_forward(in, dtype, key, stream);
   return dtype == kBFloat16 ? forward<bf16>(in, key, stream) : forward<float>(in, key, stream);
 }
 
@@ -178,7 +178,7 @@ extern "C" int mm_rec_cuda_delta_keys_backward(const void* dkey, const void* k, 
                                                int64_t reach, void* stream) {
   using namespace mm_rec;
   const KeyInputs in{k, taps, position, batch, time, window, heads, static_cast<int>(dim), static_cast<int>(reach)};
-  const cudaError_t error = reach <= kFewTaps          ? few_keys_backward(in, dtype, dkey, dk, workspace, stream)
+  const cudaError_t error = few_keys(in)         ? few_keys_backward(in, dtype, dkey, dk, workspace, stream)
                             : dtype == kBFloat16 ? backward<bf16>(in, dkey, dk, workspace, stream)
                                                  : backward<float>(in, dkey, dk, workspace, stream);
   if (error != cudaSuccess) return error;

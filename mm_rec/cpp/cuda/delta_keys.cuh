@@ -68,7 +68,8 @@ struct KeyColumns {
   }
 };
 
-// With up to kFewTaps taps (delta_keys_few.cu).
+// What the kernels of delta_keys_few.cu are for.
+inline bool few_keys(const KeyInputs& in) { return in.reach <= kFewTaps && in.dim % kKeySize == 0; }
 cudaError_t few_keys_forward(const KeyInputs& in, int64_t dtype, void* key, void* stream);
 cudaError_t few_keys_backward(const KeyInputs& in, int64_t dtype, const void* dkey, void* dk, float* partial, void* stream);
 int64_t few_keys_partials(const KeyInputs& in);  // numbers of partial sums of the gradients of the taps, (H, d, reach) each

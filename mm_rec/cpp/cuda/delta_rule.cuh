@@ -224,6 +224,11 @@ __device__ __forceinline__ void store_transposed(T* target, int64_t stride, int6
 template <typename T>
 cudaError_t chunk_inverses(const DeltaInputs& in, T* inverses, const DeltaExtent& extent, void* stream);
 
+// All of the forward pass of a single token (delta_rule_token.cu).
+template <typename T>
+cudaError_t delta_token(const DeltaInputs& in, const float* state, T* out, float* states, const DeltaExtent& extent,
+                        void* stream);
+
 // Run<type, blocks of a head>::run(arguments...)
 template <template <typename, int> class Run, typename T, typename... Arguments>
 cudaError_t by_blocks(const DeltaExtent& extent, const Arguments&... arguments) {

@@ -1,6 +1,7 @@
 // delta_rule for the sizes of most models: heads of 64 in bfloat16. Of each chunk only what leads from one state to the next is
 // done one after the other, by four warps that hold the state (or its gradient), transposed, 16 columns each; four others
-// do the rest of the chunk's work beside them. Both hand over left operands as they are in registers, through shared memory.
+// do the rest of the chunk's work beside them, and one more fetches the next chunk. Holders and helpers hand over left operands
+// as they are in registers, through shared memory.
 #ifndef MM_REC_DELTA_RULE_64_CUH
 #define MM_REC_DELTA_RULE_64_CUH
 
@@ -8,40 +9,58 @@
 
 namespace mm_rec {
 
-constexpr int kGroup64 = 128, kThreads64 = 2 * kGroup64;
-// Of the helpers alone, of what is handed over, and of all after each chunk.
+constexpr int kGroup64 = 128, kBoth64 = 2 * kGroup64, kThreads64 = kBoth64 + 32;
+// Of the helpers alone, of what is handed over, and of all threads after each chunk.
 constexpr int kHelperBarrier = 1, kFirstBarrier = 2, kSecondBarrier = 3, kChunkBarrier = 4;
 
 using Square64 = Tile<kChunk, kBlock, false>;
 using Handed = uint4[4][kGroup64];  // four left operands of 16 x 16 of each thread of a group
 
-// A chunk's tiles; what comes with its tokens' rows is fetched by all threads.
 struct Stage64 {
-  Square64 q, key, rows, inverse;  // rows: v, or the gradient of the result
+  Square64 q, key, rows, inverse;  // of a chunk; rows: of v, or of the gradient of the result
   ChunkDecay decay;
 };
 
-// Start filling a tile with 64 rows of 64 elements; those past the first `rows` are zero.
+// Start filling a tile with 64 rows of 64 elements, by one warp; those past the first `rows` are zero.
 __device__ __forceinline__ void fetch_64(Square64& tile, const bf16* source, int64_t stride, int rows) {
-  const int column = static_cast<int>(threadIdx.x) % 8 * 8;
+  const int lane = threadIdx.x % 32, column = lane % 8 * 8;
+  const bf16* from = source + lane / 8 * stride + column;
+  bf16* to = tile.hi + lane / 8 * Square64::kStride + column;
 #pragma unroll
-  for (int i = 0; i < kChunk * 8 / kThreads64; ++i) {
-    const int row = static_cast<int>(threadIdx.x) / 8 + i * (kThreads64 / 8);
-    cp_async_16(tile.hi + row * Square64::kStride + column, source + (row < rows ? row * stride : 0) + column, row < rows);
+  for (int i = 0; i < kChunk; i += 4) {
+    const bool inside = i + lane / 8 < rows;
+    cp_async_16(to + i * Square64::kStride, inside ? from : source, inside);
+    from += 4 * stride;
   }
 }
 
-// All of a chunk; `rows` is null for zeros.
-__device__ __forceinline__ void fetch_64(Stage64& stage, const DeltaInputs& in, const TokenRows& rows, const bf16* inverses,
-                                         const DeltaExtent& extent, int64_t b, int64_t head, int64_t chunk) {
-  const int64_t t0 = chunk * kChunk;
-  const int tokens = static_cast<int>(min(extent.time - t0, int64_t{kChunk}));
-  fetch_64(stage.key, in.key.at<bf16>(extent, b, t0, head), in.key.stride, tokens);
-  fetch_64(stage.inverse, inverses + extent.inverse_at(b, chunk, head), kChunk, kChunk);
-  fetch_64(stage.q, in.q.at<bf16>(extent, b, t0, head), in.q.stride, tokens);
-  const bool real = rows.first != nullptr;
-  fetch_64(stage.rows, real ? rows.at<bf16>(extent, b, t0, head) : nullptr, rows.stride, real ? tokens : 0);
-  cp_async_commit();
+// The warp that fetches, chunk by chunk, the first one first if `Step` is 1, the last one if it is -1. `rows` is null for zeros.
+template <int Step>
+__device__ __forceinline__ void fetch_chunks(Stage64 (&stages)[2], const DeltaInputs& in, const TokenRows& rows,
+                                             const bf16* inverses, const DeltaExtent& extent, int64_t b, int64_t head) {
+  const int64_t chunks = extent.chunks();
+  int64_t chunk = Step > 0 ? 0 : chunks - 1;
+#pragma unroll 1
+  for (int64_t i = 0; i < chunks; ++i) {
+    Stage64& stage = stages[i % 2];
+    const int64_t t0 = chunk * kChunk;
+    const int tokens = static_cast<int>(min(extent.time - t0, int64_t{kChunk}));
+    fetch_64(stage.key, in.key.at<bf16>(extent, b, t0, head), in.key.stride, tokens);
+    fetch_64(stage.inverse, inverses + extent.inverse_at(b, chunk, head), kChunk, kChunk);
+    fetch_64(stage.q, in.q.at<bf16>(extent, b, t0, head), in.q.stride, tokens);
+    if (rows.first != nullptr) {
+      fetch_64(stage.rows, rows.at<bf16>(extent, b, t0, head), rows.stride, tokens);
+    } else {
+      fetch_64(stage.rows, inverses, 0, 0);
+    }
+    cp_async_commit();
+    DecayLoads loads(kBoth64);
+    loads.fetch(in, extent, b, head, t0);
+    loads.put(stage.decay);
+    cp_async_wait<0>();
+    named_barrier(kChunkBarrier, kThreads64);
+    chunk += Step;
+  }
 }
 
 __device__ __forceinline__ void hand_over(Handed& target, const Left<false> (&left)[4]) {
@@ -131,28 +150,14 @@ __device__ __forceinline__ void store_state_64(float* to, const Fragments<8>& st
   }
 }
 
-// Call body(stage, chunk) for chunk `first`, `first` + step and so on, `count` in all. Holders and helpers have a loop each, so
-// that the registers of the ones are not kept free for the others; all take part in the same barriers.
+// Call body(stage, chunk) for each chunk, by holders or helpers.
 template <int Step, typename Body>
-__device__ __forceinline__ void each_chunk(Stage64 (&stages)[2], const DeltaInputs& in, const TokenRows& rows,
-                                           const bf16* inverses, const DeltaExtent& extent, int64_t b, int64_t head,
-                                           const Body& body) {
-  const int64_t chunks = extent.chunks();
-  DecayLoads loads(kGroup64);
+__device__ __forceinline__ void each_chunk(Stage64 (&stages)[2], int64_t chunks, const Body& body) {
   int64_t chunk = Step > 0 ? 0 : chunks - 1;
-  loads.fetch(in, extent, b, head, chunk * kChunk);
-  fetch_64(stages[0], in, rows, inverses, extent, b, head, chunk);
 #pragma unroll 1
   for (int64_t i = 0; i < chunks; ++i) {
-    Stage64& stage = stages[i % 2];
-    loads.put(stage.decay);
-    cp_async_wait<0>();
     named_barrier(kChunkBarrier, kThreads64);
-    if (i + 1 < chunks) {
-      fetch_64(stages[(i + 1) % 2], in, rows, inverses, extent, b, head, chunk + Step);
-      loads.fetch(in, extent, b, head, (chunk + Step) * kChunk);
-    }
-    body(stage, chunk);
+    body(stages[i % 2], chunk);
     chunk += Step;
   }
 }

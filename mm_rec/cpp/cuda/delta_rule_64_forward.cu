@@ -20,7 +20,7 @@ struct Holder {
     Left<false> left[4];
     to_lefts(state, left);
     hand_over(shared.state, left);
-    arrive_at_barrier(kFirstBarrier, kThreads64);
+    arrive_at_barrier(kFirstBarrier, kBoth64);
     Fragments<8> found = {}, written = {};
     multiply_64<false>(found, left, stage.key);
 #pragma unroll
@@ -42,7 +42,7 @@ struct Holder {
     }
     to_lefts(written, left);
     hand_over(shared.written, left);
-    arrive_at_barrier(kSecondBarrier, kThreads64);
+    arrive_at_barrier(kSecondBarrier, kBoth64);
     scale_columns(written, decay.after);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
@@ -59,13 +59,13 @@ __device__ __forceinline__ void read(Shared& shared, Stage64& stage, int warp_ro
   Fragments<8> scores, sum = {};
   score_64(stage, warp_row, scores);
   Left<false> left[4];
-  named_barrier(kFirstBarrier, kThreads64);
+  named_barrier(kFirstBarrier, kBoth64);
   take(shared.state, left);
   multiply_64<false>(sum, left, stage.q);
   scale_columns(sum, stage.decay.before);
   named_barrier(kHelperBarrier, kGroup64);
   put_64(stage.q, warp_row, scores);
-  named_barrier(kSecondBarrier, kThreads64);  // of the helpers, too
+  named_barrier(kSecondBarrier, kBoth64);  // of the helpers, too
   take(shared.written, left);
 #pragma unroll
   for (int k = 0; k < 4; ++k) multiply_step<false>(sum, left[k], stage.q, 0, 16 * k, 2 * k);
@@ -85,17 +85,19 @@ __global__ void __launch_bounds__(kThreads64, 2)
     Holder holder{shared, warp_row, {}};
     load_state_64(state0 + extent.state_at(b, 0, 1, head) + own, holder.state);
     store_state_64(to, holder.state);
-    each_chunk<1>(shared.stage, in, in.v, inverses, extent, b, head, [&](const Stage64& stage, int64_t) {
+    each_chunk<1>(shared.stage, chunks, [&](const Stage64& stage, int64_t) {
       holder.walk(stage);
       to += extent.heads * (kBlock * kBlock);
       store_state_64(to, holder.state);
     });
-  } else {
-    each_chunk<1>(shared.stage, in, in.v, inverses, extent, b, head, [&](Stage64& stage, int64_t chunk) {
+  } else if (threadIdx.x < kBoth64) {
+    each_chunk<1>(shared.stage, chunks, [&](Stage64& stage, int64_t chunk) {
       const int64_t t0 = chunk * kChunk;
       const int tokens = static_cast<int>(min(extent.time - t0, int64_t{kChunk}));
       read(shared, stage, warp_row, out + extent.token_at(b, t0, head), extent.heads * kBlock, tokens);
     });
+  } else {
+    fetch_chunks<1>(shared.stage, in, in.v, inverses, extent, b, head);
   }
 }
 

@@ -27,7 +27,7 @@ struct Holder {
     multiply_64<false>(dwritten, left, stage.key);
     store_transposed_64(dstates + warp_row, kBlock, kBlock, left);
     scale_columns(dwritten, decay.after);
-    named_barrier(kFirstBarrier, kThreads64);
+    named_barrier(kFirstBarrier, kBoth64);
     take(shared.words, left);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -44,7 +44,7 @@ struct Holder {
     for (int j = 0; j < 4; ++j) multiply_step<true>(derror, left[j], stage.inverse, 0, 16 * j, 0, 2 * j + 2);
     to_lefts(derror, left);
     hand_over(shared.words, left);
-    arrive_at_barrier(kSecondBarrier, kThreads64);
+    arrive_at_barrier(kSecondBarrier, kBoth64);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       const float2 beta = *reinterpret_cast<const float2*>(&decay.beta[fragment_column(n, 0)]);
@@ -98,8 +98,8 @@ __device__ __forceinline__ void help(Shared& shared, Stage64& stage, int warp_ro
     to_lefts(sum, left);
     hand_over(shared.words, left);
   }
-  arrive_at_barrier(kFirstBarrier, kThreads64);
-  named_barrier(kSecondBarrier, kThreads64);
+  arrive_at_barrier(kFirstBarrier, kBoth64);
+  named_barrier(kSecondBarrier, kBoth64);
   take(shared.words, left);
   store_transposed_64(derrors + warp_row, stride, tokens, left);
 #pragma unroll
@@ -121,21 +121,22 @@ __global__ void __launch_bounds__(kThreads64, 2) states_kernel(const DeltaBackwa
   auto& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   const int64_t b = blockIdx.y, head = blockIdx.x, chunks = extent.chunks(), width = extent.heads * kBlock;
   const int warp_row = static_cast<int>(threadIdx.x) % kGroup64 / 32 * 16;
-  const TokenRows dout{p.dout, extent.time * width, width};
   if (threadIdx.x < kGroup64) {
     const int64_t home = extent.state_at(b, 0, 1, head) + own_element_64(warp_row);
     Holder holder{shared, warp_row, {}};
     if (p.dlast != nullptr) load_state_64(p.dlast + home, holder.dstate);
-    each_chunk<-1>(shared.stage, p.in, dout, p.inverses, extent, b, head, [&](const Stage64& stage, int64_t chunk) {
+    each_chunk<-1>(shared.stage, chunks, [&](const Stage64& stage, int64_t chunk) {
       holder.walk(stage, p.dstates + extent.state_at(b, chunk, chunks, head));
     });
     store_state_64(p.dstate + home, holder.dstate);
-  } else {
-    each_chunk<-1>(shared.stage, p.in, dout, p.inverses, extent, b, head, [&](Stage64& stage, int64_t chunk) {
+  } else if (threadIdx.x < kBoth64) {
+    each_chunk<-1>(shared.stage, chunks, [&](Stage64& stage, int64_t chunk) {
       const int64_t t0 = chunk * kChunk, at = extent.token_at(b, t0, head);
       const int tokens = static_cast<int>(min(extent.time - t0, int64_t{kChunk}));
       help(shared, stage, warp_row, p.derrors + at, p.dv + at, width, tokens);
     });
+  } else {
+    fetch_chunks<-1>(shared.stage, p.in, {p.dout, extent.time * width, width}, p.inverses, extent, b, head);
   }
 }
 

@@ -167,6 +167,7 @@ struct Forward {
 template <typename T>
 cudaError_t forward(const DeltaInputs& in, const float* state0, void* inverses, void* out, float* states,
                     const DeltaExtent& extent, void* stream) {
+  if (extent.time == 1) return delta_token(in, state0, static_cast<T*>(out), states, extent, stream);
   const cudaError_t error = chunk_inverses(in, static_cast<T*>(inverses), extent, stream);
   if (error != cudaSuccess) return error;
   if constexpr (sizeof(T) == 2) {
