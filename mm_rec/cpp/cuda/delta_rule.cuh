@@ -52,7 +52,7 @@ struct DeltaInputs {
 };
 
 // What a chunk's tokens write and forget.
-struct ChunkDecay {
+struct alignas(16) ChunkDecay {
   float sum[kChunk];     // g
   float beta[kChunk];    // 0 past the last token
   float before[kChunk];  // E
@@ -61,15 +61,16 @@ struct ChunkDecay {
   float whole;           // E_last
 };
 
-// The same on its way from memory, two tokens a lane of the first warp.
+// The same on its way from memory, two tokens a lane of the warp from thread `first` on.
 class DecayLoads {
  public:
+  __device__ __forceinline__ explicit DecayLoads(int first = 0) : lane_(static_cast<int>(threadIdx.x) - first) {}
   __device__ __forceinline__ void fetch(const DeltaInputs& in, const DeltaExtent& extent, int64_t b, int64_t head,
                                         int64_t t0) {
-    if (threadIdx.x >= 32) return;
+    if (lane_ < 0 || lane_ >= 32) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int64_t t = t0 + 2 * static_cast<int>(threadIdx.x) + r, line = b * extent.time + t;
+      const int64_t t = t0 + 2 * lane_ + r, line = b * extent.time + t;
       const bool real = t < extent.time;
       log_decay_[r] = real ? in.log_decay[line * extent.heads + head] : 0.0f;
       beta_[r] = real ? in.beta[line * extent.heads + head] : 0.0f;
@@ -77,8 +78,8 @@ class DecayLoads {
     }
   }
   __device__ __forceinline__ void put(ChunkDecay& decay) const {
-    if (threadIdx.x >= 32) return;
-    const int lane = threadIdx.x;
+    if (lane_ < 0 || lane_ >= 32) return;
+    const int lane = lane_;
     float own[2];
     int begins[2];
 #pragma unroll
@@ -112,6 +113,7 @@ class DecayLoads {
   }
 
  private:
+  int lane_;
   float log_decay_[2], beta_[2];
   bool begins_[2];
 };
@@ -119,13 +121,18 @@ class DecayLoads {
 // Call body(n, i, row, D[row, column]) for each of a thread's elements of scores of 16 tokens, from `row` on, with all 64.
 template <typename Body>
 __device__ __forceinline__ void each_decay(const ChunkDecay& decay, int row, const Body& body) {
+  const int rows[2] = {row + fragment_row(0), row + fragment_row(2)};
+  const float sums[2] = {decay.sum[rows[0]], decay.sum[rows[1]]};
+  const int documents[2] = {decay.document[rows[0]], decay.document[rows[1]]};
 #pragma unroll
   for (int n = 0; n < kChunk / 8; ++n) {
+    const float2 sum = *reinterpret_cast<const float2*>(decay.sum + fragment_column(n, 0));
+    const int2 document = *reinterpret_cast<const int2*>(decay.document + fragment_column(n, 0));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int r = row + fragment_row(i), c = fragment_column(n, i);
-      const bool together = c <= r && decay.document[r] == decay.document[c];
-      body(n, i, r, together ? __expf(decay.sum[r] - decay.sum[c]) : 0.0f);
+      const int r = i / 2;
+      const bool together = fragment_column(n, i) <= rows[r] && (i % 2 == 0 ? document.x : document.y) == documents[r];
+      body(n, i, rows[r], together ? __expf(sums[r] - (i % 2 == 0 ? sum.x : sum.y)) : 0.0f);
     }
   }
 }
@@ -216,6 +223,11 @@ __device__ __forceinline__ void store_transposed(T* target, int64_t stride, int6
 // The inverses of I + A of all chunks, (B, chunks, H, 64, 64).
 template <typename T>
 cudaError_t chunk_inverses(const DeltaInputs& in, T* inverses, const DeltaExtent& extent, void* stream);
+
+// All of the forward pass of a single token (delta_rule_token.cu).
+template <typename T>
+cudaError_t delta_token(const DeltaInputs& in, const float* state, T* out, float* states, const DeltaExtent& extent,
+                        void* stream);
 
 // Run<type, blocks of a head>::run(arguments...)
 template <template <typename, int> class Run, typename T, typename... Arguments>

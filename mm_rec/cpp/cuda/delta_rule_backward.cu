@@ -9,30 +9,8 @@ template <typename T>
 struct Shared {
   typename DeltaTypes<T>::Square tile[5];
   ChunkDecay decay;
-  float of_rows[kChunk];           // what each token's row adds to the gradient of its g, ...
-  float of_columns[4][kChunk];     // ... and its column in the rows of each warp takes away
-  float of_last[kChunk];           // the same of each token's share in the state after the chunk
-  float of_whole[kDeltaThreads / 32];
+  TokenSums sums;
 };
-
-// Two neighbouring elements of a row of T.
-template <typename T>
-__device__ __forceinline__ float2 load_pair(const T* at) {
-  float x[2];
-  load<2>(at, x);
-  return make_float2(x[0], x[1]);
-}
-template <bool Split>
-__device__ __forceinline__ float2 load_pair(const Tile<kChunk, kBlock, Split>& tile, int row, int column) {
-  const int at = row * tile.kStride + column;
-  float2 pair = load_pair(tile.hi + at);
-  if constexpr (Split) {
-    const float2 rest = load_pair(tile.lo + at);
-    pair.x += rest.x;
-    pair.y += rest.y;
-  }
-  return pair;
-}
 
 // What a warp knows of its place: rows of its accumulators, and where they are in memory.
 template <typename T>
@@ -95,43 +73,6 @@ struct Place {
   }
 };
 
-template <bool Split>
-__device__ __forceinline__ void put(Tile<kChunk, kBlock, Split>& tile, int row, const Fragments<8>& x) {
-#pragma unroll
-  for (int n = 0; n < 8; ++n) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) tile.set(row + fragment_row(2 * r), fragment_column(n, 0), x[n][2 * r], x[n][2 * r + 1]);
-  }
-}
-
-__device__ __forceinline__ void scale_rows(Fragments<8>& x, const float* of_token, int row, float sign) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float scale = sign * of_token[row + fragment_row(2 * r)];
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      x[n][2 * r] *= scale;
-      x[n][2 * r + 1] *= scale;
-    }
-  }
-}
-
-__device__ __forceinline__ void tiles_ready() {
-  cp_async_wait<0>();
-  __syncthreads();
-}
-
-// The sums of `terms` (products of gradients with what they belong to) over rows and columns, to the gradients of g.
-struct DecaySums {
-  float row[2] = {0.0f, 0.0f};
-  float column[kChunk / 8][2] = {};
-
-  __device__ __forceinline__ void add(int n, int i, float term) {
-    row[i / 2] += term;
-    column[n][i % 2] += term;
-  }
-};
-
 template <typename T, int Blocks>
 __global__ void __launch_bounds__(kDeltaThreads, 2) gradients_kernel(const DeltaBackward<T> p, const DeltaExtent extent) {
   using Square = typename DeltaTypes<T>::Square;
@@ -148,7 +89,7 @@ __global__ void __launch_bounds__(kDeltaThreads, 2) gradients_kernel(const Delta
 
   // R, and the gradients of the scores, of the inverse and, for one part, of beta.
   Fragments<8> dscores = {}, dlower = {};
-  float dbeta[2] = {0.0f, 0.0f};
+  ThreadSums sums;
 #pragma unroll 1
   for (int value = 0; value < Blocks * kBlock; value += kBlock) {
     Fragments<8> x = {};
@@ -169,7 +110,7 @@ __global__ void __launch_bounds__(kDeltaThreads, 2) gradients_kernel(const Delta
       float* pair = x[n] + 2 * r;
       pair[0] = v.x - before * pair[0];
       pair[1] = v.y - before * pair[1];
-      dbeta[r] = fmaf(slope.x, pair[0], fmaf(slope.y, pair[1], dbeta[r]));
+      sums.dbeta[r] = fmaf(slope.x, pair[0], fmaf(slope.y, pair[1], sums.dbeta[r]));
       second.set(row, column, beta * pair[0], beta * pair[1]);
     });
     tiles_ready();
@@ -191,7 +132,6 @@ __global__ void __launch_bounds__(kDeltaThreads, 2) gradients_kernel(const Delta
   });
 
   // What both say of g and of beta; then with beta, dlower is that of the keys' products.
-  DecaySums sums;
   {
     Fragments<8> products = {};
 #pragma unroll 1
@@ -222,24 +162,14 @@ __global__ void __launch_bounds__(kDeltaThreads, 2) gradients_kernel(const Delta
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float beta = decay.beta[warp_row + fragment_row(i)], term = dlower[n][i] * products[n][i];
-        dbeta[i / 2] += term;
+        sums.dbeta[i / 2] += term;
         sums.add(n, i, beta * term);
         dlower[n][i] *= beta;
       }
     }
   }
-#pragma unroll
-  for (int n = 0; n < 8; ++n) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      float& sum = sums.column[n][j];
-#pragma unroll
-      for (int mask = 4; mask < 32; mask *= 2) sum += __shfl_xor_sync(kFullWarp, sum, mask);
-      if (threadIdx.x % 32 < 4) shared.of_columns[warp_row / 16][fragment_column(n, j)] = sum;
-    }
-  }
+  sums.put_columns(shared.sums, warp_row);
 
-  float last[2] = {0.0f, 0.0f}, whole = 0.0f;
 #pragma unroll 1
   for (int k = 0; k < Blocks * kBlock; k += kBlock) {
     // Through the states before and after the chunk.
@@ -262,7 +192,7 @@ __global__ void __launch_bounds__(kDeltaThreads, 2) gradients_kernel(const Delta
       for (int i = 0; i < kChunk * kBlock / 2 / kDeltaThreads; ++i) {
         const int row = static_cast<int>(threadIdx.x) / 32 + i * (kDeltaThreads / 32), column = threadIdx.x % 32 * 2;
         const float2 state = load_pair(first, row, column), dstate = load_pair(second, row, column);
-        whole = fmaf(state.x, dstate.x, fmaf(state.y, dstate.y, whole));
+        sums.whole = fmaf(state.x, dstate.x, fmaf(state.y, dstate.y, sums.whole));
       }
     }
     scale_rows(dq, decay.before, warp_row, 1.0f);
@@ -274,7 +204,7 @@ __global__ void __launch_bounds__(kDeltaThreads, 2) gradients_kernel(const Delta
     });
     at.each_pair(in.key, k, [&](int n, int r, int, int, float2 key) {
       sums.row[r] = fmaf(key.x, dkey[n][2 * r], fmaf(key.y, dkey[n][2 * r + 1], sums.row[r]));
-      last[r] = fmaf(key.x, x[n][2 * r], fmaf(key.y, x[n][2 * r + 1], last[r]));
+      sums.last[r] = fmaf(key.x, x[n][2 * r], fmaf(key.y, x[n][2 * r + 1], sums.last[r]));
       dkey[n][2 * r] += x[n][2 * r];
       dkey[n][2 * r + 1] += x[n][2 * r + 1];
     });
@@ -299,41 +229,7 @@ __global__ void __launch_bounds__(kDeltaThreads, 2) gradients_kernel(const Delta
     at.store(p.dq, k, dq);
     at.store(p.dkey, k, dkey);
   }
-
-  // The gradients of beta and of g, and through the running sum of log_decay.
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = warp_row + fragment_row(2 * r);
-    const float of_beta = group_sum<4>(dbeta[r]), of_row = group_sum<4>(sums.row[r]), of_last = group_sum<4>(last[r]);
-    if (threadIdx.x % 4 != 0) continue;
-    shared.of_rows[row] = of_row;
-    shared.of_last[row] = of_last;
-    if (row < at.tokens) p.dbeta[(at.b * extent.time + at.t0 + row) * extent.heads + at.head] = of_beta;
-  }
-  whole = group_sum(whole);
-  if (threadIdx.x % 32 == 0) shared.of_whole[warp_row / 16] = whole;
-  __syncthreads();
-  const int token = threadIdx.x;
-  if (token < kChunk) {
-    float sum = shared.of_rows[token] - shared.of_last[token];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) sum -= shared.of_columns[w][token];
-    shared.of_rows[token] = sum;
-  }
-  __syncthreads();
-  if (token >= kChunk || token >= at.tokens) return;
-  // Only later tokens of the same document count: what a token adds to others it takes from itself.
-  const int document = decay.document[token];
-  float sum = 0.0f;
-  for (int i = token; i < kChunk; ++i) sum += decay.document[i] == document ? shared.of_rows[i] : 0.0f;
-  if (document == decay.document[kChunk - 1]) {
-    for (int i = 0; i < kChunk; ++i) sum += shared.of_last[i];
-    if (document == 0) {
-      for (int w = 0; w < 4; ++w) sum += decay.whole * shared.of_whole[w];
-    }
-  }
-  const bool begins = document != (token == 0 ? 0 : decay.document[token - 1]);
-  p.dlog_decay[(at.b * extent.time + at.t0 + token) * extent.heads + at.head] = begins ? 0.0f : sum;
+  sums.finish(shared.sums, decay, p, extent, at.b, at.t0, at.head, warp_row);
 }
 
 template <typename T, int Blocks>
@@ -364,7 +260,11 @@ cudaError_t backward(DeltaBackward<T> p, void* workspace, const DeltaExtent& ext
   p.written = p.derrors + parts.derrors;
   cudaError_t error = chunk_inverses(p.in, p.inverses, extent, stream);
   if (error == cudaSuccess) error = delta_backward_states(p, extent, stream);
-  return error == cudaSuccess ? by_blocks<Gradients, T>(extent, p, extent, stream) : error;
+  if (error != cudaSuccess) return error;
+  if constexpr (sizeof(T) == 2) {
+    if (extent.dim == kBlock) return delta_64_gradients(p, extent, stream);
+  }
+  return by_blocks<Gradients, T>(extent, p, extent, stream);
 }
 
 }  // namespace

@@ -168,6 +168,9 @@ struct States {
 
 template <typename T>
 cudaError_t delta_backward_states(const DeltaBackward<T>& p, const DeltaExtent& extent, void* stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (extent.dim == kBlock) return delta_64_backward_states(p, extent, stream);
+  }
   return by_blocks<States, T>(extent, p, extent, stream);
 }
 template cudaError_t delta_backward_states(const DeltaBackward<float>&, const DeltaExtent&, void*);

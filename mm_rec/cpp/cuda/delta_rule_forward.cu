@@ -1,6 +1,6 @@
 // delta_rule, forward. A block of threads walks through the chunks of a head of a sequence with 64 columns of the state, 16 a
 // warp, which it holds transposed in registers: so each product's result is the next one's left operand.
-#include "delta_rule.cuh"
+#include "delta_rule_64.cuh"
 
 namespace mm_rec {
 namespace {
@@ -167,8 +167,14 @@ struct Forward {
 template <typename T>
 cudaError_t forward(const DeltaInputs& in, const float* state0, void* inverses, void* out, float* states,
                     const DeltaExtent& extent, void* stream) {
+  if (extent.time == 1) return delta_token(in, state0, static_cast<T*>(out), states, extent, stream);
   const cudaError_t error = chunk_inverses(in, static_cast<T*>(inverses), extent, stream);
   if (error != cudaSuccess) return error;
+  if constexpr (sizeof(T) == 2) {
+    if (extent.dim == kBlock) {
+      return delta_64_forward(in, state0, static_cast<const T*>(inverses), static_cast<T*>(out), states, extent, stream);
+    }
+  }
   return by_blocks<Forward, T>(extent, in, state0, static_cast<const T*>(inverses), static_cast<T*>(out), states, extent,
                                stream);
 }

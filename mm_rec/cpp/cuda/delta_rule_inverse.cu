@@ -12,12 +12,12 @@ struct Shared {
   typename DeltaTypes<T>::Square key;
   Tile<kChunk, kChunk, true> lower;    // A
   Tile<kChunk, kPart, true> diagonal;  // inverses of the blocks on the diagonal
-  float block[kParts][kPart][kPart];   // those blocks
-  T inverse[kChunk][kChunk + 8];
+  alignas(16) float block[kParts][kPart][kPart];  // those blocks
+  alignas(16) T inverse[kChunk][kChunk + 8];
   ChunkDecay decay;
 };
 
-// Invert the warp's block on the diagonal.
+// Invert the warp's block on the diagonal. Both halves of the warp have all columns, and put down different things.
 template <typename T>
 __device__ __forceinline__ void invert_block(Shared<T>& shared, int part) {
   const int column = threadIdx.x % kPart;
@@ -26,15 +26,23 @@ __device__ __forceinline__ void invert_block(Shared<T>& shared, int part) {
   for (int i = 0; i < kPart; ++i) {
     x[i] = i == column ? 1.0f : 0.0f;
 #pragma unroll
-    for (int j = 0; j < i; ++j) x[i] = fmaf(-shared.block[part][i][j], x[j], x[i]);
+    for (int j = 0; j < i; j += 4) {
+      float row[4];
+      load<4>(&shared.block[part][i][j], row);
+#pragma unroll
+      for (int e = 0; e < 4 && j + e < i; ++e) x[i] = fmaf(-row[e], x[j + e], x[i]);
+    }
   }
-  if (threadIdx.x % 32 >= kPart) return;
 #pragma unroll
   for (int i = 0; i < kPart; ++i) {
     const int row = part * kPart + i, at = row * shared.diagonal.kStride + column;
-    shared.diagonal.hi[at] = __float2bfloat16_rn(x[i]);
-    shared.diagonal.lo[at] = __float2bfloat16_rn(x[i] - to_float(shared.diagonal.hi[at]));
-    shared.inverse[row][part * kPart + column] = from_float<T>(x[i]);
+    if (threadIdx.x % 32 < kPart) {
+      const bf16 hi = __float2bfloat16_rn(x[i]);
+      shared.diagonal.hi[at] = hi;
+      shared.diagonal.lo[at] = __float2bfloat16_rn(x[i] - to_float(hi));
+    } else {
+      shared.inverse[row][part * kPart + column] = from_float<T>(x[i]);
+    }
   }
 }
 
@@ -79,26 +87,48 @@ __global__ void __launch_bounds__(kDeltaThreads)
     if (k == 0) loads.put(shared.decay);
     cp_async_wait<0>();
     __syncthreads();
-    multiply<false, false, kBlock>(products, shared.key, warp_row, shared.key, 0);
+#pragma unroll
+    for (int i = 0; i < kBlock; i += 16) {
+      const auto left = load_left<false>(shared.key, warp_row, i);
+#pragma unroll
+      for (int n = 0; n < kChunk / 8; n += 2) {  // those right of the diagonal are not needed
+        if (8 * n <= warp_row) multiply_step<false>(products, left, shared.key, 0, i, n, n + 2);
+      }
+    }
   }
-  each_decay(shared.decay, warp_row, [&](int n, int i, int row, float decay) {
-    const int column = fragment_column(n, i);
-    products[n][i] *= column < row ? shared.decay.beta[row] * decay : 0.0f;
-    if (column / kPart == row / kPart) shared.block[row / kPart][row % kPart][column % kPart] = products[n][i];
-  });
+  const int part = warp_row / kPart;
 #pragma unroll
   for (int n = 0; n < kChunk / 8; ++n) {
+    const int column = fragment_column(n, 0);
+    if (n / 2 > part) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        T* zeros = &shared.inverse[warp_row + fragment_row(2 * r)][column];
+        zeros[0] = zeros[1] = from_float<T>(0.0f);
+      }
+      continue;
+    }
+    const float2 sum = *reinterpret_cast<const float2*>(&shared.decay.sum[column]);
+    const int2 document = *reinterpret_cast<const int2*>(&shared.decay.document[column]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = warp_row + fragment_row(2 * r), column = fragment_column(n, 0);
-      shared.lower.set(row, column, products[n][2 * r], products[n][2 * r + 1]);
-      if (8 * n >= warp_row + 16) shared.inverse[row][column] = shared.inverse[row][column + 1] = from_float<T>(0.0f);
+      const int row = warp_row + fragment_row(2 * r);
+      const float sum_of_row = shared.decay.sum[row], beta = shared.decay.beta[row];
+      const int document_of_row = shared.decay.document[row];
+      const float first = column < row && document.x == document_of_row ? beta * __expf(sum_of_row - sum.x) : 0.0f;
+      const float second = column + 1 < row && document.y == document_of_row ? beta * __expf(sum_of_row - sum.y) : 0.0f;
+      const float pair[2] = {first * products[n][2 * r], second * products[n][2 * r + 1]};
+      if (n / 2 == part) {
+        store<2>(&shared.block[part][row % kPart][column % kPart], pair);
+      } else {
+        shared.lower.set(row, column, pair[0], pair[1]);
+      }
     }
   }
   __syncwarp();
-  invert_block(shared, warp_row / kPart);
+  invert_block(shared, part);
   __syncthreads();
-  invert_below(shared, warp_row / kPart);
+  invert_below(shared, part);
   __syncthreads();
   constexpr int kPiece = 16 / sizeof(T);
   T* target = inverses + extent.inverse_at(b, chunk, head);

@@ -133,11 +133,6 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(Count));
 }
 
-// Be counted by a barrier (named_barrier in ptx.cuh) without waiting for the others.
-__device__ __forceinline__ void arrive_at_barrier(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 // Where threads of several warpgroups meet step by step; a thread may do other things between its arrival and its wait.
 class Gate {
  public:

@@ -3,8 +3,9 @@
 #ifndef MM_REC_WINDOW_WALK_BACKWARD_CUH
 #define MM_REC_WINDOW_WALK_BACKWARD_CUH
 
+#include "head_rows.cuh"
 #include "window_attention_backward.cuh"
-#include "window_walk_rows.cuh"
+#include "window_walk.cuh"
 #include "wgmma.cuh"
 
 namespace mm_rec {

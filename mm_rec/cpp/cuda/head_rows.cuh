@@ -1,8 +1,8 @@
-// Rows of heads to and from accumulators in whole pieces of 16 bytes, for heads of 64 in bfloat16.
-#ifndef MM_REC_WINDOW_WALK_ROWS_CUH
-#define MM_REC_WINDOW_WALK_ROWS_CUH
+// Rows of heads from accumulators in whole pieces of 16 bytes, for heads of 64 in bfloat16.
+#ifndef MM_REC_HEAD_ROWS_CUH
+#define MM_REC_HEAD_ROWS_CUH
 
-#include "window_walk.cuh"
+#include "tile.cuh"
 
 namespace mm_rec {
 
@@ -33,13 +33,13 @@ struct RowWords {
   static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) % 4 * 8; }
   static __device__ __forceinline__ void store(bf16* row, const uint32_t (&words)[8]) {
     *reinterpret_cast<uint4*>(row + column()) = make_uint4(words[0], words[1], words[2], words[3]);
-    *reinterpret_cast<uint4*>(row + kWalkDim / 2 + column()) = make_uint4(words[4], words[5], words[6], words[7]);
+    *reinterpret_cast<uint4*>(row + 32 + column()) = make_uint4(words[4], words[5], words[6], words[7]);
   }
 };
 
 // Accumulators of a warp's 16 rows, times `scale`, to rows of heads `stride` apart, if they are among the first `rows`.
 __device__ __forceinline__ void store_heads(bf16* target, int64_t stride, int rows, float scale,
-                                            const Fragments<kWalkDim / 8>& x) {
+                                            const Fragments<8>& x) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     uint32_t words[8];
