@@ -36,6 +36,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Event",
+    "check_shape",
     "checkpoint_name",
     "checkpoint_step",
     "list_checkpoints",
@@ -52,6 +53,13 @@ MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 TRAINING_FILES = ("optimizer.safetensors", "carried.safetensors", "trainer.json")
 SMALL_FILES_BYTES = 16_000_000
 """Room for all files but the tensors; a tokenizer of 32,000 tokens takes 2.5 MB."""
+
+_BLOCK = re.compile(r"experts\.[^.]+\.blocks\.\d+")
+
+MAX_JSON_BYTES = 64_000_000
+"""Far above the size of any JSON file of a checkpoint."""
+
+_LONGEST_REASON = 300
 
 Event = Callable[[str], None]
 T = TypeVar("T")
@@ -144,6 +152,26 @@ def load(path: Path, *, weights_only: bool = False) -> Checkpoint:
         trainer=trainer,
         tokenizer_dir=path,
     )
+
+
+def check_shape(found: Checkpoint) -> None:
+    """Compare the configuration of a checkpoint with its weights, so that no model is built that they do not fill.
+
+    Raises:
+        CheckpointError: if the weights are those of another model, or not in float32.
+    """
+    config, weights = found.config, found.weights
+    odd = sorted({str(tensor.dtype) for tensor in weights.values() if tensor.dtype != torch.float32})
+    if odd:
+        raise CheckpointError(f"{found.path} has weights of type {odd[0]}; a checkpoint's are torch.float32")
+    embedding = weights.get("embedding.weight")
+    blocks = {f"experts.{name}.blocks.{index}" for name in config.experts for index in range(config.n_layers)}
+    if (
+        {match[0] for match in map(_BLOCK.match, weights) if match} != blocks
+        or embedding is None
+        or embedding.shape != (config.vocab_size, config.d_model)
+    ):
+        raise CheckpointError(f"the weights in {found.path} are not of the model in its config.json")
 
 
 def checkpoint_name(step: int) -> str:
@@ -275,6 +303,8 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _read_json(path: Path, kind: str) -> dict[str, Any]:
     """The values of a JSON file that states the version of the format ``kind``."""
     with _reading(path):
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {MAX_JSON_BYTES // 1_000_000} MB")
         return take_version(kind, json.loads(path.read_bytes()), path)
 
 
@@ -283,8 +313,8 @@ def _reading(path: Path) -> Iterator[None]:
     """Name the file in any error of what should be a sound file by its hash."""
     try:
         yield
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from error
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be used: {str(error)[:_LONGEST_REASON]}") from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -12,7 +12,9 @@ import torch
 import yaml
 
 import mm_rec
+from mm_rec.errors import UserError
 from mm_rec.storage import files
+from mm_rec.storage.yaml_file import read_yaml
 
 __all__ = ["Config", "differences", "list_runs", "plain", "read_config", "same_run", "versions", "write_config"]
 
@@ -35,8 +37,8 @@ def versions() -> dict[str, str]:
 def read_config(run: Path) -> Config | None:
     """The configuration of a run folder; None if ``run`` is not one."""
     try:
-        config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        config = read_yaml(run / CONFIG)
+    except UserError:
         return None
     return config if isinstance(config, dict) and {"stage", "identity"} <= config.keys() else None
 

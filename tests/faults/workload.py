@@ -32,6 +32,8 @@ MODULES = {
     "pickle_workloads": (18,),
     "connection_workloads": (23,),
     "forged_session_workloads": (24,),
+    "stranger_workloads": (26,),
+    "setting_workloads": (27,),
 }
 """Where the workloads of each row are; a module registers its own when it is imported."""
 
