@@ -103,7 +103,7 @@ class TokenStore:
             check_version("token store", index[KEY], path)
             entries = index["files"]
             if index["dtype"] not in ("uint16", "uint32"):
-                raise _broken(path, f"its tokens are of type {index['dtype']}")
+                raise _broken(path, f"index.json states tokens of type {str(index['dtype'])[:80]}")
             offsets, n_bytes = (_read_numbers(path / name, entries[name]) for name in ("offsets.npy", "n_bytes.npy"))
             dtype = np.dtype(index["dtype"]).newbyteorder("<")
             tokens = _open_blocks(path / "tokens.bin", dtype, entries["tokens.bin"])
@@ -112,7 +112,7 @@ class TokenStore:
         except DamageError as error:
             raise _broken(path, str(error)) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise _broken(path, f"{type(error).__name__}: {error}") from None
+            raise _broken(path, f"index.json: {type(error).__name__}: {error}") from None
         fits = len(offsets) == len(n_bytes) + 1 and offsets[0] == 0 and offsets[-1] == len(tokens)
         if not fits or np.diff(offsets).min(initial=1) < 1 or (mask is not None and len(mask) != len(tokens)):
             raise _broken(path, "its offsets do not fit its tokens")

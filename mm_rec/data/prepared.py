@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from mm_rec.data.pack import STORE_FILES, TokenStore
 from mm_rec.errors import UserError
-from mm_rec.storage.files import DamageError, read_manifest, remove_leftovers, reporting_errors
+from mm_rec.storage.files import MANIFEST, DamageError, Entry, read_manifest, remove_leftovers, reporting_errors
 from mm_rec.storage.lock import Lock
 from mm_rec.storage.reading import read_file
 from mm_rec.text.tokenizer import Tokenizer
@@ -130,7 +130,7 @@ def open_folder(path: Path) -> StoreFolder:
     """
     with _naming_the_remedy(path):
         entries = read_manifest(path)
-        small = [name for name in entries if name.rpartition("/")[2] not in (*STORE_FILES, _INDEX)]
+        small = [name for name in entries if name.rpartition("/")[2] not in STORE_FILES]
         contents = {name: read_file(path / name, entries[name]) for name in small}
         report = json.loads(contents["report.json"])
         tokenizer = Tokenizer.parse(contents[TOKENIZER], path / TOKENIZER) if TOKENIZER in contents else None
@@ -142,9 +142,16 @@ def open_folder(path: Path) -> StoreFolder:
         names = [name.removesuffix(f"/{_INDEX}") for name in entries if name.endswith(f"/{_INDEX}")]
         stores = {name: TokenStore.open(path / name, vocab_size=report["vocab_size"]) for name in names}
         for name, store in stores.items():
-            if store.sha256 != entries[f"{name}/{_INDEX}"]["sha256"]:
-                raise DamageError(f"{path / name / _INDEX} is damaged: it is not what the manifest says")
+            _compare(path, entries, name, contents[f"{name}/{_INDEX}"], store)
     return StoreFolder(report, tokenizer, stores)
+
+
+def _compare(path: Path, entries: Mapping[str, Entry], name: str, index: bytes, store: TokenStore) -> None:
+    """Raise DamageError unless the manifest, the ``index`` that it names and the ``store`` that was opened are one."""
+    if store.sha256 != entries[f"{name}/{_INDEX}"]["sha256"]:
+        raise DamageError(f"{path / name / _INDEX} is damaged: it is not what the manifest says")
+    if any(entries[f"{name}/{file}"] != entry for file, entry in json.loads(index)["files"].items()):
+        raise DamageError(f"{path / MANIFEST} is damaged: it is not what {name}/{_INDEX} says")
 
 
 @contextmanager

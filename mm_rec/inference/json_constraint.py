@@ -7,8 +7,10 @@ in the extra ``mm-rec[json]``. Schemas are read as they are given: nothing that 
 from __future__ import annotations
 
 import json
+import math
 from array import array
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from decimal import Decimal
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,13 @@ WHITE_SPACE = r"( |\n {0,16})?"
 MAX_LEXER_STATES = 20_000
 """A state takes up to 2 kB, so that a schema takes 40 MB at most; usual ones have some hundred states."""
 
+MAX_SCHEMA = 100_000
+MAX_TEXT = 1000
+"""Characters of a pattern, a name or a text that has to come; llguidance takes a time that grows with their square."""
+MAX_MULTIPLE = 100_000
+MAX_DIGITS = 12
+
+_DESCRIBING = ("description", "title", "$comment", "default")
 _TOO_COMPLEX = "the JSON schema is too complex to follow; make its patterns and choices simpler"
 
 
@@ -54,7 +63,10 @@ class JsonConstraint:
             raise UserError("JSON by a schema needs llguidance; install it with: pip install 'mm-rec[json]'") from None
         try:
             content = json.dumps(dict(schema))
-            content.encode().decode()
+            if len(content) > MAX_SCHEMA:
+                raise UserError(f"a JSON schema may have {MAX_SCHEMA} characters, and this one has {len(content)}")
+            _check_texts(schema)
+            _check_multiples(schema)
             grammar = LLMatcher.grammar_from_json_schema(content, overrides={"whitespace_pattern": WHITE_SPACE})
         except (ValueError, RecursionError) as error:
             raise UserError(f"this is no JSON schema: {_one_line(error)}") from None
@@ -104,6 +116,53 @@ class JsonConstraint:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise UserError(_TOO_COMPLEX)
+
+
+def _check_texts(value: Any, *, literal: bool = False) -> None:
+    """Refuses texts in a schema for which llguidance would compute for minutes; what only describes may be long.
+
+    Raises:
+        UserError: if there is one of more than :data:`MAX_TEXT` characters.
+    """
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        raise UserError(
+            f"a text in a JSON schema may have {MAX_TEXT} characters, and {value[:20]!r}... has {len(value)}"
+        )
+    if isinstance(value, list):
+        for one in value:
+            _check_texts(one, literal=literal)
+    if isinstance(value, Mapping):
+        for name, one in value.items():
+            if literal or name not in _DESCRIBING or not isinstance(one, str):
+                _check_texts(name)
+                _check_texts(one, literal=literal or name in ("const", "enum"))
+
+
+def _check_multiples(schema: Mapping[str, Any]) -> None:
+    """Refuses multiples for which llguidance would compute for minutes: it has a state for every remainder.
+
+    Raises:
+        UserError: if the numbers in ``multipleOf`` have a common multiple above :data:`MAX_MULTIPLE`.
+    """
+    numbers = [Decimal(str(number)) for number in _multiples(schema)]
+    digits = max((-int(number.as_tuple().exponent) for number in numbers), default=0)
+    if digits > MAX_DIGITS or any(abs(number) > MAX_MULTIPLE for number in numbers):
+        common = MAX_MULTIPLE + 1
+    else:
+        common = math.lcm(*(int(number.scaleb(max(digits, 0))) for number in numbers))
+    if common > MAX_MULTIPLE:
+        raise UserError("the JSON schema has multiples that are too large together; use smaller ones in multipleOf")
+
+
+def _multiples(value: Any) -> Iterator[float]:
+    """Yields the numbers in ``multipleOf`` anywhere in a schema."""
+    if isinstance(value, Mapping):
+        number = value.get("multipleOf")
+        if isinstance(number, int | float) and number == number and abs(number) != math.inf:
+            yield number
+    if isinstance(value, Mapping | list):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _multiples(one)
 
 
 class _Words:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from mm_rec.machine.device import apply_precision, select_device, select_precisi
 from mm_rec.model import MMRecModel
 from mm_rec.stages import STAGES
 from mm_rec.storage import checkpoint
+from mm_rec.storage.adapter import merged, read_adapter
 from mm_rec.storage.resume import require_checkpoints
 from mm_rec.storage.run_config import CHECKPOINTS, list_runs, require_configs
 from mm_rec.text.tokenizer import Tokenizer
@@ -56,7 +58,8 @@ class Loaded(NamedTuple):
 def find_checkpoint(path: Path) -> Path:
     """Returns the checkpoint at ``path``: a checkpoint, a run folder (its newest valid one) or a folder of runs.
 
-    In a folder of runs it is the newest valid one of the newest run of the last stage that has completed one.
+    In a folder of runs it is the newest valid one of the newest run of the last stage that has completed one. Each
+    damaged one that is passed over is a warning.
 
     Raises:
         UserError: if there is none, or a later run has lost its checkpoints or its configuration.
@@ -67,15 +70,26 @@ def find_checkpoint(path: Path) -> Path:
         for entry in reversed(list_runs(path, stage)):
             require_configs([entry])
             _, run, config = entry
-            newest = checkpoint.newest_valid(run / CHECKPOINTS) if config is not None else None
+            newest = checkpoint.newest_valid(run / CHECKPOINTS, _warn) if config is not None else None
             if newest is not None:
                 return newest
             if config is not None:
                 require_checkpoints(run, config)
-    return checkpoint.resolve(path)
+    return checkpoint.resolve(path, _warn)
 
 
-def load_model(path: Path, *, device: str = "auto", precision: str = "auto", weights: str = "full") -> Loaded:
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def load_model(
+    path: Path,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    weights: str = "full",
+    adapter: Path | None = None,
+) -> Loaded:
     """Loads the model at ``path``; see :func:`find_checkpoint`.
 
     Args:
@@ -83,18 +97,21 @@ def load_model(path: Path, *, device: str = "auto", precision: str = "auto", wei
         device: as for :func:`mm_rec.machine.device.select_device`.
         precision: type of the matrices, as for :func:`mm_rec.machine.device.select_precision`.
         weights: ``full``, or ``int8`` to round the matrices; see :func:`mm_rec.inference.quantize.quantize_int8`.
+        adapter: folder of a LoRA adapter to add to the weights, as for :func:`mm_rec.storage.adapter.read_adapter`.
 
     Raises:
-        UserError: if there is no valid checkpoint, or no such device, precision or kind of weights.
+        UserError: if there is no valid checkpoint, no such device, precision or kind of weights, or the adapter is
+            not of this model.
     """
     if weights not in WEIGHTS:
         raise UserError(f"there are no weights {weights!r}; use {' or '.join(WEIGHTS)}")
     place = select_device(device)
     found = checkpoint.load(find_checkpoint(path), weights_only=True)
+    values = found.weights if adapter is None else merged(found.weights, read_adapter(adapter), adapter)
     with torch.device("meta"):
         model = MMRecModel(found.config)
     try:
-        model.load_state_dict(found.weights, assign=True)
+        model.load_state_dict(values, assign=True)
     except RuntimeError as error:
         raise UserError(f"the weights in {found.path} are not of the model in its config.json") from error
     apply_precision(model, select_precision(precision, place))

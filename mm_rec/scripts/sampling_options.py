@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from mm_rec.config import WEIGHTS
 
 __all__ = [
+    "ADAPTER_HELP",
     "FLAGS",
     "WEIGHTS_HELP",
+    "add_adapter_argument",
     "add_domain_argument",
     "add_sampling_arguments",
     "add_weights_argument",
     "given_sampling",
 ]
 
+ADAPTER_HELP = "folder of a LoRA adapter to add to the model, as PEFT or `mm-rec finetune --lora` writes it"
 WEIGHTS_HELP = "full, or int8: fewer bytes, so faster on the CPU, at a small loss of quality"
 
 # Defaults are those of Sampling, which is not imported here: it brings PyTorch, and --help should be quick.
@@ -50,6 +54,11 @@ def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
 def add_domain_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--domain``, for ``Loaded.choose_domain``."""
     parser.add_argument("--domain", help="the expert to use, or `all` to fuse them (default: what training reached)")
+
+
+def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--adapter``, for ``load_model``."""
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help=ADAPTER_HELP)
 
 
 def add_weights_argument(parser: argparse.ArgumentParser) -> None:

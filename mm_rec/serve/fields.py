@@ -138,13 +138,14 @@ class _MessageShape:
         }
 
     def _read(self, value: Any) -> Message:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if kind not in (None, "message"):
+            raise unusable(f"of the items of a conversation this server reads messages only, not {kind!r:.80}", "type")
         try:
             message = read_message(value)
         except MessageError as error:
             raise unusable(str(error), *error.path) from None
         self._check_fields(value, {"role", "content", *UNREADABLE}, self._also)
-        if value.get("type") not in (None, "message"):
-            raise unusable("of the items of a conversation this server reads messages only", "type")
         if isinstance(value["content"], list):
             if len(value["content"]) > MAX_MESSAGES:
                 raise unusable(f"a message has {MAX_MESSAGES} parts at most", "content")

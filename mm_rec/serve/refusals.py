@@ -24,25 +24,29 @@ _WORDS = {
     "model_type": "it must be an object",
     "model_attributes_type": "it must be an object",
     "literal_error": "it must be {expected}",
-    "greater_than_equal": "it must be at least {ge}",
-    "less_than_equal": "it must be at most {le}",
-    "too_short": "it must have {min_length} entries or more",
+    "greater_than_equal": "it must be at least {ge:g}",
+    "less_than_equal": "it must be at most {le:g}",
+    "too_short": "it must not be empty",
     "too_long": "it must have {max_length} entries or fewer",
-    "string_too_short": "it must have {min_length} characters or more",
+    "string_too_short": "it must not be empty",
     "string_too_long": "it must have {max_length} characters or fewer",
-    "string_pattern_mismatch": "it must match {pattern}",
     "extra_forbidden": "it is not a parameter of this server; leave it out",
     "unsupported": "{problem}",
     "unusable": "{problem}",
 }
 
-# Of fields that may be of several types, where the fault is in none of them alone.
+# Of fields that take more than one type or have a shape of their own, in place of what is said of one type.
 _WANTED = {
+    "session": "it must be 1 to 64 of a-z, 0-9, - and _, a letter or digit first",
+    "keep_alive": "it must be a number or a string",
     "prompt": "it must be a text, a list of texts, or token ids as one or several lists",
     "stop": "it must be a string or a list of strings",
     "input": "it must be a text or a list of messages",
     "format": "it must be json or a JSON schema",
 }
+
+_OF_SHAPE = ("literal_error", "string_pattern_mismatch")
+_TYPES = ("str", "float", "int", "bool")
 
 Fault = Mapping[str, Any]
 
@@ -87,8 +91,10 @@ def _describe(fault: Fault) -> str:
     path, kind = _path(fault), fault["type"]
     if kind == "extra_forbidden" and not path:
         return "a field has a name that is not a parameter of this server"
+    if kind == "missing" and not path:
+        return "the request has no body; send a JSON object"
     words = _WORDS.get(kind, "this server does not take its value")
-    if kind.endswith("_type") and path and path[-1] in _WANTED:
+    if (kind.endswith("_type") or kind in _OF_SHAPE) and path and path[-1] in _WANTED:
         words = _WANTED[path[-1]]
     said = words.format_map(fault.get("ctx", {}))
     return f"{'.'.join(path)}: {said}" if path else f"the request: {said}"
@@ -97,6 +103,5 @@ def _describe(fault: Fault) -> str:
 def _path(fault: Fault) -> list[str]:
     """``["messages", "0", "role"]`` of a fault in ("body", "messages", 0, "role"), without the names of types."""
     location: Sequence[str | int] = [*fault["loc"][1:], *fault.get("ctx", {}).get("path", ())]
-    return [
-        str(part)[:MAX_NAME] for part in location if isinstance(part, int) or (part.isidentifier() and part != "str")
-    ]
+    shown = (part for part in location if isinstance(part, int) or (part.isidentifier() and part not in _TYPES))
+    return [str(part)[:MAX_NAME] for part in shown]

@@ -29,6 +29,7 @@ from torch import Tensor
 from mm_rec.config import ModelConfig
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS, take_version
+from mm_rec.storage import adapter as adapters
 from mm_rec.storage import files, hf_folder
 from mm_rec.storage.reading import read_file, read_tensors
 from mm_rec.text.tokenizer import Tokenizer
@@ -103,6 +104,7 @@ def save(
     carried: Mapping[str, Tensor],
     trainer: Mapping[str, Any],
     tokenizer: Tokenizer,
+    adapter: Mapping[str, tuple[Tensor, Tensor, float]] | None = None,
 ) -> None:
     """Write the checkpoint ``path``, which must not exist yet.
 
@@ -113,6 +115,7 @@ def save(
         optimizer, carried: named tensors; may be empty.
         trainer: values that JSON can hold.
         tokenizer: that of the model.
+        adapter: of a run that trains adapters, A, B and s of each by parameter name, kept beside the merged weights.
 
     Raises:
         StorageError: if the disk is full, broken or not writable. Nothing is left over, and no earlier
@@ -125,6 +128,16 @@ def save(
         _write_json(folder / "trainer.json", {KEY: VERSIONS["training"], **trainer})
         for name, group in tensors.items():
             write_tensors(folder / f"{name}.safetensors", group)
+        if adapter:
+            _write_adapter(folder / adapters.ADAPTER_FOLDER, adapter)
+
+
+def _write_adapter(folder: Path, adapter: Mapping[str, tuple[Tensor, Tensor, float]]) -> None:
+    """Write what was trained as an adapter of PEFT."""
+    config, tensors = adapters.adapter_files({name: adapters.LowRank(*one) for name, one in adapter.items()})
+    folder.mkdir()
+    _write_json(folder / adapters.CONFIG, config)
+    write_tensors(folder / adapters.WEIGHTS, tensors, like=folder / adapters.CONFIG)
 
 
 def load(path: Path, *, weights_only: bool = False) -> Checkpoint:
@@ -327,8 +340,14 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file without copying what already lies on the CPU in one piece."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], like: Path | None = None) -> None:
+    """Write a safetensors file without copying what already lies on the CPU in one piece.
+
+    Args:
+        path: the file.
+        tensors: what it holds, by name.
+        like: a file whose permissions it gets; ``config.json`` beside it if None.
+    """
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(flat, path, metadata={"format": "pt"})
@@ -338,7 +357,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if code is None:
             raise
         raise OSError(int(code[1]), str(error), str(path)) from error
-    path.chmod((path.parent / "config.json").stat().st_mode)  # the library makes it private
+    path.chmod((like or path.parent / "config.json").stat().st_mode)  # the library makes it private
 
 
 def _read(path: Path, entry: files.Entry) -> Any:

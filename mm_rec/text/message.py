@@ -80,7 +80,7 @@ def read_message(value: Any) -> Message:
     fields = without_nulls(value)
     role = fields.get("role")
     if not isinstance(role, str) or role not in ROLE_NAMES:
-        raise MessageError(f"the role of a message is {role!r:.80}, none of {', '.join(ROLE_NAMES)}", "role")
+        raise MessageError(f"the role of a message is {role!r:.80}; use one of {', '.join(ROLE_NAMES)}", "role")
     for name in UNREADABLE:
         if fields.get(name):
             raise MessageError(f"a message has {name}, and this model reads text only; say it in the content", name)

@@ -42,13 +42,16 @@ def count_parameters(config: ModelConfig) -> int:
         return sum(parameter.numel() for parameter in MMRecModel(config).parameters())
 
 
-def training_bytes(parameters: int, precision: str, *, replicated: bool = False) -> int:
+def training_bytes(parameters: int, precision: str, *, replicated: bool = False, lora: bool = False) -> int:
     """Bytes that weights, gradients and AdamW's state take.
 
     Float32 takes 4 for the weight, 4 for the gradient and 8 for the moments; bfloat16 takes 2, 2 and 8, and
     4 each for the master weight and the widened gradient. Where the model is ``replicated``, whole in each of several
-    processes, the message by which they average gradients takes 4.
+    processes, the message by which they average gradients takes 4. Where ``lora`` adapters are trained, there are the
+    weight, its gradient and in float32 the weight that the adapters change.
     """
+    if lora:
+        return parameters * (8 if precision == "bf16" else 12)
     return parameters * ((20 if precision == "bf16" else 16) + (4 if replicated else 0))
 
 

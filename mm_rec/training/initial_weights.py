@@ -85,8 +85,13 @@ def starting_checkpoint(settings: TrainSettings) -> Path | None:
     """
     before = STAGES[settings.stage].follows
     if settings.init_from is not None:
-        return checkpoint.resolve(settings.init_from)
+        return checkpoint.resolve(settings.init_from, _refuse)
     return _final_checkpoint(settings.checkpoint_dir, before, settings.stage) if before else None
+
+
+def _refuse(passed_over: str) -> None:
+    """Refuse other weights than the newest, from which another run would come out unnoticed."""
+    raise UserError(f"{passed_over}; name the checkpoint to start from with --init_from")
 
 
 def _load_weights(settings: TrainSettings, data: Prepared) -> _Weights | None:

@@ -61,7 +61,7 @@ def estimate_run(trainer: Trainer, gradient_checkpointing: str, available: int) 
         UserError: if the run does not fit into memory.
     """
     plan, model, runtime = trainer.plan, trainer.model, trainer.runtime
-    fixed = model_and_optimizer_bytes(model.config, runtime)
+    fixed = model_and_optimizer_bytes(model.config, runtime, lora=plan.lora_rank is not None)
     activations = measure_activations(model, None if plan.stage.mixed else model.config.experts[0])
     tokens = plan.batch_size // processes.world_size() * plan.seq_len
     plain, checkpointed = (with_margin(fixed, one * tokens) for one in (activations.plain, activations.checkpointed))
@@ -84,12 +84,13 @@ def announce(console: Console, trainer: Trainer, data: Prepared, estimate: RunEs
     steps = plan.last_step - trainer.progress.step
     seconds = estimate.seconds_per_step
     passes = plan.steps * plan.tokens_per_step / total
+    adapters = "" if plan.lora_rank is None else f"; trained are adapters of rank {plan.lora_rank}"
     several = f"{runtime.processes} processes ({runtime.parallel}) of " if runtime.parallel else ""
     checkpointing = ", gradient checkpointing" if trainer.model.gradient_checkpointing else ""
     for line in (
         f"{plan.stage.name}: {plan.stage.summary}",
         f"  model   {estimate.parameters / 1e6:.1f}M parameters: {len(config.experts)} experts of {config.n_layers} "
-        f"blocks, {config.d_model} wide, vocabulary {config.vocab_size:,}",
+        f"blocks, {config.d_model} wide, vocabulary {config.vocab_size:,}{adapters}",
         f"  runs    on {trainer.device}, {runtime.precision}, {several}{runtime.threads} threads, "
         f"{runtime.ops} kernels{checkpointing}",
         f"  data    {', '.join(f'{name} {count:,} tokens' for name, count in tokens.items())}"

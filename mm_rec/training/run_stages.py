@@ -13,6 +13,7 @@ from mm_rec import processes
 from mm_rec.config import ModelConfig
 from mm_rec.data.prepare_recall import add_recall_rows
 from mm_rec.data.prepared import Prepared
+from mm_rec.errors import UserError
 from mm_rec.machine.device import select_device
 from mm_rec.machine.signals import SignalGuard
 from mm_rec.program import say
@@ -130,6 +131,8 @@ def _choose_runtime(
     before = start.checkpoint.trainer["runtime"] if start.checkpoint else {}
     chosen = choose_runtime(settings, device, before)
     runtime = agree_on_runtime(chosen, settings, start.config, available)
+    if runtime.sharded and settings.lora is not None:
+        raise UserError("--lora needs the whole model in each process; use --parallel ddp, or leave --lora out")
     if before and (changes := differences(before, runtime.to_dict())):
         run.event(f"not the same machine or choices as before, so not the same rounding: {'; '.join(changes)}")
     return runtime
@@ -138,7 +141,7 @@ def _choose_runtime(
 def _check_room(plan: Plan, config: ModelConfig, runtime: Runtime, run: Run, available: int) -> None:
     """Refuse what cannot fit before anything is built: the model with its optimizer, and the checkpoints."""
     remedy = "try a smaller --preset" + (", or more processes" if runtime.sharded else "")
-    needed = with_margin(model_and_optimizer_bytes(config, runtime), 0)
+    needed = with_margin(model_and_optimizer_bytes(config, runtime, lora=plan.lora_rank is not None), 0)
     check_memory(needed, available, f"that is the model and its optimizer alone: {remedy}")
     if processes.is_rank_zero():
         saved = len(checkpoint.list_checkpoints(run.checkpoints))

@@ -92,6 +92,13 @@ class TrainSettings:
         str,
         Option("save memory by running blocks twice; auto: if nothing else fits", choices=("auto", "on", "off")),
     ] = "auto"
+    lora: Annotated[
+        int | None,
+        Option("fine-tune thin adapters of this rank in place of all weights; 16 is usual", minimum=1, maximum=LARGEST),
+    ] = None
+    lora_alpha: Annotated[
+        float | None, Option("of the adapters, which count alpha / rank times; twice the rank if not given", minimum=0)
+    ] = None
     fresh: Annotated[bool, Option("start a new run beside an earlier one of the same settings")] = False
     resume_from: Annotated[Path | None, Option("run folder or checkpoint to continue")] = None
     allow_changes: Annotated[bool, Option("accept a --resume_from of other data, settings or machine")] = False

@@ -84,24 +84,33 @@ def socket_of(folder: Path, max_connections: int = 1000, **limits: int) -> Itera
 
 # --- requests -------------------------------------------------------------------------------------------------------
 
-PATHS = ("/v1/completions", "/v1/chat/completions")
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/api/chat", "/api/generate")
 FIELDS = (
     "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "stream", "stop",
     "seed", "logprobs", "top_logprobs", "session", "echo", "user", "stream_options", "presence_penalty", "best_of", "x",
+    "input", "format", "response_format", "options", "tools",
 )  # fmt: skip
 ODD_VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, -(10**30), 0.5, 1e308, -1e308, "", "a", "\0", "\ud800", "tiny",
     "x" * 5000, [], [[]], {}, [None], ["a"], ["\udfff"], [0], [511], [512], [-1], [[1, 2], [3]], {"a": 1},
     [{"role": "user", "content": "hi"}], [{"role": "tool", "content": "hi"}], [{"role": "user", "content": None}],
     [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], [{"role": "<|end|>", "content": "hi"}],
-    [{"role": "user", "content": "hi", "name": "<|assistant|>"}], {"include_usage": True}, float("nan"), float("inf"),
+    [{"role": "user", "content": "hi", "name": "<|assistant|>"}], {"include_usage": True}, {"type": "json_object"},
+    {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, "json", {"type": "integer"}, {"$ref": "#"},
+    {"type": "array", "items": {"$ref": "#"}}, float("nan"), float("inf"),
 )  # fmt: skip
 
 
 def sound_body(rng: random.Random, path: str) -> dict[str, Any]:
     text = rng.choice(["hi", "def f(x):", "ışık 🙂", "<|end|>"])
-    body: dict[str, Any] = {"model": "tiny", "max_tokens": rng.randint(1, 3)}
-    return body | ({"prompt": text} if path == PATHS[0] else {"messages": [{"role": "user", "content": text}]})
+    length, messages = rng.randint(1, 3), [{"role": "user", "content": text}]
+    return {
+        "/v1/completions": {"model": "tiny", "max_tokens": length, "prompt": text},
+        "/v1/chat/completions": {"model": "tiny", "max_tokens": length, "messages": messages},
+        "/v1/responses": {"model": "tiny", "max_output_tokens": length, "input": rng.choice([text, messages])},
+        "/api/chat": {"model": "tiny", "options": {"num_predict": length}, "messages": messages},
+        "/api/generate": {"model": "tiny", "options": {"num_predict": length}, "prompt": text},
+    }[path]
 
 
 def random_request(rng: random.Random) -> tuple[str, bytes, dict[str, str]]:
@@ -138,7 +147,7 @@ def check_reply(status: int, headers: Mapping[str, str], text: str, context: obj
     assert status < 500 or (status == 503 and "retry-after" in headers), (context, status, text[:500])
     if status >= 400:
         error = json.loads(text)["error"]
-        assert error["message"], context
+        assert error["message"] if isinstance(error, dict) else error, context
         assert "Traceback" not in text, context
 
 

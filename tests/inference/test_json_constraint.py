@@ -26,9 +26,11 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "type": "object",
         "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "maximum": 130}},
         "required": ["name", "age"],
+        "description": "A person. " * 500,
         "additionalProperties": False,
     },
     "choice": {"enum": ["ışık", "漢字", "<|end|>", 3, None]},
+    "multiple": {"type": "number", "multipleOf": 0.05, "minimum": 1, "maximum": 9},
     "list": {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3},
     "pattern": {"type": "string", "pattern": "^[A-F]{2}-[0-9]{3}$"},
     "nested": {
@@ -134,7 +136,23 @@ def test_texts_share_a_constraint_and_not_its_progress(tokenizer: Tokenizer, mod
         ({"type": "string", "pattern": "(?!x)"}, "can't be followed .*look-around"),
         ({"$ref": "http://example.org/schema"}, "can't be followed .*example.org"),
         ({"const": "\ud800"}, "no JSON schema"),
-        ({"type": "array", "prefixItems": [{}] * 100_000}, "can't be followed .*too large"),
+        (
+            {"allOf": [{"anyOf": [{"required": [f"{i}{j}"]} for j in range(6)]} for i in range(8)]},
+            "can't be followed .*large",
+        ),
+        ({"type": "integer", "multipleOf": 7919 * 7907}, "smaller ones in multipleOf"),
+        ({"type": "integer", "multipleOf": 10**400}, "smaller ones in multipleOf"),
+        (
+            {"allOf": [{"type": "integer", "multipleOf": n} for n in (7, 11, 13, 17, 19, 23)]},
+            "smaller ones in multipleOf",
+        ),
+        ({"type": "number", "allOf": [{"multipleOf": 1e-9}, {"multipleOf": 5}]}, "smaller ones in multipleOf"),
+        ({"type": "number", "multipleOf": 1e-300}, "smaller ones in multipleOf"),
+        ({"type": "integer", "multipleOf": 0}, "can't be followed"),
+        ({"const": {"description": "x " * 2000}}, "may have 1000 characters, and 'x x"),
+        ({"type": "string", "pattern": "(ab|cd)?" * 2000}, "may have 1000 characters"),
+        ({"properties": {"x" * 2000: {"type": "string"}}}, "may have 1000 characters"),
+        ({"enum": ["word " * 100] * 1000}, "a JSON schema may have 100000 characters"),
     ],
 )
 def test_a_schema_that_cannot_be_followed_is_refused(

@@ -131,7 +131,7 @@ def test_asking_for_nothing_loads_the_model(ollama_client: ollama.Client) -> Non
         ({"options": {"temperature": -1}}, 400, "options.temperature: it must be at least 0"),
         ({"options": {"mirostat": 2}}, 400, "options.mirostat: tokens aren't drawn in this way here"),
         ({"options": {"seedling": 2}}, 400, "options.seedling: it is not a parameter"),
-        ({"messages": [{"role": "tool", "content": "3"}]}, 400, "none of system"),
+        ({"messages": [{"role": "tool", "content": "3"}]}, 400, "use one of system"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

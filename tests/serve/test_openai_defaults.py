@@ -148,6 +148,29 @@ def test_what_is_not_supported_says_what_to_do(
     assert error["message"].startswith(f"{param}: ")
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "message"),
+    [
+        ("completions", {"prompt": 5}, "prompt: it must be a text, a list of texts, or token ids"),
+        ("completions", {"prompt": []}, "prompt: it must not be empty"),
+        ("completions", {"prompt": "a", "stop": 5}, "stop: it must be a string or a list of strings"),
+        ("completions", {"prompt": "a", "n": True}, "n: it must be a whole number"),
+        ("completions", {"prompt": "a", "temperature": 3}, "temperature: it must be at most 2"),
+        ("completions", {}, "prompt: it is missing"),
+        ("completions", {"prompt": "a", "foo": 1}, "foo: it is not a parameter of this server; leave it out"),
+        ("chat/completions", {"messages": ["hi"]}, "messages.0: a message is not an object with role and content"),
+        ("chat/completions", {"messages": [HI], "session": "A b"}, "session: it must be 1 to 64 of a-z, 0-9, - and _"),
+        ("responses", {"input": 5}, "input: it must be a text or a list of messages"),
+        ("responses", {"input": [{"type": "reasoning", "id": "r"}]}, "input.0.type: of the items of a conversation"),
+        ("../api/chat", {"format": 5}, "format: it must be json or a JSON schema"),
+        ("../api/chat", {"keep_alive": []}, "keep_alive: it must be a number or a string"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_one_way(client: TestClient, path: str, fields: dict[str, Any], message: str) -> None:
+    error = client.post(f"/v1/{path}", json={"model": "tiny", **fields}).json()["error"]
+    assert (error["message"] if isinstance(error, dict) else error).startswith(message)
+
+
 def test_an_image_is_refused_in_words(openai_client: openai.OpenAI) -> None:
     image = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
     content = [{"type": "text", "text": "What's in this image?"}, image]

@@ -26,6 +26,8 @@ from mm_rec.storage.resume import cut_back, find_newest, open_run, rewind
 from mm_rec.storage.run_config import differences, plain, read_config, write_config
 from mm_rec.storage.run_folder import RunFolder
 from mm_rec.text.tokenizer import Tokenizer, train_tokenizer
+from mm_rec.training.initial_weights import starting_checkpoint
+from mm_rec.training.settings import TrainSettings
 
 CONFIG = ModelConfig.preset("tiny", vocab_size=320, d_model=8, n_layers=1, d_ff=16)
 IDENTITY = {"model": CONFIG.to_dict(), "lr": 1e-5, "batch_size": 2, "data_sha256": "1e10", "betas": (0.9, 0.95)}
@@ -530,3 +532,14 @@ def test_a_lock_file_that_is_removed_makes_no_second_owner(tmp_path: Path) -> No
             open_small(tmp_path)
         run.log_loss(1, 1.0)
     open_small(tmp_path).release()
+
+
+def test_a_damaged_newest_checkpoint_is_not_passed_over_in_silence(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with open_small(tmp_path) as run:
+        train(run, tokenizer, until=10)
+    (run.checkpoints / "step_000010" / "model.safetensors").write_bytes(b"")
+    for path in (tmp_path, run.path):
+        with pytest.warns(UserWarning, match=r"passed over a checkpoint: .*step_000010/model\.safetensors is damaged"):
+            assert find_checkpoint(path).name == "step_000005"
+    with pytest.raises(UserError, match=r"step_000010/model\.safetensors is damaged.*; name the checkpoint to start"):
+        starting_checkpoint(TrainSettings(stage="stage2", init_from=run.path))

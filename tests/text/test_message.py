@@ -31,7 +31,7 @@ REFUSED = [
     (None, (), "not an object"),
     ({"content": "Hello"}, ("role",), "role of a message is None"),
     ({"role": None, "content": "Hello"}, ("role",), "role of a message is None"),
-    ({"role": "tool", "content": "3"}, ("role",), "'tool', none of system"),
+    ({"role": "tool", "content": "3"}, ("role",), "'tool'; use one of system"),
     ({"role": ["user"], "content": "3"}, ("role",), "role of a message"),
     ({"role": "user"}, ("content",), "no content"),
     ({"role": "user", "content": None}, ("content",), "no content"),
