@@ -109,6 +109,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     options.distances = DISTANCES[device] if options.distances is None else options.distances
     options.trials = options.trials or TRIALS[device]
     measured = Measurements(_facts(loaded, domain))
+    print(f"state: {measured.model['state']}")
     documents = {
         name: _read_documents(path, loaded, options.max_bytes, options.skip_bad) for name, path in options.documents
     }
