@@ -119,7 +119,7 @@ def _message(value: Any) -> Message:
         raise ValueError("a message is not an object")
     role, content = (value.get(new, value.get(old)) for new, old in (("role", "from"), ("content", "value")))
     if not isinstance(role, str) or role not in _ROLES:
-        raise ValueError(f"the role of a message is {role!r}, none of {', '.join(_ROLES)}")
+        raise ValueError(f"the role of a message is {role!r:.80}, none of {', '.join(_ROLES)}")
     if isinstance(content, list):
         content = "".join(_part(part) for part in content)
     return Message(_ROLES[role], _text(content, "content of a message"))

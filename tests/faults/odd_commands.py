@@ -21,8 +21,8 @@ MORE_BYTES = 8 << 30
 
 # What the commands import late, so that no trial has to.
 IMPORTED = (
-    bench_command, chat_session, doctor_command, eval_command, export, export_command, finetune, loading, prepare, report,
-    run_stages, serve_command, tokenizer_command,
+    bench_command, chat_session, doctor_command, eval_command, export, export_command, finetune, loading, prepare,
+    report, run_stages, serve_command, tokenizer_command,
 )  # fmt: skip
 
 
