@@ -77,7 +77,8 @@ def odd_file(rng: random.Random, folder: Path) -> list[str]:
     ]  # fmt: skip
     path = folder / "settings.yaml"
     path.write_text(rng.choice(contents))
-    return ["train", "--use_synthetic", "--max_samples", "10", "--config", str(path)]
+    small = [part for name, value in TRAIN.items() if value is not True for part in (f"--{name}", str(value))]
+    return ["train", "--use_synthetic", *small, "--config", str(path)]
 
 
 def odd_place(rng: random.Random, folder: Path) -> list[str]:
