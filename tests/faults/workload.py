@@ -32,6 +32,7 @@ MODULES = {
     "pickle_workloads": (18,),
     "connection_workloads": (23,),
     "forged_session_workloads": (24,),
+    "bomb_workloads": (25,),
     "stranger_workloads": (26,),
     "setting_workloads": (27,),
 }
