@@ -129,7 +129,7 @@ def plain(rng: random.Random, folder: Path) -> list[str]:
 
 
 @workload(27, "commands with output closed, full or in another encoding, few descriptors, absurd settings and names",
-          unit="commands", quick=16, soak=600, idle=["it ran"])  # fmt: skip
+          unit="commands", quick=12, soak=300, idle=["it ran"])  # fmt: skip
 def odd_commands(folder: Path) -> Iterator[Trial]:
     supervisor = Supervisor(folder)
     weights = MMRecModel(CONFIG, seed=3).state_dict()
