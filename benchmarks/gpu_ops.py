@@ -224,18 +224,23 @@ def measure(only: list[str]) -> dict[str, Any]:
     return {"copy GB/s": copy / 1e9, "matrix TFLOP/s": matrix_rate() / 1e12, "rows": table}
 
 
+def commit_of(given: str | None) -> str | None:
+    """The commit of the code measured: as given, else as git knows it."""
+    if given is not None:
+        return given
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
 def machine(commit: str | None) -> dict[str, Any]:
     """What the numbers were measured on."""
-    if commit is None:
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        commit = found.stdout.strip() or None
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "library": str(ops.status()["cuda"].level),
-        "commit": commit,
+        "commit": commit_of(commit),
     }
 
 

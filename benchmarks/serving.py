@@ -40,8 +40,9 @@ from mm_rec.data.download.builtin import builtin_code, builtin_text
 from mm_rec.inference.session_file import fingerprint
 from mm_rec.machine.device import apply_precision, select_precision
 from mm_rec.model import MMRecModel
-from mm_rec.serve.app import Service, create_app
+from mm_rec.serve.app import create_app
 from mm_rec.serve.engine import Engine
+from mm_rec.serve.service import Service
 from mm_rec.serve.sessions import SessionStore
 from mm_rec.text.tokenizer import train_tokenizer
 

@@ -29,6 +29,8 @@ VERSIONS = {
     # names the folder, so that one of another number is not opened but made anew beside it
     "documents": 3,
     "conversations": 1,
+    # the same of a folder of rows that train recall
+    "recall rows": 1,
     # one split of prepared data; written in index.json
     "token store": 1,
     # manifest.json of a written folder, where another number counts as damage, and of downloaded data

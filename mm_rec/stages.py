@@ -41,6 +41,8 @@ class Stage:
         follows: the stage whose final weights this one starts from.
         cpu, gpu: default sizes.
         conversations: the data are conversations, in which only answers count, and all experts learn from them.
+        recall_share: part of the tokens that are rows made to train recall, if the user does not say; these need
+            documents in order.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Stage:
     cpu: Sizes
     gpu: Sizes
     conversations: bool = False
+    recall_share: float = 0.0
 
     def sizes(self, device_type: str) -> Sizes:
         """The defaults for a ``torch.device`` type."""
@@ -86,6 +89,7 @@ STAGES: dict[str, Stage] = {
             follows="stage1",
             cpu=Sizes(batch_size=2, seq_len=512, steps=250, checkpoint_interval=50),
             gpu=Sizes(batch_size=4, seq_len=8192, steps=5000, checkpoint_interval=100),
+            recall_share=0.05,
         ),
         Stage(
             name="stage3",

@@ -14,9 +14,9 @@ What a caller gets wrong is a :class:`mm_rec.errors.UserError`, a ValueError or 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -108,24 +108,39 @@ class Model:
         """The names of the experts."""
         return self.module.config.experts
 
-    def generate(self, prompt: str, *, domain: str | None = None, **sampling: Unpack[SamplingOptions]) -> str:
+    def generate(
+        self,
+        prompt: str,
+        *,
+        domain: str | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> str:
         """Continues ``prompt`` and returns the new text, without the prompt.
 
         Args:
             prompt: text to continue, a new document from its start; may be empty.
             domain: see :class:`Model`.
+            json_schema: let the text be JSON that follows this schema; needs ``mm-rec[json]``.
             **sampling: see :class:`Model`.
 
         Raises:
-            UserError: for an unknown domain or a setting out of its range.
+            UserError: for an unknown domain, a setting out of its range, or a schema that can't be followed.
 
         Example::
 
             text = model.generate("The ", max_new_tokens=50, temperature=0.7, stop=".")
         """
-        return "".join(self.stream(prompt, domain=domain, **sampling))
+        return "".join(self.stream(prompt, domain=domain, json_schema=json_schema, **sampling))
 
-    def stream(self, prompt: str, *, domain: str | None = None, **sampling: Unpack[SamplingOptions]) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: str,
+        *,
+        domain: str | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[str]:
         """Continues ``prompt`` as :meth:`generate` does and yields the text in pieces, never a part of a character.
 
         Example::
@@ -134,18 +149,28 @@ class Model:
                 print(piece, end="", flush=True)
         """
         settings = Sampling.from_options(sampling)
-        return generate(self.module, self.tokenizer, prompt, settings, self._loaded.choose_domain(domain))
+        chosen = self._loaded.choose_domain(domain)
+        return generate(self.module, self.tokenizer, prompt, settings, chosen, json_schema)
 
-    def chat(self, *, system: str = "", domain: str | None = None, **sampling: Unpack[SamplingOptions]) -> ChatSession:
+    def chat(
+        self,
+        *,
+        system: str = "",
+        messages: Iterable[Mapping[str, Any]] = (),
+        domain: str | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> ChatSession:
         """Starts a conversation.
 
         Args:
             system: the system prompt; empty for none.
+            messages: what was said before, as in OpenAI's requests: objects with role and content.
             domain: see :class:`Model`.
             **sampling: see :class:`Model`.
 
         Raises:
             UserError: for an unknown domain or a setting out of its range.
+            ValueError: if one of ``messages`` is no message.
 
         Example::
 
@@ -157,7 +182,9 @@ class Model:
         """
         settings = Sampling.from_options(sampling)
         chosen = self._loaded.choose_domain(domain)
-        return ChatSession.start(self.module, self.tokenizer, sampling=settings, domain=chosen, system=system)
+        return ChatSession.start(
+            self.module, self.tokenizer, sampling=settings, domain=chosen, system=system, messages=messages
+        )
 
     def resume_chat(self, path: str | os.PathLike[str], **sampling: Unpack[SamplingOptions]) -> ChatSession:
         """Continues the conversation saved in ``path``, bitwise as if it had never stopped.

@@ -34,10 +34,14 @@ class ModernGPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) token ids to (B, T, V) logits."""
+        return F.linear(self.features(tokens), self.embedding.weight)
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """(B, T) token ids to what the output head reads, (B, T, D)."""
         x = _norm(self.embedding(tokens))
         for block in self.blocks:
             x = block(x)
-        return F.linear(_norm(x), self.embedding.weight)
+        return _norm(x)
 
 
 class _GPTBlock(nn.Module):

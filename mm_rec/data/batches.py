@@ -70,6 +70,7 @@ class Batches:
         layout: Literal["windows", "lanes"],
         mixed: bool = False,
         document_limit: int | None = None,
+        more: Mapping[str, TokenStore] | None = None,
     ) -> None:
         """Lay out ``stores``.
 
@@ -83,6 +84,7 @@ class Batches:
                 if True, rows draw from all domains at once.
             document_limit: with ``lanes``, documents are cut into pieces of at most so many tokens, each of which
                 starts with an empty state.
+            more: further documents of some of the domains, which are never cut.
 
         Raises:
             ValueError: for a size below 1, no store, an unknown layout or a ``document_limit`` without lanes.
@@ -97,12 +99,14 @@ class Batches:
         self._domains: list[str | None] = [None] if mixed else [*domains]
         self._streams: list[_Windows | _Lanes] = []
         for domain in self._domains:
-            tokens = _Tokens([stores[name] for name in domains if domain in (None, name)])
+            names = [name for name in domains if domain in (None, name)]
+            whole = [more[name] for name in names if name in more] if more else []
+            tokens = _Tokens([*(stores[name] for name in names), *whole])
             order = _Order(seed, domain or "mixed")
             self._streams.append(
                 _Windows(tokens, order, batch_size, seq_len)
                 if layout == "windows"
-                else _Lanes(tokens, order, batch_size, seq_len, document_limit)
+                else _Lanes(tokens, order, batch_size, seq_len, _limits(tokens, whole, document_limit))
             )
         self._shares = [stream.tokens.total for stream in self._streams]
 
@@ -269,14 +273,12 @@ class _Lanes:
     with a reset there. Where a lane is at its end the row is filled with weight 0.
     """
 
-    def __init__(
-        self, tokens: _Tokens, order: _Order, batch_size: int, seq_len: int, document_limit: int | None
-    ) -> None:
+    def __init__(self, tokens: _Tokens, order: _Order, batch_size: int, seq_len: int, limits: Ints | None) -> None:
         self.tokens = tokens
         self._seq_len = seq_len
         self._edges = np.arange(batch_size + 1) * tokens.total // batch_size
         self.batches_per_epoch = -(-int(np.diff(self._edges).max()) // seq_len)
-        self._starts, self._lengths = _pieces(tokens.offsets, document_limit)
+        self._starts, self._lengths = _pieces(tokens.offsets, limits)
         self._order = order
         self._epoch = lru_cache(maxsize=2)(self._lay_out)
 
@@ -299,17 +301,28 @@ class _Lanes:
         return _Places(starts[piece] + position - begins[piece], reset, real)
 
 
-def _pieces(offsets: Ints, limit: int | None) -> tuple[Ints, Ints]:
-    """Start and length of the pieces of at most ``limit`` tokens that documents are cut into.
+def _limits(tokens: _Tokens, whole: list[TokenStore], limit: int | None) -> Ints | None:
+    """The most tokens of a piece of each document; those of the stores ``whole``, the last ones, stay whole."""
+    if limit is None:
+        return None
+    limits = np.full(len(tokens.offsets) - 1, limit)
+    count = sum(store.n_documents for store in whole)
+    limits[len(limits) - count :] = tokens.total
+    return limits
 
-    >>> _pieces(np.array([0, 5, 7]), 2)
-    (array([0, 2, 4, 5]), array([2, 2, 1, 2]))
+
+def _pieces(offsets: Ints, limits: Ints | None) -> tuple[Ints, Ints]:
+    """Start and length of the pieces, of at most so many tokens each, that documents are cut into.
+
+    >>> _pieces(np.array([0, 5, 7, 11]), np.array([2, 2, 9]))
+    (array([0, 2, 4, 5, 7]), array([2, 2, 1, 2, 4]))
     """
     lengths = np.diff(offsets)
-    if limit is None:
+    if limits is None:
         return offsets[:-1], lengths
-    count = -(-lengths // limit)
+    count = -(-lengths // limits)
     first = np.cumsum(count) - count
-    within = np.arange(int(count.sum())) - np.repeat(first, count)
-    starts = np.repeat(offsets[:-1], count) + within * limit
-    return starts, np.minimum(np.repeat(offsets[1:], count) - starts, limit)
+    limits = np.repeat(limits, count)
+    within = (np.arange(int(count.sum())) - np.repeat(first, count)) * limits
+    starts = np.repeat(offsets[:-1], count) + within
+    return starts, np.minimum(np.repeat(offsets[1:], count) - starts, limits)

@@ -3,9 +3,15 @@
 | format            | a row                                                                              |
 |-------------------|------------------------------------------------------------------------------------|
 | Alpaca            | ``{"instruction": ..., "input": ..., "output": ...}``, also with ``system``, ``history`` |
+| Dolly             | ``{"instruction": ..., "context": ..., "response": ...}``, the same                |
+| prompt/completion | ``{"prompt": ..., "completion": ...}``, the same; both strings or lists of messages |
 | ShareGPT          | ``{"conversations": [{"from": "human", "value": ...}, ...]}``, also with ``system``  |
 | OpenAI messages   | ``{"messages": [{"role": "user", "content": ...}, ...]}``, or the list alone         |
-| prompt/completion | ``{"prompt": ..., "completion": ...}``, both strings or both lists of messages       |
+
+The first three are one format, in which a question is called ``instruction``, ``prompt`` or ``question``, its details
+``input`` or ``context``, and the answer ``output``, ``completion``, ``response`` or ``answer``. What a message is,
+``mm_rec/text/message.py`` says. A field that is null counts as one that isn't there, so a table may hold rows of
+several formats side by side.
 
 Files are JSONL (plain or compressed), Parquet, or JSON with a list of rows. Formats may be mixed.
 """
@@ -22,22 +28,19 @@ from mm_rec.data.files import SUFFIXES, BadRows, Row, find_files, read_rows
 from mm_rec.data.manifest import MANIFEST
 from mm_rec.data.pack import Document
 from mm_rec.errors import UserError
-from mm_rec.text.conversation import Message, encode_conversation
+from mm_rec.text.conversation import encode_conversation
+from mm_rec.text.message import Message, read_message, without_nulls
 from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = ["encode_document", "find_conversations", "parse_conversation", "read_conversations"]
 
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-}
-_FORMATS = "messages, conversations, instruction and output, or prompt and completion"
+MAX_LIST_BYTES = 512_000_000
+"""A list in one JSON file is read whole, and takes several times as much memory as the file."""
+
+_QUESTIONS = ("instruction", "prompt", "question")
+_DETAILS = ("input", "context")
+_ANSWERS = ("output", "completion", "response", "answer")
+_FORMATS = "messages, conversations, instruction and output or response, or prompt and completion"
 
 
 def find_conversations(path: Path) -> list[Path]:
@@ -74,18 +77,10 @@ def parse_conversation(value: Any) -> list[Message]:
     """
     if isinstance(value, list):
         messages = _messages(value)
-    elif not isinstance(value, dict):
-        raise ValueError("a conversation is an object or a list of messages")
-    elif "messages" in value:
-        messages = _messages(value["messages"])
-    elif "conversations" in value:
-        messages = [*_system(value), *_messages(value["conversations"])]
-    elif "instruction" in value and "output" in value:
-        messages = _alpaca(value)
-    elif "prompt" in value and "completion" in value:
-        messages = _turn(value["prompt"], "user", "prompt") + _turn(value["completion"], "assistant", "completion")
+    elif isinstance(value, dict):
+        messages = _row(without_nulls(value))
     else:
-        raise ValueError(f"the object is no conversation: it has neither {_FORMATS}")
+        raise ValueError("a conversation is an object or a list of messages")
     answers = [message.content for message in messages if message.role == "assistant"]
     if not answers:
         raise ValueError("there is no answer of an assistant to learn from")
@@ -104,6 +99,18 @@ def encode_document(tokenizer: Tokenizer, messages: list[Message]) -> Document:
     return Document(ids, n_bytes, mask)
 
 
+def _row(fields: dict[str, Any]) -> list[Message]:
+    if "messages" in fields:
+        return _messages(fields["messages"])
+    if "conversations" in fields:
+        return [*_system(fields), *_messages(fields["conversations"])]
+    question, answer = (next((name for name in names if name in fields), None) for names in (_QUESTIONS, _ANSWERS))
+    if question is None or answer is None:
+        raise ValueError(f"the object is no conversation: it has neither {_FORMATS}")
+    before = [*_system(fields), *_history(fields)]
+    return [*before, *_question(fields, question), *_turn(fields[answer], "assistant", answer)]
+
+
 def _messages(value: Any) -> list[Message]:
     if not isinstance(value, list):
         raise ValueError("the messages are not a list")
@@ -111,34 +118,30 @@ def _messages(value: Any) -> list[Message]:
 
 
 def _message(value: Any) -> Message:
-    """A message in OpenAI's form (role, content) or ShareGPT's (from, value)."""
-    if not isinstance(value, dict):
-        raise ValueError("a message is not an object")
-    role, content = (value.get(new, value.get(old)) for new, old in (("role", "from"), ("content", "value")))
-    if not isinstance(role, str) or role not in _ROLES:
-        raise ValueError(f"the role of a message is {role!r}, none of {', '.join(_ROLES)}")
-    if isinstance(content, list):
-        content = "".join(_part(part) for part in content)
-    return Message(_ROLES[role], _text(content, "content of a message"))
+    """Returns a message in OpenAI's form (role, content) or ShareGPT's (from, value)."""
+    if isinstance(value, dict):
+        fields = without_nulls(value)
+        value = {"role": fields.get("from"), "content": fields.get("value"), **fields}
+    message = read_message(value)
+    return Message(message.role, _text(message.content, "content of a message"))
 
 
-def _part(value: Any) -> str:
-    """The text of a part of a message that consists of several."""
-    if not isinstance(value, dict) or value.get("type") != "text":
-        raise ValueError("a message has a part that is not text")
-    return _text(value.get("text"), "text of a message's part")
-
-
-def _alpaca(value: dict[str, Any]) -> list[Message]:
-    messages = _system(value)
-    history = value.get("history") or []
+def _history(fields: dict[str, Any]) -> list[Message]:
+    history = fields.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise ValueError("history is not a list of pairs of a question and an answer")
-    for question, answer in history:
-        messages += _turn(question, "user", "history") + _turn(answer, "assistant", "history")
-    instruction, details = _text(value["instruction"], "instruction"), _text(value.get("input") or "", "input")
-    question = f"{instruction}\n\n{details}" if instruction and details else instruction + details
-    return [*messages, *_turn(question, "user", "instruction"), *_turn(value["output"], "assistant", "output")]
+    roles = ("user", "assistant")
+    return [
+        one for turn in history for role, text in zip(roles, turn, strict=True) for one in _turn(text, role, "history")
+    ]
+
+
+def _question(fields: dict[str, Any], name: str) -> list[Message]:
+    if isinstance(fields[name], list):
+        return _messages(fields[name])
+    question = _text(fields[name], name)
+    details = next((_text(fields[one], one) for one in _DETAILS if fields.get(one)), "")
+    return [Message("user", f"{question}\n\n{details}" if question and details else question + details)]
 
 
 def _system(value: dict[str, Any]) -> list[Message]:
@@ -165,6 +168,11 @@ def _text(value: Any, name: str) -> str:
 def _read_json(path: Path, bad: BadRows) -> Iterator[Row]:
     """The values in the list of a JSON file; a file that does not begin with a list is read as JSONL."""
     try:
+        if path.stat().st_size > MAX_LIST_BYTES:
+            raise UserError(
+                f"{path} has more than {MAX_LIST_BYTES // 1_000_000} MB and would be read into memory whole; "
+                "write it as .jsonl, a row a line"
+            )
         content = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from mm_rec.data.unpacking import UnpackingError, UnpackingLimit, parquet_columns, parquet_rows
 from mm_rec.errors import UserError
 
 __all__ = ["MAX_ROW_BYTES", "SUFFIXES", "TEXT_FIELDS", "BadRows", "Row", "find_files", "read_rows", "read_texts"]
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet")
+COMPRESSED = (".jsonl.gz", ".jsonl.zst", ".jsonl.xz")
+SUFFIXES = (".txt", ".jsonl", *COMPRESSED, ".parquet")
 TEXT_FIELDS = ("text", "content", "code")
 
 MAX_ROW_BYTES = 64_000_000
@@ -103,7 +104,7 @@ def read_texts(path: Path, bad: BadRows) -> Iterator[str]:
 def read_rows(path: Path, bad: BadRows, fields: Sequence[str] = ()) -> Iterator[Row]:
     """The values of a JSONL or Parquet file: any JSON value a line, or a dict a row.
 
-    Of a Parquet file only the first of ``fields`` that it has is read, or all columns if it has none of them.
+    Of a Parquet file only those of ``fields`` that it has are read, or all columns if it has none of them.
     """
     if _suffix(path) == ".parquet":
         yield from _read_parquet(path, bad, fields)
@@ -127,12 +128,17 @@ def _read_lines(path: Path, bad: BadRows) -> Iterator[tuple[int, str]]:
     """The lines of a file, numbered from 1, with line ends as in Unix and without the mark that may start UTF-8."""
     line = 0
     try:
+        limit = UnpackingLimit(path) if _suffix(path) in COMPRESSED else None
         with _open(path) as file:
             while content := file.readline(MAX_ROW_BYTES):
                 line += 1
+                if limit is not None:
+                    limit.take(len(content))
                 if len(content) == MAX_ROW_BYTES and not content.endswith(b"\n"):
                     while content and not content.endswith(b"\n"):
                         content = file.readline(MAX_ROW_BYTES)
+                        if limit is not None:
+                            limit.take(len(content))
                     bad.report(path, line, f"the line is longer than {MAX_ROW_BYTES // 1_000_000} MB")
                     continue
                 if line == 1:
@@ -145,6 +151,8 @@ def _read_lines(path: Path, bad: BadRows) -> Iterator[tuple[int, str]]:
                     bad.report(path, line, f"not UTF-8: {error.reason} at byte {error.start} of the line")
                     continue
                 yield line, text
+    except UnpackingError as error:
+        bad.report(path, line, str(error))
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         bad.report(path, line + 1, f"the file breaks off or is damaged ({error}), so fetch it again")
 
@@ -185,12 +193,12 @@ def _read_plain(path: Path, bad: BadRows) -> Iterator[str]:
 def _read_parquet(path: Path, bad: BadRows, fields: Sequence[str]) -> Iterator[Row]:
     line = 0
     try:
-        with pq.ParquetFile(path) as file:
-            columns = [name for name in fields if name in file.schema_arrow.names][:1] or None
-            for batch in file.iter_batches(batch_size=1000, columns=columns):
-                for value in batch.to_pylist():
-                    line += 1
-                    yield Row(path, line, value)
+        names = parquet_columns(path)
+        for value in parquet_rows(path, [name for name in fields if name in names] or None):
+            line += 1
+            yield Row(path, line, value)
+    except UnpackingError as error:
+        bad.report(path, line + 1, str(error))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         bad.report(path, line + 1, f"the file breaks off or is damaged ({' '.join(str(error).split())})")
 

@@ -11,7 +11,7 @@ from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS, is_current
 from mm_rec.storage.files import write_atomic
 
-__all__ = ["MANIFEST", "check_files", "read_manifest", "record_file"]
+__all__ = ["MANIFEST", "check_files", "read_manifest", "record_file", "require_unchanged"]
 
 MANIFEST = "manifest.json"
 
@@ -62,3 +62,14 @@ def check_files(data_dir: Path, files: list[Path]) -> dict[str, str]:
                 "delete it and download it again, or, if you changed it on purpose, give it another name"
             )
     return found
+
+
+def require_unchanged(data_dir: Path, files: list[Path], before: dict[str, str]) -> None:
+    """Raise UserError if a file is not what it was when :func:`check_files` returned ``before``.
+
+    To be called after the files were read for what is kept under the name of their hashes.
+    """
+    now = check_files(data_dir, files)
+    for name, sha256 in before.items():
+        if now[name] != sha256:
+            raise UserError(f"{data_dir / name} was changed while it was read; run the same command again")

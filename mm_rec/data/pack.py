@@ -1,4 +1,4 @@
-"""Token stores: the documents of one domain and split as one flat array on disk, read through a memory map.
+"""Token stores: the documents of one domain and split as one flat array on disk, checked at every read.
 
 A store is a folder:
 
@@ -12,8 +12,9 @@ A store is a folder:
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +22,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mm_rec.data.blocks import BlockArray
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS, check_version
+from mm_rec.storage.files import DamageError
 
-__all__ = ["Document", "TokenStore", "file_sha256", "write_store"]
+__all__ = ["STORE_FILES", "Document", "TokenStore", "file_sha256", "write_store"]
+
+STORE_FILES = ("tokens.bin", "loss_mask.bin", "offsets.npy", "n_bytes.npy")
+"""Names of the files that the index of a store describes."""
 
 
 class Document(NamedTuple):
@@ -43,11 +49,11 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenStore:
-    """An open store. The arrays are read-only; ``tokens`` and ``loss_mask`` are memory-mapped.
+    """An open store. ``offsets`` and ``n_bytes`` are in memory, ``tokens`` and ``loss_mask`` are read in blocks.
 
     Attributes:
         path: the folder.
-        tokens: (N,) uint16 or uint32.
+        tokens: (N,) uint16 or uint32; see :class:`mm_rec.data.blocks.BlockArray`.
         offsets: (documents + 1,) int64.
         n_bytes: (documents,) int64.
         loss_mask: (N,) uint8, or None.
@@ -55,10 +61,10 @@ class TokenStore:
     """
 
     path: Path
-    tokens: NDArray[Any]
+    tokens: BlockArray
     offsets: NDArray[np.int64]
     n_bytes: NDArray[np.int64]
-    loss_mask: NDArray[np.uint8] | None
+    loss_mask: BlockArray | None
     sha256: str
 
     @property
@@ -80,32 +86,38 @@ class TokenStore:
         return None if self.loss_mask is None else self.loss_mask[self.offsets[index] : self.offsets[index + 1]]
 
     @classmethod
-    def open(cls, path: Path, *, verify: bool = False) -> TokenStore:
-        """Open the store in folder ``path``.
+    def open(cls, path: Path, *, vocab_size: int | None = None) -> TokenStore:
+        """Open the store in folder ``path`` and compare all of it with the sizes and SHA-256 in its index.
 
-        Sizes are checked always, SHA-256 of the contents with ``verify``. Raises UserError if anything is missing
-        or differs.
+        Args:
+            path: the folder.
+            vocab_size: what all token ids have to be below; None if that is not known.
+
+        Raises:
+            UserError: naming the file that is missing or differs.
         """
         path = Path(path)
         index_bytes = _read(path / "index.json", path)
         try:
             index = json.loads(index_bytes)
             check_version("token store", index[KEY], path)
-            for name, entry in index["files"].items():
-                if (path / name).stat().st_size != entry["bytes"]:
-                    raise _broken(path, f"{name} does not have the {entry['bytes']} bytes that its index states")
-                if verify and file_sha256(path / name) != entry["sha256"]:
-                    raise _broken(path, f"{name} does not match its SHA-256")
+            entries = index["files"]
             if index["dtype"] not in ("uint16", "uint32"):
-                raise _broken(path, f"its tokens are of type {index['dtype']}")
-            offsets = np.load(path / "offsets.npy", allow_pickle=False)
-            n_bytes = np.load(path / "n_bytes.npy", allow_pickle=False)
-            tokens = np.memmap(path / "tokens.bin", dtype=np.dtype(index["dtype"]).newbyteorder("<"), mode="r")
-            mask = np.memmap(path / "loss_mask.bin", np.uint8, "r") if "loss_mask.bin" in index["files"] else None
+                raise _broken(path, f"index.json states tokens of type {str(index['dtype'])[:80]}")
+            offsets, n_bytes = (_read_numbers(path / name, entries[name]) for name in ("offsets.npy", "n_bytes.npy"))
+            dtype = np.dtype(index["dtype"]).newbyteorder("<")
+            tokens = _open_blocks(path / "tokens.bin", dtype, entries["tokens.bin"])
+            mask = entries.get("loss_mask.bin")
+            mask = mask and _open_blocks(path / "loss_mask.bin", np.dtype(np.uint8), mask)
+        except DamageError as error:
+            raise _broken(path, str(error)) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise _broken(path, f"{type(error).__name__}: {error}") from None
-        if len(offsets) != len(n_bytes) + 1 or offsets[-1] != len(tokens):
+            raise _broken(path, f"index.json: {type(error).__name__}: {error}") from None
+        fits = len(offsets) == len(n_bytes) + 1 and offsets[0] == 0 and offsets[-1] == len(tokens)
+        if not fits or np.diff(offsets).min(initial=1) < 1 or (mask is not None and len(mask) != len(tokens)):
             raise _broken(path, "its offsets do not fit its tokens")
+        if vocab_size is not None and tokens.largest >= vocab_size:
+            raise _broken(path, f"it has the token id {tokens.largest}, and the vocabulary has {vocab_size}")
         return cls(path, tokens, offsets, n_bytes, mask, hashlib.sha256(index_bytes).hexdigest())
 
 
@@ -170,6 +182,23 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's contents, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open_blocks(path: Path, dtype: np.dtype[Any], entry: Mapping[str, Any]) -> BlockArray:
+    return BlockArray(path, dtype, entry["bytes"], entry["sha256"])
+
+
+def _read_numbers(path: Path, entry: Mapping[str, Any]) -> NDArray[np.int64]:
+    """The numbers in a file of NumPy that the index describes."""
+    content = _read(path, path.parent)
+    if len(content) != entry["bytes"]:
+        raise _broken(path.parent, f"{path.name} does not have the {entry['bytes']} bytes that its index states")
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise _broken(path.parent, f"{path.name} does not match its SHA-256")
+    numbers: NDArray[np.int64] = np.load(io.BytesIO(content), allow_pickle=False)
+    if numbers.ndim != 1 or numbers.dtype != np.int64:
+        raise _broken(path.parent, f"{path.name} does not hold a row of int64")
+    return numbers
 
 
 def _read(path: Path, store: Path) -> bytes:

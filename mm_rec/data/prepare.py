@@ -16,7 +16,7 @@ from typing import Any
 from mm_rec.config import DOMAINS
 from mm_rec.data.files import find_files
 from mm_rec.data.first_pass import Survey, survey_domain
-from mm_rec.data.manifest import check_files
+from mm_rec.data.manifest import check_files, require_unchanged
 from mm_rec.data.pack import Document, write_store
 from mm_rec.data.prepared import Prepared, make_once, tell_bad_rows, write_report
 from mm_rec.errors import UserError
@@ -42,7 +42,6 @@ def prepare(
     skip_bad: int = 0,
     domains: Sequence[str] = DOMAINS,
     progress: Callable[[str], None] | None = None,
-    verify: bool = False,
 ) -> Prepared:
     """Filter, split and tokenize the data in ``data_dir``, or open what an earlier call made of the same.
 
@@ -59,7 +58,6 @@ def prepare(
         skip_bad: leave out so many rows that cannot be read before giving up.
         domains: names of the folders.
         progress: takes a line about each thing that is done.
-        verify: compare what is used again with its SHA-256, not only its size.
 
     Raises:
         UserError: if there is no data, too little, or a file that cannot be used.
@@ -67,9 +65,10 @@ def prepare(
     data_dir = Path(data_dir)
     tell = progress or (lambda line: None)
     files = _find(data_dir, domains, tell)
+    hashes = {name: check_files(data_dir, paths) for name, paths in files.items()}
     settings = {
         KEY: VERSIONS["documents"],
-        "files": {name: check_files(data_dir, paths) for name, paths in files.items()},
+        "files": hashes,
         "tokenizer": vocab_size if tokenizer is None else tokenizer.sha256,
         "max_samples": max_samples,
         "filters": filters,
@@ -84,8 +83,10 @@ def prepare(
             tell_bad_rows(surveys[name].bad_rows, tell)
         with atomic_folder(path, sum(survey.n_bytes for survey in surveys.values())) as folder:
             _make(folder, surveys, vocab_size, tokenizer, tell)
+            for name, paths in files.items():
+                require_unchanged(data_dir, paths, hashes[name])
 
-    prepared = make_once(data_dir / "prepared", settings, make, verify=verify)
+    prepared = make_once(data_dir / "prepared", settings, make, tell)
     for line in describe(prepared.report):
         tell(line)
     return prepared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 from mm_rec.data.conversations import encode_document, find_conversations, read_conversations
 from mm_rec.data.files import BadRows
 from mm_rec.data.held_out import VALID_BYTES, VALID_SHARE, take_within
-from mm_rec.data.manifest import check_files
+from mm_rec.data.manifest import check_files, require_unchanged
 from mm_rec.data.pack import write_store
 from mm_rec.data.prepared import Prepared, make_once, tell_bad_rows, write_report
 from mm_rec.errors import UserError
@@ -51,11 +52,12 @@ def prepare_conversations(
         UserError: if there are no conversations, too few, or a file that cannot be used.
     """
     tell = progress or (lambda line: None)
-    files = find_conversations(path)
+    files, home = find_conversations(path), path if path.is_dir() else path.parent
+    hashes = check_files(home, files)
     settings = {
         KEY: VERSIONS["conversations"],
         "conversations": name,
-        "files": check_files(path if path.is_dir() else path.parent, files),
+        "files": hashes,
         "tokenizer": tokenizer.sha256,
         "max_samples": max_samples,
         "skip_bad": skip_bad,
@@ -63,9 +65,10 @@ def prepare_conversations(
 
     def make(folder: Path) -> None:
         tell(f"{name}: reading {', '.join(file.name for file in files)}")
-        _make(folder, name, files, tokenizer, max_samples, skip_bad, tell)
+        check = functools.partial(require_unchanged, home, files, hashes)
+        _make(folder, name, files, tokenizer, max_samples, skip_bad, tell, check)
 
-    prepared = make_once(cache, settings, make)
+    prepared = make_once(cache, settings, make, tell)
     tell(_describe(name, prepared.report["domains"][name]))
     return prepared
 
@@ -78,8 +81,9 @@ def _make(
     max_samples: int | None,
     skip_bad: int,
     tell: Callable[[str], None],
+    check: Callable[[], None],
 ) -> None:
-    """Read the files once to choose what is held out and once for each store."""
+    """Read the files once to choose what is held out and once for each store; ``check`` that they stayed the same."""
     bad = BadRows(skip_bad)
     keys: list[bytes] = []
     sizes: dict[bytes, int] = {}
@@ -107,9 +111,10 @@ def _make(
             entry[split] = {
                 "documents": store.n_documents,
                 "tokens": store.n_tokens,
-                "answer_tokens": int(store.loss_mask.sum(dtype=int)),
+                "answer_tokens": store.loss_mask.sum(),
             }
         write_report(temporary, tokenizer, {name: entry})
+        check()
 
 
 def _read(files: list[Path], bad: BadRows, max_samples: int | None) -> Iterator[list[Message]]:

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mm_rec.data.pack import TokenStore
+from mm_rec.data.pack import STORE_FILES, TokenStore
 from mm_rec.errors import UserError
-from mm_rec.storage.files import DamageError, remove_leftovers, reporting_errors, verify_folder
+from mm_rec.storage.files import MANIFEST, DamageError, Entry, read_manifest, remove_leftovers, reporting_errors
 from mm_rec.storage.lock import Lock
+from mm_rec.storage.reading import read_file
 from mm_rec.text.tokenizer import Tokenizer
 
-__all__ = ["Prepared", "make_once", "tell_bad_rows", "write_report"]
+__all__ = [
+    "Prepared",
+    "StoreFolder",
+    "make_folder",
+    "make_once",
+    "open_folder",
+    "open_prepared",
+    "tell_bad_rows",
+    "write_report",
+]
 
+TOKENIZER = "tokenizer/tokenizer.json"
+_INDEX = "index.json"
 _BAD_ROWS_TOLD = 10
 
 
@@ -30,6 +43,7 @@ class Prepared:
         train: a store for each domain that has data.
         valid: held-out documents of the same domains.
         data_sha256: hash of the tokens of all stores.
+        recall: rows that train recall, made of the training documents, for domains that have some.
         report: what was read, left out and made; :func:`mm_rec.data.prepare.describe` puts it into words.
     """
 
@@ -39,10 +53,34 @@ class Prepared:
     valid: dict[str, TokenStore]
     data_sha256: str
     report: dict[str, Any]
+    recall: dict[str, TokenStore] = field(default_factory=dict)
 
 
-def make_once(root: Path, settings: dict[str, Any], make: Callable[[Path], None], *, verify: bool = False) -> Prepared:
-    """Returns what ``make`` writes, or wrote earlier, for ``settings``: a folder of ``root`` named by their hash.
+class StoreFolder(NamedTuple):
+    """A folder of token stores that :func:`make_folder` made.
+
+    Attributes:
+        report: what its ``report.json`` says.
+        tokenizer: the one that lies in it, if there is one.
+        stores: the token stores, by their names in it.
+    """
+
+    report: dict[str, Any]
+    tokenizer: Tokenizer | None
+    stores: dict[str, TokenStore]
+
+
+def make_once(
+    root: Path, settings: dict[str, Any], make: Callable[[Path], None], tell: Callable[[str], None]
+) -> Prepared:
+    """Returns the data that ``make`` writes, or wrote earlier, for ``settings``; see :func:`make_folder`."""
+    return open_prepared(make_folder(root, settings, make, tell))
+
+
+def make_folder(
+    root: Path, settings: dict[str, Any], make: Callable[[Path], None], tell: Callable[[str], None]
+) -> Path:
+    """Returns the folder of ``root`` that ``make`` writes, or wrote earlier, for ``settings``; their hash names it.
 
     Two processes may call this at once; the second waits.
 
@@ -50,22 +88,80 @@ def make_once(root: Path, settings: dict[str, Any], make: Callable[[Path], None]
         root: the folder of folders.
         settings: everything that the result depends on, as values that JSON can hold.
         make: writes the folder that it is given, whole or not at all.
-        verify: compare what is used again with its SHA-256, not only its size.
+        tell: takes a line if another process has to be waited for.
+
+    Raises:
+        UserError: if what was made earlier is not, byte for byte, what was written.
     """
     identity = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     with reporting_errors(root):
         root.mkdir(parents=True, exist_ok=True)
     path = root / identity[:16]
-    lock = Lock(root / "lock", wait=True)
-    try:
+    with Lock(
+        root / "lock", wait=True, on_wait=lambda owner: tell(f"waiting for {owner}, which prepares data in {root}")
+    ):
         remove_leftovers(root)
         if not path.exists():
             make(path)
-        elif verify:
-            _verify(path)
-    finally:
-        lock.release()
-    return _open(path)
+    return path
+
+
+def open_prepared(path: Path) -> Prepared:
+    """Returns the prepared data in the folder ``path`` after comparing all of it with its hashes.
+
+    Raises:
+        UserError: naming the file that is missing or not what was written.
+    """
+    report, tokenizer, stores = open_folder(path)
+    with _naming_the_remedy(path):
+        if tokenizer is None:
+            raise DamageError(f"{path} has no tokenizer")
+        train, valid = ({name: stores[f"{name}-{split}"] for name in report["domains"]} for split in ("train", "valid"))
+    hashes = [[name, train[name].sha256, valid[name].sha256] for name in sorted(train)]
+    data_sha256 = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    return Prepared(path, tokenizer, train, valid, data_sha256, report)
+
+
+def open_folder(path: Path) -> StoreFolder:
+    """Returns what is in a folder of token stores after comparing all of it with its hashes.
+
+    Raises:
+        UserError: naming the file that is missing or not what was written.
+    """
+    with _naming_the_remedy(path):
+        entries = read_manifest(path)
+        small = [name for name in entries if name.rpartition("/")[2] not in STORE_FILES]
+        contents = {name: read_file(path / name, entries[name]) for name in small}
+        report = json.loads(contents["report.json"])
+        tokenizer = Tokenizer.parse(contents[TOKENIZER], path / TOKENIZER) if TOKENIZER in contents else None
+        if tokenizer is not None and (report["tokenizer"], report["vocab_size"]) != (
+            tokenizer.sha256,
+            tokenizer.vocab_size,
+        ):
+            raise DamageError(f"{path / TOKENIZER} is not the tokenizer that {path / 'report.json'} names")
+        names = [name.removesuffix(f"/{_INDEX}") for name in entries if name.endswith(f"/{_INDEX}")]
+        stores = {name: TokenStore.open(path / name, vocab_size=report["vocab_size"]) for name in names}
+        for name, store in stores.items():
+            _compare(path, entries, name, contents[f"{name}/{_INDEX}"], store)
+    return StoreFolder(report, tokenizer, stores)
+
+
+def _compare(path: Path, entries: Mapping[str, Entry], name: str, index: bytes, store: TokenStore) -> None:
+    """Raise DamageError unless the manifest, the ``index`` that it names and the ``store`` that was opened are one."""
+    if store.sha256 != entries[f"{name}/{_INDEX}"]["sha256"]:
+        raise DamageError(f"{path / name / _INDEX} is damaged: it is not what the manifest says")
+    if any(entries[f"{name}/{file}"] != entry for file, entry in json.loads(index)["files"].items()):
+        raise DamageError(f"{path / MANIFEST} is damaged: it is not what {name}/{_INDEX} says")
+
+
+@contextmanager
+def _naming_the_remedy(path: Path) -> Iterator[None]:
+    """Turns what can be wrong with the prepared folder ``path`` into an error that says what to do about it."""
+    try:
+        yield
+    except (DamageError, KeyError, ValueError, TypeError) as error:
+        why = error if isinstance(error, DamageError) else f"{path} is not a folder of prepared data ({error})"
+        raise UserError(f"{why}; delete {path}, the next run makes it anew") from error
 
 
 def write_report(folder: Path, tokenizer: Tokenizer, entries: dict[str, Any]) -> None:
@@ -87,26 +183,3 @@ def tell_bad_rows(found: list[str], tell: Callable[[str], None]) -> None:
         tell(f"left out {line}")
     if len(found) > _BAD_ROWS_TOLD:
         tell(f"and {len(found) - _BAD_ROWS_TOLD:,} more")
-
-
-def _verify(path: Path) -> None:
-    try:
-        verify_folder(path)
-    except DamageError as error:
-        raise UserError(f"{error}; delete {path}, the next run makes it anew") from error
-
-
-def _open(path: Path) -> Prepared:
-    try:
-        report = json.loads((path / "report.json").read_bytes())
-        names = list(report["domains"])
-        tokenizer = Tokenizer.load(path / "tokenizer")
-        intact = report["tokenizer"] == tokenizer.sha256
-    except (OSError, ValueError, KeyError, TypeError, UserError):
-        intact = False
-    if not intact:
-        raise UserError(f"{path} is damaged; delete it, the next run makes it anew")
-    train, valid = ({name: TokenStore.open(path / f"{name}-{split}") for name in names} for split in ("train", "valid"))
-    hashes = [[name, train[name].sha256, valid[name].sha256] for name in sorted(names)]
-    data_sha256 = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-    return Prepared(path, tokenizer, train, valid, data_sha256, report)

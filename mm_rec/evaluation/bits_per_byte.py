@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from mm_rec.data.pack import TokenStore
 from mm_rec.model import MMRecModel
-from mm_rec.state import map_state
+from mm_rec.state import ModelState, map_state
 
-__all__ = ["Documents", "Score", "evaluate", "select_documents"]
+__all__ = ["Documents", "Score", "bytes_by_position", "evaluate", "position_bounds", "select_documents"]
 
 TOKENS_PER_BATCH = 2048
 CHUNK = 512
+FIRST_BOUND = 64
 SPREAD = 8
 """A capped selection takes at most one part in so many of its bytes from one document."""
 
@@ -45,11 +46,39 @@ class Score:
     n_bytes: int
     n_tokens: int
     n_documents: int
+    bits_by_position: tuple[float, ...]
+    """What ``bits`` is made up of, by the place of a token in its document; see :func:`position_bounds`."""
 
     @property
     def bits_per_byte(self) -> float:
         """Bits of all bytes of the documents, divided by their UTF-8 bytes."""
         return self.bits / self.n_bytes
+
+
+def position_bounds(count: int) -> list[int]:
+    """Bounds of ``count`` ranges of places in a document, each twice as far out as the one before.
+
+    >>> position_bounds(4)
+    [0, 64, 128, 256, 512]
+    """
+    return [0, *(FIRST_BOUND << index for index in range(count))]
+
+
+def bytes_by_position(documents: Documents, token_bytes: np.ndarray) -> list[int]:
+    """The bytes that :attr:`Score.bits_by_position` is spread over; ``token_bytes`` as in :func:`select_documents`."""
+    longest = max(map(len, documents.tokens))
+    total = np.zeros(_range_of(longest) + 1, dtype=np.int64)
+    for index, tokens in enumerate(documents.tokens):
+        counted = 1 if documents.masks is None else documents.masks[index]
+        places = np.searchsorted(position_bounds(len(total))[1:], np.arange(len(tokens)), side="right")
+        np.add.at(total, places, token_bytes[tokens] * counted)
+    sizes: list[int] = total.tolist()
+    return sizes
+
+
+def _range_of(place: int) -> int:
+    """The number of the range that a place in a document belongs to."""
+    return (place // FIRST_BOUND).bit_length()
 
 
 def select_documents(store: TokenStore, token_bytes: np.ndarray, max_bytes: int | None = None) -> Documents:
@@ -93,6 +122,8 @@ def evaluate(
     domain: str | None,
     *,
     between: Callable[[], None] = lambda: None,
+    progress: Callable[[int], None] = lambda tokens: None,
+    carry: Callable[[ModelState], ModelState] = lambda state: state,
 ) -> Score:
     """Score documents: each starts with BOS and an empty state and is read in order with the state carried.
 
@@ -104,24 +135,39 @@ def evaluate(
         documents: at least one.
         domain: the expert that reads them; None fuses all experts.
         between: called between two pieces of work.
+        progress: called with the number of tokens after each piece that was read.
+        carry: makes of the state after a piece the one before the next.
     """
     masks = documents.masks or [np.ones(len(tokens), dtype=np.uint8) for tokens in documents.tokens]
     order = sorted(zip(documents.tokens, masks, strict=True), key=lambda pair: len(pair[0]), reverse=True)
     rows = max(1, TOKENS_PER_BATCH // CHUNK)
     nats = 0.0
+    by_position = torch.zeros(_range_of(len(order[0][0])) + 1, dtype=torch.float64)
+    bounds = torch.tensor(position_bounds(len(by_position))[1:])
     for first in range(0, len(order), rows):
-        nats += _score_group(model, order[first : first + rows], domain, between)
+        of_group = 0.0
+        for place, piece in _read_group(model, order[first : first + rows], domain, between, carry):
+            of_group += float(piece.double().sum().cpu())
+            places = torch.arange(place, place + piece.shape[1])
+            by_position.index_add_(0, torch.bucketize(places, bounds, right=True), piece.double().sum(0).cpu())
+            progress(piece.numel())
+        nats += of_group
     n_tokens = sum(int(mask[1:].sum(dtype=int)) for mask in masks)
-    return Score(nats / math.log(2), documents.n_bytes, n_tokens, len(order))
+    bits = tuple((by_position / math.log(2)).tolist())
+    return Score(nats / math.log(2), documents.n_bytes, n_tokens, len(order), bits)
 
 
-def _score_group(
+def _read_group(
     model: MMRecModel,
     group: Sequence[tuple[np.ndarray, np.ndarray]],
     domain: str | None,
     between: Callable[[], None],
-) -> float:
-    """Nats of documents sorted from long to short, side by side; a row leaves when its document ends."""
+    carry: Callable[[ModelState], ModelState],
+) -> Iterator[tuple[int, Tensor]]:
+    """Documents sorted from long to short, side by side; a row leaves when its document ends.
+
+    Yields the place of the first token of a piece in its document, and the nats (rows, tokens) of what counts in it.
+    """
     device = model.embedding.weight.device
     lengths = torch.tensor([len(tokens) - 1 for tokens, _ in group])
     padded = np.zeros((len(group), int(lengths[0]) + 1), dtype=np.int64)
@@ -130,13 +176,12 @@ def _score_group(
         padded[row, : len(tokens)] = tokens
         counted[row, : len(tokens) - 1] = mask[1:]
     ids, weight = torch.from_numpy(padded).to(device), torch.from_numpy(counted).to(device)
-    nats = torch.zeros((), dtype=torch.float64)
     state = None
     for start in range(0, ids.shape[1] - 1, CHUNK):
         between()
         alive = int((lengths > start).sum())
         if state is not None:
-            state = map_state(state, _first_rows(alive))
+            state = map_state(carry(state), _first_rows(alive))
         stop = min(start + CHUNK, ids.shape[1] - 1)
         output, state = model(
             ids[:alive, start:stop],
@@ -145,8 +190,7 @@ def _score_group(
             targets=ids[:alive, start + 1 : stop + 1],
             weight=weight[:alive, start:stop],
         )
-        nats += output.nll.double().sum().cpu()
-    return float(nats)
+        yield start + 1, output.nll
 
 
 def _first_rows(count: int) -> Callable[[Tensor], Tensor]:

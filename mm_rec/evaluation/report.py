@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mm_rec.evaluation.recall import Recall
+from mm_rec.evaluation.bits_per_byte import position_bounds
+from mm_rec.evaluation.recall import Needles
 from mm_rec.storage.files import write_atomic
 
 __all__ = ["Measurements", "write_report"]
@@ -39,22 +41,23 @@ class Measurements:
     Attributes:
         model: facts about the model, in words, by name.
         bits_per_byte: of each set of documents, by who read them (the name of an expert, or ``fused``).
-        associative_recall, passkey: by distance.
+        by_position: of each set of documents, by who read them, bits per byte by the place in a document, for the
+            ranges of :func:`mm_rec.evaluation.bits_per_byte.position_bounds`; None where there is nothing.
+        needles: what was hidden and asked for.
         tasks: numbers of each task of lm-eval.
         conversation: what the model said when asked.
     """
 
     model: dict[str, str]
     bits_per_byte: dict[str, dict[str, float]] = field(default_factory=dict)
-    associative_recall: list[Recall] = field(default_factory=list)
-    passkey: list[Recall] = field(default_factory=list)
+    by_position: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
+    needles: list[Needles] = field(default_factory=list)
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     conversation: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        recall = {name: [one._asdict() for one in getattr(self, name)] for name in ("associative_recall", "passkey")}
-        return {**asdict(self), **recall}
+        return {**asdict(self), "needles": [one._asdict() for one in self.needles]}
 
 
 def write_report(folder: Path, measured: Measurements) -> Path:
@@ -75,16 +78,8 @@ def _page(measured: Measurements) -> str:
     sections = [
         _table("", {name: [value] for name, value in measured.model.items()}),
         *_bits_per_byte(measured.bits_per_byte),
-        *_recall(
-            "Associative recall",
-            "Eight pairs of random tokens, filler, then each key: is its value the likeliest of the eight (MQAR)?",
-            measured.associative_recall,
-        ),
-        *_recall(
-            "Pass key",
-            "A number said at the start of a long text: is it likelier at its end than nine others?",
-            measured.passkey,
-        ),
+        *_by_position(measured.by_position),
+        *_needles(measured.needles),
     ]
     if measured.tasks:
         sections.append(_heading("Tasks of the LM Evaluation Harness"))
@@ -125,23 +120,71 @@ def _bits_per_byte(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
     ]  # fmt: skip
 
 
-def _recall(title: str, note: str, scores: Sequence[Recall]) -> list[str]:
+def _by_position(scores: Mapping[str, Mapping[str, Sequence[float | None]]]) -> list[str]:
     if not scores:
         return []
-    rows = {f"{one.distance:,}": [f"{one.accuracy:.1%}", f"{one.chance:.1%}", str(one.answers)] for one in scores}
+    note = "The same by the place in a document: what is far from its beginning can be told from more that was read."
+    sections = [_heading("Bits per byte by position", note)]
     figure, axes = _figure()
-    places = range(len(scores))  # distances grow by factors and may start at 0
-    axes.plot(places, [one.accuracy for one in scores], "o-", color=COLOURS[0], linewidth=2, label="right answers")
-    axes.plot(places, [one.chance for one in scores], "--", color="#57606a", label="by chance")
-    axes.set_xticks(places, list(rows), fontsize=11)
+    longest = max(len(values) for one in scores.values() for values in one.values())
+    names = _ranges(longest)
+    for index, (name, readers) in enumerate(scores.items()):
+        rows = {reader: ["" if one is None else f"{one:.4f}" for one in values] for reader, values in readers.items()}
+        count = max(map(len, readers.values()))
+        sections.append(_table(name, rows, names[:count]))
+        best = min(readers, key=lambda reader: sum(one or 0.0 for one in readers[reader]))
+        values = [float("nan") if one is None else one for one in readers[best]]
+        axes.plot(
+            range(len(values)), values, "o-", color=COLOURS[index % len(COLOURS)], label=f"{name}, read by {best}"
+        )
+    axes.set_xticks(range(longest), names, fontsize=10, rotation=30)
+    axes.set_xlabel("place in the document (tokens)", fontsize=12)
+    axes.set_ylabel("bits per byte", fontsize=12)
+    figure.legend(loc="outside upper right", fontsize=11, ncols=2)
+    return [*sections, _picture(figure, "bits per byte by position")]
+
+
+def _ranges(count: int) -> list[str]:
+    bounds = position_bounds(count)
+    return [f"{low:,} to {high:,}" for low, high in itertools.pairwise(bounds)]
+
+
+def _needles(found: Sequence[Needles]) -> list[str]:
+    if not found:
+        return []
+    kinds = list(dict.fromkeys(one.kind for one in found))
+    distances = sorted({one.distance for one in found})
+    cells = {(one.kind, one.distance): one for one in found}
+    shares = {
+        kind: [_share(cells[kind, distance]) if (kind, distance) in cells else "" for distance in distances]
+        for kind in kinds
+    }
+    figure, axes = _figure()
+    for index, kind in enumerate(kinds):
+        row = [one for one in found if one.kind == kind]
+        spread = [[one.accuracy - one.low for one in row], [one.high - one.accuracy for one in row]]
+        places = [distances.index(one.distance) + 0.03 * (index - (len(kinds) - 1) / 2) for one in row]
+        axes.errorbar(
+            places, [one.accuracy for one in row], spread, fmt="o-", capsize=3, color=COLOURS[index], label=kind
+        )
+    chance = found[0].chance
+    axes.axhline(chance, linestyle="--", color="#57606a", label="by chance")
+    axes.set_xticks(range(len(distances)), [f"{distance:,}" for distance in distances], fontsize=11)
     axes.set_xlabel("tokens between what is said and the question", fontsize=12)
     axes.set_ylabel("share of right answers", fontsize=12)
     axes.set_ylim(0, 1.02)
-    figure.legend(loc="outside upper right", fontsize=11, ncols=2)
-    return [
-        _heading(title, note), _table("tokens between", rows, ["right", "by chance", "answers"]),
-        _picture(figure, f"{title.lower()} by distance"),
-    ]  # fmt: skip
+    figure.legend(loc="outside upper right", fontsize=11, ncols=3)
+    note = (
+        f"Something said once in a long text and asked for so many tokens later: right if it is likelier than "
+        f"{round(1 / chance) - 1} others of its kind, which all occur in the text ({chance:.0%} by chance). With the "
+        f"95% interval of {found[0].trials} trials; `free` is the share whose likeliest text begins with the answer."
+    )
+    head = [f"{distance:,} tokens" for distance in distances]
+    return [_heading("Needles", note), _table("", shares, head), _picture(figure, "needles by distance")]
+
+
+def _share(one: Needles) -> str:
+    return f"{one.accuracy:.1%} ({one.low:.0%} to {one.high:.0%}), free {one.free / one.trials:.0%}"
 
 
 def _figure() -> tuple[Figure, Axes]:

@@ -6,9 +6,10 @@ goes into one file.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from mm_rec.errors import UserError
 from mm_rec.inference import session_file
-from mm_rec.inference.generate import GeneratedText, generate_pieces, read_prompt
+from mm_rec.inference.generate import GeneratedText, generate_pieces, json_constraint, read_prompt
 from mm_rec.inference.sampling import Sampling
 from mm_rec.model import MMRecModel
-from mm_rec.state import ModelState, flatten_state, unflatten_state
+from mm_rec.state import ModelState, flatten_state
+from mm_rec.storage.lock import Lock
 from mm_rec.text.conversation import Message, encode_conversation, encode_message
 from mm_rec.text.tokenizer import Tokenizer
 
@@ -66,10 +68,11 @@ class ChatSession:
         sampling: Sampling | None = None,
         domain: str | None = None,
         system: str = "",
+        messages: Iterable[Message | Mapping[str, Any]] = (),
     ) -> ChatSession:
-        """Starts a new conversation."""
+        """Starts a new conversation, or one in which ``messages`` were said already."""
         sampling = sampling or Sampling()
-        ids, _ = encode_conversation(tokenizer, [Message("system", system)] if system else [])
+        ids, _ = encode_conversation(tokenizer, [*([Message("system", system)] if system else []), *messages])
         _, state = read_prompt(model, ids, domain)
         return cls(model, tokenizer, sampling, domain, system, state, torch.Generator().manual_seed(sampling.seed))
 
@@ -79,27 +82,37 @@ class ChatSession:
         return int(self.state.position[0])
 
     @torch.inference_mode()
-    def reply(self, text: str) -> Iterator[str]:
+    def reply(self, text: str, *, json_schema: Mapping[str, Any] | None = None) -> Iterator[str]:
         """Says ``text`` as the user; yields the model's answer in pieces, never a part of a character.
 
         Nothing is said until the first piece is asked for.
 
         An answer ends at the end token, at a stop string, after ``max_new_tokens`` or when the caller closes the
         iterator. However it ended, the model sees it closed. The repetition penalty looks at this answer only.
+
+        Args:
+            text: what the user says.
+            json_schema: let the answer be JSON that follows this schema.
+
+        Raises:
+            UserError: if the schema can't be followed.
         """
         tokenizer = self.tokenizer
+        constraint = json_constraint(self.model, tokenizer, json_schema)
         question, _ = encode_message(tokenizer, Message("user", text))
         logits = self._read([*question, tokenizer.control_ids["<|assistant|>"]])
-        answer = GeneratedText(tokenizer, self.model.config.vocab_size, self.sampling, self.generator)
+        answer = GeneratedText(
+            tokenizer, self.model.config.vocab_size, self.sampling, self.generator, constraint=constraint
+        )
         try:
             yield from generate_pieces(logits, self._read, answer, read_first=True)
         finally:
             self._read([tokenizer.end_id])
             self.turns += 1
 
-    def answer(self, text: str) -> str:
+    def answer(self, text: str, *, json_schema: Mapping[str, Any] | None = None) -> str:
         """Says ``text`` as the user and returns the model's whole answer; see :meth:`reply`."""
-        return "".join(self.reply(text))
+        return "".join(self.reply(text, json_schema=json_schema))
 
     def _read(self, ids: Sequence[int]) -> Tensor:
         """Reads ``ids`` and returns the logits (V,) after them."""
@@ -112,18 +125,26 @@ class ChatSession:
         generator.set_state(self.generator.get_state())
         return dataclasses.replace(self, generator=generator)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, owned: Lock | None = None) -> None:
         """Writes the session to ``path``, one safetensors file whose size doesn't depend on what was said.
+
+        Args:
+            path: the file.
+            owned: of this file, from ``session_file.own``; None owns it only while it is written.
 
         Raises:
             StorageError: if it can't be written; an earlier file of that name is then still whole.
+            UserError: if another process owns the file.
         """
         tensors = flatten_state(self.state)
         tensors |= {"generator": self.generator.get_state(), "turns": torch.tensor(self.turns)}
         settings = {"domain": self.domain, "system": self.system, "sampling": dataclasses.asdict(self.sampling)}
         if self._identity is None:  # reads all weights, so once for all saves
             self._identity = _identity_of(self.model, self.tokenizer)
-        session_file.write(Path(path), tensors, self._identity | settings)
+        if owned is not None:
+            owned.require()
+        with contextlib.nullcontext() if owned is not None else session_file.own(Path(path)):
+            session_file.write(Path(path), tensors, self._identity | settings)
 
     @classmethod
     def load(
@@ -137,21 +158,20 @@ class ChatSession:
         tensors, settings = session_file.read(path)
         identity = _identity_of(model, tokenizer)
         for name, value in identity.items():
-            if settings[name] != value:
+            if settings.get(name) != value:
                 raise UserError(
                     f"{path} was made with another {name}; continue it with that one or start a new session"
                 )
+        domain, system = settings.get("domain"), settings.get("system")
+        if domain not in (*model.config.experts, None) or not isinstance(system, str):
+            raise session_file.not_a_session(path)
         if sampling is None:
-            saved = settings["sampling"]
-            sampling = Sampling(**{**saved, "stop": tuple(saved["stop"])})
-        generator = torch.Generator()
-        generator.set_state(tensors.pop("generator"))
-        turns = int(tensors.pop("turns"))
-        device = model.embedding.weight.device
-        state = unflatten_state({name: tensor.to(device) for name, tensor in tensors.items()}, model.config)
-        return cls(
-            model, tokenizer, sampling, settings["domain"], settings["system"], state, generator, turns, identity
-        )
+            try:
+                sampling = Sampling.from_options(settings["sampling"])
+            except (UserError, TypeError, KeyError, AttributeError, OverflowError) as error:
+                raise session_file.not_a_session(path) from error
+        state, generator, turns = session_file.restore(path, tensors, model, domain)
+        return cls(model, tokenizer, sampling, domain, system, state, generator, turns, identity)
 
 
 def transcript(session: ChatSession, questions: Iterable[str], between: Callable[[], None] = lambda: None) -> str:

@@ -8,18 +8,23 @@ texts at once.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mm_rec.inference import decode
+from mm_rec.inference.json_constraint import JsonConstraint
 from mm_rec.inference.sampling import Sampler, Sampling, next_tokens
 from mm_rec.model import MMRecModel
 from mm_rec.state import ModelState
 from mm_rec.text.tokenizer import Tokenizer
 
-__all__ = ["PROMPT_CHUNK", "GeneratedText", "TextStream", "end_tokens", "generate", "generate_pieces", "read_prompt"]
+__all__ = [
+    "PROMPT_CHUNK", "GeneratedText", "TextStream", "end_tokens", "generate", "generate_pieces", "json_constraint",
+    "read_prompt",
+]  # fmt: skip
 
 PROMPT_CHUNK = 512
 
@@ -74,11 +79,22 @@ def end_tokens(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset({tokenizer.eos_id, tokenizer.end_id})
 
 
+def json_constraint(model: MMRecModel, tokenizer: Tokenizer, schema: Mapping[str, Any] | None) -> JsonConstraint | None:
+    """Returns the constraint of a text of ``model`` to JSON that follows ``schema``; None for none.
+
+    Raises:
+        UserError: if llguidance is not installed, or the schema can't be followed.
+    """
+    if schema is None:
+        return None
+    return JsonConstraint(tokenizer, model.config.vocab_size, end_tokens(tokenizer), schema)
+
+
 class GeneratedText:
     """One text while its tokens are drawn.
 
     Control tokens are never drawn, but for those that end the text, and neither are the rows of the embedding for
-    which the tokenizer has no token.
+    which the tokenizer has no token. With a constraint, only what it allows is drawn.
 
     Args:
         tokenizer: the model's.
@@ -87,6 +103,7 @@ class GeneratedText:
         generator: of the CPU, for the draws.
         ends: tokens that end the text and are no part of it; None takes :func:`end_tokens`.
         seen: tokens that the repetition penalty counts from the start.
+        constraint: what the text has to be; it is copied, so that several texts may start from it.
 
     Attributes:
         sampler: draws the tokens, for :func:`mm_rec.inference.sampling.next_tokens`.
@@ -102,10 +119,14 @@ class GeneratedText:
         *,
         ends: Collection[int] | None = None,
         seen: Iterable[int] = (),
+        constraint: JsonConstraint | None = None,
     ) -> None:
         self._ends = end_tokens(tokenizer) if ends is None else ends
+        self._constraint = constraint and constraint.fork()
         banned = [token for token in tokenizer.control_ids.values() if token not in self._ends]
         self.sampler = Sampler(sampling, generator, [*banned, *range(tokenizer.vocab_size, vocab_size)], seen)
+        if self._constraint is not None:
+            self.sampler.ban(self._constraint.banned())
         self.finish_reason: str | None = None if sampling.max_new_tokens else "length"
         self._left = sampling.max_new_tokens
         self._stream = TextStream(tokenizer, sampling.stop)
@@ -115,6 +136,9 @@ class GeneratedText:
 
         Returns:
             The text that it makes certain, perhaps none; None if the token ends the text and is no part of it.
+
+        Raises:
+            UserError: if the constraint is too complex to follow.
         """
         if token in self._ends:
             self.finish_reason = "stop"
@@ -124,9 +148,19 @@ class GeneratedText:
         piece = self._stream.push(token)
         if self._stream.stopped:
             self.finish_reason = "stop"
-        elif self._left <= 0:
+        elif self._constraint is not None:
+            self._follow(self._constraint, token)
+        if self.finish_reason is None and self._left <= 0:
             self.finish_reason = "length"
         return piece
+
+    def _follow(self, constraint: JsonConstraint, token: int) -> None:
+        """Lets the constraint say what may come after ``token``."""
+        constraint.push(token)
+        if constraint.is_complete:
+            self.finish_reason = "stop"
+        else:
+            self.sampler.ban(constraint.banned())
 
     def finish(self) -> str:
         """Returns the text that was still held back, in which a stop string may yet be complete."""
@@ -200,7 +234,12 @@ def generate_pieces(
 
 @torch.inference_mode()
 def generate(
-    model: MMRecModel, tokenizer: Tokenizer, prompt: str, sampling: Sampling, domain: str | None
+    model: MMRecModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    sampling: Sampling,
+    domain: str | None,
+    json_schema: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
     """Continues ``prompt``; yields pieces of text, never a part of a character.
 
@@ -213,6 +252,10 @@ def generate(
         prompt: text to continue, a new document from its start; may be empty.
         sampling: how to draw.
         domain: the expert to use; None fuses all.
+        json_schema: let the text be JSON that follows this schema.
+
+    Raises:
+        UserError: if the schema can't be followed.
     """
     state: ModelState | None = None
 
@@ -223,5 +266,6 @@ def generate(
 
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     generator = torch.Generator().manual_seed(sampling.seed)
-    text = GeneratedText(tokenizer, model.config.vocab_size, sampling, generator, seen=ids)
+    constraint = json_constraint(model, tokenizer, json_schema)
+    text = GeneratedText(tokenizer, model.config.vocab_size, sampling, generator, seen=ids, constraint=constraint)
     yield from generate_pieces(read(ids), read, text)

@@ -17,6 +17,8 @@ from mm_rec.ops.inference import SampleRow, runs_native, sample
 __all__ = ["Sampler", "Sampling", "SamplingOptions", "next_tokens"]
 
 FIRST_LIKELIEST = 256
+MIN_TOP_P = 1e-12
+"""Keeps the likeliest token alone, as 0 does; the kernel looks for a share above 0."""
 MIN_TEMPERATURE = 1e-6
 """Below it float32 overflows; the likeliest token is then all there is anyway."""
 
@@ -44,7 +46,7 @@ class Sampling:
             (CTRL, arXiv 1909.05858); 1 changes nothing.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: keep the likeliest tokens that together have this probability (arXiv 1904.09751).
+        top_p: keep the likeliest tokens that together have this probability, at least one (arXiv 1904.09751).
         min_p: keep tokens at least this share as likely as the likeliest (arXiv 2407.01082).
         stop: text ends before the first of these strings.
         seed: the same seed gives the same text.
@@ -65,7 +67,7 @@ class Sampling:
             "repetition_penalty must be above 0": 0 < self.repetition_penalty < float("inf"),
             "temperature must be at least 0": 0 <= self.temperature < float("inf"),
             "top_k must be at least 0": self.top_k >= 0,
-            "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
+            "top_p must be at least 0 and at most 1": 0 <= self.top_p <= 1,
             "min_p must be at least 0 and at most 1": 0 <= self.min_p <= 1,
             "stop strings must not be empty": all(self.stop),
             "seed must be a number of at most 64 bits": -(2**63) <= self.seed < 2**64,
@@ -112,6 +114,7 @@ class Sampler:
 
     Attributes:
         seen: the tokens so far, which the repetition penalty counts; may grow between draws.
+        banned: the tokens that are never drawn; :meth:`ban` replaces them.
     """
 
     def __init__(
@@ -120,16 +123,19 @@ class Sampler:
         self.sampling = sampling
         self.generator = generator
         self.seen = array("q", seen)
-        self.banned = array("q", banned)
         self._row = SampleRow(
-            top_p=sampling.top_p,
+            top_p=max(sampling.top_p, MIN_TOP_P),
             min_p=sampling.min_p,
             repetition_penalty=sampling.repetition_penalty,
             temperature=sampling.temperature,
             top_k=min(sampling.top_k, 2**62),
-            barred=self.banned.buffer_info()[0],
-            n_barred=len(self.banned),
         )
+        self.ban(array("q", banned))
+
+    def ban(self, tokens: array[int]) -> None:
+        """Replaces the tokens that are never drawn."""
+        self.banned = tokens
+        self._row.barred, self._row.n_barred = tokens.buffer_info()
 
     def number(self) -> float:
         """Returns the next random number, uniform in [0, 1)."""

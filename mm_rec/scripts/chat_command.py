@@ -23,6 +23,7 @@ from mm_rec.scripts.sampling_options import (
 
 if TYPE_CHECKING:
     from mm_rec.inference.chat_session import ChatSession
+    from mm_rec.storage.lock import Lock
 
 COMMANDS = """\
   /save [FILE]   write the memory to FILE, or to the file of --session
@@ -60,11 +61,15 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
         parser.error("--resume needs --session FILE")
     if options.resume and (options.system is not None or options.domain is not None):
         parser.error("--system and --domain are those that the conversation was started with; leave them out")
-    if not options.resume and options.session is not None and options.session.exists():
-        raise UserError(f"{options.session} holds a conversation; go on with --resume or name another file")
-    session = _open_session(options)
-    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-    Conversation(session, options.session, interactive=sys.stdin.isatty()).run()
+    from mm_rec.inference.session_file import own
+
+    with contextlib.ExitStack() as locks:
+        owned = None if options.session is None else locks.enter_context(own(options.session))
+        if not options.resume and options.session is not None and options.session.exists():
+            raise UserError(f"{options.session} holds a conversation; go on with --resume or name another file")
+        session = _open_session(options)
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+        Conversation(session, options.session, owned, locks, interactive=sys.stdin.isatty()).run()
     return 0
 
 
@@ -96,12 +101,24 @@ class Conversation:
     Args:
         session: to talk in.
         path: where it is kept; None for nowhere.
+        owned: the lock of this file.
+        locks: releases at the end what is owned.
         interactive: show prompts, and go on after errors.
     """
 
-    def __init__(self, session: ChatSession, path: Path | None, *, interactive: bool) -> None:
+    def __init__(
+        self,
+        session: ChatSession,
+        path: Path | None,
+        owned: Lock | None,
+        locks: contextlib.ExitStack,
+        *,
+        interactive: bool,
+    ) -> None:
         self.session = session
         self.path = path
+        self.owned = owned
+        self.locks = locks
         self.interactive = interactive
 
     def run(self) -> None:
@@ -146,38 +163,44 @@ class Conversation:
                 raise
         print(flush=True)
         if self.path is not None:
-            self.session.save(self.path)
+            self.session.save(self.path, owned=self.owned)
 
     def _command(self, name: str = "", argument: str = "") -> None:
+        from mm_rec.inference.session_file import own
+
         path = Path(argument.strip()) if argument else None
         match name:
             case "save":
                 target = path or self.path
                 if target is None:
                     raise UserError("there is no --session; use /save FILE")
-                self._save(target)
+                same = self.path is not None and target.resolve() == self.path.resolve()
+                self._save(target, self.owned if same else None)
             case "fork":
                 if path is None:
                     raise UserError("name the file to go on in: /fork FILE")
                 if path.exists():
                     raise UserError(f"{path} is there already; name another file")
-                self._save(path)
-                self.path = path
+                owned = self.locks.enter_context(own(path))
+                self._save(path, owned)
+                if self.owned is not None:
+                    self.owned.release()
+                self.path, self.owned = path, owned
             case "reset":
                 old = self.session
                 self.session = type(old).start(
                     old.model, old.tokenizer, sampling=old.sampling, domain=old.domain, system=old.system
                 )
                 if self.path is not None:
-                    self.session.save(self.path)
+                    self.session.save(self.path, owned=self.owned)
                 print("forgotten")
             case "help":
                 print(COMMANDS)
             case _:
                 raise UserError(f"there is no command /{name}; /help shows them")
 
-    def _save(self, path: Path) -> None:
-        self.session.save(path)
+    def _save(self, path: Path, owned: Lock | None) -> None:
+        self.session.save(path, owned=owned)
         print(f"saved in {path}, {path.stat().st_size:,} bytes")
 
 

@@ -15,21 +15,31 @@ import torch
 
 from mm_rec import ops
 from mm_rec.data.manifest import MANIFEST, check_files, read_manifest
+from mm_rec.data.prepared import open_folder
 from mm_rec.errors import UserError
 from mm_rec.machine.device import available_memory, select_device, select_precision
 from mm_rec.program import Parser, run_program
 from mm_rec.storage import checkpoint, files
 from mm_rec.storage.checkpoint import Checkpoint
 from mm_rec.storage.lock import owner_of
-from mm_rec.storage.run_config import differences, read_config, versions
-from mm_rec.storage.run_folder import LOCK, RECORDS
+from mm_rec.storage.resume import require_checkpoints
+from mm_rec.storage.run_config import (
+    CHECKPOINTS,
+    RECORDS,
+    Config,
+    differences,
+    read_config,
+    versions,
+    what_is_wrong,
+)
+from mm_rec.storage.run_folder import LOCK
 
-__all__ = ["Finding", "check_data", "check_machine", "check_run", "main"]
+__all__ = ["Finding", "check_data", "check_machine", "check_prepared", "check_run", "main"]
 
 EPILOG = """examples:
   mm-rec doctor                             this machine
   mm-rec doctor checkpoints_cpu/stage1      and a run: checkpoints, records, versions, disk
-  mm-rec doctor --data_dir data             and the data: every file against its manifest
+  mm-rec doctor --data_dir data             and the data: every file against its manifest, and what was made of them
 
 The exit code is 0 if nothing is broken, else 1.
 """
@@ -56,8 +66,11 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     options = parser.parse_args(arguments)
     findings = check_machine()
     for path in options.run:
-        for run in _runs_in(path):
+        runs = _runs_in(path)
+        for run in runs:
             findings += check_run(run)
+        for root in {run.parent for run in runs}:
+            findings += check_prepared(root / "prepared")
     if options.data_dir is not None:
         findings += check_data(options.data_dir)
     for finding in findings:
@@ -86,7 +99,7 @@ def check_run(run: Path) -> list[Finding]:
     """Configuration, owner, checkpoints, records and disk of a run folder, and what the same command would do."""
     config = read_config(run)
     if config is None:
-        return [Finding("broken", f"{run} is not a run folder: it has no readable config.yaml")]
+        return [Finding("broken", what_is_wrong(run) or f"{run} is not a run folder: it has no readable config.yaml")]
     findings = []
     owner = owner_of(run / LOCK)
     findings.append(Finding("note" if owner else "ok", f"{run} is in use by {owner}" if owner else f"{run} is free"))
@@ -95,21 +108,40 @@ def check_run(run: Path) -> list[Finding]:
         findings.append(
             Finding("note", f"made with other versions: {'; '.join(changed)}; going on may not repeat bit for bit")
         )
-    newest, of_checkpoints = _check_checkpoints(run)
+    newest, of_checkpoints = _check_checkpoints(run, config)
     return [*findings, *of_checkpoints, *_check_records(run, newest), *_check_leftovers(run, owner)]
 
 
 def check_data(data_dir: Path) -> list[Finding]:
-    """Every file of the data's manifest: there, and with the SHA-256 that it should have."""
+    """Every file of the data's manifest: there, and with the SHA-256 that it should have; and what is prepared."""
     if not data_dir.is_dir():
         return [Finding("broken", f"there is no data folder {data_dir}")]
     try:
-        entries = read_manifest(data_dir)
-        if not entries:
-            return [Finding("note", f"{data_dir} has no {MANIFEST}: nothing to compare its files with")]
-        return [_check_file(data_dir, name) for name in entries]
+        findings = [_check_file(data_dir, name) for name in read_manifest(data_dir)]
     except UserError as error:
-        return [Finding("broken", str(error))]
+        findings = [Finding("broken", str(error))]
+    if not findings:
+        findings = [Finding("note", f"{data_dir} has no {MANIFEST}: nothing to compare its files with")]
+    for folder in (data_dir, data_dir / "synthetic"):
+        findings += check_prepared(folder / "prepared")
+    return findings
+
+
+def check_prepared(root: Path) -> list[Finding]:
+    """Every folder of prepared data in ``root``: all of it as it was written, and no id beyond the vocabulary."""
+    findings = []
+    for path in sorted(root.glob("[0-9a-f]" * 16)):
+        try:
+            files.verify_folder(path)
+            stores = open_folder(path).stores
+        except files.DamageError as error:
+            findings.append(Finding("broken", f"{error}; delete {path}, the next run makes it anew"))
+        except UserError as error:
+            findings.append(Finding("broken", str(error)))
+        else:
+            tokens = sum(store.n_tokens for store in stores.values())
+            findings.append(Finding("ok", f"{path} is what was prepared, {tokens:,} tokens"))
+    return findings
 
 
 def _check_file(data_dir: Path, name: str) -> Finding:
@@ -121,10 +153,14 @@ def _check_file(data_dir: Path, name: str) -> Finding:
     return Finding("ok", f"{data_dir / name} is what was downloaded, {files.format_bytes(size)}")
 
 
-def _check_checkpoints(run: Path) -> tuple[Checkpoint | None, list[Finding]]:
+def _check_checkpoints(run: Path, config: Config) -> tuple[Checkpoint | None, list[Finding]]:
     """The newest valid checkpoint, and what there is to say about all of them."""
-    paths = checkpoint.list_checkpoints(run / "checkpoints")
+    paths = checkpoint.list_checkpoints(run / CHECKPOINTS)
     if not paths:
+        try:
+            require_checkpoints(run, config)
+        except UserError as error:
+            return None, [Finding("broken", str(error))]
         return None, [Finding("note", f"{run} has no checkpoint yet: the same command starts at step 0")]
     newest: Checkpoint | None = None
     damaged = []
@@ -165,10 +201,14 @@ def _check_leftovers(run: Path, owner: str | None) -> Iterable[Finding]:
 
 def _runs_in(path: Path) -> list[Path]:
     """``path`` itself, or the runs in it."""
-    if read_config(path) is None and path.is_dir():
-        inside = sorted(child for child in path.iterdir() if read_config(child) is not None)
-        return inside or [path]
+    if not _is_run(path) and path.is_dir():
+        return sorted(child for child in path.iterdir() if _is_run(child)) or [path]
     return [path]
+
+
+def _is_run(path: Path) -> bool:
+    """Whether ``path`` is a run folder, sound or not."""
+    return read_config(path) is not None or what_is_wrong(path) is not None
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ examples:
   mm-rec finetune --task instruct --data alpaca.jsonl --init_from ./checkpoints/stage1
 """
 
-NOT_HERE = ("stage", "preset", *MODEL_SHAPE, "download_data", "use_synthetic")
+NOT_HERE = ("stage", "preset", *MODEL_SHAPE, "download_data", "use_synthetic", "recall_share")
 """Settings of pre-training that the model brings along or that mean nothing to conversations."""
 
 

@@ -1,9 +1,10 @@
-"""Serve a model over HTTP: OpenAI's protocol, sessions with a memory of fixed size, and a chat page."""
+"""Serve a model over HTTP: OpenAI's and Ollama's protocols, sessions with a memory of fixed size, and a chat page."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import socket
 import sys
 from dataclasses import dataclass
@@ -15,20 +16,21 @@ from mm_rec.errors import UserError
 from mm_rec.options import Option, add_arguments, from_arguments
 from mm_rec.program import Parser, run_program
 from mm_rec.scripts.sampling_options import ADAPTER_HELP, WEIGHTS_HELP
+from mm_rec.serve.connections import FEWEST, Connections, most_connections
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-API_KEY_VARIABLE = "MM_REC_API_KEY"
-GRACE_SECONDS = 8
-"""For running requests to end after a signal."""
+    from mm_rec.serve.engine import Engine
 
+API_KEY_VARIABLE = "MM_REC_API_KEY"
 EPILOG = f"""examples:
   mm-rec serve --model checkpoints_cpu
   {API_KEY_VARIABLE}=secret mm-rec serve --model checkpoints_cpu/chat --host 0.0.0.0
 
-Then open http://127.0.0.1:8000/ or point any client of OpenAI's API to http://127.0.0.1:8000/v1. A chat request with
-"session": "some-name" goes on from what the model remembers of that conversation; only new messages are sent.
+Then open http://127.0.0.1:8000/, or point any client of OpenAI's API to http://127.0.0.1:8000/v1 and one of Ollama's to
+http://127.0.0.1:8000. A chat request with "session": "some-name" goes on from what the model remembers of that
+conversation; only new messages are sent.
 """
 
 
@@ -43,9 +45,15 @@ class ServeSettings:
     host: Annotated[str, Option("address to listen on; others than this machine's need an API key")] = "127.0.0.1"
     port: Annotated[int, Option("to listen on; 0 takes a free one", minimum=0)] = 8000
     api_key: Annotated[str | None, Option(f"that clients have to send; {API_KEY_VARIABLE} keeps it out of `ps`")] = None
+    cors_origins: Annotated[
+        str | None, Option("web pages elsewhere that may use it, as https://example.org,https://other.org; * for all")
+    ] = None
     session_dir: Annotated[Path, Option("folder of saved conversations")] = Path("sessions")
     max_sessions: Annotated[int, Option("conversations to keep at most", minimum=0)] = 1000
     max_streams: Annotated[int, Option("texts to draw at the same time", minimum=1)] = 64
+    max_connections: Annotated[
+        int, Option("to hold at most; fewer where the limit on open files is low", minimum=FEWEST)
+    ] = 1000
     max_queue: Annotated[int, Option("prompts that may wait for a place", minimum=1)] = 256
     max_prompt_bytes: Annotated[int, Option("of text in a request", minimum=1)] = 262_144
     max_tokens: Annotated[int, Option("to draw for one text", minimum=1)] = 2048
@@ -65,25 +73,35 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     if path is None:
         raise UserError("name the model to serve with --model")
     settings = dataclasses.replace(settings, api_key=settings.api_key or os.environ.get(API_KEY_VARIABLE) or None)
+    origins = _origins(settings)
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401 (the first package that is missing is named)
 
         from mm_rec.serve.gate import is_loopback
-        from mm_rec.serve.protocol import HeadTimeoutProtocol
+        from mm_rec.serve.server import Server
     except ModuleNotFoundError as error:
         raise UserError(f"the server needs {error.name}; install it with: pip install 'mm-rec[serve]'") from None
     if settings.api_key is None and not is_loopback(settings.host):
         raise UserError(f"--host {settings.host} opens the server to other machines; set {API_KEY_VARIABLE} first")
+    connections = Connections(most_connections(settings.max_connections))
     with _listen(settings.host, settings.port) as listener:
-        app = _build(settings, path)
+        app, engine = _build(settings, path, origins, connections)
         host, port = listener.getsockname()[:2]
         sys.stdout.write(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}/ (Ctrl-C stops)\n")
         sys.stdout.flush()
-        config = uvicorn.Config(
-            app, http=HeadTimeoutProtocol, timeout_graceful_shutdown=GRACE_SECONDS, server_header=False
-        )
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(app, engine, connections).run(sockets=[listener])
     return 0
+
+
+def _origins(settings: ServeSettings) -> list[str]:
+    """The web pages that may use the server from elsewhere."""
+    origins = [one.strip().rstrip("/") for one in (settings.cors_origins or "").split(",") if one.strip()]
+    for origin in origins:
+        if origin == "*" and settings.api_key is None:
+            raise UserError(f"--cors_origins * lets every web page in; name the pages, or set {API_KEY_VARIABLE} first")
+        if origin != "*" and not re.fullmatch(r"https?://[^/\s*]+", origin):
+            raise UserError(f"--cors_origins takes addresses like https://example.org, without a path, not {origin!r}")
+    return origins
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -95,14 +113,15 @@ def _listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host} port {port}: {reason}; use another --host or --port") from error
 
 
-def _build(settings: ServeSettings, path: Path) -> FastAPI:
-    """The application around the model that the settings name."""
+def _build(settings: ServeSettings, path: Path, origins: list[str], connections: Connections) -> tuple[FastAPI, Engine]:
+    """The application around the model that the settings name, and the engine that runs the model."""
     from mm_rec.inference.loading import load_model
     from mm_rec.inference.session_file import fingerprint
     from mm_rec.machine.device import set_threads
-    from mm_rec.serve.app import Service, create_app
+    from mm_rec.serve.app import create_app
     from mm_rec.serve.engine import Engine
     from mm_rec.serve.gate import Limits
+    from mm_rec.serve.service import Service
     from mm_rec.serve.sessions import SessionStore
 
     set_threads(settings.threads)
@@ -134,7 +153,8 @@ def _build(settings: ServeSettings, path: Path) -> FastAPI:
         max_requests=settings.max_streams + settings.max_queue,
     )
     sys.stdout.write(f"model {loaded.path}, {model.dtype}, expert {domain or 'all'}\n")
-    return create_app(service, api_key=settings.api_key, limits=limits)
+    app = create_app(service, api_key=settings.api_key, limits=limits, connections=connections, cors_origins=origins)
+    return app, service.engine
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
-import secrets
 import time
 import weakref
 from collections import deque
@@ -23,14 +21,16 @@ from mm_rec.serve.jobs import (
     EngineError,
     Event,
     Job,
+    NotANumberError,
     Output,
     OverdueError,
     PromptRead,
     QueueFullError,
     StoppedError,
     TokenScore,
+    UnfollowableError,
 )
-from mm_rec.serve.replies import ChatFormat, Choice, CompletionFormat
+from mm_rec.serve.replies import Choice, ReplyFormat, Usage
 from mm_rec.state import ModelState
 
 __all__ = ["Answer", "respond"]
@@ -93,7 +93,6 @@ class Answer:
         engine: that runs the jobs.
         jobs: one for each prompt.
         form: shape of the reply.
-        header: fields that the reply and every piece of it carry.
         echo: texts of the prompts, if they are to be given back.
         save_state: called with the state after the text, if the job asks for it, before the reply ends.
         resources: closed when the request is over, however it ended; taken over unless this raises.
@@ -106,20 +105,19 @@ class Answer:
         self,
         engine: Engine,
         jobs: Sequence[Job],
-        form: CompletionFormat | ChatFormat,
-        header: dict[str, Any],
+        form: ReplyFormat,
         *,
         echo: Sequence[str] | None = None,
         save_state: Callable[[ModelState], Awaitable[None]] | None = None,
         resources: contextlib.ExitStack | None = None,
     ) -> None:
         self._jobs = jobs
-        self._form = form
-        self._header = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), **header}
+        self.form = form
         self._echo = echo
         self._save_state = save_state
         self._saving: asyncio.Future[None] | None = None
         self._drawn = 0
+        self._begun = self._first = time.monotonic()
         self._events: _Inbox = asyncio.Queue()
         loop = asyncio.get_running_loop()
         outbox = _outboxes.setdefault(loop, _Outbox(loop))
@@ -148,25 +146,20 @@ class Answer:
             choice.text += piece.text
             choice.scores += piece.scores
             choice.finish = piece.finish
-        made = [self._form.choice(index, choices[index]) for index in sorted(choices)]
-        return {**self._header, "object": self._form.object, "choices": made, "usage": self._usage()}
+        return self.form.whole([choices[index] for index in sorted(choices)], self._usage())
 
-    async def stream(self, *, include_usage: bool) -> AsyncIterator[bytes]:
-        """Yields the reply as server-sent events; an error on the way is an event, too."""
-        usage = {"usage": None} if include_usage else {}
-        chunk = {**self._header, "object": self._form.chunk_object}
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Yields the reply in pieces; an error on the way is one, too."""
         try:
-            for index in range(sum(job.n for job in self._jobs)):
-                if opening := self._form.opening(index):
-                    yield _event({**chunk, "choices": [opening], **usage})
+            for part in self.form.opening(sum(job.n for job in self._jobs)):
+                yield part
             async for index, piece in self._pieces():
-                if piece.text or piece.scores or piece.finish:
-                    yield _event({**chunk, "choices": [self._form.chunk_choice(index, piece)], **usage})
-            if include_usage:
-                yield _event({**chunk, "choices": [], "usage": self._usage()})
-            yield b"data: [DONE]\n\n"
+                for part in self.form.piece(index, piece):
+                    yield part
+            for part in self.form.closing(self._usage()):
+                yield part
         except ApiError as error:
-            yield _event(error.body)
+            yield self.form.failure(error)
 
     async def _pieces(self) -> AsyncIterator[tuple[int, Choice]]:
         """Yields the next piece of a choice with its index; the choices of all prompts are numbered in one row."""
@@ -177,7 +170,7 @@ class Answer:
         while running:
             job, event = await self._next()
             if isinstance(event, EngineError):
-                raise _as_api_error(event)
+                raise self._as_api_error(event)
             if isinstance(event, PromptRead):
                 prompts[job] = event.scores
                 continue
@@ -188,6 +181,8 @@ class Answer:
             if event.state is not None and self._save_state is not None:
                 self._saving = asyncio.ensure_future(self._save_state(event.state))
                 await asyncio.shield(self._saving)
+            if not self._drawn:
+                self._first = time.monotonic()
             self._drawn += event.drawn
             running -= event.finish is not None
             if not running:
@@ -202,15 +197,24 @@ class Answer:
         except TimeoutError:
             raise ApiError(500, "the engine does not answer", code="internal_error") from None
 
-    def _usage(self) -> dict[str, int]:
+    def _as_api_error(self, error: EngineError) -> ApiError:
+        if isinstance(error, OverdueError | StoppedError):
+            return ApiError.busy(str(error))
+        if isinstance(error, UnfollowableError):
+            return ApiError(400, str(error), param="response_format", code="json_schema_too_complex")
+        if isinstance(error, NotANumberError) and any(job.state is not None for job in self._jobs):
+            return ApiError(409, f"{error}; start a new session", param="session", code="session_unusable")
+        return ApiError(500, str(error), code="internal_error")
+
+    def _usage(self) -> Usage:
         read = sum(len(job.prompt) for job in self._jobs)
-        return {"prompt_tokens": read, "completion_tokens": self._drawn, "total_tokens": read + self._drawn}
+        return Usage(read, self._drawn, self._first - self._begun, time.monotonic() - self._begun)
 
 
-async def respond(request: Request, answer: Answer, *, stream: bool, include_usage: bool) -> Response:
+async def respond(request: Request, answer: Answer, *, stream: bool) -> Response:
     """Returns the reply to a request, which is dropped if the client goes away."""
     if stream:
-        return _EventStream(answer, include_usage)
+        return _AnswerStream(answer)
     try:
         reply = await _while_connected(request, answer.whole())
     finally:
@@ -218,14 +222,13 @@ async def respond(request: Request, answer: Answer, *, stream: bool, include_usa
     return Response(status_code=499) if reply is None else JSONResponse(reply)
 
 
-class _EventStream(StreamingResponse):
-    """An answer as server-sent events that ends when the client goes away."""
+class _AnswerStream(StreamingResponse):
+    """An answer in pieces that ends when the client goes away."""
 
-    media_type = "text/event-stream"
-
-    def __init__(self, answer: Answer, include_usage: bool) -> None:
+    def __init__(self, answer: Answer) -> None:
         super().__init__(
-            answer.stream(include_usage=include_usage),
+            answer.stream(),
+            media_type=answer.form.media_type,
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
         self._answer = answer
@@ -251,13 +254,3 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str,
     finally:
         working.cancel()
         leaving.cancel()
-
-
-def _as_api_error(error: EngineError) -> ApiError:
-    if isinstance(error, OverdueError | StoppedError):
-        return ApiError.busy(str(error))
-    return ApiError(500, str(error), code="internal_error")
-
-
-def _event(content: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()

@@ -1,4 +1,4 @@
-"""The routes."""
+"""The application: its routes and what stands before them."""
 
 from __future__ import annotations
 
@@ -6,129 +6,55 @@ import asyncio
 import base64
 import hashlib
 import re
-import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mm_rec import __version__
 from mm_rec.inference.generate import end_tokens
-from mm_rec.inference.sampling import Sampling
 from mm_rec.serve import schemas
 from mm_rec.serve.answer import Answer, respond
-from mm_rec.serve.engine import Engine
-from mm_rec.serve.errors import ApiError, ErrorReply, add_handlers
+from mm_rec.serve.chat import add_chat
+from mm_rec.serve.connections import Connections
+from mm_rec.serve.errors import ERRORS, STREAMED, ApiError, add_handlers
+from mm_rec.serve.fields import SessionName
 from mm_rec.serve.gate import Gate, Limits
 from mm_rec.serve.jobs import Job
-from mm_rec.serve.replies import ChatFormat, CompletionFormat, Names
-from mm_rec.serve.sessions import Memory, SessionStore
-from mm_rec.state import ModelState
-from mm_rec.text.conversation import Message, encode_conversation, encode_message
-from mm_rec.text.tokenizer import Tokenizer
+from mm_rec.serve.ollama import add_ollama
+from mm_rec.serve.replies import CompletionFormat, Names
+from mm_rec.serve.responses import add_responses
+from mm_rec.serve.service import Service
 
-__all__ = ["Service", "create_app"]
+__all__ = ["create_app"]
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_SCORED_TOKENS = 32_768
 """Of prompts whose log-probabilities are asked for: each becomes some hundred bytes of the reply."""
 
-_Responses = dict[int | str, dict[str, Any]]
 
-_ERRORS: _Responses = {
-    "4XX": {"model": ErrorReply, "description": "The request is not served; the message says why."},
-    503: {"model": ErrorReply, "description": "The server is busy; Retry-After says when to try again."},
-}
-
-_EVENTS = {
-    "text/event-stream": {
-        "schema": {
-            "type": "object",
-            "properties": {"data": {"type": "string", "description": "a piece of the reply as JSON, or [DONE]"}},
-            "required": ["data"],
-        }
-    }
-}
-
-
-@dataclass(frozen=True)
-class Service:
-    """The model that is served, and the limits of one request.
-
-    Attributes:
-        name: the name by which requests ask for the model.
-        engine: the engine that runs it.
-        sessions: the store of conversations.
-        fingerprint: hash of the model's weights, which tells it from others.
-        max_prompt_bytes: bytes of text in a request at most, checked before it is tokenized; also the most token ids.
-        max_tokens: tokens of one choice at most.
-        seconds: time limit of one request.
-    """
-
-    name: str
-    engine: Engine
-    sessions: SessionStore
-    fingerprint: str
-    max_prompt_bytes: int = 262_144
-    max_tokens: int = 2048
-    seconds: float = 600.0
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the model."""
-        return self.engine.tokenizer
-
-    def header(self) -> dict[str, str]:
-        """Returns the fields of a reply that say which model made it."""
-        return {"model": self.name, "system_fingerprint": f"mm_{self.fingerprint[:12]}"}
-
-    def check_model(self, name: str) -> None:
-        """Raises ApiError 404 unless ``name`` is served."""
-        if name != self.name:
-            message = f"there is no model {name[:80]!r}; this server has {self.name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
-
-    def check_length(self, texts: Sequence[str]) -> None:
-        """Raises ApiError 400 if the texts are too long to be cut into tokens."""
-        n_bytes = sum(len(text.encode()) for text in texts)
-        if n_bytes > self.max_prompt_bytes:
-            raise ApiError(
-                400,
-                f"the request has {n_bytes} bytes of text, this server reads {self.max_prompt_bytes} at most",
-                code="context_length_exceeded",
-            )
-
-    def check_choices(self, n: int) -> None:
-        """Raises ApiError 400 if there are not as many slots as ``n`` choices take."""
-        if n > self.engine.max_streams:
-            raise ApiError(400, f"n is at most {self.engine.max_streams} on this server", param="n")
-
-    def sampling(self, body: schemas.SamplingFields, max_tokens: int) -> Sampling:
-        """Returns the sampling settings that ``body`` asks for."""
-        return Sampling(
-            max_new_tokens=min(max_tokens, self.max_tokens),
-            repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_k=body.top_k or 0,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            min_p=body.min_p or 0.0,
-            stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
-            seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
-        )
-
-
-def create_app(service: Service, *, api_key: str | None = None, limits: Limits | None = None) -> FastAPI:
+def create_app(
+    service: Service,
+    *,
+    api_key: str | None = None,
+    limits: Limits | None = None,
+    connections: Connections | None = None,
+    cors_origins: Sequence[str] = (),
+) -> FastAPI:
     """The application; its lifespan runs the engine and, at its end, closes the sessions.
 
     Args:
         service: what is served.
-        api_key: the key that requests to /v1 have to bring; None for none.
+        api_key: the key that requests to /v1 and /api have to bring; None for none.
         limits: limits of requests; the defaults of :class:`Limits` if None.
+        connections: those of the :class:`mm_rec.serve.server.Server` that serves it; None where there are none.
+        cors_origins: the web pages elsewhere that may use the server, as ``https://example.org``, or ``*`` for all.
     """
 
     @asynccontextmanager
@@ -143,13 +69,39 @@ def create_app(service: Service, *, api_key: str | None = None, limits: Limits |
     # The usual documentation pages load their scripts from elsewhere.
     app = FastAPI(title="MM-Rec", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     add_handlers(app)
-    app.add_middleware(Gate, limits=limits or Limits(), api_key=api_key)
+    app.add_middleware(_HeadAsGet)
+    app.add_middleware(Gate, limits=limits or Limits(), connections=connections or Connections(0), api_key=api_key)
+    if cors_origins:  # stands before the gate: a browser asks without a key first, and pages read refusals, too
+        methods, headers = ("GET", "POST", "DELETE"), ("*",)
+        app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=methods, allow_headers=headers)
     _add_page(app)
     _add_models(app, service)
     _add_completions(app, service)
-    _add_chat(app, service)
+    add_chat(app, service)
+    add_responses(app, service)
+    add_ollama(app, service)
     _add_sessions(app, service)
     return app
+
+
+class _HeadAsGet:
+    """ASGI middleware that answers HEAD with what GET has, but for the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        await self._app({**scope, "method": "GET"}, receive, send_head)
 
 
 def _add_page(app: FastAPI) -> None:
@@ -177,12 +129,12 @@ def _add_models(app: FastAPI, service: Service) -> None:
             memory_bytes=memory_bytes,
         )
 
-    @app.get("/v1/models", responses=_ERRORS)
+    @app.get("/v1/models", responses=ERRORS)
     async def list_models() -> schemas.ModelList:
         """The model that is served."""
         return schemas.ModelList(data=[card])
 
-    @app.get("/v1/models/{model}", responses=_ERRORS)
+    @app.get("/v1/models/{model}", responses=ERRORS)
     async def get_model(model: str) -> schemas.ModelCard:
         """The model that is served, by its name."""
         service.check_model(model)
@@ -191,9 +143,8 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 def _add_completions(app: FastAPI, service: Service) -> None:
     tokenizer, names = service.tokenizer, Names(service.tokenizer)
-    responses: _Responses = {200: {"content": _EVENTS}, **_ERRORS}
 
-    @app.post("/v1/completions", response_model=schemas.CompletionReply, responses=responses)
+    @app.post("/v1/completions", response_model=schemas.CompletionReply, responses=STREAMED)
     async def complete(body: schemas.CompletionRequest, request: Request) -> Response:
         """Continue one or many texts."""
         service.check_model(body.model)
@@ -203,7 +154,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         if scored and sum(map(len, prompts)) > MAX_SCORED_TOKENS:
             raise ApiError(400, f"echo with logprobs takes {MAX_SCORED_TOKENS} tokens at most", param="prompt")
         max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        sampling = service.sampling(body, max_tokens)
+        sampling = service.sampling(body.sampling_options(), max_tokens)
         deadline = time.monotonic() + service.seconds
         jobs = [
             Job(
@@ -218,9 +169,9 @@ def _add_completions(app: FastAPI, service: Service) -> None:
             )
             for prompt in prompts
         ]
-        form = CompletionFormat(names, body.logprobs)
-        answer = Answer(service.engine, jobs, form, service.header(), echo=texts if body.echo else None)
-        return await respond(request, answer, stream=bool(body.stream), include_usage=_wants_usage(body))
+        form = CompletionFormat(service.header("cmpl"), names, body.logprobs, include_usage=body.wants_usage)
+        answer = Answer(service.engine, jobs, form, echo=texts if body.echo else None)
+        return await respond(request, answer, stream=bool(body.stream))
 
 
 async def _read_prompts(
@@ -245,67 +196,9 @@ async def _read_prompts(
     return [tokenizer.decode(ids) for ids in many] if echo else [], many
 
 
-def _add_chat(app: FastAPI, service: Service) -> None:
-    tokenizer, names = service.tokenizer, Names(service.tokenizer)
-    responses: _Responses = {200: {"content": _EVENTS}, **_ERRORS}
-
-    @app.post("/v1/chat/completions", response_model=schemas.ChatReply, responses=responses)
-    async def chat(body: schemas.ChatRequest, request: Request) -> Response:
-        """Answer a conversation, or go on with one whose memory was saved."""
-        service.check_model(body.model)
-        service.check_choices(body.n or 1)
-        if body.top_logprobs is not None and not body.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-        if body.session is not None and (body.n or 1) > 1:
-            raise ApiError(400, "a session has one answer: n must be 1", param="n")
-        messages = [_as_message(message) for message in body.messages]
-        service.check_length([message.content for message in messages])
-        sampling = service.sampling(body, body.max_completion_tokens or body.max_tokens or service.max_tokens)
-        with ExitStack() as stack:
-            memory = None
-            if body.session is not None:
-                stack.enter_context(service.sessions.turn(body.session))
-                memory = await asyncio.to_thread(service.sessions.load, body.session)
-            top = (body.top_logprobs or 0) if body.logprobs else None
-            job = Job(
-                await asyncio.to_thread(_encode, tokenizer, messages, memory is not None),
-                sampling,
-                time.monotonic() + service.seconds,
-                ends=end_tokens(tokenizer),
-                n=body.n or 1,
-                state=None if memory is None else memory.state,
-                closing=() if body.session is None else (tokenizer.end_id,),
-                top_logprobs=top,
-            )
-
-            async def save_state(state: ModelState) -> None:
-                after = Memory(state, 1 if memory is None else memory.turns + 1)
-                assert body.session is not None
-                await asyncio.to_thread(service.sessions.save, body.session, after)
-
-            form = ChatFormat(names, top)
-            answer = Answer(service.engine, [job], form, service.header(), save_state=save_state, resources=stack)
-        return await respond(request, answer, stream=bool(body.stream), include_usage=_wants_usage(body))
-
-
-def _as_message(message: schemas.ChatMessage) -> Message:
-    content = message.content
-    text = content if isinstance(content, str) else "".join(part.text for part in content)
-    return Message("system" if message.role == "developer" else message.role, text)
-
-
-def _encode(tokenizer: Tokenizer, messages: Sequence[Message], going_on: bool) -> list[int]:
-    """Returns the ids of a conversation, or of what is new in it, up to the place where the answer begins."""
-    if going_on:
-        ids = [token for message in messages for token in encode_message(tokenizer, message)[0]]
-    else:
-        ids = encode_conversation(tokenizer, messages)[0]
-    return [*ids, tokenizer.control_ids["<|assistant|>"]]
-
-
 def _add_sessions(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/sessions/{session}", responses=_ERRORS)
-    async def get_session(session: schemas.SessionName) -> schemas.SessionInfo:
+    @app.get("/v1/sessions/{session}", responses=ERRORS)
+    async def get_session(session: SessionName) -> schemas.SessionInfo:
         """How long a conversation is and what its memory takes."""
         with service.sessions.turn(session):
             memory = await asyncio.to_thread(service.sessions.load, session)
@@ -314,8 +207,8 @@ def _add_sessions(app: FastAPI, service: Service) -> None:
             n_bytes = service.sessions.size(session)
             return schemas.SessionInfo(id=session, turns=memory.turns, tokens=memory.tokens, bytes=n_bytes)
 
-    @app.delete("/v1/sessions/{session}", responses=_ERRORS)
-    async def delete_session(session: schemas.SessionName) -> schemas.Removed:
+    @app.delete("/v1/sessions/{session}", responses=ERRORS)
+    async def delete_session(session: SessionName) -> schemas.Removed:
         """Forget a conversation."""
         with service.sessions.turn(session):
             if not await asyncio.to_thread(service.sessions.remove, session):
@@ -325,10 +218,6 @@ def _add_sessions(app: FastAPI, service: Service) -> None:
 
 def _no_session(name: str) -> ApiError:
     return ApiError(404, f"there is no session {name}", param="session", code="session_not_found")
-
-
-def _wants_usage(body: schemas.SamplingFields) -> bool:
-    return bool(body.stream_options and body.stream_options.include_usage)
 
 
 def _content_policy(page: str) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mm_rec.errors import UserError
 from mm_rec.inference import decode
 from mm_rec.inference.generate import GeneratedText
 from mm_rec.inference.sampling import next_tokens
@@ -27,12 +28,14 @@ from mm_rec.serve.jobs import (
     Job,
     JobHandle,
     Listener,
+    NotANumberError,
     Output,
     OverdueError,
     PromptRead,
     QueueFullError,
     StoppedError,
     TokenScore,
+    UnfollowableError,
 )
 from mm_rec.state import ModelState, flatten_state, map_state
 from mm_rec.text.tokenizer import Tokenizer
@@ -233,6 +236,7 @@ class Engine:
                 torch.Generator().manual_seed((job.sampling.seed + choice) % 2**64),
                 ends=job.ends,
                 seen=job.prompt if job.penalise_prompt else (),
+                constraint=job.constraint,
             ),
             prompt_scores=[TokenScore(job.prompt[0], None, ())],
         )
@@ -312,16 +316,34 @@ class Engine:
 
     def _draw(self, slots: Sequence[_Slot], logits: Tensor) -> None:
         """Draws the next token of each slot from its logits (B, V) and sends the text that it makes certain."""
-        tokens = next_tokens(logits, [slot.text.sampler for slot in slots])
+        try:
+            tokens = next_tokens(logits, [slot.text.sampler for slot in slots])
+        except UserError:  # some rows are no numbers; nothing has been drawn yet
+            self._fail_rows([slot for slot, row in zip(slots, logits, strict=True) if not row.amax().isfinite()])
+            left = [index for index, slot in enumerate(slots) if not slot.gone]
+            if left:
+                self._draw([slots[index] for index in left], logits[left])
+            return
         for slot, token, choice_logits in zip(slots, tokens, logits, strict=True):
+            if slot.handle.cancelled:
+                continue
             top = slot.handle.job.top_logprobs
             scores = () if top is None else tuple(self._score(choice_logits[None], [token], top))
-            piece = slot.text.push(token)
+            try:
+                piece = slot.text.push(token)
+            except UserError as error:
+                self._give_up(slot.handle, error)
+                continue
             if piece is not None:
                 slot.pending = [token]
             slot.handle.listener(Output(slot.choice, piece or "", 1, scores))  # as many scores as tokens drawn
             if slot.text.finish_reason is not None:
                 self._finish(slot)
+
+    def _give_up(self, handle: JobHandle, error: UserError) -> None:
+        """Ends a job whose constraint can't be followed; its slots are freed in the next turn."""
+        handle.listener(UnfollowableError(str(error)))
+        handle.cancel()
 
     def _score(self, logits: Tensor, tokens: Sequence[int], top: int | None) -> list[TokenScore]:
         """Returns the log-probabilities of ``tokens`` (T) and of the likeliest ones under ``logits`` (T, V)."""
@@ -356,6 +378,14 @@ class Engine:
         assert self._state is not None
         self._state = _select(self._state, keep) if keep else None
         self._batch = [self._batch[index] for index in keep]
+
+    def _fail_rows(self, slots: Sequence[_Slot]) -> None:
+        """Ends the jobs of slots whose logits are no numbers, as after a forged state; the others go on."""
+        failed = {id(slot.handle): slot.handle for slot in slots}
+        for slot in self._batch:
+            slot.gone = slot.gone or id(slot.handle) in failed
+        for handle in failed.values():
+            handle.listener(NotANumberError("the model gives no numbers after this"))
 
     def _fail_running(self, error: EngineError) -> None:
         handles = {

@@ -1,9 +1,9 @@
-"""Errors of the server, in the shape that OpenAI's clients read."""
+"""Errors of the server, in the shapes that OpenAI's and Ollama's clients read."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,10 +12,11 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-__all__ = ["ApiError", "ErrorReply", "add_handlers"]
+from mm_rec.serve.refusals import first_place, say
+
+__all__ = ["ERRORS", "OLLAMA_ERRORS", "STREAMED", "ApiError", "add_handlers"]
 
 _log = logging.getLogger("mm_rec.serve")
-_MAX_REPORTED = 3
 RETRY_SECONDS = 2
 
 
@@ -32,6 +33,39 @@ class ErrorReply(BaseModel):
     """Body of every reply that is not a success."""
 
     error: ErrorDetail
+
+
+class OllamaErrorReply(BaseModel):
+    """Body of every reply to Ollama's clients that is not a success."""
+
+    error: str
+
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def _errors(shape: type[BaseModel]) -> Responses:
+    return {
+        "4XX": {"model": shape, "description": "The request is not served; the message says why."},
+        503: {"model": shape, "description": "The server is busy; Retry-After says when to try again."},
+    }
+
+
+_EVENTS = {
+    "text/event-stream": {
+        "schema": {
+            "type": "object",
+            "properties": {"data": {"type": "string", "description": "a piece of the reply as JSON, or [DONE]"}},
+            "required": ["data"],
+        }
+    }
+}
+
+ERRORS = _errors(ErrorReply)
+"""What a route may reply beside a success, for its description."""
+OLLAMA_ERRORS = _errors(OllamaErrorReply)
+STREAMED: Responses = {200: {"content": _EVENTS}, **ERRORS}
+"""The same of a route that streams, if it is asked to."""
 
 
 class ApiError(Exception):
@@ -57,9 +91,13 @@ class ApiError(Exception):
         """503: the client may try again in a moment."""
         return cls(503, message, code="overloaded", headers={"Retry-After": str(RETRY_SECONDS)})
 
-    def response(self) -> JSONResponse:
-        """The reply."""
-        return JSONResponse(self.body, self.status, self.headers)
+    def response(self, path: str) -> JSONResponse:
+        """Returns the reply to a request of ``path``, in the shape of the protocol that is spoken there."""
+        return JSONResponse(self.for_ollama() if path.startswith("/api/") else self.body, self.status, self.headers)
+
+    def for_ollama(self) -> dict[str, str]:
+        """Returns the body in the shape that Ollama's clients read."""
+        return {"error": self.body["error"]["message"]}
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -70,9 +108,9 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _bug)
 
 
-async def _api_error(_: Request, error: Exception) -> JSONResponse:
+async def _api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
-    return error.response()
+    return error.response(request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
@@ -82,49 +120,34 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
         message = f"there is no {request.method} {request.url.path} here"
     elif error.status_code == 405:
         message = f"{request.url.path} does not take {request.method}"
-    return ApiError(error.status_code, message, headers=error.headers).response()
+    return ApiError(error.status_code, message, headers=error.headers).response(request.url.path)
 
 
-async def _validation_error(_: Request, error: Exception) -> JSONResponse:
+async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     faults = list(error.errors())
+    place = faults[0]["loc"]
+    if place == ("body",) and not _says_json(request.headers.get("content-type", "")):
+        return _no_json(request).response(request.url.path)
     if faults[0]["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {faults[0]['ctx']['error']}").response()
-    # Of a field that may be of several types, every type complains; the best complaint is not about the type, or
-    # else got furthest.
-    best: dict[str, Mapping[str, Any]] = {}
-    for fault in faults:
-        name = str(fault["loc"][1:2])
-        if name not in best or _rank(fault) > _rank(best[name]):
-            best[name] = fault
-    message = "; ".join(_describe(fault) for fault in list(best.values())[:_MAX_REPORTED])
-    if len(best) > _MAX_REPORTED:
-        message += f"; and {len(best) - _MAX_REPORTED} more"
-    first = next(iter(best.values()))
-    return ApiError(400, message, param=".".join(_path(first)) or None, code=_code(first)).response()
+        problem = f"the body is not JSON: {faults[0]['ctx']['error']} at character {place[1]}"
+        return ApiError(400, problem).response(request.url.path)
+    param, code = first_place(faults)
+    return ApiError(400, say(faults), param=param, code=code).response(request.url.path)
+
+
+def _says_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+def _no_json(request: Request) -> ApiError:
+    given = request.headers.get("content-type")
+    said = f"Content-Type {given[:80]!r}" if given else "no Content-Type"
+    return ApiError(415, f"the request has {said}; send JSON with the header `Content-Type: application/json`")
 
 
 async def _bug(request: Request, error: Exception) -> JSONResponse:
     _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return ApiError(500, "the server failed on this request; its log says why", code="internal_error").response()
-
-
-def _rank(fault: Mapping[str, Any]) -> tuple[bool, int]:
-    return not fault["type"].endswith("_type"), len(_path(fault))
-
-
-def _describe(fault: Mapping[str, Any]) -> str:
-    field = ".".join(_path(fault))
-    if fault["type"] == "extra_forbidden":
-        return f"{field or 'a field of that name'} is not a parameter of this server"
-    return f"{field}: {fault['msg']}" if field else str(fault["msg"])
-
-
-def _code(fault: Mapping[str, Any]) -> str | None:
-    return {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}.get(fault["type"])
-
-
-def _path(fault: Mapping[str, Any]) -> list[str]:
-    """``["messages", "0", "role"]`` of a fault in ("body", "messages", 0, "role"), without the names of types."""
-    location: Sequence[str | int] = fault["loc"][1:]
-    return [str(part) for part in location if isinstance(part, int) or (part.isidentifier() and part != "str")]
+    failure = ApiError(500, "the server failed on this request; its log says why", code="internal_error")
+    return failure.response(request.url.path)

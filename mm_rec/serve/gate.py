@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mm_rec.serve.connections import Connections
 from mm_rec.serve.errors import ApiError
 
 __all__ = ["Gate", "Limits", "is_loopback"]
@@ -44,13 +45,16 @@ class Gate:
     Args:
         app: the application that serves what is not refused.
         limits: limits of requests.
-        api_key: the key that requests to /v1 have to bring; None for none. Without one only names of this machine are
-            accepted as host, so that no web page can reach the server under a name of its own (DNS rebinding).
+        connections: those of the server; where they are full, only health checks are answered.
+        api_key: the key that requests to /v1 and /api have to bring; None for none. Without one only names of this
+            machine are accepted as host, so that no web page can reach the server under a name of its own (DNS
+            rebinding).
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, connections: Connections, api_key: str | None) -> None:
         self._app = app
         self._limits = limits
+        self._connections = connections
         self._authorization = None if api_key is None else f"Bearer {api_key}".encode()
         self._requests = 0
 
@@ -62,6 +66,8 @@ class Gate:
         try:
             headers = Headers(scope=scope)
             self._check_origin(scope["path"], headers)
+            if self._connections.full and scope["path"] != "/health":
+                raise ApiError.busy("the server has no connection to spare; try again in a moment")
             with self._counted(scope["method"]):
                 body = await self._read(headers, receive)
                 await self._app(scope, _replay(body, receive), self._paced(send))
@@ -74,7 +80,7 @@ class Gate:
         if self._authorization is None:
             if not is_loopback(_host_name(headers.get("host", ""))):
                 raise ApiError(403, "without an API key this server is reached as localhost or 127.0.0.1 only")
-        elif path.startswith("/v1"):
+        elif path.startswith(("/v1", "/api")):
             given = headers.get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(given, self._authorization):
                 message = "wrong API key" if given else "no API key; send it as `Authorization: Bearer KEY`"
@@ -159,7 +165,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
     """Replies before the body is read, then reads on for a while, since a client that still sends misses a reply."""
-    response = error.response()
+    response = error.response(scope["path"])
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
     await send({"type": "http.response.body", "body": response.body, "more_body": True})
     try:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mm_rec.inference.json_constraint import JsonConstraint
 from mm_rec.inference.sampling import Sampling
 from mm_rec.state import ModelState
 
@@ -15,12 +16,14 @@ __all__ = [
     "Job",
     "JobHandle",
     "Listener",
+    "NotANumberError",
     "Output",
     "OverdueError",
     "PromptRead",
     "QueueFullError",
     "StoppedError",
     "TokenScore",
+    "UnfollowableError",
 ]
 
 
@@ -36,8 +39,16 @@ class OverdueError(EngineError):
     """The job's time was over before its prompt was read."""
 
 
+class NotANumberError(EngineError):
+    """The model's logits are NaN or infinite: its weights, or the state before the prompt, are damaged."""
+
+
 class StoppedError(EngineError):
     """The engine was stopped."""
+
+
+class UnfollowableError(EngineError):
+    """The job's constraint is too complex to follow."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,7 @@ class Job:
         penalise_prompt: the repetition penalty counts the tokens of the prompt, too.
         top_logprobs: how many likeliest tokens to score beside the one drawn; None gives no log-probabilities.
         prompt_logprobs: give the log-probabilities of the prompt's tokens, too.
+        constraint: what each text has to be.
     """
 
     prompt: Sequence[int]
@@ -67,6 +79,7 @@ class Job:
     penalise_prompt: bool = False
     top_logprobs: int | None = None
     prompt_logprobs: bool = False
+    constraint: JsonConstraint | None = None
 
 
 class TokenScore(NamedTuple):

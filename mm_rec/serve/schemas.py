@@ -1,74 +1,52 @@
-"""What a request and a reply look like: OpenAI's fields, a few of our own, nothing that is silently ignored.
+"""What a request and a reply look like in OpenAI's protocol, with a few fields of our own and nothing silently ignored.
 
 A field that would change the text but isn't supported is an error unless it holds its neutral value. Fields that
-cannot change it (``user``, ``metadata``) are taken and not used.
+cannot change it (``user``, ``metadata``) are taken and not used. A field that is null counts as one that isn't there.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, Field
+
+from mm_rec.inference.json_constraint import ANY_OBJECT
+from mm_rec.serve.fields import (
+    INTEGRAL,
+    MAX_CHOICES,
+    Messages,
+    Metadata,
+    Only,
+    SessionName,
+    StopStrings,
+    Strict,
+    Text,
+    TokenIds,
+)
+from mm_rec.text.message import without_nulls
 
 __all__ = [
-    "ChatMessage",
+    "NO_TOOLS",
+    "AssistantMessage",
     "ChatReply",
     "ChatRequest",
     "CompletionReply",
     "CompletionRequest",
+    "DrawingFields",
     "Health",
+    "JsonFormat",
     "ModelCard",
     "ModelList",
     "Removed",
+    "ResponseFormat",
     "SamplingFields",
     "SessionInfo",
-    "SessionName",
-    "TextPart",
 ]
 
-MAX_CHOICES = 16
 MAX_PROMPTS = 128
-MAX_MESSAGES = 1024
-MAX_FIELDS = 64
-
-
-def _check_unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("surrogate", "the text has half of a surrogate pair, which is no character") from None
-    return text
-
-
-def _as_integers(value: Any) -> Any:
-    """Numbers of JSON have no kinds: 2.0 is an integer."""
-    if isinstance(value, list):
-        return [_as_integers(one) if isinstance(one, float) else one for one in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-INTEGRAL = BeforeValidator(_as_integers)
-Text = Annotated[str, AfterValidator(_check_unicode)]
-Zero = Annotated[float, Field(ge=0, le=0)]
-Nothing = Annotated[list[Any], Field(max_length=0)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True), INTEGRAL]
-StopString = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_check_unicode)]
-SessionName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
-
-
-class Strict(BaseModel):
-    """Takes JSON values for what they are: "1" is no number, and unknown fields are errors."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _few_fields(cls, values: Any) -> Any:
-        # Every unknown field would become an error of its own, each far larger than the field.
-        if isinstance(values, dict) and len(values) > MAX_FIELDS:
-            raise PydanticCustomError("too_many_fields", "there are too many fields")
-        return values
+DRAWING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "seed")
+NO_TOOLS = "this model calls no tools; leave them out, or ask for JSON with response_format and call them yourself"
+PENALTY = "use repetition_penalty, which divides by how likely what was said is"
 
 
 class StreamOptions(Strict):
@@ -78,13 +56,13 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = Field(None, description="taken, not used")
 
 
-class SamplingFields(Strict):
-    """What both kinds of requests share."""
+class DrawingFields(Strict):
+    """What all kinds of requests share: the model, and how tokens are drawn."""
 
     model: str = Field(description="the name that /v1/models gives")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0 takes the likeliest token")
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="keep the likeliest tokens with this mass"
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="keep the likeliest tokens with this mass, at least one"
     )
     top_k: Annotated[int, Field(ge=0), INTEGRAL] | None = Field(
         None, description="keep the k likeliest; 0 keeps all (ours)"
@@ -95,19 +73,37 @@ class SamplingFields(Strict):
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = Field(
         None, description="above 1 avoids what was said (ours)"
     )
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = Field(
-        None, description="the text ends before any of these"
-    )
+    stop: StopStrings | None = Field(None, description="the text ends before any of these")
     seed: Annotated[int, INTEGRAL] | None = Field(None, description="the same gives the same text, up to rounding")
+    stream: bool | None = None
+    user: str | None = Field(None, description="taken, not used")
+    store: bool | None = Field(None, description="taken, not used: nothing is stored")
+    service_tier: str | None = Field(None, description="taken, not used")
+    safety_identifier: str | None = Field(None, description="taken, not used")
+    prompt_cache_key: str | None = Field(None, description="taken, not used")
+    prompt_cache_retention: str | None = Field(None, description="taken, not used")
+    prompt_cache_options: dict[str, Any] | None = Field(None, description="taken, not used")
+
+    def sampling_options(self) -> dict[str, Any]:
+        """Returns what the request says about drawing."""
+        return without_nulls({name: getattr(self, name) for name in DRAWING})
+
+
+class SamplingFields(DrawingFields):
+    """What completions and chat requests share."""
+
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), INTEGRAL] | None = Field(
         None, description="texts to draw of one prompt"
     )
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="taken, not used")
-    presence_penalty: Zero | None = Field(None, description="not supported: 0")
-    frequency_penalty: Zero | None = Field(None, description="not supported: 0; see repetition_penalty")
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(None, description="not supported")
+    presence_penalty: Annotated[Any, Only(0, advice=PENALTY)] = None
+    frequency_penalty: Annotated[Any, Only(0, advice=PENALTY)] = None
+    logit_bias: Annotated[Any, Only({}, advice="tokens can't be made likelier one by one; leave it out")] = None
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream is to end with the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class CompletionRequest(SamplingFields):
@@ -126,38 +122,37 @@ class CompletionRequest(SamplingFields):
         None, description="give log-probabilities, and those of so many likeliest tokens"
     )
     echo: bool | None = Field(None, description="give the prompt back before the text")
-    best_of: Annotated[int, Field(ge=1, le=1), INTEGRAL] | None = Field(None, description="not supported: 1")
-    suffix: None = Field(None, description="not supported: null")
+    best_of: Annotated[Any, Only(1, advice="ask for several texts with n and choose among them yourself")] = None
+    suffix: Annotated[Any, Only("", advice="this model writes on from a text, not towards one; leave it out")] = None
 
 
-class TextPart(Strict):
-    """A part of a message; there are only texts."""
+class JsonFormat(Strict):
+    """A JSON schema that a text is to follow."""
 
-    type: Literal["text"]
-    text: Text
-
-
-class ChatMessage(Strict):
-    """One message."""
-
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="developer means system")
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    name: str | None = Field(None, description="taken, not shown to the model")
-    refusal: None = None
+    name: str | None = Field(None, description="taken, not used")
+    description: str | None = Field(None, description="taken, not used")
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="of any object if null")
+    strict: bool | None = Field(None, description="taken, not used: the schema is always followed")
 
 
 class ResponseFormat(Strict):
     """Format of the reply."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonFormat | None = Field(None, description="for the type json_schema")
+
+    @property
+    def schema_to_follow(self) -> dict[str, Any] | None:
+        """The JSON schema that the text is to follow; None for any text."""
+        if self.type == "text":
+            return None
+        return (self.json_schema and self.json_schema.schema_) or ANY_OBJECT
 
 
 class ChatRequest(SamplingFields):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] = Field(
-        description="the conversation, or, with a session, what is new in it"
-    )
+    messages: Messages = Field(description="the conversation, or, with a session, what is new in it")
     session: SessionName | None = Field(
         None, description="continue the conversation of this name from its saved memory; begins one if there is none"
     )
@@ -171,11 +166,24 @@ class ChatRequest(SamplingFields):
     top_logprobs: Annotated[int, Field(ge=0, le=20), INTEGRAL] | None = Field(
         None, description="and those of so many likeliest tokens; needs logprobs"
     )
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = Field(None, description="taken, not used")
+    metadata: Metadata | None = Field(None, description="taken, not used")
     response_format: ResponseFormat | None = None
-    tools: Nothing | None = Field(None, description="not supported: empty")
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[Any, Only([], advice=NO_TOOLS)] = None
+    tool_choice: Annotated[Any, Only("none", "auto", advice=NO_TOOLS)] = None
+    functions: Annotated[Any, Only([], advice=NO_TOOLS)] = None
+    function_call: Annotated[Any, Only("none", "auto", advice=NO_TOOLS)] = None
     parallel_tool_calls: bool | None = Field(None, description="taken, not used: there are no tools")
+    modalities: Annotated[Any, Only(["text"], advice="this model writes text only; leave it out")] = None
+    audio: Annotated[Any, Only(advice="this model writes text only; leave it out")] = None
+    prediction: Annotated[Any, Only(advice="this server doesn't use predictions; leave it out")] = None
+    reasoning_effort: Annotated[Any, Only("none", advice="this model doesn't reason before it answers; use none")] = (
+        None
+    )
+    verbosity: Annotated[Any, Only("medium", advice="limit the length with max_tokens, or ask for it in words")] = None
+    web_search_options: Annotated[
+        Any, Only(advice="this model can't search; put what it should read into a message")
+    ] = None
+    moderation: Annotated[Any, Only(advice="this server moderates nothing; leave it out")] = None
 
 
 class Usage(BaseModel):

@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 
 from mm_rec.errors import UserError
+from mm_rec.formats import FormatError
 from mm_rec.inference import session_file
 from mm_rec.inference.sampling import Sampling
 from mm_rec.model import MMRecModel
 from mm_rec.serve.errors import ApiError
-from mm_rec.state import ModelState, flatten_state, unflatten_state
+from mm_rec.state import ModelState, flatten_state
 from mm_rec.storage import files
 from mm_rec.storage.lock import Lock
 from mm_rec.text.tokenizer import Tokenizer
@@ -79,6 +80,7 @@ class SessionStore:
         self._lock = Lock(self._folder / ".lock")
         files.remove_leftovers(self._folder)
         self._model = model
+        self._domain = domain
         self._max_sessions = max_sessions
         self._identity = {
             "tokenizer": tokenizer.sha256,
@@ -97,7 +99,7 @@ class SessionStore:
         """Reserves a session for the length of a request.
 
         Raises:
-            ApiError: 400 if it is not a name, 409 if another request has it.
+            ApiError: 400 if it is not a name, 409 if another request or program has it, 503 if the disk is full.
         """
         if not _NAME.fullmatch(name):
             raise ApiError(
@@ -108,38 +110,47 @@ class SessionStore:
             )
         if name in self._busy:
             raise ApiError(409, f"another request is using session {name}", param="session", code="session_busy")
+        try:
+            lock = session_file.own(self._folder / f"{name}{_SUFFIX}", in_own_folder=True)
+        except files.StorageError as error:
+            _log.error("session %s: %s", name, error)
+            raise ApiError.busy("the session cannot be used now; the server's log says why") from error
+        except UserError as error:
+            _log.warning("%s", error)
+            message = f"another program is using session {name}"
+            raise ApiError(409, message, param="session", code="session_busy") from error
         self._busy.add(name)
         try:
             yield
         finally:
             self._busy.discard(name)
+            lock.release()
 
     def load(self, name: str) -> Memory | None:
         """Returns the memory of a session; None if there is no session of that name.
 
         Raises:
-            ApiError: 409 if the file cannot be used.
+            ApiError: 409 if the file cannot be used, 503 if the system does not give it at this moment.
         """
         path = self._path(name)
         if path is None:
             return None
         try:
             tensors, settings = session_file.read(path)
-            for key, value in self._identity.items():
-                if settings.get(key, value) != value:
-                    raise UserError(f"session {name} was made with another {key}")
-            tensors.pop("generator")
-            turns = int(tensors.pop("turns"))
-            device = self._model.embedding.weight.device
-            state = unflatten_state({key: value.to(device) for key, value in tensors.items()}, self._model.config)
-        except (UserError, ValueError) as error:
-            raise ApiError(
-                409,
-                f"{error}; use another name, or DELETE /v1/sessions/{name}",
-                param="session",
-                code="session_unusable",
-            ) from error
-        return Memory(state, turns)
+            other = [key for key, value in self._identity.items() if settings.get(key, value) != value]
+            if other:
+                raise _unusable(f"session {name} was made with another {other[0]}")
+            conversation = session_file.restore(path, tensors, self._model, self._domain)
+        except session_file.UnreadableError as error:
+            _log.error("session %s: %s", name, error)
+            raise ApiError.busy("the session could not be read; the server's log says why") from error
+        except FormatError as error:
+            _log.warning("session %s: %s", name, error)
+            raise _unusable(f"session {name} was written by another version of MM-Rec") from error
+        except UserError as error:
+            _log.warning("session %s: %s", name, error)
+            raise _unusable(f"the file of session {name} is damaged") from error
+        return Memory(conversation.state, conversation.turns)
 
     def save(self, name: str, memory: Memory) -> None:
         """Replaces the memory of a session.
@@ -149,7 +160,9 @@ class SessionStore:
         """
         if self._path(name) is None and self._count() >= self._max_sessions:
             raise ApiError(
-                429, f"there are {self._max_sessions} sessions already; delete one first", code="session_limit_reached"
+                429,
+                f"there are {self._max_sessions} sessions already, as many as this server keeps; go on with one",
+                code="session_limit_reached",
             )
         tensors = flatten_state(memory.state)
         tensors |= {"generator": torch.Generator().get_state(), "turns": torch.tensor(memory.turns)}
@@ -186,8 +199,12 @@ class SessionStore:
         except FileNotFoundError:
             return None
         if not stat.S_ISREG(status.st_mode):
-            raise ApiError(409, f"session {name} is not a file of its own", param="session", code="session_unusable")
+            raise _unusable(f"session {name} is not a file of its own")
         return path
 
     def _count(self) -> int:
         return sum(entry.name.endswith(_SUFFIX) for entry in os.scandir(self._folder))
+
+
+def _unusable(reason: str) -> ApiError:
+    return ApiError(409, f"{reason}; start a new one under another name", param="session", code="session_unusable")

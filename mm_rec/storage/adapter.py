@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from mm_rec.errors import UserError
@@ -93,7 +93,7 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
         folder = folder / ADAPTER_FOLDER
     try:
         config = json.loads((folder / CONFIG).read_bytes())
-        tensors = load_file(folder / WEIGHTS)
+        tensors = load((folder / WEIGHTS).read_bytes())
         settings = AdapterSettings(
             float(config["lora_alpha"] if config["peft_type"] == "LORA" else math.nan),
             {str(name): float(alpha) for name, alpha in (config.get("alpha_pattern") or {}).items()},

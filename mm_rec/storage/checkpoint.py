@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mm_rec.config import ModelConfig
@@ -32,12 +32,14 @@ from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS, take_version
 from mm_rec.storage import adapter as adapters
 from mm_rec.storage import files, hf_folder
+from mm_rec.storage.reading import read_file, read_tensors
 from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Event",
+    "check_shape",
     "checkpoint_name",
     "checkpoint_step",
     "list_checkpoints",
@@ -48,7 +50,6 @@ __all__ = [
     "resolve",
     "save",
     "set_aside",
-    "weights_sha256",
     "write_tensors",
 ]
 
@@ -56,6 +57,13 @@ MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 TRAINING_FILES = ("optimizer.safetensors", "carried.safetensors", "trainer.json")
 SMALL_FILES_BYTES = 16_000_000
 """Room for all files but the tensors; a tokenizer of 32,000 tokens takes 2.5 MB."""
+
+_BLOCK = re.compile(r"experts\.[^.]+\.blocks\.\d+")
+
+MAX_FILE_BYTES = 256_000_000
+"""Far above the size of any file of a checkpoint but the tensors."""
+
+_LONGEST_REASON = 300
 
 Event = Callable[[str], None]
 T = TypeVar("T")
@@ -67,27 +75,33 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What :func:`load` read.
+    """What :func:`load` read. All of it is in memory: what becomes of the files later does not change it.
 
     Attributes:
         path: the folder.
+        sha256: of its manifest, which holds the hashes of all files.
         config: shape of the model.
         weights: by parameter name, float32.
         optimizer: as from ``AdamW.state_tensors``; empty if only the weights were asked for, as are the next two.
         carried: state carried from one step to the next, as from ``flatten_state``.
         trainer: step, random state, schedule and whatever else the trainer keeps.
-        tokenizer_dir: for ``Tokenizer.load``.
+        tokenizer_json: content of ``tokenizer.json``, for :meth:`load_tokenizer`.
         domain: the default domain, an expert; None fuses all.
     """
 
     path: Path
+    sha256: str
     config: ModelConfig
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     carried: Mapping[str, Tensor]
     trainer: dict[str, Any]
-    tokenizer_dir: Path
+    tokenizer_json: bytes
     domain: str | None = None
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer of the model; raises UserError if the file holds none."""
+        return Tokenizer.parse(self.tokenizer_json, self.path / "tokenizer.json")
 
 
 def save(
@@ -136,7 +150,7 @@ def _write_adapter(folder: Path, adapter: Mapping[str, tuple[Tensor, Tensor, flo
 
 
 def load(path: Path, *, weights_only: bool = False) -> Checkpoint:
-    """Read a checkpoint after comparing every file with the manifest.
+    """Read a checkpoint and compare every byte that is used with the manifest.
 
     Args:
         path: the checkpoint's folder.
@@ -149,36 +163,52 @@ def load(path: Path, *, weights_only: bool = False) -> Checkpoint:
     path = Path(path)
     if hf_folder.is_saved_by_transformers(path):
         return _load_saved_by_transformers(path, weights_only)
-    _verify(path, weights_only)
-    values = _read_json(path / "config.json", "model")
-    trainer = {} if weights_only else _read_json(path / "trainer.json", "training")
+    try:
+        entries = files.read_manifest(path)
+        _check_names(path, entries, weights_only)
+        names = [name for name in entries if not (weights_only and name in TRAINING_FILES)]
+        with ThreadPoolExecutor(files.HASH_THREADS) as pool:
+            contents = dict(zip(names, pool.map(lambda name: _read(path / name, entries[name]), names), strict=True))
+    except files.DamageError as error:
+        raise CheckpointError(str(error)) from error
+    values = _parse_json(path / "config.json", "model", contents["config.json"])
+    trainer = {} if weights_only else _parse_json(path / "trainer.json", "training", contents["trainer.json"])
     config = _model_config(path, values)
-    weights = hf_folder.checkpoint_names(_read_tensors(path / "model.safetensors"))
+    weights = hf_folder.checkpoint_names(contents["model.safetensors"])
     return Checkpoint(
         path=path,
+        sha256=files.manifest_sha256(entries),
         config=config,
         weights=weights,
-        optimizer={} if weights_only else _read_tensors(path / "optimizer.safetensors"),
-        carried={} if weights_only else _read_tensors(path / "carried.safetensors"),
+        optimizer={} if weights_only else contents["optimizer.safetensors"],
+        carried={} if weights_only else contents["carried.safetensors"],
         trainer=trainer,
-        tokenizer_dir=path,
+        tokenizer_json=contents["tokenizer.json"],
         domain=_default_domain(path, values, config, weights),
     )
 
 
 def _load_saved_by_transformers(path: Path, weights_only: bool) -> Checkpoint:
     """Read a model that `transformers` or a tool around it saved; there are no hashes to compare it with."""
-    values = _read_json(path / "config.json", "model")
+    try:
+        small = [path / "config.json", path / "tokenizer.json"]
+        for file in small:
+            _check_size(file, file.stat().st_size)
+        configuration, tokenizer = (file.read_bytes() for file in small)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be used: {error.filename} cannot be read ({error.strerror}); a tokenizer is written there "
+            f"with tokenizer.save_pretrained({str(path)!r})"
+        ) from error
+    values = _parse_json(path / "config.json", "model", configuration)
     if values.get("model_type") != "mm_rec":
         raise CheckpointError(f"{path} holds a model of type {values.get('model_type')}, not one of MM-Rec")
     if not weights_only:
         raise _no_training_state(path, "transformers saved it")
-    if not (path / "tokenizer.json").is_file():
-        raise CheckpointError(f"{path} has no tokenizer; write it there with tokenizer.save_pretrained({str(path)!r})")
     config = _model_config(path, values)
-    weights = hf_folder.read_saved_weights(path)
+    weights, sha256 = hf_folder.read_saved_weights(path)
     domain = _default_domain(path, values, config, weights)
-    return Checkpoint(path, config, weights, {}, {}, {}, path, domain)
+    return Checkpoint(path, sha256, config, weights, {}, {}, {}, tokenizer, domain)
 
 
 def _model_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
@@ -196,17 +226,28 @@ def _default_domain(
         return hf_folder.default_domain(config, weights)
     domain = None if values["domain"] == "all" else values["domain"]
     if domain is not None and domain not in config.experts:
-        raise CheckpointError(f"{path / 'config.json'} cannot be used: there is no expert {domain!r}")
+        raise CheckpointError(f"{path / 'config.json'} cannot be used: there is no expert {domain!r:.80}")
     return domain
 
 
-def weights_sha256(path: Path) -> str:
-    """Returns what tells the model in the folder ``path`` from others: the SHA-256 of its manifest, or of its files."""
-    digest = hashlib.sha256()
-    for file in [path / files.MANIFEST] if (path / files.MANIFEST).is_file() else sorted(path.glob("*.safetensors")):
-        with open(file, "rb") as content:
-            hashlib.file_digest(content, lambda: digest)
-    return digest.hexdigest()
+def check_shape(found: Checkpoint) -> None:
+    """Compare the configuration of a checkpoint with its weights, so that no model is built that they do not fill.
+
+    Raises:
+        CheckpointError: if the weights are those of another model, or not in float32.
+    """
+    config, weights = found.config, found.weights
+    odd = sorted({str(tensor.dtype) for tensor in weights.values() if tensor.dtype != torch.float32})
+    if odd:
+        raise CheckpointError(f"{found.path} has weights of type {odd[0]}; a checkpoint's are torch.float32")
+    embedding = weights.get("embedding.weight")
+    blocks = {f"experts.{name}.blocks.{index}" for name in config.experts for index in range(config.n_layers)}
+    if (
+        {match[0] for match in map(_BLOCK.match, weights) if match} != blocks
+        or embedding is None
+        or embedding.shape != (config.vocab_size, config.d_model)
+    ):
+        raise CheckpointError(f"the weights in {found.path} are not of the model in its config.json")
 
 
 def checkpoint_name(step: int) -> str:
@@ -235,7 +276,7 @@ def newest_valid(folder: Path, on_event: Event | None = None) -> Path | None:
     """Where the checkpoint of :func:`load_newest` is; its files are compared with the manifest, not loaded."""
 
     def checked(path: Path) -> Path:
-        _verify(path, weights_only=False)
+        _verify(path)
         return path
 
     return _newest(folder, checked, on_event)
@@ -297,17 +338,23 @@ def set_aside(path: Path) -> Path:
     return target
 
 
-def _verify(path: Path, weights_only: bool) -> None:
+def _verify(path: Path) -> None:
+    """Compare a checkpoint with its manifest, without keeping anything of it."""
     try:
-        names = files.verify_folder(path, skip=TRAINING_FILES if weights_only else ())
+        files.verify_folder(path)
+        _check_names(path, files.read_manifest(path), weights_only=False)
     except files.DamageError as error:
         raise CheckpointError(str(error)) from error
+
+
+def _check_names(path: Path, entries: Mapping[str, files.Entry], weights_only: bool) -> None:
+    """Refuse a checkpoint whose manifest lacks a file that is needed."""
     needed = MODEL_FILES if weights_only else MODEL_FILES + TRAINING_FILES
-    missing = [name for name in needed if name not in names]
+    missing = [name for name in needed if name not in entries]
     if missing:  # another version may have other files
         for name, kind in (("config.json", "model"), ("trainer.json", "training")):
-            if name in names and name in needed:
-                _read_json(path / name, kind)
+            if name in entries and name in needed:
+                _parse_json(path / name, kind, read_file(path / name, entries[name]))
     if missing and missing[0] in TRAINING_FILES:
         raise _no_training_state(path, f"{missing[0]} is not in its manifest")
     if missing:
@@ -345,22 +392,31 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], like: Path | None =
     path.chmod((like or path.parent / "config.json").stat().st_mode)  # the library makes it private
 
 
-def _read_json(path: Path, kind: str) -> dict[str, Any]:
-    """The values of a JSON file that states the version of the format ``kind``."""
+def _read(path: Path, entry: files.Entry) -> Any:
+    """The tensors of a safetensors file, the bytes of any other."""
     with _reading(path):
-        return take_version(kind, json.loads(path.read_bytes()), path)
+        if path.suffix == ".safetensors":
+            return read_tensors(path, entry)
+        _check_size(path, int(entry["bytes"]))
+        return read_file(path, entry)
+
+
+def _check_size(path: Path, n_bytes: int) -> None:
+    """Refuse a file that would take all memory and holds no tensors."""
+    if n_bytes > MAX_FILE_BYTES:
+        raise CheckpointError(f"{path} has more than {MAX_FILE_BYTES // 1_000_000} MB, which only tensors have")
+
+
+def _parse_json(path: Path, kind: str, content: bytes) -> dict[str, Any]:
+    """The values in the content of a JSON file that states the version of the format ``kind``."""
+    with _reading(path):
+        return take_version(kind, json.loads(content), path)
 
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Name the file in any error of what should be a sound file by its hash."""
+    """Name the file in any error of what is a sound file by its hash."""
     try:
         yield
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from error
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    with _reading(path):
-        tensors: dict[str, torch.Tensor] = load_file(path)
-    return tensors
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be used: {str(error)[:_LONGEST_REASON]}") from error

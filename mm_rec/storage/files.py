@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,14 @@ from mm_rec.formats import KEY, VERSIONS
 __all__ = [
     "MANIFEST",
     "DamageError",
+    "Entry",
     "StorageError",
     "atomic_folder",
     "format_bytes",
     "free_bytes",
     "is_temporary",
+    "manifest_sha256",
+    "read_manifest",
     "remove_folder",
     "remove_leftovers",
     "reporting_errors",
@@ -43,6 +46,10 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+
+Entry = Mapping[str, int | str]
+"""What a manifest says of a file: its size as ``bytes``, and its ``sha256``."""
+
 TEMPORARY_PREFIX = ".tmp-"
 _TEMPORARY = re.compile(r"\.tmp-.+-[0-9a-f]{16}", re.DOTALL)
 HASH_THREADS = 4
@@ -55,6 +62,7 @@ _REMEDIES = {
     errno.EROFS: "use a folder that can be written to",
     errno.EACCES: "use a folder that you may write to",
     errno.EPERM: "use a folder that you may write to",
+    errno.ENOENT: "the folder was moved or removed: put it back, or use another one",
     errno.ENOTDIR: "a file stands where a folder should be: move it or use another folder",
     errno.EEXIST: "nothing is overwritten: move what is there or use another folder",
     errno.ENOTEMPTY: "nothing is overwritten: move what is there or use another folder",
@@ -128,7 +136,7 @@ def verify_folder(path: Path, skip: Collection[str] = ()) -> list[str]:
     Raises:
         DamageError: naming the first file that is missing, unreadable or changed.
     """
-    entries = _read_manifest(Path(path) / MANIFEST)
+    entries = read_manifest(Path(path))
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         names = [name for name in entries if name not in skip]
         futures = [pool.submit(_fingerprint, Path(path) / name) for name in names]
@@ -140,6 +148,34 @@ def verify_folder(path: Path, skip: Collection[str] = ()) -> list[str]:
             if found != entries[name]:
                 raise DamageError(f"{Path(path) / name} is damaged: it is not what the manifest says")
     return list(entries)
+
+
+def read_manifest(folder: Path) -> dict[str, Entry]:
+    """Returns what the manifest of ``folder`` says of each file, by its name relative to ``folder``.
+
+    Raises:
+        DamageError: if it is missing, or not byte for byte what :func:`atomic_folder` writes.
+    """
+    path = folder / MANIFEST
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DamageError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        entries: dict[str, Entry] = dict(json.loads(content)["files"])
+        intact = content == _manifest_bytes(entries) and all(
+            _is_inside(name) and entry.keys() == {"bytes", "sha256"} for name, entry in entries.items()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        intact = False
+    if not intact:
+        raise DamageError(f"{path} is damaged")
+    return entries
+
+
+def manifest_sha256(entries: Mapping[str, Entry]) -> str:
+    """Returns the SHA-256 of the manifest that has these entries, of which there is only one."""
+    return hashlib.sha256(_manifest_bytes(entries)).hexdigest()
 
 
 def remove_folder(path: Path) -> None:
@@ -301,25 +337,9 @@ def _fingerprint(path: Path) -> dict[str, int | str]:
         return {"bytes": file.tell(), "sha256": digest}
 
 
-def _manifest_bytes(entries: dict[str, dict[str, int | str]]) -> bytes:
+def _manifest_bytes(entries: Mapping[str, Entry]) -> bytes:
     content = {KEY: VERSIONS["manifest"], "files": entries}
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=True) + "\n").encode()
-
-
-def _read_manifest(path: Path) -> dict[str, dict[str, int | str]]:
-    """The entries of a manifest, which has to be byte for byte what :func:`_manifest_bytes` writes."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DamageError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        entries: dict[str, dict[str, int | str]] = dict(json.loads(content)["files"])
-        intact = content == _manifest_bytes(entries) and all(_is_inside(name) for name in entries)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        intact = False
-    if not intact:
-        raise DamageError(f"{path} is damaged")
-    return entries
 
 
 def _is_inside(name: str) -> bool:

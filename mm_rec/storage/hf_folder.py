@@ -8,13 +8,14 @@ This module doesn't import `transformers`, so that checkpoints are written where
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from mm_rec.config import FLOAT32_MATRICES, ModelConfig
@@ -127,8 +128,10 @@ def is_saved_by_transformers(folder: Path) -> bool:
     return has_weights and (folder / CONFIG).is_file() and not (folder / MANIFEST).exists()
 
 
-def read_saved_weights(folder: Path) -> dict[str, Tensor]:
-    """Returns the weights in a folder of :func:`is_saved_by_transformers`, float32, under the names of a checkpoint.
+def read_saved_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
+    """Returns the weights in a folder of :func:`is_saved_by_transformers`, and the SHA-256 of the bytes read.
+
+    The weights are float32, under the names of a checkpoint; later changes of the files don't reach them.
 
     Raises:
         UserError: if a file is missing or no safetensors file, or the output head is not the embedding.
@@ -136,7 +139,8 @@ def read_saved_weights(folder: Path) -> dict[str, Tensor]:
     try:
         index = folder / INDEX
         files = [WEIGHTS] if not index.is_file() else sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        saved = {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+        contents = [(folder / file).read_bytes() for file in files]
+        saved = {name: tensor for content in contents for name, tensor in load(content).items()}
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise UserError(f"the weights in {folder} cannot be read: {error}; save the model again") from error
     weights = {name: tensor.to(torch.float32) for name, tensor in checkpoint_names(saved).items()}
@@ -146,4 +150,7 @@ def read_saved_weights(folder: Path) -> dict[str, Tensor]:
             f"the output head in {folder} is not the embedding, as it always is in MM-Rec; "
             "train without either among modules_to_save (trainable_token_indices of PEFT trains rows of both)"
         )
-    return weights
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(content)
+    return weights, digest.hexdigest()

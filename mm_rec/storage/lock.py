@@ -1,30 +1,50 @@
-"""A lock file that one process owns for as long as it lives, and that says who."""
+"""Ownership of files and folders: by one process for as long as it lives, with a lock file that says who it is.
+
+All that is particular to POSIX systems in how this package uses files is here: locks that the kernel drops with the
+process, locks on folders, and where an open folder is now.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import fcntl
 import json
 import os
 import socket
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from mm_rec.errors import UserError
 from mm_rec.storage import files
 
 __all__ = ["Lock", "owner_of"]
 
+_CANNOT_LOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EINVAL)
+"""What file systems answer that lock no files, or no folders."""
+_PATIENCE = 0.2
+"""Seconds for which an owner may be one that only looks (:func:`owner_of`) or has not yet written who it is."""
+_F_GETPATH = 50
+"""Of fcntl on macOS."""
+
 
 class Lock:
-    """Exclusive ownership of what ``path`` stands for, held from construction to :meth:`release`.
+    """Exclusive ownership of a folder or file, held from construction to :meth:`release`.
 
-    The system drops the lock when the process ends, however it ends, so a dead owner never blocks. The file
-    stays; its content is only for messages.
+    The system drops the lock when the process ends, however it ends, so a dead owner never blocks. The content of the
+    lock file is only for messages. A folder is locked together with its lock file, where the file system can do that:
+    so it keeps its one owner when somebody removes the lock file.
 
     Args:
-        path: the lock file, made if missing.
+        path: the lock file, made if missing. It lies in the folder that is owned.
+        of: the file that is owned, if it is not the folder. Its lock file is removed by :meth:`release`.
         wait: wait for another owner instead of raising.
+        on_wait: is told who is waited for, in words.
 
     Attributes:
         dead_owner: who ended without releasing the lock, in words; None if nobody did.
@@ -33,63 +53,174 @@ class Lock:
         UserError: if another process owns it, or the file system cannot lock.
     """
 
-    def __init__(self, path: Path, *, wait: bool = False) -> None:
-        self.path = path
-        with files.reporting_errors(path):
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    def __init__(
+        self, path: Path, *, of: Path | None = None, wait: bool = False, on_wait: Callable[[str], None] | None = None
+    ) -> None:
+        self._path = path
+        self._of = of
+        self._wait = wait
+        self._on_wait = on_wait
+        self._folder = -1
+        self._file = -1
         try:
-            self._acquire(wait)
-            self.dead_owner = _describe(self._read())
-            owner = {
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            }
             with files.reporting_errors(path):
+                if of is None:
+                    self._own_folder()
+                self._own_file()
+                self.dead_owner = _describe(self._read())
+                owner = {
+                    "pid": os.getpid(),
+                    "host": socket.gethostname(),
+                    "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                }
                 self._write(json.dumps(owner).encode())
         except BaseException:
-            os.close(self._descriptor)
+            self._close()
             raise
 
     def release(self) -> None:
         """Give the lock up; more than once does no harm."""
-        if self._descriptor >= 0:
+        if self._file >= 0:
             self._write(b"")
-            os.close(self._descriptor)
-            self._descriptor = -1
+            if self._of is not None and self._is_file_at(self._path):
+                self._path.unlink()
+            self._close()
 
-    def _acquire(self, wait: bool) -> None:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            owner = _describe(self._read()) or "another process"
+    @property
+    def held(self) -> bool:
+        """Whether the lock was not yet released."""
+        return self._file >= 0
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether ``folder`` is the folder that is owned, and not another one under its name."""
+        if self._folder < 0:
+            return self._is_file_at(folder / self._path.name)
+        return _is_same(self._folder, folder)
+
+    def find_folder(self) -> Path | None:
+        """Returns where the folder that is owned is now; None if it was removed or that cannot be told."""
+        found = _path_of(self._folder if self._folder >= 0 else self._file)
+        if found is not None and self._folder < 0:
+            found = found.parent
+        return found if found is not None and self.is_in(found) else None
+
+    def require(self) -> None:
+        """Raise UserError if the lock file was removed meanwhile, so that another process may own the file."""
+        if not self._is_file_at(self._path):
+            owner = owner_of(self._path, folder=False)
             raise UserError(
-                f"{self.path.parent} is in use by {owner}; wait until it ends, or use another folder"
-            ) from None
+                f"{self._of or self._path.parent} is not owned by this process any more, because its lock file "
+                f"{self._path} was removed" + (f"; it is in use by {owner}" if owner else "")
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _own_folder(self) -> None:
+        self._folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            self._acquire(self._folder)
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            if error.errno not in _CANNOT_LOCK:
                 raise
-            raise UserError(f"the disk of {self.path} cannot lock files; use a folder on a local disk") from error
+            os.close(self._folder)
+            self._folder = -1
+
+    def _own_file(self) -> None:
+        while True:
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                self._acquire(self._file)
+            except OSError as error:
+                if error.errno not in _CANNOT_LOCK:
+                    raise
+                raise UserError(f"the disk of {self._path} cannot lock files; use a folder on a local disk") from error
+            if self._is_file_at(self._path):
+                return
+            os.close(self._file)  # its owner removed it while this process opened it
+
+    def _acquire(self, descriptor: int) -> None:
+        deadline = time.monotonic() + _PATIENCE
+        while not _try_flock(descriptor, fcntl.LOCK_EX):
+            known = _describe(_content(self._path))
+            if time.monotonic() < deadline and not known:
+                time.sleep(0.01)
+                continue
+            owner = known or _holder(descriptor)
+            if not self._wait:
+                what = self._of or self._path.parent
+                raise UserError(f"{what} is in use by {owner}; wait until it ends, or use another {_kind(self._of)}")
+            if self._on_wait is not None:
+                self._on_wait(owner)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            return
+
+    def _is_file_at(self, path: Path) -> bool:
+        return _is_same(self._file, path)
+
+    def _close(self) -> None:
+        for descriptor in (self._file, self._folder):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._file = self._folder = -1
 
     def _read(self) -> bytes:
-        return os.pread(self._descriptor, 4096, 0)
+        return os.pread(self._file, 4096, 0)
 
     def _write(self, content: bytes) -> None:
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, content, 0)
+        with contextlib.suppress(OSError):  # a full disk does not keep anybody from owning a folder
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, content, 0)
 
 
-def owner_of(path: Path) -> str | None:
-    """Who owns the lock file ``path`` at this moment, in words; None if nobody does."""
-    try:
-        with open(path, "rb") as file:
+def owner_of(path: Path, *, folder: bool = True) -> str | None:
+    """Returns who owns the lock file ``path``, or its ``folder``, at this moment, in words; None if nobody does."""
+    for one in (path, path.parent) if folder else (path,):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(one, os.O_RDONLY)
             try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return _describe(file.read()) or "another process"
-    except OSError:
-        pass
+                if not _try_flock(descriptor, fcntl.LOCK_SH):
+                    return _describe(_content(path)) or _holder(descriptor)
+            finally:
+                os.close(descriptor)
     return None
+
+
+def _try_flock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    """Whether what is open is what has the name ``path``."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
+
+
+def _path_of(descriptor: int) -> Path | None:
+    """The name that an open file or folder has now; None where the system does not tell."""
+    with contextlib.suppress(OSError):
+        if sys.platform == "darwin":
+            return Path(os.fsdecode(fcntl.fcntl(descriptor, _F_GETPATH, bytes(1024)).rstrip(b"\0")))
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return None
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()[:4096]
+    except OSError:
+        return b""
 
 
 def _describe(content: bytes) -> str | None:
@@ -98,3 +229,19 @@ def _describe(content: bytes) -> str | None:
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _holder(descriptor: int) -> str:
+    """Who holds the lock on what is open, by the table of Linux, for an owner whose lock file was removed."""
+    status = os.fstat(descriptor)
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()
+            if place in fields and "->" not in fields and "FLOCK" in fields:
+                return f"process {fields[fields.index(place) - 1]} on {socket.gethostname()}"
+    return "another process"
+
+
+def _kind(of: Path | None) -> str:
+    return "folder" if of is None else "file"

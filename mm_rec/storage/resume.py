@@ -7,7 +7,6 @@ whole, and cuts the records back to it; what was written half is removed or set 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,18 +18,23 @@ from mm_rec.storage import checkpoint, files
 from mm_rec.storage.checkpoint import Checkpoint, CheckpointError, Event
 from mm_rec.storage.lock import Lock
 from mm_rec.storage.run_config import (
+    CHECKPOINTS,
+    COMPLETED,
+    RECORDS,
     Config,
+    completed_checkpoint,
     differences,
     list_runs,
     plain,
     read_config,
+    require_configs,
     same_run,
     versions,
     write_config,
 )
-from mm_rec.storage.run_folder import RECORDS, RunFolder
+from mm_rec.storage.run_folder import RunFolder
 
-__all__ = ["open_run", "rewind"]
+__all__ = ["cut_back", "find_newest", "open_run", "require_checkpoints", "rewind"]
 
 
 def open_run(
@@ -44,7 +48,9 @@ def open_run(
     allow_changes: bool = False,
     on_event: Event | None = None,
 ) -> RunFolder:
-    """Find or make the run folder that a command means, and own it; :func:`rewind` then readies it to go on.
+    """Find or make the run folder that a command means, and own it.
+
+    :func:`find_newest` and :func:`cut_back`, or :func:`rewind` for both, then ready it to go on.
 
     Without ``resume_from`` that is the newest run in ``root`` of the same stage and identity, else a new one.
     With it, it is the run named, if that has the same identity and the checkpoint is its newest valid one;
@@ -62,7 +68,7 @@ def open_run(
 
     Raises:
         UserError: if another process owns the run, if ``resume_from`` is no valid checkpoint or of another
-            identity, or if the disk cannot be written.
+            identity, if a run may be the one that is meant and that cannot be told, or if the disk cannot be written.
     """
     root, wanted = Path(root), plain({"stage": stage, "identity": dict(identity)})
     with files.reporting_errors(root):
@@ -73,9 +79,13 @@ def open_run(
         with _choosing(root):
             runs = list_runs(root, stage)
             same = [path for _, path, config in runs if same_run(config, wanted)]
+            if not fresh:
+                require_configs(runs)
             if same and not fresh:
                 run = RunFolder(same[-1], on_event)
             else:
+                if not fresh:
+                    _require_no_other_name(root, runs, wanted)
                 run = _create(root, wanted, _why_new(runs, wanted, fresh), on_event)
     try:
         _ready(run, plain(dict(settings or {})))
@@ -86,65 +96,108 @@ def open_run(
 
 
 def rewind(run: RunFolder) -> Checkpoint | None:
-    """Load the newest valid checkpoint of ``run`` and cut its records back to it; returns None if there is none yet.
+    """Load the newest valid checkpoint of ``run`` and go back to it; None if there is none yet.
 
-    To be called before training, and to go back after a loss that ran away. What follows the saving of that
-    step, such as its evaluation, has to be done again: its records are cut off too. Damaged checkpoints are
-    passed over and set aside under another name.
+    What follows the saving of that step, such as its evaluation, has to be done again: its records are cut off too.
 
     Raises:
-        CheckpointError: if there are checkpoints but none is valid.
+        CheckpointError: as :func:`find_newest`; nothing is changed then.
     """
-    existing = checkpoint.list_checkpoints(run.checkpoints)
+    newest = find_newest(run)
+    cut_back(run, newest.trainer if newest else None)
+    return newest
+
+
+def find_newest(run: RunFolder) -> Checkpoint | None:
+    """Load the newest valid checkpoint of ``run``; None if there is none yet. Nothing is changed.
+
+    Raises:
+        CheckpointError: if there are checkpoints but none is valid, or one was completed and there is none.
+    """
     newest = checkpoint.load_newest(run.checkpoints, run.event)
-    if existing and newest is None:
-        raise CheckpointError(f"no checkpoint of {run.path} is valid any more; start beside it with --fresh")
+    if newest is None:
+        require_checkpoints(run.path, run.config)
     run.step = checkpoint.checkpoint_step(newest.path) if newest else 0
-    for path in existing:
+    return newest
+
+
+def require_checkpoints(run: Path, config: Config) -> None:
+    """Raise CheckpointError if the run at ``run``, which has no valid checkpoint, is not just one that begins."""
+    folder = run / CHECKPOINTS
+    if checkpoint.list_checkpoints(folder):
+        raise CheckpointError(f"no checkpoint of {run} is valid any more; start beside it with --fresh")
+    completed = completed_checkpoint(run, config)
+    if completed is None:
+        return
+    if folder.is_symlink() and not folder.exists():
+        why = f"{folder} is a link to {folder.readlink()}, which cannot be reached; mount its disk"
+    elif not folder.exists():
+        why = f"there is no {folder}; put it back"
+    else:
+        why = f"there is none in {folder}; put them back"
+    raise CheckpointError(f"{run} has completed {completed}, and {why}, or start beside it with --fresh")
+
+
+def cut_back(run: RunFolder, trainer: Mapping[str, Any] | None) -> None:
+    """Take ``run`` back to the checkpoint that :func:`find_newest` found, whose ``trainer`` this is; None for none.
+
+    To be called once nothing else can refuse to train: records are cut, and later checkpoints, which are damaged, are
+    set aside under another name.
+    """
+    with files.reporting_errors(run.path):
+        for folder in (run.checkpoints, run.samples):
+            folder.mkdir(exist_ok=True)
+    completed = run.config.get(COMPLETED)
+    if completed is not None and not (run.checkpoints / checkpoint.checkpoint_name(completed)).exists():
+        run.event(f"{checkpoint.checkpoint_name(completed)} was completed and is not there any more")
+    for path in checkpoint.list_checkpoints(run.checkpoints):
         if checkpoint.checkpoint_step(path) > run.step:
             run.event(f"set {path.name} aside as {checkpoint.set_aside(path).name}")
-    sizes = newest.trainer.get("run", {}).get("records", {}) if newest else {}
-    for name in RECORDS:
-        run.cut_back(name, sizes.get(name, 0))
-    run.event(f"goes on from {newest.path.name}" if newest else "starts at step 0")
-    return newest
+    sizes = trainer.get("run", {}).get("records", {}) if trainer else dict.fromkeys(RECORDS, 0)
+    for name, size in sizes.items():
+        run.cut_back(name, size)
+    if trainer:
+        run.note_completed(run.step)
+    run.event(f"goes on from {checkpoint.checkpoint_name(run.step)}" if trainer else "starts at step 0")
 
 
 def _resume(root: Path, wanted: Config, source: Path, allow_changes: bool, on_event: Event | None) -> RunFolder:
     """The run that goes on from the checkpoint ``source``: its own, else one that begins with it."""
-    origin = checkpoint.load(source).trainer.get("run", {})
+    found = checkpoint.load(source)
+    origin = found.trainer.get("run", {})
     changes = differences({key: origin.get(key) for key in wanted}, wanted)
     if changes and not allow_changes:
         raise UserError(f"{source} is of another run: {'; '.join(changes)}. --allow_changes accepts that")
     home = source.parent.parent
-    at_home = source.parent.name == "checkpoints" and same_run(read_config(home), wanted)
+    at_home = source.parent.name == CHECKPOINTS and same_run(read_config(home), wanted)
     if at_home and checkpoint.newest_valid(source.parent) == source:
         return RunFolder(home, on_event)
-    digest = hashlib.sha256((source / files.MANIFEST).read_bytes()).hexdigest()
     with _choosing(root):
         for _, path, config in reversed(list_runs(root, wanted["stage"])):
             started = (config or {}).get("started_from", {})
-            if same_run(config, wanted) and started.get("manifest_sha256") == digest:
+            if same_run(config, wanted) and started.get("manifest_sha256") == found.sha256:
                 return RunFolder(path, on_event)  # this command was stopped before, and comes again
         why = "; ".join([f"it starts from {source}", *changes])
-        started = {"started_from": {"path": str(source), "manifest_sha256": digest}}
-        return _create(root, wanted | started, why, on_event, source)
+        started = {"started_from": {"path": str(source), "manifest_sha256": found.sha256}}
+        return _create(root, wanted | started, why, on_event, found)
 
 
-def _create(root: Path, config: Config, why: str, on_event: Event | None, source: Path | None = None) -> RunFolder:
+def _create(
+    root: Path, config: Config, why: str, on_event: Event | None, source: Checkpoint | None = None
+) -> RunFolder:
     """A run folder under the next free number, with the checkpoint ``source`` as its first if given."""
-    stage = config["stage"]
-    number = max((number for number, _, _ in list_runs(root, stage)), default=0) + 1
-    path = root / (stage if number == 1 else f"{stage}-{number}")
+    path = _next_path(root, config["stage"])
     with files.atomic_folder(path, manifest=False) as folder:
-        (folder / "checkpoints").mkdir()
+        (folder / CHECKPOINTS).mkdir()
         (folder / "samples").mkdir()
-        write_config(folder, {**config, "versions": versions(), "settings": {}})
+        completed = source.trainer["step"] if source else None
+        write_config(folder, {**config, COMPLETED: completed, "versions": versions(), "settings": {}})
         if source is not None:
-            shutil.copytree(source, folder / "checkpoints" / source.name, copy_function=_link_or_copy)
+            name = checkpoint.checkpoint_name(source.trainer["step"])  # whatever the user has named it
+            shutil.copytree(source.path, folder / CHECKPOINTS / name, copy_function=_link_or_copy)
             for name in RECORDS:
                 with contextlib.suppress(FileNotFoundError):
-                    shutil.copyfile(source.parent.parent / name, folder / name)
+                    shutil.copyfile(source.path.parent.parent / name, folder / name)
     run = RunFolder(path, on_event)
     run.event(f"new run {path}: {why}")
     return run
@@ -174,6 +227,24 @@ def _choosing(root: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _require_no_other_name(root: Path, runs: list[tuple[int, Path, Config | None]], wanted: Config) -> None:
+    """Raise UserError if the run that is ``wanted`` lies in ``root`` under a name that no run has by itself."""
+    known = {path for _, path, _ in runs}
+    for path in sorted(root.iterdir()):
+        if path not in known and same_run(read_config(path), wanted):
+            free = _next_path(root, wanted["stage"])
+            raise UserError(
+                f"{path} is this run under another name; rename it to {free} to go on with it, "
+                "or start anew beside it with --fresh"
+            )
+
+
+def _next_path(root: Path, stage: str) -> Path:
+    """The run folder of the next free number."""
+    number = max((number for number, _, _ in list_runs(root, stage)), default=0) + 1
+    return root / (stage if number == 1 else f"{stage}-{number}")
 
 
 def _why_new(runs: list[tuple[int, Path, Config | None]], wanted: Config, fresh: bool) -> str:

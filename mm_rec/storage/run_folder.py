@@ -1,7 +1,7 @@
 """Run folders: who owns one, and what is written into it; :mod:`mm_rec.storage.resume` finds the one that is meant.
 
     ROOT/STAGE, ROOT/STAGE-2, ...
-        config.yaml                    identity and settings of the run
+        config.yaml                    identity and settings of the run, and the last step whose checkpoint is complete
         checkpoints/step_000050/ ...   see checkpoint.py
         metrics.jsonl  loss_log.txt    records: the same bytes whether the run was ever stopped or not
         timing.jsonl  events.log       what depends on the clock, and what happened; never cut back
@@ -18,32 +18,39 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from mm_rec.errors import UserError
 from mm_rec.storage import checkpoint, files
 from mm_rec.storage.checkpoint import Event
 from mm_rec.storage.lock import Lock
-from mm_rec.storage.run_config import (
-    read_config,
-)
+from mm_rec.storage.run_config import CHECKPOINTS, COMPLETED, RECORDS, read_config, what_is_wrong, write_config
 
-__all__ = ["LOCK", "METRICS", "RECORDS", "Run", "RunFolder"]
+__all__ = ["LOCK", "METRICS", "Run", "RunFolder"]
 
-METRICS, LOSS_LOG, TIMING, EVENTS, LOCK = "metrics.jsonl", "loss_log.txt", "timing.jsonl", "events.log", "run.lock"
-RECORDS = (METRICS, LOSS_LOG)
-"""Files that hold the same bytes whether a run was stopped or not; resuming cuts them back to its checkpoint."""
+METRICS, LOSS_LOG = RECORDS
+TIMING, EVENTS, LOCK = "timing.jsonl", "events.log", "run.lock"
 
 
 class Run(Protocol):
     """What a trainer needs of its run folder; :class:`RunFolder` has it on rank 0, a stand-in on the other ranks."""
 
-    path: Path
-    checkpoints: Path
-    samples: Path
     step: int
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints in it."""
+
+    @property
+    def samples(self) -> Path:
+        """The folder of the samples in it."""
 
     def save(self, step: int, *, trainer: Mapping[str, Any], **content: Any) -> Path:
         """Write the checkpoint of ``step``; returns its path."""
@@ -66,21 +73,51 @@ class RunFolder:
     :meth:`release` or with the process.
 
     Attributes:
-        path: the folder.
-        config: the content of config.yaml: ``stage``, ``identity``, ``settings`` and more.
-        checkpoints, samples: folders inside.
-        step: of the newest checkpoint, 0 without one; known after :func:`mm_rec.storage.resume.rewind`.
+        config: the content of config.yaml: ``stage``, ``identity``, ``settings``, ``completed`` and more.
+        step: of the newest checkpoint, 0 without one; known after :func:`mm_rec.storage.resume.find_newest`.
     """
 
     def __init__(self, path: Path, on_event: Event | None = None) -> None:
         """Own the existing run folder ``path``."""
-        self.path, self.checkpoints, self.samples = path, path / "checkpoints", path / "samples"
+        self._path = path
         self.step = 0
         self._on_event = on_event
         self._lock = Lock(path / LOCK)
-        self.config = read_config(path) or {}
+        config = read_config(path)
+        if config is None:
+            self._lock.release()
+            raise UserError(what_is_wrong(path) or f"{path} is not a run folder")
+        self.config = config
         if self._lock.dead_owner:
             self.event(f"took over from {self._lock.dead_owner}, which ended without releasing the folder")
+
+    @property
+    def path(self) -> Path:
+        """Where the folder is. It may be renamed while this process owns it, and is written to where it is then.
+
+        Raises:
+            StorageError: if it was removed, or cannot be found.
+        """
+        if self._lock.held and not self._lock.is_in(self._path):
+            found = self._lock.find_folder()
+            if found is None:
+                raise files.StorageError(
+                    f"{self._path} was removed or moved to another disk while it was trained in; the same command "
+                    "goes on from the checkpoints that are left, if you put it back"
+                )
+            moved, self._path = self._path, found
+            self.event(f"{moved} was renamed to {found}; goes on there")
+        return self._path
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def samples(self) -> Path:
+        """The folder of the samples, texts for the trainer."""
+        return self.path / "samples"
 
     def cut_back(self, name: str, size: int) -> None:
         """Cut the record ``name`` back to what it was when it had ``size`` bytes."""
@@ -109,19 +146,31 @@ class RunFolder:
             trainer: what the trainer keeps, as plain values.
             content: the other arguments of :func:`mm_rec.storage.checkpoint.save`.
         """
-        path = self.checkpoints / checkpoint.checkpoint_name(step)
-        if not path.exists():
-            run = {"stage": self.config["stage"], "identity": self.config["identity"], "records": self._sync_records()}
-            checkpoint.save(path, trainer={"step": step, **trainer, "run": run}, **content)
-        self.step = step
-        return path
 
-    def _sync_records(self) -> dict[str, int]:
+        def write(folder: Path) -> None:
+            path = folder / CHECKPOINTS / checkpoint.checkpoint_name(step)
+            if not path.exists():
+                records = self._sync_records(folder)
+                run = {"stage": self.config["stage"], "identity": self.config["identity"], "records": records}
+                checkpoint.save(path, trainer={"step": step, **trainer, "run": run}, **content)
+            self.note_completed(step)
+
+        self._write(write)
+        self.step = step
+        return self.checkpoints / checkpoint.checkpoint_name(step)
+
+    def note_completed(self, step: int) -> None:
+        """Note outside of the checkpoints that the one of ``step`` is complete, and the newest."""
+        if self.config.get(COMPLETED) != step:
+            self.config[COMPLETED] = step
+            write_config(self.path, self.config)
+
+    def _sync_records(self, folder: Path) -> dict[str, int]:
         """Flush the records to the disk; their sizes in bytes."""
         for name in RECORDS:
-            with files.reporting_errors(self.path / name):
-                files.sync(self.path / name)
-        return {name: (self.path / name).stat().st_size for name in RECORDS}
+            with files.reporting_errors(folder / name):
+                files.sync(folder / name)
+        return {name: (folder / name).stat().st_size for name in RECORDS}
 
     def log_metrics(self, step: int, **values: Any) -> None:
         """Append a line to metrics.jsonl. Only what a repeated run would yield again: no times, no speeds."""
@@ -143,8 +192,21 @@ class RunFolder:
             self._on_event(message)
 
     def _append(self, name: str, line: str) -> None:
-        with files.reporting_errors(self.path / name), open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        def write(folder: Path) -> None:
+            with files.reporting_errors(folder / name), open(folder / name, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+        self._write(write)
+
+    def _write(self, write: Callable[[Path], None]) -> None:
+        """Call ``write`` with the path of the folder, and once more if it was renamed meanwhile."""
+        path = self.path
+        try:
+            write(path)
+        except (OSError, files.StorageError):
+            if self.path == path:
+                raise
+            write(self.path)
 
     def release(self) -> None:
         """Let other processes have the folder."""

@@ -43,6 +43,17 @@ _WORDS = "|".join(
 )
 
 
+MAX_BYTES = 256_000_000
+"""Far above the size of any tokenizer's file."""
+
+_LONGEST_REASON = 300
+_SAMPLE = "Aa 09 ışık, 漢字 🙂\r\n\tdef f(x):\n        return ' x'\n"
+
+_LONGEST_TRAINED = 256
+"""Characters of a word that training looks at in one piece. It takes time by the square of the longest word, and a
+script without spaces or a sequence of DNA can be one word of millions; no token becomes as long as this."""
+
+
 def _byte_signs() -> dict[str, int]:
     """How GPT-2 and all byte-level vocabularies since write bytes: printable Latin-1 as it is, the rest from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -136,16 +147,39 @@ class Tokenizer:
         """Read ``folder/tokenizer.json``; raises UserError if it is missing or broken."""
         path = Path(folder) / "tokenizer.json"
         try:
-            content = path.read_text(encoding="utf-8")
+            if path.stat().st_size > MAX_BYTES:
+                raise UserError(f"{path} has more than {MAX_BYTES // 1_000_000} MB, which is no tokenizer")
+            content = path.read_bytes()
         except FileNotFoundError:
             raise UserError(f"there is no {path}; train a tokenizer with `mm-rec tokenizer`") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise UserError(f"{path} cannot be read: {error}") from None
+        return cls.parse(content, path)
+
+    @classmethod
+    def parse(cls, content: bytes, path: Path) -> Tokenizer:
+        """Returns the tokenizer in the ``content`` of the file ``path``; raises UserError if there is none in it."""
         try:
-            backend = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path} is not a tokenizer ({error}); train it anew with `mm-rec tokenizer`") from None
-        return cls(backend)
+            tokenizer = cls(tokenizers.Tokenizer.from_str(content.decode()))
+            tokenizer._check()
+        except UserError:
+            raise
+        except BaseException as error:  # the library raises bare Exception, and where it fails no Exception at all
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = " ".join(str(error).split())[:_LONGEST_REASON]
+            raise UserError(f"{path} is not a tokenizer ({reason}); train it anew with `mm-rec tokenizer`") from None
+        return tokenizer
+
+    def _check(self) -> None:
+        """Raises ValueError unless ids are 0 to V - 1, tokens stand for bytes, and a text comes back as it was."""
+        if sorted(self._backend.get_vocab().values()) != list(range(self.vocab_size)):
+            raise ValueError("its ids are not the numbers from 0 on")
+        trained = self._backend.get_vocab(with_added_tokens=False).keys() - set(CONTROL_TOKENS)
+        if any(sign not in _BYTE_OF_SIGN for name in trained for sign in name):
+            raise ValueError("its tokens do not stand for bytes")
+        if self.decode(self.encode(_SAMPLE)) != _SAMPLE:
+            raise ValueError("it does not give a text back as it was")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -159,12 +193,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size must be at least {MIN_VOCAB_SIZE}, got {vocab_size}")
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(_WORDS), "isolated")
+    pieces = pre_tokenizers.Split(Regex(rf"[\s\S]{{{_LONGEST_TRAINED}}}"), "isolated")
+    signs = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pieces, signs])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -174,6 +206,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     backend.train_from_iterator(iter(texts), trainer)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, signs])
     # For programs that load the folder with transformers: every document starts with BOS.
     bos_id = backend.token_to_id("<|bos|>")
     backend.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", bos_id)])

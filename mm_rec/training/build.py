@@ -75,6 +75,7 @@ def build_trainer(
             layout=plan.stage.layout,
             mixed=plan.stage.mixed,
             document_limit=plan.stage.document_limit,
+            more=data.recall,
         ),
         even_batches=EvenBatches(data.train, **sizes) if plan.fusion_steps else None,
         valid={name: documents for name, documents in valid.items() if documents.tokens},
@@ -134,7 +135,7 @@ def _bytes_per_token(data: Prepared) -> dict[str, float]:
     sizes = {
         name: (
             int(store.n_bytes.sum()),
-            store.n_tokens if store.loss_mask is None else int(store.loss_mask.sum(dtype=int)),
+            store.n_tokens if store.loss_mask is None else store.loss_mask.sum(),
         )
         for name, store in data.train.items()
     }

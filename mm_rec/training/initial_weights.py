@@ -14,8 +14,7 @@ from mm_rec.data.prepared import Prepared
 from mm_rec.errors import UserError
 from mm_rec.stages import STAGES
 from mm_rec.storage import checkpoint
-from mm_rec.storage.run_config import differences, list_runs
-from mm_rec.text.tokenizer import Tokenizer
+from mm_rec.storage.run_config import differences, list_runs, require_configs
 from mm_rec.training.plan import Plan
 from mm_rec.training.runtime import choose_runtime
 from mm_rec.training.settings import TrainSettings, step_cap
@@ -55,6 +54,7 @@ def find_starting_point(settings: TrainSettings, plan: Plan, data: Prepared, dev
     named = checkpoint.load(checkpoint.resolve(settings.resume_from)) if settings.resume_from else None
     start = None if named else _load_weights(settings, data)
     if named is not None:
+        checkpoint.check_shape(named)
         config = named.config
         _check_shape(settings, config, f"{settings.resume_from} is")
         _check_tokenizer(named, data, settings.resume_from)
@@ -86,8 +86,13 @@ def starting_checkpoint(settings: TrainSettings) -> Path | None:
     """
     before = STAGES[settings.stage].follows
     if settings.init_from is not None:
-        return checkpoint.resolve(settings.init_from)
+        return checkpoint.resolve(settings.init_from, _refuse)
     return _final_checkpoint(settings.checkpoint_dir, before, settings.stage) if before else None
+
+
+def _refuse(passed_over: str) -> None:
+    """Refuse other weights than the newest, from which another run would come out unnoticed."""
+    raise UserError(f"{passed_over}; name the checkpoint to start from with --init_from")
 
 
 def _load_weights(settings: TrainSettings, data: Prepared) -> _Weights | None:
@@ -96,13 +101,16 @@ def _load_weights(settings: TrainSettings, data: Prepared) -> _Weights | None:
     if path is None:
         return None
     found = checkpoint.load(path, weights_only=True)
+    checkpoint.check_shape(found)
     _check_tokenizer(found, data, path)
-    return _Weights(path, found.config, found.weights, checkpoint.weights_sha256(path))
+    return _Weights(path, found.config, found.weights, found.sha256)
 
 
 def _final_checkpoint(root: Path, stage: str, following: str) -> Path:
     """The final checkpoint of the newest run of ``stage``; an error if that run is not finished."""
-    runs = [path for _, path, config in list_runs(root, stage) if config is not None] if root.is_dir() else []
+    found = list_runs(root, stage) if root.is_dir() else []
+    require_configs(found)
+    runs = [path for _, path, config in found if config is not None]
     command = f"mm-rec finetune --task {stage}" if STAGES[stage].conversations else f"mm-rec train --stage {stage}"
     if not runs:
         raise UserError(
@@ -135,7 +143,7 @@ def _model_config(settings: TrainSettings, data: Prepared, start: _Weights | Non
 
 def _check_tokenizer(found: checkpoint.Checkpoint, data: Prepared, path: Path | None) -> None:
     """Refuse a checkpoint, named by ``path``, whose tokens are not those of the data."""
-    if Tokenizer.load(found.tokenizer_dir).sha256 != data.tokenizer.sha256:
+    if found.load_tokenizer().sha256 != data.tokenizer.sha256:
         raise UserError(
             f"{path} was trained with another tokenizer than that of the data; use the same --data_dir, --preset, "
             "--vocab_size and --max_samples as for it, or train the stages before anew"

@@ -71,15 +71,30 @@ def _broadcast_checkpoint(found: Checkpoint | None) -> Checkpoint | None:
     if processes.world_size() == 1:
         return found
     head = processes.broadcast_json(
-        found and {"path": str(found.path), "config": found.config.to_dict(), "trainer": found.trainer}
+        found
+        and {
+            "path": str(found.path),
+            "sha256": found.sha256,
+            "config": found.config.to_dict(),
+            "trainer": found.trainer,
+            "tokenizer": found.tokenizer_json.decode(),
+        }
     )
     if head is None:
         return None
     weights, optimizer, carried = (
         processes.BroadcastTensors(getattr(found, name, None)) for name in ("weights", "optimizer", "carried")
     )
-    path = Path(head["path"])
-    return Checkpoint(path, ModelConfig.from_dict(head["config"]), weights, optimizer, carried, head["trainer"], path)
+    return Checkpoint(
+        Path(head["path"]),
+        head["sha256"],
+        ModelConfig.from_dict(head["config"]),
+        weights,
+        optimizer,
+        carried,
+        head["trainer"],
+        head["tokenizer"].encode(),
+    )
 
 
 def rewind_run(run: Run) -> Checkpoint | None:

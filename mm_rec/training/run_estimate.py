@@ -79,9 +79,11 @@ def announce(console: Console, trainer: Trainer, data: Prepared, estimate: RunEs
     """Print what will be trained, on what, and what it takes."""
     plan, runtime, config = trainer.plan, trainer.runtime, trainer.model.config
     tokens = {name: store.n_tokens for name, store in data.train.items()}
+    recall = sum(store.n_tokens for store in data.recall.values())
+    total = sum(tokens.values()) + recall
     steps = plan.last_step - trainer.progress.step
     seconds = estimate.seconds_per_step
-    passes = plan.steps * plan.tokens_per_step / sum(tokens.values())
+    passes = plan.steps * plan.tokens_per_step / total
     adapters = "" if plan.lora_rank is None else f"; trained are adapters of rank {plan.lora_rank}"
     several = f"{runtime.processes} processes ({runtime.parallel}) of " if runtime.parallel else ""
     checkpointing = ", gradient checkpointing" if trainer.model.gradient_checkpointing else ""
@@ -91,7 +93,8 @@ def announce(console: Console, trainer: Trainer, data: Prepared, estimate: RunEs
         f"blocks, {config.d_model} wide, vocabulary {config.vocab_size:,}{adapters}",
         f"  runs    on {trainer.device}, {runtime.precision}, {several}{runtime.threads} threads, "
         f"{runtime.ops} kernels{checkpointing}",
-        f"  data    {', '.join(f'{name} {count:,} tokens' for name, count in tokens.items())}",
+        f"  data    {', '.join(f'{name} {count:,} tokens' for name, count in tokens.items())}"
+        + (f", rows that train recall {recall:,} tokens ({recall / total:.1%})" if recall else ""),
         f"  steps   {plan.steps} of {plan.accumulation} x {plan.batch_size} x {plan.seq_len} tokens "
         f"({passes:.1f} passes over the data), {steps} to go, learning rate {plan.rate:.1e}",
         f"  time    about {describe_seconds(steps * seconds)} ({seconds:.2f} s a step, "

@@ -11,13 +11,15 @@ from rich.console import Console
 
 from mm_rec import processes
 from mm_rec.config import ModelConfig
+from mm_rec.data.prepare_recall import add_recall_rows
 from mm_rec.data.prepared import Prepared
 from mm_rec.errors import UserError
 from mm_rec.machine.device import select_device
 from mm_rec.machine.signals import SignalGuard
 from mm_rec.program import say
+from mm_rec.stages import STAGES
 from mm_rec.storage import checkpoint
-from mm_rec.storage.resume import open_run, rewind
+from mm_rec.storage.resume import cut_back, find_newest, open_run
 from mm_rec.storage.run_config import differences
 from mm_rec.storage.run_folder import Run, RunFolder
 from mm_rec.training.build import build_trainer
@@ -62,6 +64,8 @@ def train_stages(settings: TrainSettings, data: Prepared, guard: SignalGuard, co
 def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, console: Console) -> Path:
     """Train one stage, or find it finished; returns its final checkpoint."""
     device = select_device(settings.device)
+    share = settings.recall_share_of(STAGES[settings.stage])
+    data = add_recall_rows(data, share, progress=functools.partial(say, console))
     plan = make_plan(settings, device.type, sum(store.n_tokens for store in data.train.values()))
     processes.check_rows(plan.batch_size)
     point = find_starting_point(settings, plan, data, device) if processes.is_rank_zero() else None
@@ -79,8 +83,11 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
         trainer = build_trainer(settings, plan, start, data, runtime, device, run, guard, console)
         if start.checkpoint is not None:
             trainer.restore(start.checkpoint)
+        saved = start.checkpoint.trainer if start.checkpoint else None
         del start, point  # the weights that they hold are in the model
         announce(console, trainer, data, estimate_run(trainer, settings.gradient_checkpointing, available))
+        if isinstance(run, RunFolder):  # nothing that cannot be undone comes before all that can refuse
+            cut_back(run, saved)
         path = trainer.fit()
     path = broadcast_path(path)
     say(console, f"{settings.stage}: {trainer.progress.step} steps done, saved in {path}")
@@ -106,7 +113,7 @@ def _read_start(run: Run, plan: Plan, point: StartingPoint) -> StageStart:
     assert isinstance(run, RunFolder), "rank 0 owns the run folder"
     if finished := _finished(run, plan):
         return StageStart(point.config, finished=finished)
-    return StageStart(point.config, point.weights, rewind(run))
+    return StageStart(point.config, point.weights, find_newest(run))
 
 
 def _finished(run: Run, plan: Plan) -> Path | None:

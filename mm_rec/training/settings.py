@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from mm_rec.config import DEFAULT_PRESET, PRESETS, ModelConfig
 from mm_rec.errors import UserError
 from mm_rec.options import Option
-from mm_rec.stages import PRETRAINING
+from mm_rec.stages import PRETRAINING, Stage
 from mm_rec.text.tokenizer import MIN_VOCAB_SIZE
 
 __all__ = ["MODEL_SHAPE", "TrainSettings", "step_cap"]
@@ -54,6 +54,15 @@ class TrainSettings:
         int, Option("rows that cannot be read to leave out before giving up", minimum=0, shared=True)
     ] = 0
     checkpoint_dir: Annotated[Path, Option("folder of run folders")] = Path("checkpoints_cpu")
+    recall_share: Annotated[
+        float | None,
+        Option(
+            "part of the tokens that are rows made to train recall, in the stages after stage1; if not given 0.05 in "
+            "stage2 and 0 in others",
+            minimum=0,
+            maximum=0.9,
+        ),
+    ] = None
     batch_size: Annotated[int | None, Option("rows of a micro-batch", minimum=1)] = None
     seq_len: Annotated[int | None, Option("tokens of a row", minimum=2)] = None
     accumulation: Annotated[int, Option("micro-batches of an optimizer step", minimum=1)] = 1
@@ -102,6 +111,11 @@ class TrainSettings:
     def stage_names(self) -> tuple[str, ...]:
         """The stages to run, in order."""
         return PRETRAINING if self.stage == "all" else (self.stage,)
+
+    def recall_share_of(self, stage: Stage) -> float:
+        """Returns the part of a stage's tokens that are rows made to train recall."""
+        can_have = stage.layout == "lanes" and not stage.conversations
+        return stage.recall_share if self.recall_share is None or not can_have else self.recall_share
 
     def for_stage(self, name: str) -> TrainSettings:
         """The settings of one stage: what its section of the file says wins over the rest of the file."""

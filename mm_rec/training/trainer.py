@@ -33,7 +33,7 @@ from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
 from mm_rec.state import ModelState, detach_state, flatten_state, map_state, unflatten_state
 from mm_rec.storage.checkpoint import Checkpoint, checkpoint_name, prune
-from mm_rec.storage.files import write_atomic
+from mm_rec.storage.files import DamageError, write_atomic
 from mm_rec.storage.run_folder import METRICS, Run
 from mm_rec.text.tokenizer import Tokenizer
 from mm_rec.training.console import Meter, ProgressLine, StepReport
@@ -139,7 +139,7 @@ class Trainer:
 
         Raises:
             Interrupted: after a signal.
-            UserError: if memory runs out or training stays unstable.
+            UserError: if memory runs out, training stays unstable or the data was changed meanwhile.
         """
         line = ProgressLine(self.console, self.plan.last_step, self.progress.step + 1, Meter(self.runtime.threads))
         with line.running(), self.guard.deferred():
@@ -150,6 +150,11 @@ class Trainer:
                 line.message(
                     f"stopped at step {self.progress.step}, saved in {path}; the same command goes on from there"
                 )
+                raise
+            except DamageError:  # of the data, before an update
+                self.optimizer.zero_grad()
+                if processes.world_size() == 1:  # the others may not have seen it and would not save along
+                    line.message(f"stopped at step {self.progress.step}, saved in {self._save()}")
                 raise
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):

@@ -23,6 +23,7 @@ from mm_rec.model import MMRecModel
 from mm_rec.scripts.sampling_options import FLAGS
 from mm_rec.state import flatten_state
 from mm_rec.storage import checkpoint
+from mm_rec.text.conversation import encode_message
 from mm_rec.text.tokenizer import CONTROL_TOKENS, train_tokenizer
 
 CONFIG = ModelConfig(vocab_size=512, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, slots=6)
@@ -182,3 +183,18 @@ def test_the_examples_run(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
         [example] = re.findall(r"Example::\n\n((?:    .*\n?|\n)+)", text)
         exec(textwrap.dedent(example), names)
     assert (tmp_path / "talk.safetensors").is_file()
+
+
+def test_a_conversation_may_have_begun(model: mm_rec.Model) -> None:
+    said = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "One?"}]},
+        {"role": "assistant", "content": "Two.", "tool_calls": None},
+    ]
+    session = model.chat(messages=said)
+    same = model.chat(system="Be brief.", messages=said[1:])
+    states = (flatten_state(one.state) for one in (session, same))
+    assert all(torch.equal(*pair) for pair in zip(*(state.values() for state in states), strict=True))
+    assert session.n_tokens == 1 + sum(len(encode_message(model.tokenizer, one)[0]) for one in said)
+    with pytest.raises(ValueError, match="reads text only"):
+        model.chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}])

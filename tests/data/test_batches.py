@@ -155,6 +155,28 @@ def test_mixed_batches_read_each_token_of_all_domains_once_per_epoch(text, code,
     assert targets == {int(token): epochs for one in stores.values() for token in one.tokens if token}
 
 
+@PROPERTY
+@given(lengths, lengths, st.booleans())
+def test_further_documents_are_read_with_the_others_and_never_cut(text, more, mixed):
+    masked = np.arange(sum(more)) % 3 == 0
+    further = store(more, 1000, mask=masked.astype(np.uint8))
+    total = sum(text) + sum(more)
+    batches = Batches(
+        {"text": store(text)}, batch_size=1, seq_len=total, seed=1, layout="lanes", mixed=mixed, document_limit=5,
+        more={"text": further},
+    )  # fmt: skip
+    assert batches.tokens_per_epoch == total
+    batch = batches.micro_batch(0)
+    pieces = [piece.tolist() for piece in torch.tensor_split(batch.tokens[0], batch.reset[0].nonzero()[1:, 0])]
+    documents = [further.document(index).tolist() for index in range(further.n_documents)]
+    whole = [piece for piece in pieces if piece[-1] >= 1000]
+    assert sorted(whole) == sorted(document for document in documents if len(document) > 1)
+    assert all(len(piece) <= 5 for piece in pieces if piece[-1] < 1000)
+    counted = batch.targets[batch.weight > 0].tolist()
+    expected = [int(token) for token, counts in zip(further.tokens, masked, strict=True) if token and counts]
+    assert sorted(target for target in counted if target >= 1000) == expected
+
+
 def test_rows_of_mixed_batches_come_from_both_domains():
     stores = {"text": store([50] * 20), "code": store([50] * 20, 10_000)}
     for layout in LAYOUTS:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +21,9 @@ from mm_rec.text.tokenizer import Tokenizer, train_tokenizer
 HELLO = [Message("user", "Hello"), Message("assistant", "Hi!")]
 SYSTEM = [Message("system", "Be kind."), *HELLO]
 ROW = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]}
+
+FIELDS = ("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "context", "response")
+NULLS: dict[str, Any] = dict.fromkeys(FIELDS)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,18 @@ def tokenizer() -> Tokenizer:
             [*HELLO, Message("user", "Sum up\n\nLong text"), Message("assistant", "Text")],
         ),
         ({"prompt": "Hello", "completion": "Hi!"}, HELLO),
+        ({"instruction": "Hello", "context": "", "response": "Hi!", "category": "open_qa"}, HELLO),
+        (
+            {"instruction": "Sum up", "context": "Long text", "response": "Text", "category": "summarization"},
+            [Message("user", "Sum up\n\nLong text"), Message("assistant", "Text")],
+        ),
+        ({"instruction": "Hello", "response": "Hi!"}, HELLO),
+        ({"prompt": "Hello", "response": "Hi!", "system": "Be kind."}, SYSTEM),
+        ({"question": "Hello", "answer": "Hi!"}, HELLO),
+        ({**NULLS, "instruction": "Hello", "output": "Hi!"}, HELLO),
+        ({**NULLS, "conversations": [{**NULLS, "from": "human", "value": "Hello"}, ROW["messages"][1]]}, HELLO),
+        ({**NULLS, "messages": [{**one, "tool_calls": None, "from": None} for one in ROW["messages"]]}, HELLO),
+        ({"instruction": "Hello", "input": float("nan"), "output": "Hi!", "history": None}, HELLO),
         ({"prompt": ROW["messages"][:1], "completion": ROW["messages"][1:]}, HELLO),
     ],
 )  # fmt: skip
@@ -66,11 +83,12 @@ def test_formats_are_known_by_their_content(row: Any, messages: list[Message]) -
         ({"messages": ["Hello"]}, "not an object"),
         ({"messages": [{"role": "user", "content": "Hello"}]}, "no answer"),
         ({"messages": [{"role": "assistant", "content": " \n"}]}, "is empty"),
-        ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "not a string"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "no content"),
         ({"messages": [{"role": "tool", "content": "3"}]}, "role of a message is 'tool'"),
         ({"messages": [{"role": "<|end|>", "content": "3"}]}, "role of a message"),
         ({"messages": [{"role": ["user"], "content": "3"}]}, "role of a message"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "not text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "reads text only"),
+        ({"messages": [{"role": "user", "content": "a\0b"}]}, "NUL"),
         ({"instruction": 3, "output": "Hi!"}, "instruction is not a string"),
         ({"instruction": "Hello", "output": "Hi!", "history": [["one"]]}, "history"),
         ({"prompt": "Hello", "completion": "a\0b"}, "NUL"),
@@ -108,6 +126,55 @@ def test_kinds_of_files(tmp_path: Path, name: str, write: Callable[[Path], None]
     assert find_conversations(tmp_path) == [tmp_path / name]
     assert find_conversations(tmp_path / name) == [tmp_path / name]
     assert list(read_conversations(tmp_path / name, BadRows())) == [HELLO, HELLO]
+
+
+MIXED = [
+    {"messages": ROW["messages"]},
+    {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi!"}]},
+    {"instruction": "Hello", "input": "", "output": "Hi!"},
+    {"instruction": "Hello", "context": "", "response": "Hi!", "category": "open_qa"},
+    {"prompt": "Hello", "completion": "Hi!"},
+    {"messages": [{"role": "user", "content": "Hello", "tool_calls": None}, ROW["messages"][1]]},
+]
+
+
+def by_pandas_lines(path: Path) -> None:
+    pandas.DataFrame(MIXED).to_json(path, orient="records", lines=True)
+
+
+def by_pandas_records(path: Path) -> None:  # in which pandas writes NaN for what is not there
+    path.write_text("\n".join(json.dumps(row) for row in pandas.DataFrame(MIXED).to_dict("records")))
+
+
+def by_pandas_parquet(path: Path) -> None:
+    pandas.DataFrame(MIXED).to_parquet(path)
+
+
+def by_pyarrow(path: Path) -> None:
+    names = {name: None for row in MIXED for name in row}
+    pq.write_table(pa.Table.from_pylist([names | row for row in MIXED]), path)
+
+
+def by_datasets_lines(path: Path) -> None:
+    datasets.Dataset.from_pandas(pandas.DataFrame(MIXED)).to_json(path)
+
+
+def by_datasets_parquet(path: Path) -> None:
+    datasets.concatenate_datasets([datasets.Dataset.from_list([row]) for row in MIXED[:-1]]).to_parquet(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.jsonl", by_pandas_lines), ("b.jsonl", by_pandas_records), ("c.parquet", by_pandas_parquet),
+        ("d.parquet", by_pyarrow), ("e.jsonl", by_datasets_lines), ("f.parquet", by_datasets_parquet),
+    ],
+)  # fmt: skip
+def test_rows_of_several_formats_filled_with_null(tmp_path: Path, name: str, write: Callable[[Path], None]) -> None:
+    write(tmp_path / name)
+    assert list(read_conversations(tmp_path / name, BadRows())) == [HELLO] * (
+        len(MIXED) - (write is by_datasets_parquet)
+    )
 
 
 def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ import json
 import lzma
 import random
 
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
 
 from mm_rec.data import files
-from mm_rec.data.files import BadRows, find_files, read_rows, read_texts
+from mm_rec.data.files import TEXT_FIELDS, BadRows, find_files, read_rows, read_texts
 from mm_rec.errors import UserError
 
 TEXTS = ["A first text.\nIt has two lines.", "Zweiter Text: äöü 漢字 🙂", "third"]
@@ -39,6 +40,17 @@ def test_parquet(tmp_path):
     pq.write_table(pa.table({"id": [1, 2, 3], "content": TEXTS}), tmp_path / "a.parquet")
     assert texts(tmp_path / "a.parquet") == TEXTS
     assert next(read_rows(tmp_path / "a.parquet", BadRows())).value == {"id": 1, "content": TEXTS[0]}
+
+
+def test_each_row_has_its_own_column_of_text(tmp_path):
+    rows = [{"id": i, TEXT_FIELDS[i % 3]: f"text {i}"} for i in range(9)] + [{"content": "first", "code": "second"}]
+    names = dict.fromkeys(("id", *TEXT_FIELDS))
+    pq.write_table(pa.Table.from_pylist([names | row for row in rows]), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(names | row) for row in rows))
+    pandas.DataFrame(rows).to_parquet(tmp_path / "b.parquet")
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(row) for row in pandas.DataFrame(rows).to_dict("records")))
+    for name in ("a.parquet", "a.jsonl", "b.parquet", "b.jsonl"):
+        assert texts(tmp_path / name) == [f"text {i}" for i in range(9)] + ["first"]
 
 
 def test_a_text_file_is_one_document(tmp_path):

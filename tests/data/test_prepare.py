@@ -4,6 +4,7 @@ import random
 import pytest
 
 from mm_rec.data import first_pass as survey_module
+from mm_rec.data import prepared as prepared_module
 from mm_rec.data.first_pass import survey_domain
 from mm_rec.data.prepare import describe, prepare
 from mm_rec.data.synthetic import synthetic_code, synthetic_text, write_synthetic
@@ -39,7 +40,7 @@ def test_every_document_ends_up_in_one_split_as_it_was(data_dir):
             store = getattr(prepared, split)[name]
             assert store.n_bytes.tolist() == [len(text.encode()) for text in decoded(prepared, split, name)]
             assert all(store.document(i)[0] == prepared.tokenizer.bos_id for i in range(store.n_documents))
-            assert (store.tokens == prepared.tokenizer.bos_id).sum() == store.n_documents
+            assert (store.tokens[:] == prepared.tokenizer.bos_id).sum() == store.n_documents
 
 
 def test_the_same_data_and_settings_are_prepared_once(data_dir):
@@ -47,7 +48,7 @@ def test_the_same_data_and_settings_are_prepared_once(data_dir):
     first = prepare(data_dir, 512, progress=told.append)
     assert "training the tokenizer" in told
     told.clear()
-    second = prepare(data_dir, 512, progress=told.append, verify=True)
+    second = prepare(data_dir, 512, progress=told.append)
     assert told == describe(first.report)
     assert (second.path, second.data_sha256) == (first.path, first.data_sha256)
     assert second.tokenizer.sha256 == first.tokenizer.sha256
@@ -175,9 +176,9 @@ def test_a_damaged_preparation_is_not_used(data_dir, name):
         prepare(data_dir, 512)
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match="delete"):
-        prepare(data_dir, 512, verify=True)
+        prepare(data_dir, 512)
     path.write_bytes(content)
-    prepare(data_dir, 512, verify=True)
+    prepare(data_dir, 512)
 
 
 def test_a_file_that_differs_from_the_manifest_is_not_used(data_dir):
@@ -188,3 +189,18 @@ def test_a_file_that_differs_from_the_manifest_is_not_used(data_dir):
     (data_dir / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match=r"manifest\.json cannot be used"):
         prepare(data_dir, 512)
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(data_dir, monkeypatch):
+    write_report, path = prepared_module.write_report, data_dir / "text" / "synthetic.jsonl"
+
+    def change_and_write(*arguments):
+        path.write_text('"another text"\n' + path.read_text())
+        write_report(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mm_rec.data.prepare.write_report", change_and_write)
+        with pytest.raises(UserError, match=r"text/synthetic\.jsonl was changed while it was read; run"):
+            prepare(data_dir, 512)
+    assert [one.name for one in (data_dir / "prepared").iterdir()] == ["lock"]
+    prepare(data_dir, 512)

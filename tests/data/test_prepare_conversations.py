@@ -51,7 +51,7 @@ def test_every_conversation_is_in_one_split(data: Path, tokenizer: Tokenizer) ->
     masks = [encode_conversation(tokenizer, parse_conversation(row))[1] for row in ROWS]
     by_ids = dict(zip(expected[:40] + expected[60:], masks, strict=True))
     assert store.loss_mask is not None
-    assert store.loss_mask.tolist() == [counts for ids in train for counts in by_ids[ids]]
+    assert store.loss_mask[:].tolist() == [counts for ids in train for counts in by_ids[ids]]
 
 
 def test_it_is_made_once(data: Path, tokenizer: Tokenizer) -> None:

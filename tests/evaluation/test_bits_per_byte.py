@@ -7,8 +7,15 @@ import torch
 
 from mm_rec.config import ModelConfig
 from mm_rec.data.pack import Document, TokenStore, write_store
-from mm_rec.evaluation.bits_per_byte import Documents, evaluate, select_documents
+from mm_rec.evaluation.bits_per_byte import (
+    Documents,
+    bytes_by_position,
+    evaluate,
+    position_bounds,
+    select_documents,
+)
 from mm_rec.model import MMRecModel
+from mm_rec.state import map_state
 
 CONFIG = ModelConfig(vocab_size=64, d_model=32, n_heads=2, n_layers=3, d_ff=32, window=16, slots=4)
 
@@ -36,6 +43,42 @@ def test_bits_are_those_of_each_document_read_alone(model: MMRecModel, domain: s
     assert score.bits == pytest.approx(nats / math.log(2), rel=1e-5)
     assert score.bits_per_byte == score.bits / 1000
     assert (score.n_documents, score.n_tokens) == (6, 3 + 700 + 41 + 1 + 530 + 90)
+
+
+def test_bits_and_bytes_by_position_are_those_of_the_tokens_there(model: MMRecModel) -> None:
+    tokens = documents([700, 63, 64, 300])
+    masks = [np.arange(len(one)) % 3 != 1 for one in tokens]
+    chosen = Documents(tokens, 1, [mask.astype(np.uint8) for mask in masks])
+    read: list[int] = []
+    score = evaluate(model, chosen, "text", progress=read.append)
+    bits, sizes = np.zeros(5), np.zeros(5, dtype=int)
+    for one, mask in zip(tokens, masks, strict=True):
+        ids = torch.from_numpy(one)[None]
+        with torch.no_grad():
+            logits, _ = model(ids[:, :-1], None, "text")
+        nats = torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="none").numpy()
+        for place in range(1, len(one)):
+            index = next(i for i, bound in enumerate(position_bounds(5)[1:]) if place < bound)
+            bits[index] += mask[place] * nats[place - 1] / math.log(2)
+            sizes[index] += mask[place] * TOKEN_BYTES[one[place]]
+    assert score.bits_by_position == pytest.approx(bits, rel=1e-4)
+    assert sum(score.bits_by_position) == pytest.approx(score.bits)
+    assert bytes_by_position(chosen, TOKEN_BYTES) == sizes.tolist()
+    assert sum(read) >= 700 + 63 + 64 + 300
+
+
+def test_what_is_carried_on_can_be_changed(model: MMRecModel) -> None:
+    tokens = documents([1300])
+    chosen = Documents(tokens, 1)
+    usual, emptied = (
+        evaluate(model, chosen, "text", carry=carry).bits_by_position
+        for carry in (lambda state: state, lambda state: map_state(state, torch.zeros_like))
+    )
+    assert usual[:4] == emptied[:4]  # up to place 512, the end of the first piece
+    assert usual[4] != emptied[4]
+    pieces = [documents([1300])[0][start : start + 513] for start in (0, 512, 1024)]
+    alone = sum(evaluate(model, Documents([piece], 1), "text").bits for piece in pieces)
+    assert sum(emptied) == pytest.approx(alone, rel=1e-6)
 
 
 def test_result_does_not_depend_on_the_order_of_documents(model: MMRecModel) -> None:

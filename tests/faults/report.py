@@ -36,6 +36,10 @@ PROMISES = {
     16: "A session's name leads nowhere but to its file; a killed save leaves the turn before or after it.",
     17: "No text of a user becomes a control token.",
     18: "Nothing is unpickled.",
+    19: "Prepared data that are not what was prepared are refused with the file named; other sources are another run.",
+    20: "A run that lost a part is refused or gone on with, in one line; absence is no beginning, no record is cut.",
+    21: "Everything that is written has one owner, and the other is told who, even if the lock file is removed.",
+    22: "What a server or a training has loaded stays what it was, or it ends in one line; no crash, no other weights.",
 }
 
 

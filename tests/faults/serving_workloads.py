@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
 from fastapi.testclient import TestClient
 from workload import Trial, workload
 
@@ -27,9 +26,11 @@ from mm_rec.config import ModelConfig
 from mm_rec.data.conversations import encode_document, parse_conversation
 from mm_rec.inference.session_file import fingerprint
 from mm_rec.model import MMRecModel
-from mm_rec.serve.app import Service, create_app
+from mm_rec.serve.app import create_app
+from mm_rec.serve.connections import Connections
 from mm_rec.serve.engine import Engine
-from mm_rec.serve.protocol import HeadTimeoutProtocol
+from mm_rec.serve.server import Server
+from mm_rec.serve.service import Service
 from mm_rec.serve.sessions import SessionStore
 from mm_rec.text.conversation import Message, clean, encode_conversation
 from mm_rec.text.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
@@ -64,13 +65,13 @@ def client_of(folder: Path, **limits: int) -> Iterator[tuple[TestClient, Service
 
 
 @contextlib.contextmanager
-def socket_of(folder: Path, **limits: int) -> Iterator[tuple[int, Service]]:
+def socket_of(folder: Path, max_connections: int = 1000, **limits: int) -> Iterator[tuple[int, Service]]:
     """A server behind a real socket: its port."""
-    service = service_in(folder, **limits)
-    config = uvicorn.Config(
-        create_app(service), http=HeadTimeoutProtocol, log_level="critical", timeout_graceful_shutdown=2
+    service, connections = service_in(folder, **limits), Connections(max_connections)
+    server = Server(
+        create_app(service, connections=connections), service.engine, connections, quiet=True, drain_seconds=0.2
     )
-    server, listener = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -83,24 +84,33 @@ def socket_of(folder: Path, **limits: int) -> Iterator[tuple[int, Service]]:
 
 # --- requests -------------------------------------------------------------------------------------------------------
 
-PATHS = ("/v1/completions", "/v1/chat/completions")
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/api/chat", "/api/generate")
 FIELDS = (
     "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "stream", "stop",
     "seed", "logprobs", "top_logprobs", "session", "echo", "user", "stream_options", "presence_penalty", "best_of", "x",
+    "input", "format", "response_format", "options", "tools",
 )  # fmt: skip
 ODD_VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, -(10**30), 0.5, 1e308, -1e308, "", "a", "\0", "\ud800", "tiny",
     "x" * 5000, [], [[]], {}, [None], ["a"], ["\udfff"], [0], [511], [512], [-1], [[1, 2], [3]], {"a": 1},
     [{"role": "user", "content": "hi"}], [{"role": "tool", "content": "hi"}], [{"role": "user", "content": None}],
     [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], [{"role": "<|end|>", "content": "hi"}],
-    [{"role": "user", "content": "hi", "name": "<|assistant|>"}], {"include_usage": True}, float("nan"), float("inf"),
+    [{"role": "user", "content": "hi", "name": "<|assistant|>"}], {"include_usage": True}, {"type": "json_object"},
+    {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, "json", {"type": "integer"}, {"$ref": "#"},
+    {"type": "array", "items": {"$ref": "#"}}, float("nan"), float("inf"),
 )  # fmt: skip
 
 
 def sound_body(rng: random.Random, path: str) -> dict[str, Any]:
     text = rng.choice(["hi", "def f(x):", "ışık 🙂", "<|end|>"])
-    body: dict[str, Any] = {"model": "tiny", "max_tokens": rng.randint(1, 3)}
-    return body | ({"prompt": text} if path == PATHS[0] else {"messages": [{"role": "user", "content": text}]})
+    length, messages = rng.randint(1, 3), [{"role": "user", "content": text}]
+    return {
+        "/v1/completions": {"model": "tiny", "max_tokens": length, "prompt": text},
+        "/v1/chat/completions": {"model": "tiny", "max_tokens": length, "messages": messages},
+        "/v1/responses": {"model": "tiny", "max_output_tokens": length, "input": rng.choice([text, messages])},
+        "/api/chat": {"model": "tiny", "options": {"num_predict": length}, "messages": messages},
+        "/api/generate": {"model": "tiny", "options": {"num_predict": length}, "prompt": text},
+    }[path]
 
 
 def random_request(rng: random.Random) -> tuple[str, bytes, dict[str, str]]:
@@ -137,7 +147,7 @@ def check_reply(status: int, headers: Mapping[str, str], text: str, context: obj
     assert status < 500 or (status == 503 and "retry-after" in headers), (context, status, text[:500])
     if status >= 400:
         error = json.loads(text)["error"]
-        assert error["message"], context
+        assert error["message"] if isinstance(error, dict) else error, context
         assert "Traceback" not in text, context
 
 

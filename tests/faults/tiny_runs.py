@@ -18,15 +18,18 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import changing
 import psutil
 from supervisor import clocks
 
 from mm_rec import cli
 from mm_rec.config import PRESETS, ModelConfig
+from mm_rec.data import blocks
 from mm_rec.data.batches import Batch
 from mm_rec.data.synthetic import write_synthetic
 from mm_rec.ops import backend
@@ -87,6 +90,7 @@ def run(
     batches: str = "",
     faults: dict[str, str] | None = None,
     environment: dict[str, str] | None = None,
+    change: dict[str, Any] | None = None,
 ) -> int:
     """Run ``mm-rec`` with these arguments; returns its exit code.
 
@@ -96,6 +100,7 @@ def run(
         batches: file to note the SHA-256 of every micro-batch in.
         faults: what goes wrong in the losses, by step, as for :func:`spoil_losses`.
         environment: variables to set.
+        change: what to do to a file or folder, and when: the arguments of :func:`change_at`.
     """
     os.environ.update(environment or {})
     backend._loaded.clear()  # the process that this one was forked from may have chosen another level
@@ -109,10 +114,27 @@ def run(
         spoil_losses({int(step): kind for step, kind in faults.items()})
     if when is not None:
         arm(When(**{**when, "signals": tuple(when["signals"])}))
+    if change is not None:
+        change_at(**change)
     start = time.process_time()
     code = cli.main(command)
     print(f"\nprocessor seconds: {time.process_time() - start}", flush=True)
     return code
+
+
+def change_at(what: str, count: int, kind: str, path: str, small_blocks: bool = False) -> None:
+    """Do :data:`changing.CHANGES` of a kind to ``path`` just before a call, as :func:`at_call`.
+
+    With ``small_blocks`` prepared data are read from the disk for every row and stay in no memory.
+    """
+    if small_blocks:
+        blocks._BLOCK_BYTES, blocks._CACHED_BLOCKS = 64, 1
+
+    def do() -> None:
+        changing.CHANGES[kind](Path(path))
+        print(f"\nchanged {path}: {kind}", flush=True)
+
+    at_call(what, count, do)
 
 
 def run_limited(command: list[str], n_bytes: int) -> int:
@@ -131,7 +153,17 @@ def arm(when: When) -> None:
     if not when.what:
         send_later(when, time.CLOCK_PROCESS_CPUTIME_ID)
         return
-    module, _, path = when.what.partition(":")
+
+    def set_timers() -> None:
+        print("\narmed at {} {}".format(*clocks()), flush=True)
+        send_later(when, time.CLOCK_MONOTONIC)
+
+    at_call(when.what, when.count, set_timers)
+
+
+def at_call(what: str, count: int, do: Callable[[], None]) -> None:
+    """Let ``do`` be called just before the ``count``-th call of ``what``, which is named as in :class:`When`."""
+    module, _, path = what.partition(":")
     *holders, name = path.split(".")
     holder = functools.reduce(getattr, holders, importlib.import_module(module))
     original, calls = getattr(holder, name), 0
@@ -140,9 +172,8 @@ def arm(when: When) -> None:
     def counted(*args: Any, **keywords: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == when.count:
-            print("\narmed at {} {}".format(*clocks()), flush=True)
-            send_later(when, time.CLOCK_MONOTONIC)
+        if calls == count:
+            do()
         return original(*args, **keywords)
 
     setattr(holder, name, counted)

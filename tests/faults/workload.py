@@ -24,12 +24,19 @@ MODULES = {
     "damage_workloads": (7,),
     "data_workloads": (8,),
     "download_workloads": (4, 9),
-    "ownership_workloads": (10,),
+    "ownership_workloads": (10, 21),
     "memory_workloads": (12,),
     "native_workloads": (13, 14),
     "serving_workloads": (15, 17),
     "session_workloads": (16,),
     "pickle_workloads": (18,),
+    "prepared_workloads": (19,),
+    "absence_workloads": (20,),
+    "change_workloads": (22,),
+    "connection_workloads": (23,),
+    "forged_session_workloads": (24,),
+    "stranger_workloads": (26,),
+    "setting_workloads": (27,),
 }
 """Where the workloads of each row are; a module registers its own when it is imported."""
 

@@ -57,7 +57,7 @@ def commands(written: dict[str, Any]) -> dict[str, list[str]]:
         if STAGES[stage].conversations:
             command = ["finetune", "--task", stage]
         else:
-            command = ["train", "--stage", stage, "--preset", "tiny"]
+            command = ["train", "--stage", stage, "--preset", "tiny", "--recall_share", "0"]  # as b411fa1 trained
         for name, value in {**written["settings"], "checkpoint_dir": "stopped"}.items():
             command += [f"--{name}", str(value)]
         made[stage] = command + ([] if not made else ["--init_from", f"finished/{STAGES[stage].follows}"])
@@ -66,7 +66,7 @@ def commands(written: dict[str, Any]) -> dict[str, list[str]]:
 
 def prepare_all(written: dict[str, Any], data: Path, cache: Path) -> dict[str, Prepared]:
     """The data of each stage."""
-    documents = prepare(data, written["model"]["vocab_size"], verify=True)
+    documents = prepare(data, written["model"]["vocab_size"])
     tokenizer = Tokenizer.load(documents.path / "tokenizer")
     return {
         stage: prepare_conversations(data / stage, tokenizer, name=stage, cache=cache)

@@ -7,13 +7,13 @@ writes it down for a new version; test_layouts.py compares.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from mm_rec.formats import KEY
 
@@ -24,6 +24,12 @@ FILES = {
     ),
     "training": ("trainer.json", "optimizer.safetensors", "carried.safetensors"),
 }
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": " What is <|end|><|<|end|>end|>?\n"},
+    {"role": "assistant", "content": "The end, <|eos|>."},
+]
 
 
 def layout(kind: str, path: Path) -> dict[str, Any]:
@@ -47,9 +53,21 @@ def of_file(path: Path) -> Any:
         return of_value(json.loads(path.read_bytes()))
     if path.suffix == ".npy":
         return str(np.load(path, allow_pickle=False).dtype)
-    if path.suffix == ".jinja":  # other words make other tokens
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+    if path.suffix == ".jinja":  # other texts make other tokens
+        return rendered(path)
     return None
+
+
+def rendered(template: Path) -> list[str]:
+    """What the chat template of a folder makes of beginnings of a conversation, and which tokens of it are answers."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(template.parent)
+    starts = [CONVERSATION[:length] for length in range(1, len(CONVERSATION) + 1)]
+    whole, prompts = (
+        [tokenizer.apply_chat_template(start, tokenize=False, add_generation_prompt=prompt) for start in starts]
+        for prompt in (False, True)
+    )
+    mask = tokenizer.apply_chat_template(CONVERSATION, return_dict=True, return_assistant_tokens_mask=True)
+    return [*whole, *prompts, "".join(map(str, mask["assistant_masks"]))]
 
 
 def of_value(value: Any) -> Any:

@@ -91,7 +91,7 @@ def test_what_is_written_states_its_version(written: Path, tmp_path: Path) -> No
         optimizer=found.optimizer,
         carried=found.carried,
         trainer=found.trainer,
-        tokenizer=Tokenizer.load(found.tokenizer_dir),
+        tokenizer=found.load_tokenizer(),
     )
     for name, kind in (("config.json", "model"), ("trainer.json", "training")):
         values = json.loads((tmp_path / "step_000004" / name).read_bytes())
@@ -239,7 +239,11 @@ def test_a_token_store_of_another_version_is_made_anew(
 ) -> None:
     shutil.copytree(written / "data", tmp_path / "data")
     (prepared,) = (tmp_path / "data" / "prepared").iterdir()
-    set_version(version)(prepared / "text-train" / "index.json")
+    prepared.rename(tmp_path / "sound")
+    with files.atomic_folder(prepared) as folder:
+        shutil.copytree(tmp_path / "sound", folder, dirs_exist_ok=True)
+        (folder / files.MANIFEST).unlink()
+        set_version(version)(folder / "text-train" / "index.json")
     for load in (
         lambda: TokenStore.open(prepared / "text-train"),
         lambda: prepare(tmp_path / "data", about["model"]["vocab_size"]),
@@ -248,7 +252,7 @@ def test_a_token_store_of_another_version_is_made_anew(
             load()
         assert in_one_line(error.value, str(prepared / "text-train"), "token store format", "delete it")
     shutil.rmtree(prepared / "text-train")
-    with pytest.raises(formats.UserError, match="delete it"):
+    with pytest.raises(formats.UserError, match=f"delete {prepared}, the next run makes it anew"):
         prepare(tmp_path / "data", about["model"]["vocab_size"])
     shutil.rmtree(prepared)
     assert prepare(tmp_path / "data", about["model"]["vocab_size"]).path == prepared

@@ -63,7 +63,7 @@ def test_repetition_penalty_lowers_seen_tokens_of_either_sign() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"min_p": 2},
+    [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": -0.1}, {"top_p": 1.1}, {"top_k": -1}, {"min_p": 2},
      {"repetition_penalty": 0}, {"max_new_tokens": -1}, {"stop": ("",)}, {"seed": 10**26}],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(wrong: dict) -> None:

@@ -68,6 +68,14 @@ def test_equally_likely_tokens_are_kept_from_the_lowest_id(backend: str) -> None
 
 
 @pytest.mark.parametrize("backend", [pytest.param("native", marks=pytest.mark.native), "reference"])
+def test_no_mass_keeps_the_likeliest_token(backend: str) -> None:
+    logits = torch.randn(1, 500, generator=torch.Generator().manual_seed(2))
+    sampler = Sampler(Sampling(temperature=5.0, top_p=0), torch.Generator().manual_seed(0))
+    with ops.use_backend(backend):
+        assert {next_tokens(logits, [sampler])[0] for _ in range(100)} == {int(logits.argmax())}
+
+
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=pytest.mark.native), "reference"])
 def test_frequencies_follow_the_probabilities(backend: str) -> None:
     logits = torch.tensor([[2.0, 1.9, 1.0, 0.0, -1.0, -torch.inf] * 7])
     sampler = Sampler(Sampling(temperature=0.7, top_p=1), torch.Generator().manual_seed(0))

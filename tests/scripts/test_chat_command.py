@@ -1,6 +1,10 @@
 """``mm-rec chat`` through a pipe and at a terminal: messages, commands, sessions that go on."""
 
+import contextlib
 import io
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,11 +13,14 @@ import torch
 
 from mm_rec.cli import main
 from mm_rec.config import ModelConfig
+from mm_rec.inference.chat_session import ChatSession
 from mm_rec.inference.sampling import Sampling
+from mm_rec.inference.session_file import own
 from mm_rec.model import MMRecModel
 from mm_rec.scripts.chat_command import Conversation
 from mm_rec.scripts.sampling_options import FLAGS
 from mm_rec.storage import checkpoint
+from mm_rec.storage.lock import Lock
 from mm_rec.text.tokenizer import train_tokenizer
 
 CONFIG = ModelConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, slots=6)
@@ -93,7 +100,7 @@ def test_commands(talk, tmp_path: Path) -> None:
         ("/\n", [], "there is no command /;"),
         ("Hi\n", ["--session", "none", "--resume"], "cannot read the session"),
         ("Hi\n", ["--domain", "music"], "there is no expert 'music'"),
-        ("Hi\n", ["--top_p", "0"], "top_p must be above 0"),
+        ("Hi\n", ["--top_p", "2"], "top_p must be at least 0"),
     ],
 )
 def test_what_cannot_be_done_is_an_error(talk, text: str, flags: list[str], problem: str) -> None:
@@ -137,7 +144,7 @@ def test_ctrl_c_breaks_off_an_answer_but_not_the_conversation(
         yield ">"
 
     monkeypatch.setattr("builtins.input", line)
-    Conversation(SimpleNamespace(reply=reply, turns=0), None, interactive=True).run()
+    Conversation(SimpleNamespace(reply=reply, turns=0), None, None, contextlib.ExitStack(), interactive=True).run()
     captured = capsys.readouterr()
     assert captured.out.splitlines()[1:] == ["model: <first", "model: <second>"]
     assert "there is no command /shout" in captured.err
@@ -147,3 +154,47 @@ def test_flags_and_sampling_agree() -> None:
     assert {name: default for name, (default, _) in FLAGS.items()} == {
         name: value for name, value in vars(Sampling()).items() if name != "stop"
     }
+
+
+def test_a_session_has_one_owner(talk, tmp_path: Path) -> None:
+    file, other = tmp_path / "talk.safetensors", tmp_path / "other.safetensors"
+    talk("One\n", "--session", file)
+    before = file.read_bytes()
+    with own(file):
+        for flags in (["--resume"], []):
+            _, err = talk("Two\n", "--session", file, *flags, code=2)
+            assert re.fullmatch(rf"error: {file} is in use by process {os.getpid()} on \S+ since .*; .*\n", err)
+        _, err = talk(f"/save {file}\n", code=2)
+        assert f"{file} is in use by" in err
+        assert file.read_bytes() == before
+    talk(f"Two\n/fork {other}\nThree\n", "--session", file, "--resume")
+    assert file.read_bytes() != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.safetensors", "talk.safetensors"]
+
+
+def test_the_sessions_of_a_running_server_are_its_own(talk, tmp_path: Path) -> None:
+    file = tmp_path / "talk.safetensors"
+    talk("One\n", "--session", file)
+    with Lock(tmp_path / ".lock"):
+        _, err = talk("Two\n", "--session", file, "--resume", code=2)
+        assert f"{tmp_path} is in use by process {os.getpid()} on " in err
+        assert err.count("\n") == 1
+    talk("Two\n", "--session", file, "--resume")
+
+
+def test_a_chat_whose_lock_file_was_removed_does_not_overwrite(talk, tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "talk.safetensors"
+    talk("One\n", "--session", file)
+    before = file.read_bytes()
+
+    def answer(self: ChatSession, text: str) -> Iterator[str]:
+        (tmp_path / ".talk.safetensors.lock").unlink()
+        locks.enter_context(own(file))  # another chat
+        yield "an answer"
+
+    monkeypatch.setattr(ChatSession, "reply", answer)
+    with contextlib.ExitStack() as locks:
+        _, err = talk("Two\n", "--session", file, "--resume", code=2)
+        assert f"{file} is not owned by this process any more" in err
+        assert f"is in use by process {os.getpid()} on" in err
+    assert file.read_bytes() == before

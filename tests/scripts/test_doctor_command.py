@@ -11,8 +11,12 @@ import yaml
 from mm_rec.config import ModelConfig
 from mm_rec.data.manifest import record_file
 from mm_rec.data.pack import file_sha256
-from mm_rec.scripts.doctor_command import Finding, check_data, check_machine, check_run, main
+from mm_rec.data.prepare import prepare
+from mm_rec.data.prepare_recall import add_recall_rows
+from mm_rec.data.synthetic import write_synthetic
+from mm_rec.scripts.doctor_command import Finding, check_data, check_machine, check_prepared, check_run, main
 from mm_rec.storage.resume import open_run, rewind
+from mm_rec.storage.run_config import write_config
 from mm_rec.text.tokenizer import train_tokenizer
 
 
@@ -62,7 +66,7 @@ def test_a_damaged_checkpoint(run: Path) -> None:
 def test_other_versions(run: Path) -> None:
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["versions"]["torch"] = "1.0"
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    write_config(run, config)
     assert 'torch was "1.0", is' in texts(check_run(run), "note")
 
 
@@ -108,6 +112,30 @@ def test_data_against_its_manifest(tmp_path: Path) -> None:
     assert "b.jsonl cannot be read" in texts(findings, "broken")
     (tmp_path / "manifest.json").write_text("[")
     assert "cannot be used" in texts(check_data(tmp_path), "broken")
+
+
+def test_prepared_data_against_their_hashes(tmp_path: Path) -> None:
+    write_synthetic(tmp_path, 12)
+    path = prepare(tmp_path, 320, filters=False).path
+    assert f"{path} is what was prepared" in texts(check_data(tmp_path), "ok")
+    for name in ("text-train/tokens.bin", "code-valid/offsets.npy", "tokenizer/chat_template.jinja", "report.json"):
+        sound = (path / name).read_bytes()
+        (path / name).write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+        assert f"{path / name} is damaged" in texts(check_data(tmp_path), "broken")
+        (path / name).write_bytes(sound)
+    path.parent.rename(tmp_path / "runs")
+    (tmp_path / "conversations").mkdir()
+    (tmp_path / "runs").rename(tmp_path / "conversations" / "prepared")
+    (tmp_path / "conversations" / "prepared" / path.name / "manifest.json").unlink()
+    assert "manifest.json cannot be read" in texts(check_prepared(tmp_path / "conversations" / "prepared"), "broken")
+
+
+def test_rows_that_train_recall_are_prepared_data_too(tmp_path: Path) -> None:
+    write_synthetic(tmp_path, 12)
+    path = add_recall_rows(prepare(tmp_path, 320, filters=False), 0.2).recall["text"].path
+    assert f"{path.parent} is what was prepared" in texts(check_data(tmp_path), "ok")
+    (path / "tokens.bin").write_bytes(b"")
+    assert f"{path / 'tokens.bin'} is damaged" in texts(check_data(tmp_path), "broken")
 
 
 def test_this_machine_is_described() -> None:

@@ -14,15 +14,16 @@ from mm_rec.cli import main
 from mm_rec.config import ModelConfig
 from mm_rec.evaluation.bits_per_byte import Documents, evaluate
 from mm_rec.evaluation.lm_eval import run_harness
-from mm_rec.evaluation.recall import Recall, passkey
+from mm_rec.evaluation.recall import KINDS, Haystack, Needles, find_needles
 from mm_rec.evaluation.report import Measurements, write_report
 from mm_rec.inference.loading import load_model
 from mm_rec.model import MMRecModel
+from mm_rec.scripts import eval_command
 from mm_rec.storage import checkpoint
 from mm_rec.text.tokenizer import train_tokenizer
 
-CONFIG = ModelConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, slots=6)
-TEXTS = ["The grass is green.", "One and two are three.", "Hello, what is your name? <b>&amp;"]
+CONFIG = ModelConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16)
+TEXTS = ["The grass is green.", "One and two are three. " * 60, "Hello, what is your name? <b>&amp;"]
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +51,28 @@ def test_the_report_holds_what_was_measured(model: Path, tmp_path: Path, capsys:
     documents = tmp_path / "texts.jsonl"
     documents.write_text("\n".join(map(json.dumps, TEXTS)))
     output = tmp_path / "deep" / "report"
-    assert run(model, output, "--documents", f"own={documents}", "--distances", "20,0") == 0
+    assert run(model, output, "--documents", f"own={documents}", "--distances", "20,0,9000") == 0
     results = json.loads((output / "results.json").read_text())
     loaded = load_model(model, device="cpu", precision="fp32")
     for reader, domain in (("text", "text"), ("code", "code"), ("fused", None)):
         expected = evaluate(loaded.model, own_documents(model), domain).bits_per_byte
         assert results["bits_per_byte"]["own"][reader] == pytest.approx(expected, rel=1e-6)
-    expected = [one._asdict() for one in passkey(loaded.model, loaded.tokenizer, None, [0, 20], trials=2)]
-    assert results["passkey"] == expected
-    assert [one["distance"] for one in results["associative_recall"]] == [0, 20]
+    haystack = Haystack(own_documents(model).tokens, loaded.tokenizer)
+    cells = [(kind, distance) for kind in KINDS for distance in (0, 20, 9000) if kind.in_noise or distance < 9000]
+    expected = [
+        find_needles(loaded.model, loaded.tokenizer, None, kind, distance, haystack, trials=2)._asdict()
+        for kind, distance in cells
+    ]
+    assert results["needles"] == expected
+    by_position = results["by_position"]["own"]["text"]
+    assert len([one for one in by_position if one is not None]) > 3
+    assert min(filter(None, by_position)) <= results["bits_per_byte"]["own"]["text"] <= max(filter(None, by_position))
+    assert results["model"]["state"].endswith(" kB by one")
+    told = capsys.readouterr().out
+    assert f"state: {results['model']['state']}\n" in told
+    assert re.search(r"^reading takes about .* for documents, .* for needles$", told, re.M)
+    assert told.count("needle, ") == len(cells)
+    assert "too few tokens for needles over 9,000" in told
     page = (output / "report.html").read_text()
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert len(pictures) == 3
@@ -66,7 +80,22 @@ def test_the_report_holds_what_was_measured(model: Path, tmp_path: Path, capsys:
     assert f"<td>{results['bits_per_byte']['own']['fused']:.4f}</td>" in page
     assert not re.search(r"""(?:src|href)=["'](?!data:)""", page)  # it needs no other file
     assert results["conversation"].startswith("user: ")
-    assert f"report in {output / 'report.html'}" in capsys.readouterr().out
+    assert f"report in {output / 'report.html'}" in told
+
+
+def test_a_long_measurement_tells_how_much_is_left(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(eval_command, "PROGRESS_SECONDS", 0.0)
+    assert run(model, tmp_path, "--distances", "200") == 0
+    told = capsys.readouterr().out
+    shares = [int(share) for share in re.findall(r"^  (\d+)%, about .* to go$", told, re.M)]
+    assert shares
+    assert shares == sorted(shares)
+    assert shares[-1] <= 100
+    assert "0.0 s for documents" in told
+    assert "needle, pass key, over 200 tokens" in told
+    assert "needle, word" not in told
 
 
 def test_bad_rows_are_left_out_if_asked_for(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,10 +116,12 @@ def test_what_was_not_measured_is_left_out_and_text_is_escaped(tmp_path: Path) -
     assert "&lt;b&gt;bold" in page
     assert "<h2>Bits per byte" not in page
     assert "<img" not in page
-    measured.passkey = [Recall(0, 0.5, 0.1, 2)]
+    measured.needles = [Needles("<i>", 0, 2, 1, 1, 0.1, 0.9)]
     measured.tasks = {"quiz": {"acc": 0.25}}
     page = write_report(tmp_path, measured).read_text()
     assert page.count("<img") == 1
+    assert "50.0% (10% to 90%), free 50%" in page
+    assert "<i>" not in page
     assert "<td>0.2500</td>" in page
 
 

@@ -14,7 +14,7 @@ from mm_rec.errors import UserError
 from mm_rec.inference.loading import load_model
 from mm_rec.model import MMRecModel
 from mm_rec.storage import checkpoint, hf_folder
-from mm_rec.text.tokenizer import Tokenizer, train_tokenizer
+from mm_rec.text.tokenizer import train_tokenizer
 
 CONFIG = ModelConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, slots=6)
 
@@ -63,7 +63,7 @@ def test_an_exported_folder_starts_a_run_and_resumes_none(
 def test_weights_of_another_model_are_refused(model: Path, tmp_path: Path) -> None:
     found = checkpoint.load(model)
     weights = {f"other.{name}": tensor for name, tensor in found.weights.items()}
-    tokenizer = Tokenizer.load(found.tokenizer_dir)
+    tokenizer = found.load_tokenizer()
     path = tmp_path / "step_000001"
     checkpoint.save(
         path, config=found.config, weights=weights, optimizer={}, carried={}, trainer={}, tokenizer=tokenizer

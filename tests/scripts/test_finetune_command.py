@@ -129,8 +129,8 @@ def test_bad_rows_stop_it_unless_they_are_to_be_skipped(folder: Path, capsys: py
 def lora_run(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, stopped_at: int | None) -> Path:
     """Three steps of adapters on the same start, stopped once in between if so asked; returns the final checkpoint."""
     start = ["--init_from", str(folder / "runs" / "stage1" / "checkpoints" / "step_000002")]
-    tuning = ["finetune", "--task", "instruct", "--seq_len", "32", "--max_steps", "40", "--lora", "2", "--lr", "0.3", *start]
-    tuning += ["--data_dir", str(folder / "data"), "--checkpoint_dir", str(folder / name), *FLAGS]
+    tuning = ["finetune", "--task", "instruct", "--seq_len", "32", "--max_steps", "40", "--lora", "2", "--lr", "0.3"]
+    tuning += [*start, "--data_dir", str(folder / "data"), "--checkpoint_dir", str(folder / name), *FLAGS]
     if stopped_at is not None:
         monkeypatch.setenv("MM_REC_MAX_STEPS", str(stopped_at))
         assert main(tuning) == 0

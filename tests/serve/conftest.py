@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import uvicorn
 from fastapi.testclient import TestClient
 
 from mm_rec.config import ModelConfig
 from mm_rec.inference.session_file import fingerprint
 from mm_rec.model import MMRecModel
-from mm_rec.serve.app import Service, create_app
+from mm_rec.serve.app import create_app
+from mm_rec.serve.connections import Connections
 from mm_rec.serve.engine import Engine
-from mm_rec.serve.protocol import HeadTimeoutProtocol
+from mm_rec.serve.server import Server
+from mm_rec.serve.service import Service
 from mm_rec.serve.sessions import SessionStore
 from mm_rec.text.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
 
@@ -90,10 +91,10 @@ def serve() -> Callable[..., contextlib.AbstractContextManager[str]]:
     """The application behind a real socket; gives its address."""
 
     @contextlib.contextmanager
-    def serve(service: Service, **keywords: object) -> Iterator[str]:
-        app = create_app(service, **keywords)  # type: ignore[arg-type]
-        config = uvicorn.Config(app, http=HeadTimeoutProtocol, log_level="critical", timeout_graceful_shutdown=2)
-        server = uvicorn.Server(config)
+    def serve(service: Service, max_connections: int = 1000, **keywords: object) -> Iterator[str]:
+        connections = Connections(max_connections)
+        app = create_app(service, connections=connections, **keywords)  # type: ignore[arg-type]
+        server = Server(app, service.engine, connections, quiet=True, drain_seconds=0.2)
         listener = socket.create_server(("127.0.0.1", 0))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # a client that doesn't read is soon noticed
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

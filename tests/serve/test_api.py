@@ -14,7 +14,7 @@ from mm_rec.inference import decode
 from mm_rec.inference.generate import generate
 from mm_rec.inference.sampling import Sampling
 from mm_rec.model import MMRecModel
-from mm_rec.serve.app import Service
+from mm_rec.serve.service import Service
 from mm_rec.text.conversation import Message, encode_conversation
 from mm_rec.text.tokenizer import CONTROL_TOKENS, Tokenizer
 
@@ -247,16 +247,17 @@ def test_no_text_of_a_user_becomes_a_control_token(
         ("completions", {"prompt": "a", "n": 10**9}, 400, None, "n"),
         ("completions", {"prompt": "a", "n": True}, 400, None, "n"),
         ("completions", {"prompt": "a", "temperature": -1}, 400, None, "temperature"),
-        ("completions", {"prompt": "a", "top_p": 0}, 400, None, "top_p"),
+        ("completions", {"prompt": "a", "top_p": -0.1}, 400, None, "top_p"),
         ("completions", {"prompt": "a", "stop": [""]}, 400, None, "stop.0"),
         ("completions", {"prompt": "a", "stop": ["a"] * 17}, 400, None, "stop"),
         ("completions", {"prompt": "a", "seed": 0.5}, 400, None, "seed"),
-        ("completions", {"prompt": "a", "frequency_penalty": 1}, 400, None, "frequency_penalty"),
-        ("completions", {"prompt": "a", "best_of": 2}, 400, None, "best_of"),
+        ("completions", {"prompt": "a", "frequency_penalty": 1}, 400, "unsupported_parameter", "frequency_penalty"),
+        ("completions", {"prompt": "a", "best_of": 2}, 400, "unsupported_parameter", "best_of"),
         ("completions", {f"field_{i}": i for i in range(100)}, 400, None, None),
         ("chat/completions", {"messages": []}, 400, None, "messages"),
         ("chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, 400, None, "messages.0.role"),
-        ("chat/completions", {"messages": [{"role": "user"}]}, 400, "missing_required_parameter", "messages.0.content"),
+        ("chat/completions", {"messages": [{"role": "user"}]}, 400, None, "messages.0.content"),
+        ("chat/completions", {"messages": [{**HI, "foo": 1}]}, 400, "unknown_parameter", "messages.0.foo"),
         (
             "chat/completions",
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
@@ -264,7 +265,7 @@ def test_no_text_of_a_user_becomes_a_control_token(
             None,
             "messages.0.content.0.type",
         ),
-        ("chat/completions", {"messages": [HI], "tools": [{}]}, 400, None, "tools"),
+        ("chat/completions", {"messages": [HI], "tools": [{}]}, 400, "unsupported_parameter", "tools"),
         ("chat/completions", {"messages": [HI], "top_logprobs": 1}, 400, None, "top_logprobs"),
         ("chat/completions", {"messages": [HI], "session": "a", "n": 2}, 400, None, "n"),
     ],
@@ -312,7 +313,21 @@ def test_other_paths_and_methods(client: TestClient) -> None:
     assert "/v1/models does not take PUT" in wrong.json()["error"]["message"]
     assert wrong.headers["allow"] == "GET"
     form = client.post("/v1/completions", data={"model": "tiny", "prompt": "a"})
-    assert form.status_code == 400
+    assert (form.status_code, form.json()["error"]["message"]) == (
+        415,
+        "the request has Content-Type 'application/x-www-form-urlencoded'; send JSON with the header "
+        "`Content-Type: application/json`",
+    )
+    bare = client.post("/api/chat", content=b'{"model": "tiny"}')
+    assert (bare.status_code, "has no Content-Type; send JSON" in bare.json()["error"]) == (415, True)
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/v1/models/tiny", "/api/tags", "/v1/models/gpt-4"])
+def test_head_is_get_without_a_body(client: TestClient, path: str) -> None:
+    get, head = client.get(path), client.head(path)
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    assert head.headers == get.headers
+    assert client.head("/v1/completions").status_code == 405
 
 
 def test_a_long_prompt_is_refused_before_it_is_tokenized(
@@ -336,7 +351,7 @@ def test_a_fault_of_the_server_keeps_the_shape(
         reply = client.post("/v1/completions", json=body)
         assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal_error")
         streamed = client.post("/v1/completions", json={**body, "stream": True})
-        assert json.loads(streamed.text.split("\n\n")[-2].removeprefix("data: "))["error"]["code"] == "internal_error"
+        assert json.loads(streamed.text.split("\n\n")[-3].removeprefix("data: "))["error"]["code"] == "internal_error"
 
 
 def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:

@@ -31,6 +31,7 @@ def saved(model: MMRecModel, tokenizer: Tokenizer, tmp_path: Path) -> Path:
 def test_it_serves_until_it_is_told_to_stop(saved: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mm_rec.cli", "serve", "--model", str(saved), "--port", "0", "--name", "small"]
     command += ["--session_dir", str(tmp_path / "talks"), "--precision", "fp32", "--threads", "1"]
+    command += ["--cors_origins", "https://chat.example.org/, http://localhost:3000"]
     environment = {**os.environ, "MM_REC_API_KEY": "secret"}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -44,6 +45,10 @@ def test_it_serves_until_it_is_told_to_stop(saved: Path, tmp_path: Path) -> None
             with openai.OpenAI(base_url=f"{address[1]}v1", api_key="secret") as client:
                 fields = {"model": "small", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
                 assert client.chat.completions.create(**fields, extra_body={"session": "a"}).choices
+                pages = {"http://localhost:3000": True, "https://chat.example.org": True, "null": False}
+                for page, allowed in pages.items():
+                    reply = client.models.with_raw_response.list(extra_headers={"Origin": page})
+                    assert (reply.headers.get("access-control-allow-origin") == page) is allowed
                 with pytest.raises(openai.AuthenticationError):
                     client.with_options(api_key="guess").models.list()
             assert (tmp_path / "talks" / "a.safetensors").is_file()
@@ -65,6 +70,15 @@ def test_it_serves_until_it_is_told_to_stop(saved: Path, tmp_path: Path) -> None
         (["--model", "{saved}", "--port", "70000"], "cannot listen on 127.0.0.1 port 70000"),
         (["--model", "{saved}", "--port", "-1"], "--port must be at least 0"),
         (["--model", "{saved}", "--max_streams", "0"], "--max_streams must be at least 1"),
+        (
+            ["--model", "{saved}", "--cors_origins", "*"],
+            "lets every web page in; name the pages, or set MM_REC_API_KEY",
+        ),
+        (
+            ["--model", "{saved}", "--cors_origins", "https://a.org,b.org"],
+            "like https://example.org, without a path, not",
+        ),
+        (["--model", "{saved}", "--cors_origins", "https://a.org/chat"], "without a path, not 'https://a.org/chat'"),
     ],
 )
 def test_what_is_wrong_is_said(

@@ -1,8 +1,10 @@
 """Too much, too slow, too many, gone away, or not allowed in: each ends in a clear reply and holds nothing."""
 
 import contextlib
+import gc
 import http.client
 import json
+import resource
 import socket
 import struct
 import threading
@@ -14,9 +16,11 @@ from urllib.parse import urlsplit
 import pytest
 from fastapi.testclient import TestClient
 
-from mm_rec.serve.app import Service
+from mm_rec.errors import UserError
+from mm_rec.serve.connections import most_connections
 from mm_rec.serve.gate import Limits, is_loopback
-from mm_rec.serve.protocol import HeadTimeoutProtocol
+from mm_rec.serve.protocol import BoundedProtocol
+from mm_rec.serve.service import Service
 
 Connect = Callable[..., TestClient]
 MakeService = Callable[..., Service]
@@ -169,7 +173,7 @@ def test_a_slow_body_is_given_up(service: Service, serve: Serve) -> None:
 def test_a_slow_head_is_given_up(
     service: Service, serve: Serve, monkeypatch: pytest.MonkeyPatch, before: bytes
 ) -> None:
-    monkeypatch.setattr(HeadTimeoutProtocol, "head_seconds", 0.4)
+    monkeypatch.setattr(BoundedProtocol, "head_seconds", 0.4)
     with serve(service) as address, connected(address) as connection:
         connection.sendall(before)
         if before:
@@ -218,12 +222,15 @@ def test_a_key_opens_v1(make_service: MakeService, connect: Connect) -> None:
         for headers, message in (({}, "no API key"), ({"Authorization": "Bearer sesame"}, "wrong API key")):
             for reply in (
                 client.get("/v1/models", headers=headers),
+                client.get("/v1/sessions/a", headers=headers),
                 client.post("/v1/completions", json=SHORT, headers=headers),
             ):
                 assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
                 assert reply.json()["error"]["message"].startswith(message)
                 assert reply.headers["www-authenticate"] == "Bearer"
         assert client.post("/v1/completions", json=SHORT, headers=key).status_code == 200
+        assert client.get("/api/tags").json() == {"error": "no API key; send it as `Authorization: Bearer KEY`"}
+        assert client.get("/api/tags", headers=key).status_code == 200
         assert client.get("/health").status_code == 200
         assert client.get("/").status_code == 200
         assert client.get("/health", headers={"Host": "example.org"}).status_code == 200
@@ -239,6 +246,31 @@ def test_a_key_opens_v1(make_service: MakeService, connect: Connect) -> None:
 )  # fmt: skip
 def test_without_a_key_no_other_name_is_served(client: TestClient, host: str, allowed: bool) -> None:
     assert client.get("/health", headers={"Host": host}).status_code == (200 if allowed else 403)
+
+
+PAGE = "https://chat.example.org"
+ASKING = {"Origin": PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+
+
+def test_no_page_elsewhere_may_use_the_server(client: TestClient) -> None:
+    assert "access-control-allow-origin" not in client.get("/health", headers={"Origin": PAGE}).headers
+    assert client.options("/v1/chat/completions", headers=ASKING).status_code == 405
+
+
+def test_pages_that_are_named_may_use_the_server(make_service: MakeService, connect: Connect) -> None:
+    with connect(make_service(), api_key="secret", cors_origins=[PAGE]) as client:
+        asked = client.options("/v1/chat/completions", headers=ASKING)
+        assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (200, PAGE)
+        assert "POST" in asked.headers["access-control-allow-methods"]
+        assert asked.headers["access-control-allow-headers"] == "authorization"
+        refused = client.post("/v1/completions", json=SHORT, headers={"Origin": PAGE})
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, PAGE)
+        key = {"Origin": PAGE, "Authorization": "Bearer secret"}
+        for body in (SHORT, ENDLESS | {"max_tokens": 3}):
+            served = client.post("/v1/completions", json=body, headers=key)
+            assert (served.status_code, served.headers["access-control-allow-origin"]) == (200, PAGE)
+        other = {**ASKING, "Origin": "https://evil.example.org"}
+        assert "access-control-allow-origin" not in client.options("/v1/chat/completions", headers=other).headers
 
 
 def test_loopback() -> None:
@@ -265,3 +297,105 @@ def test_stopping_ends_open_streams(make_service: MakeService, serve: Serve, wai
         reader.join(20)
         assert not reader.is_alive()
     assert service.engine._thread is None
+
+
+def test_more_connections_than_the_cap(service: Service, serve: Serve, wait_until: WaitUntil) -> None:
+    with serve(service, max_connections=12) as address, contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(connected(address)) for _ in range(60)]
+        assert post(address, SHORT)[0] == 200
+        idle[0].settimeout(20)
+        assert idle[0].recv(1) == b""  # the one that has waited longest was closed
+        stack.close()
+        assert post(address, SHORT)[0] == 200
+
+
+def test_busy_connections_leave_a_place_for_health(
+    make_service: MakeService, serve: Serve, wait_until: WaitUntil
+) -> None:
+    service = make_service(max_streams=2, max_queue=20, max_tokens=10**6)
+    with serve(service, max_connections=4) as address, contextlib.ExitStack() as stack:
+        for count in range(1, 5):
+            stack.enter_context(connected(address)).sendall(raw_request(ENDLESS))
+            wait_until(lambda count=count: service.engine.running + service.engine.waiting == count)  # type: ignore[misc]
+        status, body, headers = post(address, SHORT)
+        assert (status, headers["retry-after"]) == (503, "2")
+        assert "no connection to spare" in body["error"]["message"]
+        with connected(address) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert read_reply(connection)[0] == 200
+        stack.close()
+        wait_until(lambda: service.engine.running + service.engine.waiting == 0)
+        assert post(address, SHORT)[0] == 200
+
+
+def chunked(body: bytes, size: int) -> bytes:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    pieces = (body[start : start + size] for start in range(0, len(body), size))
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
+    return head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize(("size", "status"), [(1, 400), (32, 400), (64, 200), (4096, 200)])
+def test_tiny_chunks_are_refused(service: Service, serve: Serve, size: int, status: int) -> None:
+    body = json.dumps(SHORT).encode() + b" " * 100_000
+    with serve(service) as address, connected(address) as connection:
+        with contextlib.suppress(ConnectionError):  # it closes before it has read them all
+            connection.sendall(chunked(body, size))
+        assert connection.recv(12) == b"HTTP/1.1 %d" % status
+
+
+def test_a_short_body_may_come_byte_by_byte(service: Service, serve: Serve) -> None:
+    with serve(service) as address, connected(address) as connection:
+        connection.sendall(chunked(json.dumps(SHORT).encode(), 1))
+        assert read_reply(connection)[0] == 200
+
+
+def test_an_answered_request_is_let_go_at_once(service: Service, serve: Serve, wait_until: WaitUntil) -> None:
+    kinds = ("Job", "JobHandle", "RequestResponseCycle", "Request", "Answer", "CompletionRequest", "ChatRequest")
+
+    def left() -> list[str]:
+        return [name for name in (type(one).__name__ for one in gc.get_objects()) if name in kinds]
+
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "session": "s"}
+    with serve(service) as address, contextlib.ExitStack() as stack:
+        gc.collect()
+        gc.disable()
+        stack.callback(gc.enable)
+        for stream in (False, True):
+            for path, body in (("/v1/completions", SHORT), ("/v1/chat/completions", chat)):
+                connection = stack.enter_context(connected(address))  # stays open
+                connection.sendall(raw_request({**body, "stream": stream}, path=path))
+                while b"\r\n\r\n" not in connection.recv(65_536):
+                    pass
+        wait_until(lambda: not left())
+
+
+@pytest.mark.parametrize("kind", ["idle", "stream", "slow body"])
+def test_the_end_of_the_server_reaches_its_clients(make_service: MakeService, serve: Serve, kind: str) -> None:
+    with contextlib.ExitStack() as clients:
+        with serve(make_service(max_tokens=10**6)) as address:
+            connection = clients.enter_context(connected(address))
+            if kind != "idle":
+                connection.sendall(raw_request(ENDLESS, length=1000 if kind == "slow body" else None))
+            if kind == "stream":
+                assert connection.recv(12) == b"HTTP/1.1 200"
+        received = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := connection.recv(65_536):
+                received += piece
+    if kind == "stream":
+        *_, error, done = (line for line in received.split(b"\n") if line.startswith(b"data: "))
+        assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == "overloaded"
+        assert done == b"data: [DONE]"
+    else:
+        assert not received
+
+
+def test_the_cap_follows_the_limit_on_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"files": 1024}
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limits["files"], 10**6))
+    assert most_connections(1000) == 708
+    assert most_connections(100) == 100
+    limits["files"] = 100
+    with pytest.raises(UserError, match="ulimit -n 1024"):
+        most_connections(100)

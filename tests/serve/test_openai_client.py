@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from mm_rec.inference import decode
-from mm_rec.serve.app import Service
+from mm_rec.serve.service import Service
 
 QUESTION = [{"role": "user", "content": "What is ışık?"}]
 N_STREAMS = 32

@@ -1,5 +1,6 @@
 """A conversation goes on from its file as if the server had never stopped, and nothing leads out of its folder."""
 
+import errno
 import json
 import os
 import random
@@ -14,14 +15,15 @@ from fastapi.testclient import TestClient
 from safetensors.torch import load_file
 
 from mm_rec.errors import UserError
-from mm_rec.inference import decode
+from mm_rec.inference import decode, session_file
 from mm_rec.inference.chat_session import ChatSession
 from mm_rec.inference.session_file import fingerprint
 from mm_rec.model import MMRecModel
-from mm_rec.serve.app import Service
 from mm_rec.serve.errors import ApiError
+from mm_rec.serve.service import Service
 from mm_rec.serve.sessions import SessionStore
-from mm_rec.storage.files import StorageError
+from mm_rec.state import ModelState
+from mm_rec.storage.files import DamageError, StorageError
 from mm_rec.text.conversation import Message, encode_conversation
 from mm_rec.text.tokenizer import Tokenizer
 
@@ -86,7 +88,10 @@ def test_the_file_is_one_of_mm_rec_chat(
     content(say(client, "hello"))
     session = ChatSession.load(tmp_path / "sessions" / "talk.safetensors", model, tokenizer)
     assert (session.turns, session.n_tokens) == (1, client.get("/v1/sessions/talk").json()["tokens"])
-    session.save(tmp_path / "sessions" / "other.safetensors")
+    with pytest.raises(UserError, match=f"sessions is in use by process {os.getpid()} on"):
+        session.save(tmp_path / "sessions" / "other.safetensors")
+    session.save(tmp_path / "other.safetensors")
+    (tmp_path / "other.safetensors").rename(tmp_path / "sessions" / "other.safetensors")
     assert content(say(client, "go on", "other")) == content(say(client, "go on"))
 
 
@@ -136,7 +141,8 @@ def test_a_request_that_does_not_end_leaves_no_trace(
         assert (reply.status_code, reply.headers["retry-after"]) == (503, "2")
         lines = say(client, "lost, too", stream=True).text.split("\n\n")
         assert 'finish_reason":"length' not in "".join(lines)
-        assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "overloaded"
+        assert json.loads(lines[-3].removeprefix("data: "))["error"]["code"] == "overloaded"
+        assert lines[-2] == "data: [DONE]"
         assert path.read_bytes() == before
         monkeypatch.undo()
         assert say(client, "found").status_code == 200
@@ -224,6 +230,98 @@ def test_damage_is_told_and_can_be_deleted(client: TestClient, tmp_path: Path) -
     assert say(client, "hi").status_code == 200
 
 
+FORGERIES: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
+    "negative position": lambda tensors, _: tensors["position"].fill_(-1),
+    "huge position": lambda tensors, _: tensors["position"].fill_(2**62),
+    "no rows": lambda tensors, _: tensors.update({name: one[:0] for name, one in tensors.items() if one.ndim}),
+    "two rows": lambda tensors, _: tensors.update(
+        {name: torch.cat([one, one]) for name, one in tensors.items() if one.ndim}
+    ),
+    "position of no shape": lambda tensors, _: tensors.update(position=torch.tensor(3)),
+    "many positions": lambda tensors, _: tensors.update(position=torch.zeros(100_000, dtype=torch.int64)),
+    "NaN": lambda tensors, _: tensors["experts.text.blocks.0.h"].fill_(torch.nan),
+    "infinity": lambda tensors, _: tensors["experts.text.blocks.2.memory.key"][0, 0, 0, 0].fill_(torch.inf),
+    "other type": lambda tensors, _: tensors.update(
+        {"experts.text.blocks.0.h": tensors["experts.text.blocks.0.h"].half()}
+    ),
+    "no position": lambda tensors, _: tensors.pop("position"),
+    "no generator": lambda tensors, _: tensors.pop("generator"),
+    "short generator": lambda tensors, _: tensors.update(generator=tensors["generator"][:8]),
+    "float generator": lambda tensors, _: tensors.update(generator=tensors["generator"].float()),
+    "turns that are many": lambda tensors, _: tensors.update(turns=torch.ones(3, dtype=torch.int64)),
+    "turns below none": lambda tensors, _: tensors.update(turns=torch.tensor(-1)),
+    "another name": lambda tensors, _: tensors.update(more=torch.zeros(2)),
+    "one expert": lambda tensors, _: [tensors.pop(name) for name in list(tensors) if name.startswith("experts.code")],
+}
+
+
+@pytest.mark.parametrize("kind", FORGERIES)
+def test_a_forged_file_ends_its_own_request(
+    client: TestClient, model: MMRecModel, tokenizer: Tokenizer, tmp_path: Path, kind: str
+) -> None:
+    content(say(client, "hello"))
+    path = tmp_path / "sessions" / "talk.safetensors"
+    tensors, settings = session_file.read(path)
+    FORGERIES[kind](tensors, settings)
+    session_file.write(path, tensors, settings)
+    for reply in (say(client, "hi"), client.get("/v1/sessions/talk")):
+        assert (reply.status_code, reply.json()["error"]["code"]) == (409, "session_unusable")
+        message = reply.json()["error"]["message"]
+        assert str(tmp_path) not in message
+        assert "delete" not in message.lower()
+    with pytest.raises(DamageError, match="no chat session of this model"):
+        ChatSession.load(path, model, tokenizer)
+    assert say(client, "hi", "other").status_code == 200
+
+
+def test_a_state_that_gives_no_numbers_ends_its_own_request(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content(say(client, "hello"))
+    alone = content(say(client, "tell me", None, max_tokens=40))
+    step, marked = decode.step, session_file.restore
+
+    def restored(*arguments: Any) -> session_file.Conversation:
+        found = marked(*arguments)
+        found.state.position.add_(10**9)
+        return found
+
+    def spoiled(model: MMRecModel, tokens: torch.Tensor, state: ModelState, *rest: Any, **more: Any) -> Any:
+        logits, state = step(model, tokens, state, *rest, **more)
+        logits[state.position > 10**9] = torch.nan
+        return logits, state
+
+    monkeypatch.setattr(session_file, "restore", restored)
+    monkeypatch.setattr(decode, "step", spoiled)
+    replies: dict[str | None, Any] = {}
+    threads = [
+        threading.Thread(target=lambda name=name: replies.update({name: say(client, "tell me", name, max_tokens=40)}))
+        for name in (None, "talk")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (replies["talk"].status_code, replies["talk"].json()["error"]["code"]) == (409, "session_unusable")
+    assert [one["token"] for one in content(replies[None])] == [one["token"] for one in alone]
+
+
+def test_a_file_that_cannot_be_read_at_this_moment_is_no_damage(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    content(say(client, "hello"))
+
+    def no_descriptor(_: Path) -> bytes:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", no_descriptor)
+        reply = say(client, "hi")
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "2")
+    assert str(tmp_path) not in reply.text
+    assert say(client, "hi").status_code == 200
+
+
 def test_another_model_is_told(client: TestClient, model: MMRecModel, tokenizer: Tokenizer, tmp_path: Path) -> None:
     content(say(client, "hello"))
     (tmp_path / "copy").mkdir()
@@ -245,3 +343,15 @@ def test_a_folder_has_one_server(make_service: MakeService) -> None:
 
 def test_the_folder_is_the_owners(service: Service, tmp_path: Path) -> None:
     assert (tmp_path / "sessions").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_session_that_another_program_owns_is_busy(client: TestClient, tmp_path: Path) -> None:
+    content(say(client, "hello"))
+    before = (tmp_path / "sessions" / "talk.safetensors").read_bytes()
+    with session_file.own(tmp_path / "sessions" / "talk.safetensors", in_own_folder=True):
+        reply = say(client, "hello")
+        assert reply.status_code == 409
+        assert reply.json()["error"]["message"] == "another program is using session talk"
+    assert (tmp_path / "sessions" / "talk.safetensors").read_bytes() == before
+    content(say(client, "hello"))
+    assert sorted(path.name for path in (tmp_path / "sessions").iterdir()) == [".lock", "talk.safetensors"]

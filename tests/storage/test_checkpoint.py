@@ -77,7 +77,7 @@ def test_what_is_saved_is_loaded(pristine: Path, tokenizer: Tokenizer) -> None:
     assert_same(loaded.optimizer, {f"exp_avg.{name}": value for name, value in tensors(51).items()})
     assert_same(loaded.carried, tensors(52))
     assert loaded.trainer == {"step": 50, "rng": [1, 2, 3], "lr": 0.1 + 0.2}
-    assert Tokenizer.load(loaded.tokenizer_dir).sha256 == tokenizer.sha256
+    assert loaded.load_tokenizer().sha256 == tokenizer.sha256
 
 
 def test_only_weights_can_be_loaded_without_the_training_files(pristine: Path, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_a_message_of_another_shape_is_refused(theirs, message):
 
 
 def test_other_fields_of_a_message_are_not_rendered(theirs):
-    message = {"role": "user", "content": "x", "name": "<|system|>", "tool_calls": ["<|end|>"]}
+    message = {"role": "user", "content": "x", "name": "<|system|>", "weight": ["<|end|>"]}
     assert theirs.apply_chat_template([message], tokenize=False) == "<|bos|><|user|>x<|end|>"
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from small_runs import content, settings, signal_after, train
 
 from mm_rec.data.prepare import prepare
+from mm_rec.data.prepare_recall import add_recall_rows
 from mm_rec.data.prepared import Prepared
 from mm_rec.data.synthetic import write_synthetic
 from mm_rec.errors import UserError
@@ -44,6 +46,22 @@ def test_stages_carry_on_the_weights(data: Prepared, tmp_path: Path) -> None:
     start = checkpoint.load(tmp_path / "stage2" / "checkpoints" / "step_000000")
     assert all(torch.equal(first.weights[name], start.weights[name]) for name in first.weights)
     assert not any(tensor.any() for tensor in start.optimizer.values())
+
+
+def test_rows_that_train_recall_are_part_of_stage2_in_their_share(data: Prepared, tmp_path: Path) -> None:
+    def identity_of_data(stage: str, **changes: object) -> str:
+        run = train(data, settings(tmp_path, stage=stage, max_steps=1, **changes), output).parent.parent
+        identity: dict[str, str] = yaml.safe_load((run / "config.yaml").read_text())["identity"]
+        return identity["data"]
+
+    output = io.StringIO()
+    assert identity_of_data("stage1", recall_share=0.5) == data.data_sha256
+    assert "rows that train recall" not in output.getvalue()
+    usual = identity_of_data("stage2")
+    assert usual == add_recall_rows(data, 0.05).data_sha256
+    assert "rows that train recall" in output.getvalue()
+    assert identity_of_data("stage2", recall_share=0.0) == data.data_sha256
+    assert identity_of_data("stage2", recall_share=0.5) == add_recall_rows(data, 0.5).data_sha256
 
 
 def test_more_steps_continue_a_finished_run(data: Prepared, tmp_path: Path) -> None:

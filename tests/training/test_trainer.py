@@ -10,11 +10,15 @@ import pytest
 import torch
 from small_runs import content, settings, signal_after, train
 
+from mm_rec.data import blocks
 from mm_rec.data.batches import EvenBatches
+from mm_rec.data.prepare import prepare
 from mm_rec.data.prepared import Prepared
+from mm_rec.data.synthetic import write_synthetic
 from mm_rec.errors import UserError
 from mm_rec.machine.signals import Interrupted
 from mm_rec.storage import checkpoint
+from mm_rec.storage.run_folder import RunFolder
 from mm_rec.training import trainer
 from mm_rec.training.trainer import Trainer
 
@@ -171,3 +175,32 @@ def test_training_works_outside_of_the_main_thread(data: Prepared, tmp_path: Pat
     worker.start()
     worker.join()
     assert checkpoint.newest_valid(tmp_path / "stage1" / "checkpoints").name == "step_000001"
+
+
+def test_data_that_change_in_a_run_end_it_with_its_steps_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_synthetic(tmp_path, 12)
+    train(prepare(tmp_path, 320, filters=False), settings(tmp_path / "whole"))
+    monkeypatch.setattr(blocks, "_CACHED_BLOCKS", 1)
+    monkeypatch.setattr(blocks, "_BLOCK_BYTES", 64)
+    data = prepare(tmp_path, 320, filters=False)
+    tokens = data.path / "text-train" / "tokens.bin"
+    sound, log_loss = tokens.read_bytes(), RunFolder.log_loss
+
+    def log_and_overwrite(run: RunFolder, step: int, loss: float) -> None:
+        log_loss(run, step, loss)
+        if step == 4:
+            tokens.write_bytes(bytes(len(sound)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "log_loss", log_and_overwrite)
+        with pytest.raises(UserError, match=r"tokens\.bin was changed while it was in use; delete .*text-train"):
+            train(data, settings(tmp_path / "run"))
+    run = tmp_path / "run" / "stage1"
+    newest = checkpoint.newest_valid(run / "checkpoints")
+    assert newest is not None
+    assert 4 <= checkpoint.checkpoint_step(newest) < 10
+    with pytest.raises(UserError, match=r"tokens\.bin does not match its SHA-256"):
+        prepare(tmp_path, 320, filters=False)
+    tokens.write_bytes(sound)
+    train(prepare(tmp_path, 320, filters=False), settings(tmp_path / "run"))
+    assert content(run, 10) == content(tmp_path / "whole" / "stage1", 10)

@@ -1,0 +1,243 @@
+"""How well the memory recalls.
+
+    python -m benchmarks.recall mqar --tokens 512 --pairs 32 --state mqar.state --result new.json    # from scratch
+    python -m benchmarks.recall trained --model RUN --documents text=books.valid.jsonl.xz --result trained.json
+    python -m benchmarks.recall draw old.json new.json transformer.json trained.json                 # the picture
+
+`mqar` trains a small model, or a Transformer of the same width, on rows of multi-query associative recall
+(benchmarks/mqar.py) until it meets the bar at every distance: all rates of all seeds side by side on one device, and a
+seed is done when one of its rates has met the bar. After `--seconds` it stops; the same command with the same `--state`
+goes on.
+
+`trained` hides needles in the first set of documents, as `mm-rec eval` does, and reads the long documents of each set
+by the expert of its name twice: with the state carried, and with the long-term memory emptied every 512 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+
+from benchmarks import mqar
+from benchmarks.gpu_ops import commit_of
+from benchmarks.recall_picture import draw
+from mm_rec import ops
+from mm_rec.data.files import BadRows, read_texts
+from mm_rec.evaluation import bits_per_byte
+from mm_rec.evaluation.recall import Haystack, cells, find_needles, state_bytes
+from mm_rec.inference.loading import Loaded, load_model
+from mm_rec.machine.device import select_device
+from mm_rec.state import BlockState, ModelState
+from mm_rec.storage.files import write_atomic
+from mm_rec.text.tokenizer import Tokenizer
+
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "recall.png"
+LONG, PAST = 4096, 2048  # tokens that a document has at least, and after which its loss is compared
+CUDA_TOKENS = 2**17  # of a forward pass over documents
+WINDOW_FIELDS = ("k", "v")
+
+
+def machine(device: torch.device, commit: str | None) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    is_cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if is_cuda else platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "library": str(ops.status()["cuda" if is_cuda else "cpu"].level),
+        "commit": commit_of(commit),
+    }
+
+
+def load_state(path: Path, runs: list[mqar.Run], settings: dict[str, Any]) -> None:
+    """Let the runs that an earlier command began go on."""
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    if json.loads(metadata["settings"]) != settings:
+        raise SystemExit(f"{path} is of other settings; name another --state")
+    progress, tensors = json.loads(metadata["progress"]), safetensors.torch.load_file(path)
+    for run in runs:
+        if run.name in progress:
+            run.restore(tensors, progress[run.name])
+
+
+def save_state(path: Path, runs: list[mqar.Run], settings: dict[str, Any]) -> None:
+    progress = {run.name: run.progress() for run in runs}
+    tensors = {name: tensor.contiguous() for run in runs for name, tensor in run.tensors().items()}
+    metadata = {"settings": json.dumps(settings), "progress": json.dumps(progress)}
+    write_atomic(path, safetensors.torch.save(tensors, metadata))
+
+
+def run_mqar(options: argparse.Namespace) -> None:
+    """Train, or go on; then write and print accuracies by distance."""
+    device = select_device(options.device)
+    task = mqar.Task(
+        options.tokens,
+        options.pairs,
+        options.filler,
+        options.width or (256 if options.pairs >= 128 else 128),
+        options.rows,
+        options.steps,
+        options.bar or (0.95 if options.pairs >= 128 else 0.99),
+        options.precision,
+        options.vocabulary,
+    )
+    settings = mqar.settings(task, options.model)
+    runs = [mqar.Run(task, options.model, seed, rate, device) for seed in options.seeds for rate in options.rates]
+    if options.state and options.state.exists():
+        load_state(options.state, runs, settings)
+    mqar.learn(runs, options.seconds, lambda: save_state(options.state, runs, settings) if options.state else None)
+    found = {"machine": machine(device, options.commit), "label": options.label or options.model, "settings": settings}
+    found["runs"] = [run.result() for run in runs]
+    options.result.write_text(json.dumps(found, indent=1) + "\n")
+    for run in found["runs"]:
+        parts = "  ".join(f"<{part['to']} {part['accuracy']:.1%}" for part in run["by_distance"])
+        state = "met the bar" if run["met"] else "stopped" if run["steps"] < task.steps else "at its end"
+        print(f"{found['label']} seed {run['seed']} rate {run['rate']:g}: {state} after {run['steps']} steps: {parts}")
+
+
+def empty_long_term(state: ModelState) -> ModelState:
+    """``state`` with the long-term memory of every block as it is before the first token; window and h stay."""
+
+    def emptied(block: BlockState) -> BlockState:
+        if block.memory is None:
+            return block
+        fields = block.memory._asdict()
+        long_term = {name: torch.zeros_like(value) for name, value in fields.items() if name not in WINDOW_FIELDS}
+        return block._replace(memory=block.memory._replace(**long_term))
+
+    return state._replace(experts={name: [emptied(one) for one in blocks] for name, blocks in state.experts.items()})
+
+
+def read_documents(path: Path, loaded: Loaded) -> bits_per_byte.Documents:
+    """The long documents at ``path``."""
+    tokenizer = loaded.tokenizer
+    texts = list(read_texts(path, BadRows()))
+    found = zip(texts, tokenizer.encode_batch(texts), strict=True)
+    kept = [(text, np.array([tokenizer.bos_id, *ids])) for text, ids in found if len(ids) >= LONG]
+    if not kept:
+        raise SystemExit(f"no document in {path} has {LONG:,} tokens; name longer ones")
+    return bits_per_byte.Documents([ids for _, ids in kept], sum(len(text.encode()) for text, _ in kept))
+
+
+def token_sizes(tokenizer: Tokenizer) -> np.ndarray:
+    """(V,) the bytes that each token stands for."""
+    return np.array([len(one) for one in tokenizer.token_bytes])
+
+
+def loss_by_position(loaded: Loaded, documents: bits_per_byte.Documents, domain: str) -> dict[str, Any]:
+    """Bits per byte by position, with the memory carried and with its long-term part emptied after each piece."""
+    sizes = bits_per_byte.bytes_by_position(documents, token_sizes(loaded.tokenizer))
+    bounds = bits_per_byte.position_bounds(len(sizes))
+    row: dict[str, Any] = {
+        "domain": domain,
+        "documents": len(documents.tokens),
+        "bytes": documents.n_bytes,
+        "bounds": bounds,
+    }
+    past = bounds.index(PAST)
+    for name, carry in (("carried", lambda state: state), ("emptied", empty_long_term)):
+        bits = bits_per_byte.evaluate(loaded.model, documents, domain, carry=carry).bits_by_position
+        row[name] = [round(one / size, 5) for one, size in zip(bits, sizes, strict=True) if size]
+        row[f"{name} past {PAST}"] = sum(bits[past:]) / sum(sizes[past:])
+    return row
+
+
+def run_trained(options: argparse.Namespace) -> None:
+    """Measure a trained model; the result is written after each part."""
+    loaded = load_model(options.model, device=options.device, precision=options.precision)
+    model, device = loaded.model, loaded.model.embedding.weight.device
+    domain = loaded.choose_domain(options.domain)
+    if device.type == "cuda":
+        bits_per_byte.TOKENS_PER_BATCH = CUDA_TOKENS
+    found: dict[str, Any] = {
+        "machine": machine(device, options.commit),
+        "label": options.label or str(options.model),
+        "model": model.config.to_dict(),
+        "state bytes": {"all experts": state_bytes(model), "one": state_bytes(model, model.config.experts[0])},
+        "answers by": domain or "all experts, fused",
+        "needles": [],
+        "loss by position": {},
+    }
+    documents = {}
+    for pair in options.documents:
+        name, _, path = pair.partition("=")
+        documents[name] = read_documents(Path(path), loaded)
+    haystack = next((Haystack(one.tokens, loaded.tokenizer) for one in documents.values()), None)
+    for kind, distance in cells(options.distances, haystack):
+        start = time.perf_counter()
+        cell = find_needles(
+            model, loaded.tokenizer, domain, kind, distance, haystack, trials=options.trials, seed=options.seed
+        )
+        found["needles"].append(cell._asdict())
+        options.result.write_text(json.dumps(found, indent=1) + "\n")
+        print(
+            f"{cell.kind:14s} {cell.distance:6,} {cell.accuracy:6.1%} ({cell.low:.0%} to {cell.high:.0%}), free "
+            f"{cell.free / cell.trials:6.1%}  {time.perf_counter() - start:5.1f} s",
+            flush=True,
+        )
+    for name, one in documents.items():
+        row = found["loss by position"][name] = loss_by_position(loaded, one, name)
+        options.result.write_text(json.dumps(found, indent=1) + "\n")
+        carried, emptied = row[f"carried past {PAST}"], row[f"emptied past {PAST}"]
+        print(f"{name}: past {PAST} {carried:.4f} bits per byte, {emptied:.4f} with the memory emptied", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("mqar", help="learn to recall from scratch")
+    one.add_argument("--tokens", type=int, required=True, help="of a row")
+    one.add_argument("--pairs", type=int, required=True)
+    one.add_argument("--filler", choices=mqar.FILLERS, default="values")
+    one.add_argument("--model", choices=mqar.MODELS, default="mm-rec")
+    one.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    one.add_argument("--seeds", type=int, nargs="+", default=[0])
+    one.add_argument("--rows", type=int, default=64, help="of a step")
+    one.add_argument("--steps", type=int, default=4000)
+    one.add_argument("--width", type=int, help="of the model; if not given 128, or 256 from 128 pairs on")
+    one.add_argument("--vocabulary", type=int, default=8192)
+    one.add_argument("--bar", type=float, help="accuracy at every distance; if not given .99, or .95 from 128 pairs on")
+    one.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    one.add_argument("--device", default="auto")
+    one.add_argument("--seconds", type=float, default=float("inf"), help="after which to stop")
+    one.add_argument("--state", type=Path, help="file to go on from, and to write")
+    one.add_argument("--result", type=Path, required=True)
+    one.add_argument("--label", help="of the model in tables and pictures")
+    one.add_argument("--commit", help="of the code measured, where git does not know")
+    one.set_defaults(run=run_mqar)
+    one = commands.add_parser("trained", help="needles and loss by position of a trained model")
+    one.add_argument("--model", type=Path, required=True, help="checkpoint, run folder or folder of runs")
+    one.add_argument("--documents", action="append", default=[], metavar="DOMAIN=PATH", help="held out, a file each")
+    one.add_argument("--distances", type=int, nargs="*", default=[1024, 4096, 16_384, 65_536])
+    one.add_argument("--trials", type=int, default=200)
+    one.add_argument("--domain", help="that finds the needles, or `all`; if not given what training reached")
+    one.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    one.add_argument("--device", default="auto")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--result", type=Path, required=True)
+    one.add_argument("--label", help="of the model in tables and pictures")
+    one.add_argument("--commit", help="of the code measured, where git does not know")
+    one.set_defaults(run=run_trained)
+    one = commands.add_parser("draw", help="the picture of earlier results")
+    one.add_argument("results", type=Path, nargs="+")
+    one.add_argument("--picture", type=Path, default=PICTURE)
+    one.set_defaults(
+        run=lambda options: draw([json.loads(one.read_text()) for one in options.results], options.picture)
+    )
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Rows that train recall, made from the documents of a token store.
+
+Each is a passage of the store's own text into which things are inserted that come again or are asked for later, at all
+distances: facts about made-up keys, lists of pairs, passages of the text itself. The loss counts the text, the answers
+and what is repeated; what nobody could foresee, such as the value of a new fact, does not count.
+"""
+
+from __future__ import annotations
+
+import codecs
+import heapq
+import itertools
+import random
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from mm_rec.data.pack import Document, TokenStore
+from mm_rec.data.recall_wordings import CODE, NOUNS, TEXT, Wordings
+from mm_rec.text.tokenizer import Tokenizer
+
+__all__ = ["LONGEST", "recall_documents"]
+
+LONGEST = 32_768
+"""About the most tokens of a row, and so of text between a fact and a question about it."""
+
+SHORTEST = 256
+LONGEST_SHARE = 1 / 16  # of all rows of a store that one row may be
+NEAREST, SPARSEST = 40, 8  # bytes between insertions: from so many to one such part of the row
+LONGEST_LIST = 24
+END = 0.4  # share of facts that are asked for again at the row's end
+DECODED_AT_ONCE = 2048  # tokens
+
+_PIECE = {
+    "text": re.compile(r"[^\n.!?]*(?:[.!?][\"'”’)]*\s+|\n+)"),
+    "code": re.compile(r"[^\n]*\n+"),
+}
+_WORD = re.compile(r"(?<![^\W_])[^\W\d_]{4,12}(?![^\W_])")
+_CONSONANTS, _VOWELS, _LETTERS = "bdfgklmnprstvz", "aeiou", "abcdefghkmnpqrstuvwxyz"
+
+
+class Part(NamedTuple):
+    """Some text of a row, and whether the loss counts it."""
+
+    text: str
+    counts: bool
+
+
+class Fact(NamedTuple):
+    """What is said once and asked for later; ``key`` is None where the noun alone tells it."""
+
+    noun: str
+    key: str | None
+    value: str
+
+
+def recall_documents(
+    store: TokenStore, tokenizer: Tokenizer, domain: str, tokens: int, seed: int
+) -> Iterator[Document]:
+    """Rows of about ``tokens`` tokens together, at least one; the same arguments give the same rows.
+
+    Args:
+        store: the documents that they are made of.
+        tokenizer: that of the store.
+        domain: ``code`` has wordings of its own.
+        tokens: of all rows.
+        seed: of everything that is drawn.
+    """
+    bytes_per_token = max(int(store.n_bytes.sum()), 1) / store.n_tokens
+    longest = min(max(tokens * LONGEST_SHARE, SHORTEST), LONGEST)
+    lengths = np.array([len(one) for one in tokenizer.token_bytes])
+    for index in itertools.count():
+        rng = random.Random(f"{seed}/{domain}/{index}")
+        size = SHORTEST * (longest / SHORTEST) ** rng.random()
+        parts = _Row(rng, store, tokenizer, domain, round(size * bytes_per_token)).parts()
+        text = "".join(part.text for part in parts)
+        ids = tokenizer.encode(text)
+        yield Document([tokenizer.bos_id, *ids], len(text.encode()), [0, *_counted(parts, np.cumsum(lengths[ids]))])
+        tokens -= len(ids)
+        if tokens <= 0:
+            return
+
+
+def _counted(parts: list[Part], ends: np.ndarray) -> list[int]:
+    """For each token, by the byte at which it ends, whether that byte is of a part that counts."""
+    bounds = np.cumsum([len(part.text.encode()) for part in parts])
+    counts = np.array([part.counts for part in parts], dtype=int)
+    chosen: list[int] = counts[np.searchsorted(bounds, ends)].tolist()
+    return chosen
+
+
+class _Row:
+    """One row while it is made: text goes in piece by piece, and what is due goes between."""
+
+    def __init__(self, rng: random.Random, store: TokenStore, tokenizer: Tokenizer, domain: str, size: int) -> None:
+        self._rng = rng
+        self._size = size
+        self._is_code = domain == "code"
+        self._wordings: Wordings = CODE if self._is_code else TEXT
+        self._pieces = _pieces(rng, store, tokenizer, _PIECE["code" if self._is_code else "text"])
+        self._parts: list[Part] = []
+        self._bytes = 0
+        self._waiting: list[tuple[int, int, list[Part]]] = []  # place in bytes, order, what to insert there
+        self._count = itertools.count()
+        self._used: set[str] = set()
+        self._words: list[str] = []
+        self._text: list[str] = []  # pieces so far, to be repeated
+
+    def parts(self) -> list[Part]:
+        """The row."""
+        rng, sparsest = self._rng, max(self._size / SPARSEST, 2 * NEAREST)
+        gap = NEAREST * (sparsest / NEAREST) ** rng.random()
+        following = rng.random() * gap
+        while self._bytes < self._size:
+            piece = next(self._pieces)
+            self._words += [word for word in _WORD.findall(piece) if word.islower()]
+            self._text.append(piece)
+            self._add([Part(piece, True)])
+            while self._waiting and self._waiting[0][0] <= self._bytes:
+                self._insert(heapq.heappop(self._waiting)[2])
+            if self._bytes >= following:
+                self._insert(self._event())
+                following = self._bytes + rng.expovariate(1 / gap)
+        last = [parts for _, _, parts in self._waiting]
+        rng.shuffle(last)
+        for parts in last:
+            self._insert(parts)
+        return self._parts
+
+    def _add(self, parts: list[Part]) -> None:
+        self._parts += parts
+        self._bytes += sum(len(part.text.encode()) for part in parts)
+
+    def _insert(self, parts: list[Part]) -> None:
+        """Between two pieces of the text, of which the first ends with white space."""
+        self._add([*parts, Part(self._rng.choice(self._wordings.separators), False)])
+
+    def _later(self, parts: list[Part], at_end: bool = False) -> None:
+        """Insert at a random place behind the present one; near and far are equally likely on a logarithmic scale."""
+        left = max(self._size - self._bytes, NEAREST + 1)
+        distance = left if at_end else NEAREST * (left / NEAREST) ** self._rng.random()
+        heapq.heappush(self._waiting, (self._bytes + round(distance), next(self._count), parts))
+
+    def _event(self) -> list[Part]:
+        """Something new, of which something comes later."""
+        draw = self._rng.random()
+        if draw < 0.2 and len(self._text) > 2:
+            self._repeat_passage()
+        if draw < 0.4:
+            return self._list()
+        return self._fact()
+
+    def _repeat_passage(self) -> None:
+        """The last few pieces of the text come again."""
+        passage = "".join(self._text[-self._rng.randint(1, 4) :])
+        self._later([Part(self._rng.choice(self._wordings.again), False), Part(passage, True)])
+
+    def _fact(self) -> list[Part]:
+        rng, wordings = self._rng, self._wordings
+        has_key = rng.random() < 0.8
+        key = self._key(rng.randrange(4)) if has_key else None
+        fact = Fact(self._noun(unique=not has_key), key, self._value(rng.randrange(5)))
+        for _ in range(rng.randint(1, 3)):
+            self._later(self._question(fact))
+        if rng.random() < END:
+            self._later(self._question(fact), at_end=True)
+        return _filled(rng.choice(wordings.statements if has_key else wordings.statements_without_key), fact, False)
+
+    def _list(self) -> list[Part]:
+        rng = self._rng
+        noun, line = self._noun(), rng.choice(self._wordings.list_lines)
+        key_kind, value_kind = rng.randrange(4), rng.randrange(4)
+        facts = [
+            Fact(noun, self._key(key_kind), self._value(value_kind))
+            for _ in range(round(2 * (LONGEST_LIST / 2) ** rng.random()))
+        ]
+        head = rng.choice(self._wordings.list_heads).format(noun=noun)
+        for fact in facts:
+            if rng.random() < 0.5:
+                self._later(self._question(fact))
+        if rng.random() < 0.5:
+            shuffled = rng.sample(facts, len(facts))
+            self._later([Part(head, False), *(part for fact in shuffled for part in _filled(line, fact, True))])
+        return [Part("\n" + head, False), *(part for fact in facts for part in _filled(line, fact, False))]
+
+    def _question(self, fact: Fact) -> list[Part]:
+        wordings = self._wordings
+        return _filled(
+            self._rng.choice(wordings.questions_without_key if fact.key is None else wordings.questions), fact, True
+        )
+
+    def _noun(self, unique: bool = False) -> str:
+        """A noun; a unique one tells its fact by itself."""
+        noun = self._rng.choice(NOUNS)
+        joint = "_" if self._is_code else " "
+        return self._new(lambda: f"{self._word()}{joint}{noun}") if unique else noun
+
+    def _key(self, kind: int) -> str:
+        rng, joint, space = self._rng, *(("_", "_") if self._is_code else ("-", " "))
+        kinds = (
+            lambda: self._word() if rng.random() < 0.5 else self._made_up(),
+            lambda: f"{self._word()}{joint}{self._word()}",
+            lambda: f"{self._word()}{space}{rng.randint(2, 999)}",
+            lambda: f"{''.join(rng.choices(_LETTERS, k=rng.randint(1, 3)))}{joint}{rng.randint(10, 9999)}",
+        )
+        return self._new(kinds[kind])
+
+    def _new(self, make: Callable[[], str]) -> str:
+        """What this row has no use of yet."""
+        while (made := make()) in self._used:
+            pass
+        self._used.add(made)
+        return made
+
+    def _value(self, kind: int) -> str:
+        rng = self._rng
+        if kind in (0, 1):
+            digits = rng.randint(2, 7)
+            return str(rng.randrange(10 ** (digits - 1), 10**digits))
+        if kind == 2:
+            text = self._word()
+        elif kind == 3:
+            text = "".join(rng.choices(_LETTERS + "0123456789", k=rng.randint(3, 8)))
+        else:
+            text = " ".join(self._word() for _ in range(rng.randint(2, 6)))
+        return repr(text) if self._is_code else text
+
+    def _word(self) -> str:
+        """A word that occurred in the text lately, or, where there is none, one that is made up."""
+        recent = self._words[-400:]
+        return self._rng.choice(recent) if len(recent) > 20 else self._made_up()
+
+    def _made_up(self) -> str:
+        rng = self._rng
+        return "".join(rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(rng.randint(2, 4)))
+
+
+def _filled(template: str, fact: Fact, counts: bool) -> list[Part]:
+    """The template with the fact filled in; the value ``counts`` or not, the rest does not."""
+    texts = template.split("{value}")
+    filled = [text.format(noun=fact.noun, key=fact.key) for text in texts]
+    parts = [Part(filled[0], False)]
+    for text in filled[1:]:
+        parts += [Part(fact.value, counts), Part(text, False)]
+    return parts
+
+
+def _pieces(rng: random.Random, store: TokenStore, tokenizer: Tokenizer, piece: re.Pattern[str]) -> Iterator[str]:
+    """Sentences or lines of documents of the store without end: each document from a random place on."""
+    while True:
+        document = store.document(rng.randrange(store.n_documents))[1:]
+        document = document[rng.randrange(max(len(document) // 2, 1)) :]
+        decoder = codecs.getincrementaldecoder("utf-8")("ignore")  # a token may end inside a character
+        is_whole, rest = False, ""  # the first piece may begin inside a sentence
+        for start in range(0, len(document), DECODED_AT_ONCE):
+            ids = document[start : start + DECODED_AT_ONCE].tolist()
+            text, end = rest + decoder.decode(b"".join(tokenizer.token_bytes[i] for i in ids)), 0
+            for match in piece.finditer(text):
+                end = match.end()
+                if is_whole:
+                    yield match[0]
+                is_whole = True
+            rest = text[end:]
+        yield rest + "\n"

@@ -1,0 +1,166 @@
+"""Row 23: more connections than there are descriptors, idle, slow, in tiny pieces; streams at the server's end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+import torch
+from serving_workloads import CONFIG, PATHS, check_reply, socket_of, tokenizer, wait_until_free
+from storming import REQUEST, storm
+from workload import Trial, workload
+
+from mm_rec.model import MMRecModel
+from mm_rec.storage import checkpoint
+
+SMALL = {"clients": 300, "seconds": 2.0}
+LARGE = {"clients": 2000, "seconds": 30.0}
+DESCRIPTORS = 1024
+LOG_BYTES = 1_000_000
+HEALTH_SECONDS = 1.0
+MEMORY_BYTES = 400_000_000
+"""By which a storm may make the server grow."""
+
+
+def ask(port: int) -> None:
+    """A request of somebody who means well, repeated as its client would: it is answered in the end."""
+    deadline = time.monotonic() + 60
+    while True:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        with contextlib.closing(connection):
+            connection.request("POST", PATHS[0], REQUEST, {"Content-Type": "application/json"})
+            reply = connection.getresponse()
+            headers = {name.lower(): value for name, value in reply.getheaders()}
+            check_reply(reply.status, headers, reply.read().decode(), "after a storm")
+        if reply.status == 200:
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@workload(23, "300 clients at a server of 60 connections for two seconds: idle, slow, in one-byte chunks, no HTTP",
+          unit="storms", quick=2, soak=30)  # fmt: skip
+def small_storms(folder: Path) -> Iterator[Trial]:
+    with socket_of(folder, max_connections=60) as (port, service):
+
+        def trial(seed: int) -> dict[str, int]:
+            result = asyncio.run(storm(port, seed=seed, **SMALL))  # type: ignore[arg-type]
+            assert max(result.health_seconds) < HEALTH_SECONDS, max(result.health_seconds)
+            wait_until_free(service, 20)
+            ask(port)
+            return result.opened
+
+        yield trial
+
+
+@contextlib.contextmanager
+def server_process(folder: Path) -> Iterator[tuple[int, subprocess.Popen[str], Path]]:
+    """``mm-rec serve`` with few descriptors: its port, its process, its log."""
+    path, log = folder / "step_000001", folder / "log"
+    if not path.exists():
+        weights = MMRecModel(CONFIG, seed=3).state_dict()
+        checkpoint.save(
+            path, config=CONFIG, weights=weights, optimizer={}, carried={}, trainer={"step": 1}, tokenizer=tokenizer()
+        )
+    command = [sys.executable, "-m", "mm_rec.cli", "serve", "--model", str(path), "--port", "0", "--name", "tiny"]
+    command += ["--session_dir", str(folder / "talks"), "--precision", "fp32", "--threads", "1"]
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            ["sh", "-c", f'ulimit -n {DESCRIPTORS}; exec "$@"', "sh", *command],
+            stdout=subprocess.PIPE, stderr=file, text=True, cwd=folder,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        server.stdout.readline()
+        place = re.search(r":(\d+)/", server.stdout.readline())
+        assert place is not None, log.read_text()
+        yield int(place[1]), server, log
+    finally:
+        server.kill()
+        server.wait()
+        assert server.stdout is not None
+        server.stdout.close()
+
+
+@workload(23, f"2,000 clients at a server with {DESCRIPTORS} descriptors for half a minute: idle, slow, in one-byte "
+          "chunks, no HTTP", unit="storms", quick=0, soak=10)  # fmt: skip
+def storms(folder: Path) -> Iterator[Trial]:
+    with server_process(folder) as (port, server, log):
+        ask(port)
+
+        def trial(seed: int) -> dict[str, int]:
+            size, memory = log.stat().st_size, psutil.Process(server.pid).memory_info().rss
+            result = asyncio.run(storm(port, seed=seed, **LARGE))  # type: ignore[arg-type]
+            slowest = max(result.health_seconds)
+            assert slowest < HEALTH_SECONDS, slowest
+            ask(port)
+            assert log.stat().st_size - size < LOG_BYTES, log.stat().st_size
+            assert "secret" not in log.read_text()
+            assert "Traceback" not in log.read_text()
+            grown = psutil.Process(server.pid).memory_info().rss - memory
+            assert grown < MEMORY_BYTES, grown
+            return {**result.opened, "health checks within 1 s": len(result.health_seconds)}
+
+        yield trial
+
+
+def read_stream(port: int, body: Mapping[str, object], pieces: list[str], begun: threading.Event) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("POST", PATHS[0], json.dumps(body), {"Content-Type": "application/json"})
+        reply = connection.getresponse()
+        for line in reply:
+            if line.startswith(b"data: "):
+                pieces.append(line.decode().removeprefix("data: ").strip())
+                begun.set()
+
+
+@workload(23, "SIGTERM to a server with running streams", unit="servers", quick=1, soak=20)
+def stopped_servers(folder: Path) -> Iterator[Trial]:
+    torch.set_num_threads(1)
+
+    def trial(seed: int) -> dict[str, int]:
+        rng = random.Random(seed)
+        streams: list[list[str]] = [[] for _ in range(rng.randint(1, 4))]
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 10**6, "stream": True, "temperature": 0}
+        with server_process(folder) as (port, server, log):
+            begun = [threading.Event() for _ in streams]
+            threads = [
+                threading.Thread(target=read_stream, args=(port, body, *one))
+                for one in zip(streams, begun, strict=True)
+            ]
+            for thread in threads:
+                thread.start()
+            assert all(one.wait(30) for one in begun)
+            time.sleep(rng.random() / 2)
+            server.send_signal(signal.SIGTERM)
+            for thread in threads:
+                thread.join()
+            assert server.wait(30) == 128 + signal.SIGTERM
+            assert "Traceback" not in log.read_text(), log.read_text()
+        told = 0
+        for pieces in streams:
+            assert pieces[-1] == "[DONE]", pieces[-3:]
+            last = json.loads(pieces[-2])
+            told += "error" in last
+            assert "error" in last or last["choices"][0]["finish_reason"] == "length", last
+        return {
+            "streams that ended with an error event and [DONE]": told,
+            "streams that ended before": len(streams) - told,
+        }
+
+    yield trial
