@@ -69,6 +69,7 @@ def test_the_report_holds_what_was_measured(model: Path, tmp_path: Path, capsys:
     assert min(filter(None, by_position)) <= results["bits_per_byte"]["own"]["text"] <= max(filter(None, by_position))
     assert results["model"]["state"].endswith(" kB by one")
     told = capsys.readouterr().out
+    assert f"state: {results['model']['state']}\n" in told
     assert re.search(r"^reading takes about .* for documents, .* for needles$", told, re.M)
     assert told.count("needle, ") == len(cells)
     assert "too few tokens for needles over 9,000" in told
