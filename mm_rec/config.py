@@ -23,7 +23,7 @@ MAX_SIZE = 2**31
 """Of any dimension."""
 
 MAX_MEMORY = 2**20
-"""Of the window and the slots, by which no weight is bounded."""
+"""Of the window, by which no weight is bounded."""
 
 MAX_BLOCKS = 2000
 """Of all experts together."""

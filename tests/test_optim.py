@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from mm_rec import ops
 from mm_rec.optim import AdamW, is_decayed
 
-SHAPES = {"embedding.weight": (37, 8), "blocks.0.bias": (13,), "blocks.0.w_g": (2, 5, 5), "blocks.0.key_taps": (2, 3, 5)}
+SHAPES = {
+    "embedding.weight": (37, 8),
+    "blocks.0.bias": (13,),
+    "blocks.0.w_g": (2, 5, 5),
+    "blocks.0.key_taps": (2, 3, 5),
+}
 
 
 @pytest.fixture(autouse=True, params=["native", "reference"])

@@ -26,7 +26,7 @@ from mm_rec.storage import checkpoint, files
 from mm_rec.storage.checkpoint import TRAINING_FILES
 
 SECONDS, MEMORY_BYTES = 20.0, 1_500_000_000
-SIZES = ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "gate_every", "window", "slots")
+SIZES = ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "gate_every", "window")
 ODD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 3, 7, 64, 10**6, 10**9, 2**31, 2**63, 10**30, 10**4000, 0.5, 4.0, 1e308, float("nan"),
     float("inf"), "", "4", "x" * 10**6, [], [4], {}, {"a": 1}, [[]],

@@ -1,4 +1,4 @@
-"""The fixtures of b411fa1 (see write_fixtures.py), and what this version makes of them when it goes on."""
+"""The fixtures (see write_fixtures.py), and what this version makes of them when it goes on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from write_fixtures import COMMIT
 
 from mm_rec.config import PRESETS, ModelConfig
 
@@ -23,8 +24,18 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked fixtures, not to be changed."""
-    folder = tmp_path_factory.mktemp("b411fa1")
-    with tarfile.open(HERE / "fixtures" / "b411fa1.tar.xz") as archive:
+    return unpacked(COMMIT, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, a session and an exported folder of b411fa1, whose model had another long-term memory."""
+    return unpacked("b411fa1", tmp_path_factory)
+
+
+def unpacked(commit: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(commit)
+    with tarfile.open(HERE / "fixtures" / f"{commit}.tar.xz") as archive:
         archive.extractall(folder, filter="data")
     return folder
 

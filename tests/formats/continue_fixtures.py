@@ -57,7 +57,7 @@ def commands(written: dict[str, Any]) -> dict[str, list[str]]:
         if STAGES[stage].conversations:
             command = ["finetune", "--task", stage]
         else:
-            command = ["train", "--stage", stage, "--preset", "tiny", "--recall_share", "0"]  # as b411fa1 trained
+            command = ["train", "--stage", stage, "--preset", "tiny", "--recall_share", "0"]
         for name, value in {**written["settings"], "checkpoint_dir": "stopped"}.items():
             command += [f"--{name}", str(value)]
         made[stage] = command + ([] if not made else ["--init_from", f"finished/{STAGES[stage].follows}"])

@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from mm_rec.formats import KEY
-
 FILES = {
     "model": (
         *("config.json", "generation_config.json", "modeling_mm_rec.py", "model.safetensors"),
@@ -71,9 +69,9 @@ def rendered(template: Path) -> list[str]:
 
 
 def of_value(value: Any) -> Any:
-    """Keys and types of a JSON value; the version that b411fa1 did not write yet is left out."""
+    """Keys and types of a JSON value."""
     if isinstance(value, dict):
-        return {key: of_value(one) for key, one in value.items() if key != KEY}
+        return {key: of_value(one) for key, one in value.items()}
     if isinstance(value, list):
         return [of_value(one) for one in value[:1]]
     return type(value).__name__

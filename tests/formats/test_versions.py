@@ -61,7 +61,6 @@ def in_one_line(error: BaseException, *parts: str) -> bool:
 def raised(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Let this be the MM-Rec that comes after a change of the format ``kind``."""
     monkeypatch.setitem(VERSIONS, kind, VERSIONS[kind] + 1)
-    monkeypatch.delitem(formats.STILL_READ, kind, raising=False)
 
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
@@ -103,7 +102,7 @@ def test_what_is_written_states_its_version(written: Path, tmp_path: Path) -> No
 # --- model: config.json of checkpoints and exported folders -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [3, -1, True, None, "1", 10**400])
+@pytest.mark.parametrize("version", [1, 3, -1, True, None, "1", 10**400])
 def test_a_model_of_another_version(written: Path, tmp_path: Path, version: Any) -> None:
     for source in ("exported", f"finished/chat/{FINISHED}"):
         path = edited(written / source, tmp_path / Path(source).name, "config.json", set_version(version))
@@ -122,13 +121,41 @@ def test_a_model_of_another_version(written: Path, tmp_path: Path, version: Any)
                 checkpoint.load(path)
 
 
-def test_the_model_of_b411fa1_after_a_change(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_after_a_change(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raised(monkeypatch, "model")
     for name in ("exported", f"finished/chat/{FINISHED}"):
-        with pytest.raises(FormatError, match="has model format 1"):
+        with pytest.raises(FormatError, match="has model format 2"):
             load_model(written / name, device="cpu")
-        with pytest.raises(FormatError, match="has model format 1"):
+        with pytest.raises(FormatError, match="has model format 2"):
             AutoModelForCausalLM.from_pretrained(written / name)
+
+
+def test_what_had_another_memory_ends_in_one_line(
+    before: Path, written: Path, about: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command that is given a model, run or session of b411fa1 says what still works, and changes nothing."""
+    runs = tmp_path / "stopped"
+    shutil.copytree(before / "stopped", runs)
+    run, files_before = runs / "stage1", sorted(runs.rglob("*"))
+    data = ["--data_dir", str(written / "data"), "--checkpoint_dir", str(tmp_path / "new"), "--preset", "tiny"]
+    session = ["--session", str(before / "session.safetensors"), "--resume"]
+    for command, kind in (
+        (["generate", "--model", str(before / "exported"), "--prompt", "The "], "model"),
+        (["eval", "--model", str(run), "--data_dir", str(written / "data")], "model"),
+        (["export", "--model", str(run), "--output", str(tmp_path / "export")], "model"),
+        (["train", "--stage", "stage2", "--init_from", str(run), *data], "model"),
+        (["chat", "--model", str(written / "exported"), *session], "session"),
+    ):
+        assert cli.main(command) == 2, command
+        output = capsys.readouterr()
+        assert f"has {kind} format 1, and MM-Rec" in output.err, command
+        assert "still" in output.err
+        assert output.err.count("\n") == 1, command
+    with pytest.raises(FormatError, match="has model format 1"):
+        AutoModelForCausalLM.from_pretrained(before / "exported")
+    assert sorted(runs.rglob("*")) == files_before
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "export").exists()
 
 
 def test_a_command_says_it_and_ends(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,7 +170,7 @@ def test_a_command_says_it_and_ends(written: Path, tmp_path: Path, capsys: pytes
 # --- training: trainer.json of checkpoints ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [2, -1, True, None, "1", 10**400])
+@pytest.mark.parametrize("version", [1, 3, -1, True, None, "1", 10**400])
 def test_a_training_state_of_another_version_leaves_its_weights(written: Path, tmp_path: Path, version: Any) -> None:
     source = written / "stopped" / "stage2" / STOPPED
     path = edited(source, tmp_path / "step_000004", "trainer.json", set_version(version))
@@ -159,22 +186,22 @@ def test_a_training_state_of_another_version_leaves_its_weights(written: Path, t
 
 def test_other_files_of_another_version_are_not_missed(written: Path, tmp_path: Path) -> None:
     def other_files(trainer: Path) -> None:
-        set_version(2)(trainer)
+        set_version(3)(trainer)
         trainer.with_name("optimizer.safetensors").rename(trainer.with_name("moments.safetensors"))
 
     path = edited(written / "stopped" / "stage2" / STOPPED, tmp_path / "step_000004", "trainer.json", other_files)
-    with pytest.raises(FormatError, match="training format 2"):
+    with pytest.raises(FormatError, match="training format 3"):
         checkpoint.load(path)
-    with pytest.raises(FormatError, match="training format 2"):
+    with pytest.raises(FormatError, match="training format 3"):
         checkpoint.newest_valid(tmp_path)
 
 
 @pytest.fixture
 def later_run(copy: Path, written: Path) -> Path:
-    """A run in the current folder, stopped/stage2, that has a training state of version 2."""
+    """A run in the current folder, stopped/stage2, that has a training state of version 3."""
     path = Path("stopped/stage2") / STOPPED
     shutil.rmtree(path)
-    return edited(written / path, path, "trainer.json", set_version(2)).parent.parent
+    return edited(written / path, path, "trainer.json", set_version(3)).parent.parent
 
 
 def test_a_run_of_another_version_is_left_as_it_is(
@@ -183,7 +210,7 @@ def test_a_run_of_another_version_is_left_as_it_is(
     before = sorted(later_run.rglob("*"))
     assert cli.main(commands(about)["stage2"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {later_run / STOPPED / 'trainer.json'} has training format 2")
+    assert error.startswith(f"error: {later_run / STOPPED / 'trainer.json'} has training format 3")
     assert error.count("\n") == 1
     assert set(before) == {path for path in later_run.rglob("*") if path.name not in ("events.log", "run.lock")}
     assert [finding.level for finding in doctor_command.check_run(later_run)].count("broken") > 0
@@ -197,11 +224,11 @@ def test_a_new_run_starts_from_the_weights_of_another_version(later_run: Path, a
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
-def test_the_runs_of_b411fa1_after_a_change(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_after_a_change(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raised(monkeypatch, "training")
     for stage in ("stage1", "stage2", "stage3", "instruct", "chat"):
         path = written / "stopped" / stage / STOPPED
-        with pytest.raises(FormatError, match=r"has training format 1.*--init_from"):
+        with pytest.raises(FormatError, match=r"has training format 2.*--init_from"):
             checkpoint.load(path)
         assert checkpoint.load(path, weights_only=True).weights
 
@@ -209,7 +236,7 @@ def test_the_runs_of_b411fa1_after_a_change(written: Path, monkeypatch: pytest.M
 # --- session ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [2, -1, True, None, "1", 10**400])
+@pytest.mark.parametrize("version", [1, 3, -1, True, None, "1", 10**400])
 def test_a_session_of_another_version(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: Any
 ) -> None:
@@ -224,9 +251,9 @@ def test_a_session_of_another_version(
     assert in_one_line(error.value, str(path), "session format", "a new session can be started")
 
 
-def test_the_session_of_b411fa1_after_a_change(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_after_a_change(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raised(monkeypatch, "session")
-    with pytest.raises(FormatError, match="has session format 1"):
+    with pytest.raises(FormatError, match="has session format 2"):
         session_file.read(written / "session.safetensors")
 
 

@@ -1,9 +1,9 @@
-"""Writes ``fixtures/b411fa1.tar.xz``: what commit b411fa1 wrote, and what it made of it when it went on.
+"""Writes ``fixtures/COMMIT.tar.xz``: what that commit wrote, and what it made of it when it went on.
 
 Run once, with the package of that commit and not with a later one:
 
-    git worktree add ../base b411fa1        # with its native library, which is loaded even if it is not used
-    PYTHONPATH=../base python tests/formats/write_fixtures.py tests/formats/fixtures/b411fa1.tar.xz
+    git worktree add ../base COMMIT         # with its native library, which is loaded even if it is not used
+    PYTHONPATH=../base python tests/formats/write_fixtures.py tests/formats/fixtures/COMMIT.tar.xz
 
 The archive holds
 
@@ -18,7 +18,7 @@ The archive holds
     exported/                  finished/chat for `transformers`
     logits.safetensors         the logits that `transformers` gets from exported/ for IDS, by each expert and by all
 
-It was written by b411fa1 with Python 3.11.7, PyTorch 2.13.0+cpu, transformers 5.23.0 and glibc 2.36 on x86-64
+It was written with Python 3.11.7, PyTorch 2.13.0+cpu, transformers 5.23.0 and glibc 2.36 on x86-64
 (written.json has the whole list), one thread, float32, and the environment below, in which nothing depends on the
 kind of processor: the ops are the plain PyTorch definitions, since a kernel that adds in another order changes no
 format, and PyTorch, oneDNN, MKL and the C library are held at instructions that every x86-64 has. On a processor with
@@ -54,7 +54,7 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
 }
 MODEL = {
-    "vocab_size": 320, "d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 24, "gate_every": 2, "window": 8, "slots": 2
+    "vocab_size": 320, "d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 24, "gate_every": 2, "window": 8
 }  # fmt: skip
 SETTINGS = {
     "data_dir": "data", "batch_size": 2, "seq_len": 16, "max_steps": 7, "checkpoint_interval": 4, "eval_interval": 7,
@@ -133,7 +133,7 @@ def train() -> None:
     before: str | None = None
     for stage in STAGES:
         command = ["finetune", "--task", stage] if stage in STAGES[3:] else ["train", "--stage", stage]
-        command += [] if stage in STAGES[3:] else ["--preset", "tiny"]
+        command += [] if stage in STAGES[3:] else ["--preset", "tiny", "--recall_share", "0"]
         for name, value in SETTINGS.items():
             command += [f"--{name}", str(value)]
         if before is not None:
@@ -151,7 +151,7 @@ def batches() -> dict[str, list[str]]:
     from mm_rec.data.prepare import prepare
     from mm_rec.data.prepare_conversations import prepare_conversations
     from mm_rec.stages import STAGES as TABLE
-    from mm_rec.tokenizer import Tokenizer
+    from mm_rec.text.tokenizer import Tokenizer
 
     sizes = {"batch_size": SETTINGS["batch_size"], "seq_len": SETTINGS["seq_len"], "seed": 0}
     documents = prepare(Path("data"), MODEL["vocab_size"]).train
@@ -181,13 +181,14 @@ def batches() -> dict[str, list[str]]:
 
 def talk() -> None:
     """A conversation of three turns, saved before and after the last."""
-    from mm_rec.chat import ChatSession
-    from mm_rec.generate import Sampling
-    from mm_rec.loading import load_model
+    from mm_rec.inference.chat_session import ChatSession
+    from mm_rec.inference.loading import load_model
+    from mm_rec.inference.sampling import Sampling
 
-    model, tokenizer, domain, _ = load_model(Path("finished/chat"), device="cpu", precision="fp32")
+    loaded = load_model(Path("finished/chat"), device="cpu", precision="fp32")
+    sampling = Sampling(max_new_tokens=24, seed=5)
     session = ChatSession.start(
-        model, tokenizer, sampling=Sampling(max_new_tokens=24, seed=5), domain=domain, system="Be brief."
+        loaded.model, loaded.tokenizer, sampling=sampling, domain=loaded.domain, system="Be brief."
     )
     for turn in TURNS[:-1]:
         "".join(session.reply(turn))

@@ -15,7 +15,7 @@ from mm_rec.model import MMRecModel
 from mm_rec.storage import checkpoint
 from mm_rec.text.tokenizer import train_tokenizer
 
-CONFIG = ModelConfig(vocab_size=512, d_model=32, n_heads=2, n_layers=3, d_ff=64, window=16, slots=6)
+CONFIG = ModelConfig(vocab_size=512, d_model=32, n_heads=2, n_layers=3, d_ff=64, window=16)
 TEXTS = [path.read_text() for path in sorted(Path(checkpoint.__file__).parent.glob("*.py"))]
 
 
