@@ -40,11 +40,15 @@ struct DeltaInputs {
     const float *beta, *log_decay;   // (batch, time, heads)
 };
 
-// Tokens [begin, begin + n) of sequence b, one head; `rows` is n in whole blocks.
+// Tokens [begin, begin + n) of sequence b, one head; `rows` is n in whole blocks, and the next chunk to be computed begins
+// `ahead` tokens later.
 struct DeltaChunk {
-    int64_t b, head, begin, n, rows;
-    DeltaChunk(const DeltaShape& s, int64_t b, int64_t head, int64_t index)
-        : b(b), head(head), begin(index * s.chunk), n(min64(s.chunk, s.time - begin)), rows(round_up(n, DELTA_BLOCK)) {}
+    int64_t b, head, begin, n, rows, ahead;
+    DeltaChunk(const DeltaShape& s, int64_t b, int64_t head, int64_t index, int64_t ahead)
+        : b(b), head(head), begin(index * s.chunk), n(min64(s.chunk, s.time - begin)), rows(round_up(n, DELTA_BLOCK)),
+          ahead(ahead) {}
+    // Where row i lies in (batch, time, heads, d).
+    int64_t at(const DeltaShape& s, int64_t i) const { return ((b * s.time + begin + i) * s.heads + head) * s.d; }
 };
 
 // Buffers of one task; C is the chunk. Rows past the last token are 0.
@@ -71,12 +75,24 @@ struct DeltaScratch {
     const float* last_decay(const DeltaChunk& c) const { return decay + (c.n - 1) * chunk; }
 };
 
-// Rows of a chunk, filled up with rows of zeros.
+// Rows of a chunk, filled up with rows of zeros. Asks for those of the next chunk: a head's own part of a row is too short
+// to be read fast.
 template <class T>
 static void delta_rows(const DeltaShape& s, const DeltaChunk& c, const HeadRows<const T>& from, float* to) {
     const int64_t pitch = s.pitch();
-    for (int64_t i = 0; i < c.n; ++i) load_row(s.d, from.at(c.b, c.begin + i, s.time, c.head, s.d), to + i * pitch);
+    const T* row = from.data + c.b * from.sequence + c.begin * from.row + c.head * s.d;
+    for (int64_t i = 0; i < c.n; ++i, row += from.row) {
+        const int64_t next = c.begin + i + c.ahead;
+        if (next >= 0 && next < s.time) prefetch_row(row + c.ahead * from.row, s.d);
+        load_row(s.d, row, to + i * pitch);
+    }
     memset(to + c.n * pitch, 0, (c.rows - c.n) * pitch * sizeof(float));
+}
+
+// Asks for the rows of a chunk that will be written.
+template <class T>
+static void delta_ask_for(const DeltaShape& s, const DeltaChunk& c, const T* to) {
+    for (int64_t i = 0; i < c.n; ++i) prefetch_row<true>(to + c.at(s, i), s.d);
 }
 
 // beta, g, E and D.
@@ -256,10 +272,11 @@ static int delta_rule(const DeltaInputs<T>& in, const float* state, T* out, floa
         delta_load_state(s.d, columns, state + (b * s.heads + head) * s.d * s.d, w.state, w.pitch);
         delta_store_state(s.d, columns, w.state, w.pitch, states + s.state(b, 0, head));
         for (int64_t chunk = 0; chunk < s.chunks(); ++chunk) {
-            const DeltaChunk c(s, b, head, chunk);
+            const DeltaChunk c(s, b, head, chunk, s.chunk);
+            delta_ask_for(s, c, out);
             delta_chunk(in, c, columns, w);
             for (int64_t i = 0; i < c.n; ++i) {
-                T* to = out + ((b * s.time + c.begin + i) * s.heads + head) * s.d;
+                T* to = out + c.at(s, i);
                 for (int64_t j = columns.begin; j < columns.end; j += W)
                     store(to + j, load(w.read + (c.rows + i) * w.pitch + j), s.d - j);
             }

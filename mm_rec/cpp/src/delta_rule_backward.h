@@ -77,7 +77,7 @@ static void delta_read_backward(const DeltaShape& s, const DeltaChunk& c, const 
             store(dq_read + j, load(w.dout + i * pitch + j) * carried);
         }
         w.dbeta[i] = delta_dot(pitch, dp, w.error + i * pitch);
-        if (i < c.n) store_row(s.d, dp, dv + ((c.b * s.time + c.begin + i) * s.heads + c.head) * s.d, beta);
+        if (i < c.n) store_row(s.d, dp, dv + c.at(s, i), beta);
     }
     transpose(s.d, s.d, state, pitch, w.columns_of_state, pitch);
     product<false>(2 * c.rows, pitch, s.d, w.dread, pitch, 1, w.columns_of_state, pitch, w.drows, pitch);
@@ -161,6 +161,7 @@ static void delta_chunk_backward(const DeltaInputs<T>& in, const DeltaChunk& c, 
                                  const DeltaGradients<T>& to, DeltaBackwardScratch& w) {
     const DeltaShape& s = in.shape;
     const Span all{0, w.pitch};
+    for (T* rows : {to.dv, to.dkey, to.dq}) delta_ask_for(s, c, rows);
     delta_load_state(s.d, all, above.states + s.state(c.b, c.begin / s.chunk, c.head), w.state, w.pitch);
     delta_prepare(in, c, w);
     product<false>(c.rows, w.pitch, s.d, w.rows, w.pitch, 1, w.state, w.pitch, w.read, w.pitch);
@@ -175,9 +176,8 @@ static void delta_chunk_backward(const DeltaInputs<T>& in, const DeltaChunk& c, 
     delta_rows_backward(s, c, w);
     delta_decays_backward(s, c, delta_state_backward(s, c, w), to.dbeta, to.dlog_decay, w);
     for (int64_t i = 0; i < c.n; ++i) {
-        const int64_t at = ((c.b * s.time + c.begin + i) * s.heads + c.head) * s.d;
-        store_row(s.d, w.drows + i * w.pitch, to.dkey + at);
-        store_row(s.d, w.drows + (c.rows + i) * w.pitch, to.dq + at);
+        store_row(s.d, w.drows + i * w.pitch, to.dkey + c.at(s, i));
+        store_row(s.d, w.drows + (c.rows + i) * w.pitch, to.dq + c.at(s, i));
     }
 }
 
@@ -194,7 +194,7 @@ static int delta_rule_backward(const DeltaInputs<T>& in, const DeltaFromAbove<T>
         else
             memset(w.dstate, 0, s.d * w.pitch * sizeof(float));
         for (int64_t chunk = s.chunks() - 1; chunk >= 0; --chunk)
-            delta_chunk_backward(in, DeltaChunk(s, b, head, chunk), above, to, w);
+            delta_chunk_backward(in, DeltaChunk(s, b, head, chunk, -s.chunk), above, to, w);
         delta_store_state(s.d, all, w.dstate, w.pitch, to.dstate + matrix);
     });
 }
