@@ -45,8 +45,6 @@ __global__ void __launch_bounds__(kDeltaThreads, kResident)
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int64_t at = extent.token_at(b, t0, head), width = extent.heads * kBlock;
   {
-    DecayLoads loads;
-    loads.fetch(p.in, extent, b, head, t0);
     load_tile(shared.key, p.in.key.at<bf16>(extent, b, t0, head), p.in.key.stride, tokens, kBlock, true);
     load_tile(shared.v, p.in.v.at<bf16>(extent, b, t0, head), p.in.v.stride, tokens, kBlock, true);
     load_tile(shared.derror, p.derrors + at, width, tokens, kBlock, true);
@@ -54,6 +52,8 @@ __global__ void __launch_bounds__(kDeltaThreads, kResident)
     load_tile(shared.q, p.in.q.at<bf16>(extent, b, t0, head), p.in.q.stride, tokens, kBlock, true);
     load_tile(shared.dout, p.dout == nullptr ? p.dout : p.dout + at, width, p.dout == nullptr ? 0 : tokens, kBlock, true);
     load_tile(shared.dstate, p.dstates + extent.state_at(b, chunk, extent.chunks(), head), kBlock, kBlock, kBlock, true);
+    DecayLoads loads;
+    loads.fetch(p.in, extent, b, head, t0);
     load_tile(shared.state, p.states + extent.state_at(b, chunk, extent.chunks() + 1, head), kBlock, kBlock, kBlock, true);
     loads.put(shared.decay);
     cp_async_wait<0>();

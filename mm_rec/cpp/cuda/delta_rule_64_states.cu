@@ -117,7 +117,7 @@ __device__ __forceinline__ void help(Shared& shared, Stage64& stage, int warp_ro
   store_transposed_64(dv + warp_row, stride, tokens, left);
 }
 
-__global__ void __launch_bounds__(kThreads64, 2) states_kernel(const DeltaBackward<bf16> p, const DeltaExtent extent) {
+__global__ void __launch_bounds__(kThreads64, 1) states_kernel(const DeltaBackward<bf16> p, const DeltaExtent extent) {
   auto& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   const int64_t b = blockIdx.y, head = blockIdx.x, chunks = extent.chunks(), width = extent.heads * kBlock;
   const int warp_row = static_cast<int>(threadIdx.x) % kGroup64 / 32 * 16;
