@@ -1,6 +1,6 @@
 // delta_rule, backward, for heads of 64 in bfloat16: from the states and their gradients all other gradients, all chunks in
-// parallel. A warp has 16 tokens of the chunk. All operands are fetched at once; what a warp alone still needs of a tile is its
-// own rows, which what it makes takes the place of.
+// parallel. A warp has 16 tokens of the chunk. All operands are fetched at once. Of some tiles each warp needs its own 16 rows
+// alone: later results take their place.
 #include "delta_rule_backward.cuh"
 #include "head_rows.cuh"
 
@@ -13,10 +13,10 @@ using Square = Tile<kChunk, kBlock, false>;
 
 struct Shared {
   Square q, key, state, dstate;
-  Square v;        // then beta (v - E key S), then the gradients of the scores
+  Square v;  // then beta (v - E key S), then the gradients of the scores
   Square inverse;  // then what is written, R
   Square dout;
-  Square derror;   // then the gradients of the keys' products
+  Square derror;  // then the gradients of the keys' products
   ChunkDecay decay;
   TokenSums sums;
 };

@@ -7,9 +7,9 @@ namespace mm_rec {
 namespace {
 
 struct Shared {
-  Stage64 stage[2];                  // one is fetched while the other is worked on
-  Handed words;                      // what queries say of what is written; then the gradients derror
-  float4 dstate[kBlock / 8][kGroup64];  // what queries say of the state before the chunk
+  Stage64 stage[2];                     // one is fetched while the other is worked on
+  Handed words;                         // of what is written, the gradient through the chunk's queries; then derror
+  float4 dstate[kBlock / 8][kGroup64];  // of the state before the chunk, the gradient through the chunk's queries
 };
 
 // The gradient of the state and how it changes.
