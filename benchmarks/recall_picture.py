@@ -48,7 +48,7 @@ def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
         axes.set_ylim(-0.02, 1.02)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=10, loc="lower left")
+        axes.legend(fontsize=10, loc="center left")
     figure.savefig(picture)
 
 

@@ -6,6 +6,7 @@ import importlib
 import sys
 from typing import NamedTuple
 
+from mm_rec.errors import UserError
 from mm_rec.program import run_program
 
 __all__ = ["COMMANDS", "main"]
@@ -53,7 +54,10 @@ A first model, step by step:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run ``mm-rec`` with these arguments (those of the process if None); returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    return run_program(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
         commands = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items())
@@ -66,14 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write(f"mm-rec {__version__}\n")
         return 0
     if name not in COMMANDS:
-        sys.stderr.write(f"error: there is no command {name!r}; there are {', '.join(COMMANDS)}\n")
-        return 2
-
-    def run() -> int:
-        module = importlib.import_module(COMMANDS[name].module)
-        return int(module.main(rest, prog=f"mm-rec {name}"))
-
-    return run_program(run)
+        raise UserError(f"there is no command {name[:80]!r}; there are {', '.join(COMMANDS)}")
+    module = importlib.import_module(COMMANDS[name].module)
+    return int(module.main(rest, prog=f"mm-rec {name}"))
 
 
 if __name__ == "__main__":

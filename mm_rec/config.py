@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,17 @@ FLOAT32_VECTORS = ("decay_bias", "gate_bias", "rate_logit")
 WEIGHTS = ("full", "int8")
 """How the matrices of a trained model are loaded: as they are, or rounded to int8."""
 
+
+MAX_SIZE = 2**31
+"""Of any dimension."""
+
+MAX_MEMORY = 2**20
+"""Of the window and the slots, by which no weight is bounded."""
+
+MAX_BLOCKS = 2000
+"""Of all experts together."""
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 DOMAINS = ("text", "code")
 """Kinds of text, each of which has an expert and a data folder of its name."""
@@ -52,14 +64,23 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "gate_every", "window", "slots"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value, most = getattr(self, name), MAX_MEMORY if name in ("window", "slots") else MAX_SIZE
+            if type(value) is not int or not 1 <= value < most:
+                raise ValueError(f"{name} must be a whole number of at least 1 and below {most:,}, got {value!r:.40}")
+        base = self.rotary_base
+        if isinstance(base, bool) or not isinstance(base, int | float) or not 0 < base < float("inf"):
+            raise ValueError(f"rotary_base must be a number above 0, got {base!r:.40}")
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
             raise ValueError(f"d_model {self.d_model} does not split into {self.n_heads} heads of even size")
         if self.window % 2:
             raise ValueError(f"window must be even, got {self.window}")
-        if not self.experts or len(set(self.experts)) != len(self.experts):
-            raise ValueError(f"experts must be distinct names, at least one, got {self.experts}")
+        names = self.experts
+        if not isinstance(names, tuple) or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
+            raise ValueError(f"experts must be names of 1 to 64 letters, digits, - and _, got {names!r:.80}")
+        if len(names) * self.n_layers > MAX_BLOCKS:
+            raise ValueError(f"a model has at most {MAX_BLOCKS:,} blocks, got {len(names)} experts of {self.n_layers}")
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"experts must be distinct names, at least one, got {names!r:.80}")
 
     @property
     def head_dim(self) -> int:
@@ -94,7 +115,8 @@ class ModelConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown model settings: {', '.join(unknown)}")
-        return cls(**{**values, "experts": tuple(values["experts"])} if "experts" in values else values)
+        experts = values.get("experts")
+        return cls(**{**values, "experts": tuple(experts)} if isinstance(experts, list) else values)
 
 
 PRESETS: dict[str, ModelConfig] = {

@@ -114,6 +114,10 @@ class AdamW:
         if not self._slots:
             raise ValueError("there are no parameters to optimize")
 
+    def trains(self, name: str) -> bool:
+        """Whether the parameter ``name`` of the model needs a gradient."""
+        return True
+
     def accumulate(self) -> None:
         """Add every ``.grad`` to the float32 sum for the next step and clear it; call after each micro-batch."""
         learned = [slot for slot in self._slots if slot.parameter.grad is not None]
@@ -121,6 +125,10 @@ class AdamW:
             self._norm = None
         for slot in learned:
             slot.add_gradient()
+
+    def adapter(self) -> Mapping[str, tuple[Tensor, Tensor, float]]:
+        """Returns A, B and s of the changes s B A that are trained, by parameter name; none where weights are."""
+        return {}
 
     def zero_grad(self) -> None:
         """Forget the gradients, those already accumulated included."""

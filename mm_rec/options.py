@@ -15,14 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
-
 from mm_rec.errors import UserError
 from mm_rec.stages import STAGES
+from mm_rec.storage.yaml_file import read_yaml
 
 __all__ = ["Option", "add_arguments", "from_arguments", "from_values"]
 
 T = TypeVar("T")
+
+MAX_INT = 2**63 - 1
+"""Most that a whole number can be: larger ones fit into no tensor."""
+
+_LONGEST_SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -111,12 +115,7 @@ def from_values(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the settings file {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -172,13 +171,25 @@ def _convert(where: str, value: Any, hint: Any, option: Option) -> Any:
         if (kind is bool) != isinstance(value, bool) or isinstance(value, list | dict) or value is None:
             raise ValueError
         converted = value if kind is bool else kind(str(value))
+        if kind is Path and "\0" in str(value):
+            raise ValueError
     except ValueError:
         wanted = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}.get(kind, "text")
-        raise UserError(f"{where} must be {wanted}, got {value!r}") from None
+        raise UserError(f"{where} must be {wanted}, got {_shown(value)}") from None
     if option.minimum is not None and not option.minimum <= converted < float("inf"):
-        raise UserError(f"{where} must be at least {option.minimum} and finite, got {value}")
-    if option.minimum is not None and converted > option.maximum:
-        raise UserError(f"{where} must be at most {option.maximum}, got {value}")
+        raise UserError(f"{where} must be at least {option.minimum} and finite, got {_shown(value)}")
+    most = min(option.maximum, MAX_INT) if kind is int else option.maximum
+    if kind in (int, float) and converted > most:
+        raise UserError(f"{where} must be at most {most}, got {_shown(value)}")
     if option.choices and converted not in option.choices:
-        raise UserError(f"{where} must be one of {', '.join(option.choices)}, got {value!r}")
+        raise UserError(f"{where} must be one of {', '.join(option.choices)}, got {_shown(value)}")
     return converted
+
+
+def _shown(value: Any) -> str:
+    """A value for an error message, cut off where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of so many digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."

@@ -13,8 +13,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import io
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -98,7 +100,9 @@ def is_rank_zero() -> bool:
 
 
 def make_console() -> Console:
-    """Returns a console on which rank 0 alone prints."""
+    """Returns a console on which rank 0 alone prints; what the output has no signs for is escaped, not an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     return Console(quiet=not is_rank_zero())
 
 

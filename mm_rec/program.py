@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
+import resource
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,12 +20,22 @@ if TYPE_CHECKING:
 
 __all__ = ["Parser", "positive_int", "run_program", "say"]
 
+LONGEST_LINE = 2000
+"""Characters of an error message at most; the midst of a longer one is left out."""
+
+FEWEST_FILES = 64
+"""Open files that a program needs for itself and its libraries."""
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def __init__(self, **keywords: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **keywords)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if message:  # argparse itself keeps quiet about an output that takes nothing
+            (file or sys.stderr).write(message)
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line that points to ``--help``."""
@@ -48,32 +61,95 @@ def say(console: Console, text: str) -> None:
 def run_program(program: Callable[[], int]) -> int:
     """Run a program and turn what ends it into an exit code.
 
-    A :class:`UserError` becomes ``error: ...`` and 2, Ctrl-C 130, SIGTERM 143, a closed output pipe 141.
-    Warnings become one line each. Other errors are bugs and keep their traceback.
+    A :class:`UserError` becomes ``error: ...`` and 2, as does what the system refuses (files, memory, output), Ctrl-C
+    130, SIGTERM 143, a closed output pipe 141. Warnings become one line each. Other errors are bugs and keep their
+    traceback.
     """
     warnings.showwarning = _show_warning
     try:
+        _check_process()
         with SignalGuard(last=True):
-            code = program()
+            try:
+                code = program()
+            except SystemExit:  # of --help, whose text may be on its way
+                sys.stdout.flush()
+                raise
         sys.stdout.flush()
         return code
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return _fail(str(error))
     except (MemoryError, RuntimeError, SystemError) as error:
         if not is_out_of_memory(error):
             raise
-        sys.stderr.write("error: out of memory; free some, or use less data or a smaller model\n")
-        return 2
+        return _fail("out of memory; free some, or use less data or a smaller model")
     except Interrupted as stop:
         return stop.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Python would complain again while flushing at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
+    except UnicodeEncodeError as error:
+        if error.encoding.lower().replace("-", "") == "utf8":
+            raise
+        sign = ascii(error.object[error.start : error.start + 1])
+        return _fail(f"the output has no place for {sign} in {error.encoding}; set PYTHONIOENCODING=utf-8")
+    except OSError as error:
+        if error.errno is None:
+            raise
+        return _fail(_describe(error))
+
+
+def _check_process() -> None:
+    """Refuse to run where the first file or line of output would fail.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    if sys.stdin is None:  # closed; what is opened first takes its number, so that no file of ours does
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        raise UserError("standard output is closed; open it, for example on /dev/null")
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= limit < FEWEST_FILES:
+        raise UserError(f"a process may have only {limit} files open here; raise the limit with `ulimit -n 1024`")
+
+
+def _fail(message: str) -> int:
+    """Print an error in one line of bounded length; returns the exit code."""
+    line = " ".join(message.split("\n"))
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed or full: the exit code is left
+        sys.stderr.write(f"error: {line}\n")
+        sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        return 2
+    _drop_output()
+    return 2
+
+
+def _describe(error: OSError) -> str:
+    """What the system refused, with its file and a remedy where there is one."""
+    where = f"{error.filename}: " if error.filename else "" if error.errno == errno.EMFILE else "a file or the output: "
+    remedies = {
+        errno.EMFILE: "raise the limit on open files with `ulimit -n 1024`",
+        errno.ENOSPC: "free some space",
+        errno.ENAMETOOLONG: "use a shorter name",
+        errno.EACCES: "use a place that you may use",
+        errno.ENOTDIR: "a file stands where a folder should be",
+    }
+    remedy = f"; {remedies[error.errno]}" if error.errno in remedies else ""
+    return f"{where}{(error.strerror or str(error)).lower()}{remedy}"
+
+
+def _drop_output() -> None:
+    """Let what is left of the output go nowhere: Python would complain again while flushing at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    sys.stderr.write(f"warning: {message}\n")
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(f"warning: {str(message)[:LONGEST_LINE]}\n")

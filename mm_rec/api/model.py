@@ -48,7 +48,12 @@ class TokenLogits(NamedTuple):
 
 
 def load(
-    path: str | os.PathLike[str], *, device: str = "auto", precision: str = "auto", weights: str = "full"
+    path: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    weights: str = "full",
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Loads a trained model.
 
@@ -57,6 +62,7 @@ def load(
         device: "cpu", "cuda", "cuda:N", or "auto": CUDA if it is there.
         precision: type of the matrices, "bf16", "fp32", or "auto": bf16 where it is fast.
         weights: "full", or "int8": fewer bytes, so faster on the CPU, at a small loss of quality.
+        adapter: folder of a LoRA adapter to add to the weights, as PEFT or ``mm-rec finetune --lora`` writes it.
 
     Raises:
         UserError: if there is no valid checkpoint, or no such device, precision or kind of weights.
@@ -65,7 +71,8 @@ def load(
 
         model = mm_rec.load("checkpoints", device="cpu")
     """
-    return Model(load_model(Path(path), device=device, precision=precision, weights=weights))
+    added = None if adapter is None else Path(adapter)
+    return Model(load_model(Path(path), device=device, precision=precision, weights=weights, adapter=added))
 
 
 class Model:

@@ -20,7 +20,7 @@ COMPARED_TOKENS = 300
 TEXTS = ("def f(x):\n    return {'a': 1}\n", "Çok güzel 😀 漢字 <|end|>", "  two  spaces\r\n\ttab")
 
 
-def export(source: Path, output: Path, domain: str | None = None) -> list[str]:
+def export(source: Path, output: Path, domain: str | None = None, adapter: Path | None = None) -> list[str]:
     """Write the model that ``source`` names to the folder ``output``, load it with `transformers` and compare.
 
     Nothing is left behind if the loaded model differs. The folder has a manifest, so that the commands of this
@@ -30,6 +30,7 @@ def export(source: Path, output: Path, domain: str | None = None) -> list[str]:
         source: checkpoint, run folder or folder of runs.
         output: must not exist.
         domain: the expert that is to answer by default, ``all`` for all fused; None keeps what training reached.
+        adapter: folder of a LoRA adapter to merge.
 
     Returns:
         What was compared, in lines for people.
@@ -38,7 +39,7 @@ def export(source: Path, output: Path, domain: str | None = None) -> list[str]:
         UserError: if there is no such model or expert, the disk is full, or what was
             loaded is not what was written.
     """
-    loaded = load_model(source, device="cpu", precision="fp32")
+    loaded = load_model(source, device="cpu", precision="fp32", adapter=adapter)
     weights = loaded.model.state_dict()
     n_bytes = sum(tensor.nbytes for tensor in weights.values())
     with files.atomic_folder(output, n_bytes + SMALL_FILES_BYTES) as folder:

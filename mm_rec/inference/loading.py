@@ -11,10 +11,13 @@ import torch
 from mm_rec.config import WEIGHTS
 from mm_rec.errors import UserError
 from mm_rec.inference.quantize import pack_matrices, quantize_int8
-from mm_rec.machine.device import apply_precision, select_device, select_precision
+from mm_rec.machine.device import apply_precision, available_memory, select_device, select_precision
 from mm_rec.model import MMRecModel
 from mm_rec.stages import STAGES
+from mm_rec.state import flatten_state, initial_state
 from mm_rec.storage import checkpoint
+from mm_rec.storage.adapter import merged, read_adapter
+from mm_rec.storage.files import format_bytes
 from mm_rec.storage.resume import require_checkpoints
 from mm_rec.storage.run_config import CHECKPOINTS, list_runs, require_configs
 from mm_rec.text.tokenizer import Tokenizer
@@ -81,7 +84,14 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def load_model(path: Path, *, device: str = "auto", precision: str = "auto", weights: str = "full") -> Loaded:
+def load_model(
+    path: Path,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    weights: str = "full",
+    adapter: Path | None = None,
+) -> Loaded:
     """Loads the model at ``path``; see :func:`find_checkpoint`.
 
     Args:
@@ -89,30 +99,51 @@ def load_model(path: Path, *, device: str = "auto", precision: str = "auto", wei
         device: as for :func:`mm_rec.machine.device.select_device`.
         precision: type of the matrices, as for :func:`mm_rec.machine.device.select_precision`.
         weights: ``full``, or ``int8`` to round the matrices; see :func:`mm_rec.inference.quantize.quantize_int8`.
+        adapter: folder of a LoRA adapter to add to the weights, as for :func:`mm_rec.storage.adapter.read_adapter`.
 
     Raises:
-        UserError: if there is no valid checkpoint, or no such device, precision or kind of weights.
+        UserError: if there is no valid checkpoint, no such device, precision or kind of weights, or the adapter is
+            not of this model.
     """
     if weights not in WEIGHTS:
         raise UserError(f"there are no weights {weights!r}; use {' or '.join(WEIGHTS)}")
     place = select_device(device)
     found = checkpoint.load(find_checkpoint(path), weights_only=True)
-    with torch.device("meta"):
-        model = MMRecModel(found.config)
+    checkpoint.check_shape(found)
+    values = found.weights if adapter is None else merged(found.weights, read_adapter(adapter), adapter)
     try:
-        model.load_state_dict(found.weights, assign=True)
-    except RuntimeError as error:
+        with torch.device("meta"):
+            model = MMRecModel(found.config)
+        model.load_state_dict(values, assign=True)
+    except (RuntimeError, KeyError) as error:  # KeyError: the name of an expert is one of PyTorch's own
         raise UserError(f"the weights in {found.path} are not of the model in its config.json") from error
-    apply_precision(model, select_precision(precision, place))
-    if weights == "int8":
-        quantize_int8(model)
-    model.to(place).eval()
-    if weights == "full":
-        pack_matrices(model)
     tokenizer = found.load_tokenizer()
     if tokenizer.vocab_size > found.config.vocab_size:
         raise UserError(
             f"the tokenizer in {found.path} has {tokenizer.vocab_size} tokens and the model {found.config.vocab_size}; "
             "resize the model with model.resize_token_embeddings(len(tokenizer)) and save it again"
         )
+    _check_state(model)
+    apply_precision(model, select_precision(precision, place))
+    if weights == "int8":
+        quantize_int8(model)
+    model.to(place).eval()
+    if weights == "full":
+        pack_matrices(model)
     return Loaded(model, tokenizer, found.domain, found.path, weights)
+
+
+def _check_state(model: MMRecModel) -> None:
+    """Refuse a model whose memory of a text does not fit; no weights tell how large that is.
+
+    Raises:
+        UserError: naming what is needed and what there is.
+    """
+    state = initial_state(model.config, 1, model.config.experts, device="meta")
+    needed = sum(tensor.nbytes for tensor in flatten_state(state).values())
+    available = available_memory(torch.device("cpu"))
+    if needed > available:
+        raise UserError(
+            f"the model's memory of one text takes {format_bytes(needed)} and {format_bytes(available)} are free; "
+            "its config.json asks for too large a window or too many slots"
+        )

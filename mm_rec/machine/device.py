@@ -31,6 +31,9 @@ __all__ = [
 
 PRECISIONS = ("bf16", "fp32")
 
+FEW_THREADS, THREADS_A_CORE = 64, 4
+"""Threads that any machine runs, and those for each of its cores: no more than the larger of both make sense."""
+
 
 def select_device(requested: str = "auto") -> torch.device:
     """The device to run on: ``auto`` takes CUDA if it is there, else the CPU.
@@ -73,9 +76,13 @@ def set_threads(requested: int | None) -> int:
     """Use ``requested`` threads; None takes what the user has set for PyTorch, else as many as are measured to pay."""
     if requested is None and not threads_are_given():
         requested = tune(has_fast_bf16(torch.device("cpu"))).threads
+    threads = torch.get_num_threads() if requested is None else requested
+    most = max(FEW_THREADS, THREADS_A_CORE * cores())
+    if threads > most:  # the libraries crash where the system gives them no more
+        raise UserError(f"{threads} threads are too many for the {cores()} cores here; use {most} at most")
     if requested is not None:
         torch.set_num_threads(requested)
-    return torch.get_num_threads()
+    return threads
 
 
 def default_threads(processes: int) -> int:

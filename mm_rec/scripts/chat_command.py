@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mm_rec.errors import UserError
 from mm_rec.program import Parser, run_program
 from mm_rec.scripts.sampling_options import (
+    add_adapter_argument,
     add_domain_argument,
     add_json_argument,
     add_sampling_arguments,
@@ -51,6 +52,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--session", type=Path, metavar="FILE", help="keep the memory here, saved after every answer")
     parser.add_argument("--resume", action="store_true", help="go on with the conversation in --session")
     parser.add_argument("--system", metavar="TEXT", help="system prompt of a new conversation")
+    add_adapter_argument(parser)
     add_domain_argument(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: CUDA if it is there")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="type of the matrices")
@@ -83,7 +85,13 @@ def _open_session(options: argparse.Namespace) -> ChatSession:
     from mm_rec.inference.sampling import Sampling
 
     given = given_sampling(options)
-    loaded = load_model(options.model, device=options.device, precision=options.precision, weights=options.weights)
+    loaded = load_model(
+        options.model,
+        device=options.device,
+        precision=options.precision,
+        weights=options.weights,
+        adapter=options.adapter,
+    )
     model, tokenizer = loaded.model, loaded.tokenizer
     if options.resume:
         session = ChatSession.load(options.session, model, tokenizer)

@@ -99,13 +99,17 @@ def _evaluate(options: argparse.Namespace) -> int:
     from mm_rec.evaluation.report import Measurements, write_report
     from mm_rec.inference.chat_session import QUESTIONS, ChatSession, transcript
     from mm_rec.inference.loading import load_model
+    from mm_rec.storage.files import reporting_errors
 
     loaded = load_model(options.model, device=options.device, precision=options.precision, weights=options.weights)
     model, tokenizer, domain = loaded.model, loaded.tokenizer, loaded.choose_domain(options.domain)
+    with reporting_errors(options.output):  # before hours of measuring
+        options.output.mkdir(parents=True, exist_ok=True)
     device = model.embedding.weight.device.type
     options.distances = DISTANCES[device] if options.distances is None else options.distances
     options.trials = options.trials or TRIALS[device]
     measured = Measurements(_facts(loaded, domain))
+    print(f"state: {measured.model['state']}")
     documents = {
         name: _read_documents(path, loaded, options.max_bytes, options.skip_bad) for name, path in options.documents
     }

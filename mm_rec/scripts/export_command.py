@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from mm_rec.program import Parser, run_program
-from mm_rec.scripts.sampling_options import add_domain_argument
+from mm_rec.scripts.sampling_options import add_adapter_argument, add_domain_argument
 
 EPILOG = """examples:
   mm-rec export --model checkpoints_cpu --output my-model
   mm-rec export --model checkpoints_cpu/stage1 --output python-model --domain code
+  mm-rec export --model checkpoints_cpu/stage3 --adapter my-adapter --output merged-model
 
 In Python:
   import mm_rec.hf                                    # or trust_remote_code=True below
@@ -24,12 +25,13 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     parser = Parser(prog=prog, description=__doc__, epilog=EPILOG)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint, run folder or folder of runs")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="to make; it must not exist")
+    add_adapter_argument(parser)
     add_domain_argument(parser)
     options = parser.parse_args(arguments)
 
     from mm_rec.hf.export import export
 
-    for line in export(options.model, options.output, options.domain):
+    for line in export(options.model, options.output, options.domain, options.adapter):
         print(f"the same in transformers: {line}")
     print(f"exported to {options.output}")
     return 0

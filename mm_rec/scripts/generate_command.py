@@ -9,6 +9,7 @@ from pathlib import Path
 from mm_rec.errors import UserError
 from mm_rec.program import Parser, run_program
 from mm_rec.scripts.sampling_options import (
+    add_adapter_argument,
     add_domain_argument,
     add_json_argument,
     add_sampling_arguments,
@@ -29,6 +30,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     parser = Parser(prog=prog, description=__doc__, epilog=EPILOG)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint, run folder or folder of runs")
     parser.add_argument("--prompt", help="text to continue; read from standard input if not given and not a terminal")
+    add_adapter_argument(parser)
     add_domain_argument(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: CUDA if it is there")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="type of the matrices")
@@ -46,7 +48,13 @@ def _generate(options: argparse.Namespace) -> int:
     sampling = Sampling(**given_sampling(options))
     prompt = _read_prompt(options.prompt)
     schema = read_json_schema(options.json_schema)
-    loaded = load_model(options.model, device=options.device, precision=options.precision, weights=options.weights)
+    loaded = load_model(
+        options.model,
+        device=options.device,
+        precision=options.precision,
+        weights=options.weights,
+        adapter=options.adapter,
+    )
     domain = loaded.choose_domain(options.domain)
     pieces = generate(loaded.model, loaded.tokenizer, prompt, sampling, domain, schema)
     sys.stdout.write(prompt + next(pieces, ""))  # what can't be drawn is refused before anything is written

@@ -11,8 +11,10 @@ from mm_rec.config import WEIGHTS
 from mm_rec.errors import UserError
 
 __all__ = [
+    "ADAPTER_HELP",
     "FLAGS",
     "WEIGHTS_HELP",
+    "add_adapter_argument",
     "add_domain_argument",
     "add_json_argument",
     "add_sampling_arguments",
@@ -21,6 +23,7 @@ __all__ = [
     "read_json_schema",
 ]
 
+ADAPTER_HELP = "folder of a LoRA adapter to add to the model, as PEFT or `mm-rec finetune --lora` writes it"
 WEIGHTS_HELP = "full, or int8: fewer bytes, so faster on the CPU, at a small loss of quality"
 
 # Defaults are those of Sampling, which is not imported here: it brings PyTorch, and --help should be quick.
@@ -80,6 +83,11 @@ def read_json_schema(path: Path | None) -> dict[str, Any] | None:
 def add_domain_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--domain``, for ``Loaded.choose_domain``."""
     parser.add_argument("--domain", help="the expert to use, or `all` to fuse them (default: what training reached)")
+
+
+def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--adapter``, for ``load_model``."""
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help=ADAPTER_HELP)
 
 
 def add_weights_argument(parser: argparse.ArgumentParser) -> None:

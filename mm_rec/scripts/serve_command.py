@@ -15,7 +15,7 @@ from mm_rec.config import WEIGHTS
 from mm_rec.errors import UserError
 from mm_rec.options import Option, add_arguments, from_arguments
 from mm_rec.program import Parser, run_program
-from mm_rec.scripts.sampling_options import WEIGHTS_HELP
+from mm_rec.scripts.sampling_options import ADAPTER_HELP, WEIGHTS_HELP
 from mm_rec.serve.connections import FEWEST, Connections, most_connections
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class ServeSettings:
 
     model: Annotated[Path | None, Option("checkpoint, run folder or folder of runs (required)")] = None
     name: Annotated[str, Option("of the model, as clients ask for it")] = "mm-rec"
+    adapter: Annotated[Path | None, Option(ADAPTER_HELP)] = None
     domain: Annotated[str | None, Option("the expert to use, or `all` to fuse them; what training reached")] = None
     host: Annotated[str, Option("address to listen on; others than this machine's need an API key")] = "127.0.0.1"
     port: Annotated[int, Option("to listen on; 0 takes a free one", minimum=0)] = 8000
@@ -124,7 +125,13 @@ def _build(settings: ServeSettings, path: Path, origins: list[str], connections:
     from mm_rec.serve.sessions import SessionStore
 
     set_threads(settings.threads)
-    loaded = load_model(path, device=settings.device, precision=settings.precision, weights=settings.weights)
+    loaded = load_model(
+        path,
+        device=settings.device,
+        precision=settings.precision,
+        weights=settings.weights,
+        adapter=settings.adapter,
+    )
     model, tokenizer = loaded.model, loaded.tokenizer
     domain = loaded.choose_domain(settings.domain)
     identity = fingerprint(model)

@@ -47,7 +47,7 @@ def main(
     """
     parser = Parser(prog=prog, description=description)
     parser.epilog = STAGE_HELP + "\n" + EPILOG.format(prog=parser.prog)
-    add_arguments(parser, TrainSettings, defaults)
+    add_arguments(parser, TrainSettings, defaults, without=("lora", "lora_alpha"))
     settings = from_arguments(TrainSettings, parser.parse_args(arguments), defaults)
 
     return train(settings, samples or {})

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,6 +30,7 @@ from torch import Tensor
 from mm_rec.config import ModelConfig
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS, take_version
+from mm_rec.storage import adapter as adapters
 from mm_rec.storage import files, hf_folder
 from mm_rec.storage.reading import read_file, read_tensors
 from mm_rec.text.tokenizer import Tokenizer
@@ -37,6 +39,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Event",
+    "check_shape",
     "checkpoint_name",
     "checkpoint_step",
     "list_checkpoints",
@@ -54,6 +57,13 @@ MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 TRAINING_FILES = ("optimizer.safetensors", "carried.safetensors", "trainer.json")
 SMALL_FILES_BYTES = 16_000_000
 """Room for all files but the tensors; a tokenizer of 32,000 tokens takes 2.5 MB."""
+
+_BLOCK = re.compile(r"experts\.[^.]+\.blocks\.\d+")
+
+MAX_FILE_BYTES = 256_000_000
+"""Far above the size of any file of a checkpoint but the tensors."""
+
+_LONGEST_REASON = 300
 
 Event = Callable[[str], None]
 T = TypeVar("T")
@@ -103,6 +113,7 @@ def save(
     carried: Mapping[str, Tensor],
     trainer: Mapping[str, Any],
     tokenizer: Tokenizer,
+    adapter: Mapping[str, tuple[Tensor, Tensor, float]] | None = None,
 ) -> None:
     """Write the checkpoint ``path``, which must not exist yet.
 
@@ -113,6 +124,7 @@ def save(
         optimizer, carried: named tensors; may be empty.
         trainer: values that JSON can hold.
         tokenizer: that of the model.
+        adapter: of a run that trains adapters, A, B and s of each by parameter name, kept beside the merged weights.
 
     Raises:
         StorageError: if the disk is full, broken or not writable. Nothing is left over, and no earlier
@@ -125,6 +137,16 @@ def save(
         _write_json(folder / "trainer.json", {KEY: VERSIONS["training"], **trainer})
         for name, group in tensors.items():
             write_tensors(folder / f"{name}.safetensors", group)
+        if adapter:
+            _write_adapter(folder / adapters.ADAPTER_FOLDER, adapter)
+
+
+def _write_adapter(folder: Path, adapter: Mapping[str, tuple[Tensor, Tensor, float]]) -> None:
+    """Write what was trained as an adapter of PEFT."""
+    config, tensors = adapters.adapter_files({name: adapters.LowRank(*one) for name, one in adapter.items()})
+    folder.mkdir()
+    _write_json(folder / adapters.CONFIG, config)
+    write_tensors(folder / adapters.WEIGHTS, tensors, like=folder / adapters.CONFIG)
 
 
 def load(path: Path, *, weights_only: bool = False) -> Checkpoint:
@@ -169,7 +191,10 @@ def load(path: Path, *, weights_only: bool = False) -> Checkpoint:
 def _load_saved_by_transformers(path: Path, weights_only: bool) -> Checkpoint:
     """Read a model that `transformers` or a tool around it saved; there are no hashes to compare it with."""
     try:
-        configuration, tokenizer = (path / "config.json").read_bytes(), (path / "tokenizer.json").read_bytes()
+        small = [path / "config.json", path / "tokenizer.json"]
+        for file in small:
+            _check_size(file, file.stat().st_size)
+        configuration, tokenizer = (file.read_bytes() for file in small)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be used: {error.filename} cannot be read ({error.strerror}); a tokenizer is written there "
@@ -201,8 +226,28 @@ def _default_domain(
         return hf_folder.default_domain(config, weights)
     domain = None if values["domain"] == "all" else values["domain"]
     if domain is not None and domain not in config.experts:
-        raise CheckpointError(f"{path / 'config.json'} cannot be used: there is no expert {domain!r}")
+        raise CheckpointError(f"{path / 'config.json'} cannot be used: there is no expert {domain!r:.80}")
     return domain
+
+
+def check_shape(found: Checkpoint) -> None:
+    """Compare the configuration of a checkpoint with its weights, so that no model is built that they do not fill.
+
+    Raises:
+        CheckpointError: if the weights are those of another model, or not in float32.
+    """
+    config, weights = found.config, found.weights
+    odd = sorted({str(tensor.dtype) for tensor in weights.values() if tensor.dtype != torch.float32})
+    if odd:
+        raise CheckpointError(f"{found.path} has weights of type {odd[0]}; a checkpoint's are torch.float32")
+    embedding = weights.get("embedding.weight")
+    blocks = {f"experts.{name}.blocks.{index}" for name in config.experts for index in range(config.n_layers)}
+    if (
+        {match[0] for match in map(_BLOCK.match, weights) if match} != blocks
+        or embedding is None
+        or embedding.shape != (config.vocab_size, config.d_model)
+    ):
+        raise CheckpointError(f"the weights in {found.path} are not of the model in its config.json")
 
 
 def checkpoint_name(step: int) -> str:
@@ -327,8 +372,14 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file without copying what already lies on the CPU in one piece."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], like: Path | None = None) -> None:
+    """Write a safetensors file without copying what already lies on the CPU in one piece.
+
+    Args:
+        path: the file.
+        tensors: what it holds, by name.
+        like: a file whose permissions it gets; ``config.json`` beside it if None.
+    """
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(flat, path, metadata={"format": "pt"})
@@ -338,15 +389,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if code is None:
             raise
         raise OSError(int(code[1]), str(error), str(path)) from error
-    path.chmod((path.parent / "config.json").stat().st_mode)  # the library makes it private
+    path.chmod((like or path.parent / "config.json").stat().st_mode)  # the library makes it private
 
 
 def _read(path: Path, entry: files.Entry) -> Any:
     """The tensors of a safetensors file, the bytes of any other."""
-    if path.suffix != ".safetensors":
-        return read_file(path, entry)
     with _reading(path):
-        return read_tensors(path, entry)
+        if path.suffix == ".safetensors":
+            return read_tensors(path, entry)
+        _check_size(path, int(entry["bytes"]))
+        return read_file(path, entry)
+
+
+def _check_size(path: Path, n_bytes: int) -> None:
+    """Refuse a file that would take all memory and holds no tensors."""
+    if n_bytes > MAX_FILE_BYTES:
+        raise CheckpointError(f"{path} has more than {MAX_FILE_BYTES // 1_000_000} MB, which only tensors have")
 
 
 def _parse_json(path: Path, kind: str, content: bytes) -> dict[str, Any]:
@@ -360,5 +418,5 @@ def _reading(path: Path) -> Iterator[None]:
     """Name the file in any error of what is a sound file by its hash."""
     try:
         yield
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from error
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be used: {str(error)[:_LONGEST_REASON]}") from error

@@ -148,7 +148,7 @@ def read_saved_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
     if head is not None and not torch.equal(head, weights.get(EMBEDDING, head[:0])):
         raise UserError(
             f"the output head in {folder} is not the embedding, as it always is in MM-Rec; "
-            "train without lm_head among modules_to_save and target_modules"
+            "train without either among modules_to_save (trainable_token_indices of PEFT trains rows of both)"
         )
     digest = hashlib.sha256()
     for content in contents:

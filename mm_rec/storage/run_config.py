@@ -20,6 +20,7 @@ import yaml
 import mm_rec
 from mm_rec.errors import UserError
 from mm_rec.storage import files
+from mm_rec.storage.yaml_file import parse_yaml, read_bounded
 
 __all__ = [
     "CHECKPOINTS",
@@ -63,14 +64,14 @@ def versions() -> dict[str, str]:
 def read_config(run: Path) -> Config | None:
     """Returns the configuration of a run folder; None if ``run`` is not one or :func:`what_is_wrong` says why."""
     try:
-        content = (run / CONFIG).read_bytes()
+        content = read_bounded(run / CONFIG)
         head, _, rest = content.partition(b"\n")
         if content.startswith(_FIRST_KEY):
             rest = content
         elif _hash_line(rest) != head + b"\n":
             return None
-        config = yaml.safe_load(rest.decode())
-    except (OSError, ValueError, yaml.YAMLError):
+        config = parse_yaml(rest, run / CONFIG)
+    except UserError:
         return None
     return config if isinstance(config, dict) and {"stage", "identity"} <= config.keys() else None
 

@@ -43,6 +43,12 @@ _WORDS = "|".join(
 )
 
 
+MAX_BYTES = 256_000_000
+"""Far above the size of any tokenizer's file."""
+
+_LONGEST_REASON = 300
+_SAMPLE = "Aa 09 ışık, 漢字 🙂\r\n\tdef f(x):\n        return ' x'\n"
+
 _LONGEST_TRAINED = 256
 """Characters of a word that training looks at in one piece. It takes time by the square of the longest word, and a
 script without spaces or a sequence of DNA can be one word of millions; no token becomes as long as this."""
@@ -141,6 +147,8 @@ class Tokenizer:
         """Read ``folder/tokenizer.json``; raises UserError if it is missing or broken."""
         path = Path(folder) / "tokenizer.json"
         try:
+            if path.stat().st_size > MAX_BYTES:
+                raise UserError(f"{path} has more than {MAX_BYTES // 1_000_000} MB, which is no tokenizer")
             content = path.read_bytes()
         except FileNotFoundError:
             raise UserError(f"there is no {path}; train a tokenizer with `mm-rec tokenizer`") from None
@@ -152,10 +160,26 @@ class Tokenizer:
     def parse(cls, content: bytes, path: Path) -> Tokenizer:
         """Returns the tokenizer in the ``content`` of the file ``path``; raises UserError if there is none in it."""
         try:
-            backend = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path} is not a tokenizer ({error}); train it anew with `mm-rec tokenizer`") from None
-        return cls(backend)
+            tokenizer = cls(tokenizers.Tokenizer.from_str(content.decode()))
+            tokenizer._check()
+        except UserError:
+            raise
+        except BaseException as error:  # the library raises bare Exception, and where it fails no Exception at all
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = " ".join(str(error).split())[:_LONGEST_REASON]
+            raise UserError(f"{path} is not a tokenizer ({reason}); train it anew with `mm-rec tokenizer`") from None
+        return tokenizer
+
+    def _check(self) -> None:
+        """Raises ValueError unless ids are 0 to V - 1, tokens stand for bytes, and a text comes back as it was."""
+        if sorted(self._backend.get_vocab().values()) != list(range(self.vocab_size)):
+            raise ValueError("its ids are not the numbers from 0 on")
+        trained = self._backend.get_vocab(with_added_tokens=False).keys() - set(CONTROL_TOKENS)
+        if any(sign not in _BYTE_OF_SIGN for name in trained for sign in name):
+            raise ValueError("its tokens do not stand for bytes")
+        if self.decode(self.encode(_SAMPLE)) != _SAMPLE:
+            raise ValueError("it does not give a text back as it was")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -20,6 +20,7 @@ from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
 from mm_rec.storage.run_folder import Run
 from mm_rec.training.ddp import ReplicatedAdamW
+from mm_rec.training.lora import LoraAdamW
 from mm_rec.training.plan import Plan
 from mm_rec.training.ranks import StageStart
 from mm_rec.training.runtime import Runtime
@@ -56,6 +57,10 @@ def build_trainer(
     model, optimizer = _model_and_optimizer(start.config, plan, runtime, device)
     if start.checkpoint is None and (weights := _initial_weights(start, plan.seed)) is not None:
         optimizer.load_master_tensors(weights)
+    if isinstance(optimizer, LoraAdamW) and start.checkpoint is None and processes.world_size() > 1:
+        # As below: what is drawn is drawn by rank 0 alone.
+        drawn = optimizer.state_tensors() if processes.is_rank_zero() else None
+        optimizer.load_state_tensors(processes.broadcast_tensors(drawn) or {})
     token_bytes = np.array([len(one) for one in data.tokenizer.token_bytes])
     valid = {name: select_documents(store, token_bytes, plan.valid_bytes) for name, store in data.valid.items()}
     sizes = {"batch_size": plan.batch_size, "seq_len": plan.seq_len, "seed": plan.seed}
@@ -100,6 +105,16 @@ def _model_and_optimizer(
         model = MMRecModel(config, seed=plan.seed)
         apply_precision(model, runtime.precision)
         model.to(device)
+    if plan.lora_rank is not None:
+        assert plan.lora_alpha is not None, "the plan has filled it in"
+        return model, LoraAdamW(
+            model.named_parameters(),
+            rank=plan.lora_rank,
+            alpha=plan.lora_alpha,
+            seed=plan.seed,
+            betas=plan.betas,
+            weight_decay=plan.weight_decay,
+        )
     return model, kind(model.named_parameters(), betas=plan.betas, weight_decay=plan.weight_decay)
 
 

@@ -54,6 +54,7 @@ def find_starting_point(settings: TrainSettings, plan: Plan, data: Prepared, dev
     named = checkpoint.load(checkpoint.resolve(settings.resume_from)) if settings.resume_from else None
     start = None if named else _load_weights(settings, data)
     if named is not None:
+        checkpoint.check_shape(named)
         config = named.config
         _check_shape(settings, config, f"{settings.resume_from} is")
         _check_tokenizer(named, data, settings.resume_from)
@@ -100,6 +101,7 @@ def _load_weights(settings: TrainSettings, data: Prepared) -> _Weights | None:
     if path is None:
         return None
     found = checkpoint.load(path, weights_only=True)
+    checkpoint.check_shape(found)
     _check_tokenizer(found, data, path)
     return _Weights(path, found.config, found.weights, found.sha256)
 

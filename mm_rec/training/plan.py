@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mm_rec.errors import UserError
 from mm_rec.stages import STAGES, Stage
 from mm_rec.training.schedule import PEAK_RATE, betas, learning_rate
 from mm_rec.training.settings import TrainSettings, step_cap
@@ -14,6 +15,9 @@ __all__ = ["Plan", "make_plan"]
 
 EPOCHS_OF_A_SAMPLE = 20
 """Where the data is a sample asked for by size, steps follow from it: so many passes, at most the default."""
+
+LORA_RATE_FACTOR = 5
+"""Learning rate of adapters over that of all weights, where the user names none (docs/LOG.md)."""
 
 FEWEST_FUSION_STEPS = 30
 """After so many of 2 x 512 tokens the fused model is as good as each domain by its own expert (docs/LOG.md)."""
@@ -33,6 +37,7 @@ class Plan:
         weight_decay, clip: of the optimizer.
         seed: of weights, data order and samples.
         checkpoint_interval, keep_checkpoints, eval_interval, valid_bytes: when and how much to save and validate.
+        lora_rank, lora_alpha: of the adapters that are trained in place of the weights; None trains the weights.
     """
 
     stage: Stage
@@ -50,6 +55,8 @@ class Plan:
     keep_checkpoints: int
     eval_interval: int
     valid_bytes: int
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
 
     @property
     def tokens_per_step(self) -> int:
@@ -75,7 +82,9 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """What decides the result, apart from data, model and device."""
-        names = ("batch_size", "seq_len", "accumulation", "rate", "weight_decay", "clip", "seed")
+        names = ["batch_size", "seq_len", "accumulation", "rate", "weight_decay", "clip", "seed"]
+        if self.lora_rank is not None:
+            names += ["lora_rank", "lora_alpha"]
         return {name: value for name, value in asdict(self).items() if name in names}
 
     def intervals(self) -> dict[str, Any]:
@@ -97,6 +106,12 @@ def make_plan(settings: TrainSettings, device_type: str, tokens_per_epoch: int) 
     interval = settings.checkpoint_interval or sizes.checkpoint_interval
     tenth = math.ceil(steps / 10 / interval) * interval
     rate = PEAK_RATE if settings.lr is None else settings.lr
+    if settings.lora is not None and not stage.conversations:
+        raise UserError(
+            f"--lora is for fine-tuning (mm-rec finetune); {stage.name} trains all weights, so leave it out"
+        )
+    if settings.lora is not None and settings.lr is None:
+        rate *= LORA_RATE_FACTOR
     return Plan(
         stage=stage,
         batch_size=batch_size,
@@ -113,4 +128,10 @@ def make_plan(settings: TrainSettings, device_type: str, tokens_per_epoch: int) 
         keep_checkpoints=settings.keep_checkpoints,
         eval_interval=settings.eval_interval or tenth,
         valid_bytes=settings.valid_bytes,
+        lora_rank=settings.lora,
+        lora_alpha=None if settings.lora is None else _alpha(settings, settings.lora),
     )
+
+
+def _alpha(settings: TrainSettings, rank: int) -> float:
+    return 2.0 * rank if settings.lora_alpha is None else settings.lora_alpha

@@ -21,6 +21,7 @@ from mm_rec.training.estimate import (
     count_parameters,
     measure_activations,
     memory_remedy,
+    tokens_that_fit,
     with_margin,
 )
 from mm_rec.training.runtime import model_and_optimizer_bytes
@@ -61,7 +62,7 @@ def estimate_run(trainer: Trainer, gradient_checkpointing: str, available: int) 
         UserError: if the run does not fit into memory.
     """
     plan, model, runtime = trainer.plan, trainer.model, trainer.runtime
-    fixed = model_and_optimizer_bytes(model.config, runtime)
+    fixed = model_and_optimizer_bytes(model.config, runtime, lora=plan.lora_rank is not None)
     activations = measure_activations(model, None if plan.stage.mixed else model.config.experts[0])
     tokens = plan.batch_size // processes.world_size() * plan.seq_len
     plain, checkpointed = (with_margin(fixed, one * tokens) for one in (activations.plain, activations.checkpointed))
@@ -69,7 +70,8 @@ def estimate_run(trainer: Trainer, gradient_checkpointing: str, available: int) 
         gradient_checkpointing == "auto" and checkpointed <= available < plain
     )
     memory = checkpointed if model.gradient_checkpointing else plain
-    check_memory(memory, available, memory_remedy(plan.batch_size, plan.seq_len))
+    fitting = tokens_that_fit(fixed, activations.checkpointed, available) * processes.world_size()
+    check_memory(memory, available, memory_remedy(plan.batch_size, plan.seq_len, fitting))
     parameters = count_parameters(model.config)
     own_parameters = parameters // (runtime.processes if runtime.sharded else 1)
     return RunEstimate(parameters, memory, available, _seconds_per_step(trainer, own_parameters))
@@ -81,15 +83,16 @@ def announce(console: Console, trainer: Trainer, data: Prepared, estimate: RunEs
     tokens = {name: store.n_tokens for name, store in data.train.items()}
     recall = sum(store.n_tokens for store in data.recall.values())
     total = sum(tokens.values()) + recall
-    steps = plan.last_step - trainer.progress.step
+    steps = max(0, plan.last_step - trainer.progress.step)  # a finished run may be asked for fewer than it has
     seconds = estimate.seconds_per_step
     passes = plan.steps * plan.tokens_per_step / total
+    adapters = "" if plan.lora_rank is None else f"; trained are adapters of rank {plan.lora_rank}"
     several = f"{runtime.processes} processes ({runtime.parallel}) of " if runtime.parallel else ""
     checkpointing = ", gradient checkpointing" if trainer.model.gradient_checkpointing else ""
     for line in (
         f"{plan.stage.name}: {plan.stage.summary}",
         f"  model   {estimate.parameters / 1e6:.1f}M parameters: {len(config.experts)} experts of {config.n_layers} "
-        f"blocks, {config.d_model} wide, vocabulary {config.vocab_size:,}",
+        f"blocks, {config.d_model} wide, vocabulary {config.vocab_size:,}{adapters}",
         f"  runs    on {trainer.device}, {runtime.precision}, {several}{runtime.threads} threads, "
         f"{runtime.ops} kernels{checkpointing}",
         f"  data    {', '.join(f'{name} {count:,} tokens' for name, count in tokens.items())}"

@@ -81,18 +81,18 @@ def agree_on_runtime(runtime: Runtime, settings: TrainSettings, config: ModelCon
     if processes.world_size() == 1:
         return runtime
     whole = replace(runtime, parallel="ddp")
-    too_large = with_margin(model_and_optimizer_bytes(config, whole), 0) > available
+    too_large = with_margin(model_and_optimizer_bytes(config, whole, lora=settings.lora is not None), 0) > available
     some_too_large = bool(processes.all_max(int(too_large)))
     if settings.parallel == "auto":
         return replace(runtime, parallel="fsdp" if some_too_large or runtime.sharded else "ddp")
     return runtime
 
 
-def model_and_optimizer_bytes(config: ModelConfig, runtime: Runtime) -> int:
+def model_and_optimizer_bytes(config: ModelConfig, runtime: Runtime, *, lora: bool = False) -> int:
     """Returns the bytes that weights, gradients and AdamW's state take in one process."""
     if runtime.sharded:
         return sharded_bytes(config, runtime.precision, runtime.processes)
-    return training_bytes(count_parameters(config), runtime.precision, replicated=runtime.processes > 1)
+    return training_bytes(count_parameters(config), runtime.precision, replicated=runtime.processes > 1, lora=lora)
 
 
 def memory_of_process(device: torch.device) -> int:

@@ -275,7 +275,8 @@ class Trainer:
     def _choose_trainable(self, fusion_only: bool) -> None:
         """Where only the fusion learns, the experts get no gradients at all."""
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(not fusion_only or name.startswith("fusion."))
+            learns = self.optimizer.trains(name) and (not fusion_only or name.startswith("fusion."))
+            parameter.requires_grad_(learns)
 
     def _roll_back(self, step: int, trouble: str) -> None:
         """Back to the last good checkpoint; from there on this step's batch is left out and the rate halved."""
@@ -311,6 +312,7 @@ class Trainer:
             carried=carried,
             trainer={"position": asdict(self.progress), "runtime": self.runtime.to_dict(), "steps": self.plan.steps},
             tokenizer=self.tokenizer,
+            adapter=self.optimizer.adapter(),
         )
         if processes.is_rank_zero():
             prune(self.run.checkpoints, self.plan.keep_checkpoints)

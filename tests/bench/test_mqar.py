@@ -44,6 +44,8 @@ def test_weight_lies_at_the_questions_alone():
 
 
 def test_a_run_that_was_cut_ends_as_one_that_was_not(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(mqar, "TEST_ROWS", 8)
+
     def command(name, *more):
         sizes = ["--tokens", "24", "--pairs", "2", "--rows", "2", "--vocabulary", "64", "--width", "64"]
         options = [*sizes, "--rates", "1e-3", "2e-3", "--bar", "2", "--device", "cpu"]

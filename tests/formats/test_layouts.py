@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from layout import layout
 
+from mm_rec.data.prepare import prepare
+from mm_rec.data.prepare_recall import add_recall_rows
+from mm_rec.data.synthetic import write_synthetic
 from mm_rec.formats import VERSIONS
 
 LAYOUTS = Path(__file__).parent / "layouts"
@@ -47,3 +50,10 @@ def test_another_layout_needs_another_version(continued: Path, kind: str) -> Non
     found = layout(kind, example(kind, continued / "stopped", "step_000007", new, new / "prepared"))
     expected = written_down(kind, VERSIONS[kind])
     assert found == expected, f"raise the version of {kind} in mm_rec/formats.py and write its layout down"
+
+
+def test_rows_that_train_recall_have_the_layout_of_their_version(tmp_path: Path) -> None:
+    write_synthetic(tmp_path, 12)
+    rows = add_recall_rows(prepare(tmp_path, 320, filters=False), 0.1).recall["text"].path.parent
+    expected = written_down("recall rows", VERSIONS["recall rows"])
+    assert layout("recall rows", rows) == expected, "raise the version of recall rows and write its layout down"

@@ -22,7 +22,7 @@ from mm_rec.scripts import eval_command
 from mm_rec.storage import checkpoint
 from mm_rec.text.tokenizer import train_tokenizer
 
-CONFIG = ModelConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, slots=6)
+CONFIG = ModelConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16)
 TEXTS = ["The grass is green.", "One and two are three. " * 60, "Hello, what is your name? <b>&amp;"]
 
 
@@ -69,6 +69,7 @@ def test_the_report_holds_what_was_measured(model: Path, tmp_path: Path, capsys:
     assert min(filter(None, by_position)) <= results["bits_per_byte"]["own"]["text"] <= max(filter(None, by_position))
     assert results["model"]["state"].endswith(" kB by one")
     told = capsys.readouterr().out
+    assert f"state: {results['model']['state']}\n" in told
     assert re.search(r"^reading takes about .* for documents, .* for needles$", told, re.M)
     assert told.count("needle, ") == len(cells)
     assert "too few tokens for needles over 9,000" in told

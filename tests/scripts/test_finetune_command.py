@@ -124,3 +124,59 @@ def test_bad_rows_stop_it_unless_they_are_to_be_skipped(folder: Path, capsys: py
     assert f"{rows}:21: an answer of the assistant is empty" in capsys.readouterr().err
     assert run(folder, "finetune", *start, "--skip_bad", "1") == 0
     assert "20 conversations read, 1 bad rows left out" in capsys.readouterr().out
+
+
+def lora_run(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, stopped_at: int | None) -> Path:
+    """Three steps of adapters on the same start, stopped once in between if so asked; returns the final checkpoint."""
+    start = ["--init_from", str(folder / "runs" / "stage1" / "checkpoints" / "step_000002")]
+    tuning = ["finetune", "--task", "instruct", "--seq_len", "32", "--max_steps", "40", "--lora", "2", "--lr", "0.3"]
+    tuning += [*start, "--data_dir", str(folder / "data"), "--checkpoint_dir", str(folder / name), *FLAGS]
+    if stopped_at is not None:
+        monkeypatch.setenv("MM_REC_MAX_STEPS", str(stopped_at))
+        assert main(tuning) == 0
+        monkeypatch.delenv("MM_REC_MAX_STEPS")
+    assert main(tuning) == 0
+    return folder / name / "instruct" / "checkpoints" / "step_000040"
+
+
+def test_adapters_are_trained_in_place_of_the_weights(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(folder, "train", "--preset", "tiny", "--seq_len", "32", "--max_steps", "2") == 0
+    whole, stopped = (lora_run(folder, monkeypatch, name, at) for name, at in (("one", None), ("two", 5)))
+    for name in ("model.safetensors", "optimizer.safetensors", "adapter/adapter_model.safetensors"):
+        assert (whole / name).read_bytes() == (stopped / name).read_bytes(), name
+    losses = [record["loss"] for record in records(whole.parent.parent) if "loss" in record]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.5
+
+    base = folder / "runs" / "stage1"
+    before, after = (checkpoint.load(path, weights_only=True).weights for path in (checkpoint.resolve(base), whole))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {n for n, one in before.items() if n.startswith("experts.") and one.ndim == 2}
+    for name in changed:  # of the rank that was asked for, at most
+        assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-4) <= 2, name
+
+    for path in (whole, whole / "adapter"):
+        added = load_model(base, device="cpu", precision="fp32", adapter=path).model.state_dict()
+        assert all(torch.equal(added[name], tensor) for name, tensor in after.items())
+    prompt = ["--prompt", "What", "--temperature", "0", "--max_new_tokens", "5", "--device", "cpu"]
+    capsys.readouterr()
+    assert main(["generate", "--model", str(base), "--adapter", str(whole), *prompt, "--domain", "all"]) == 0
+    assert main(["generate", "--model", str(whole), *prompt, "--domain", "all"]) == 0
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert first == second
+    merged = folder / "merged"
+    assert main(["export", "--model", str(base), "--adapter", str(whole), "--output", str(merged)]) == 0
+    exported = checkpoint.load(merged, weights_only=True).weights
+    assert all(torch.equal(exported[name], tensor) for name, tensor in after.items())
+
+
+def test_what_an_adapter_cannot_do_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, "train", "--preset", "tiny", "--seq_len", "32", "--max_steps", "2") == 0
+    config = folder / "runs" / "lora.yaml"
+    config.write_text("lora: 2\n")
+    assert run(folder, "train", "--preset", "tiny", "--max_steps", "3", "--config", str(config)) == 2
+    assert "--lora is for fine-tuning (mm-rec finetune)" in capsys.readouterr().err
+    model = str(folder / "runs" / "stage1")
+    assert main(["generate", "--model", model, "--adapter", str(folder / "data"), "--prompt", "x"]) == 2
+    assert "there is no adapter in" in capsys.readouterr().err

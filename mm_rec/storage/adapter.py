@@ -1,0 +1,138 @@
+"""LoRA adapters on the disk, in the layout of PEFT: low-rank changes of a model's matrices.
+
+    adapter_config.json         rank, scale and which layers
+    adapter_model.safetensors   two thin matrices A and B for each, by the names of the modules in `transformers`
+
+A matrix W becomes W + s B A, with s = alpha / rank (Hu et al., arXiv 2106.09685). PEFT itself is not needed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from mm_rec.errors import UserError
+from mm_rec.storage.hf_folder import checkpoint_names, module_names
+
+__all__ = ["ADAPTER_FOLDER", "CONFIG", "WEIGHTS", "LowRank", "adapter_files", "merged", "read_adapter"]
+
+ADAPTER_FOLDER = "adapter"
+"""In a checkpoint of a run that trains adapters, the folder that holds them."""
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+class LowRank(NamedTuple):
+    """The change s B A of a matrix: down A (rank, in), up B (out, rank) and the scale s."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def change(self) -> Tensor:
+        """Returns s B A, (out, in)."""
+        return self.scale * (self.up @ self.down)
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The parts of ``adapter_config.json`` that decide the scale."""
+
+    alpha: float
+    alphas: Mapping[str, float]
+    by_root: bool
+
+    def scale(self, module: str, rank: int) -> float:
+        """Returns s of a module; names in ``alphas`` are patterns for the end of its name, as PEFT takes them."""
+        alpha = next((v for k, v in self.alphas.items() if re.match(rf"(.*\.)?({k})$", module)), self.alpha)
+        return alpha / (math.sqrt(rank) if self.by_root else rank)
+
+
+def adapter_files(changes: Mapping[str, LowRank]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns what :data:`CONFIG` and :data:`WEIGHTS` hold for ``changes``, all of one rank and scale."""
+    first = next(iter(changes.values()))
+    rank = len(first.down)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": rank,
+        "lora_alpha": first.scale * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({name.rpartition(".")[2] for name in changes}),
+        "inference_mode": True,
+    }
+    tensors = {}
+    for name, one in changes.items():
+        (weight,) = module_names({name: one.down})
+        module = _PREFIX + weight.removesuffix(".weight")
+        tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = one.down, one.up
+    return config, tensors
+
+
+def read_adapter(folder: Path) -> dict[str, LowRank]:
+    """Returns the changes in a folder that PEFT or a run of this package wrote, by parameter name.
+
+    Args:
+        folder: one with :data:`CONFIG`, or a checkpoint that has one as :data:`ADAPTER_FOLDER`.
+
+    Raises:
+        UserError: if there is no adapter, or one that does more than add s B A to matrices.
+    """
+    if not (folder / CONFIG).is_file():
+        folder = folder / ADAPTER_FOLDER
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+        tensors = load((folder / WEIGHTS).read_bytes())
+        settings = AdapterSettings(
+            float(config["lora_alpha"] if config["peft_type"] == "LORA" else math.nan),
+            {str(name): float(alpha) for name, alpha in (config.get("alpha_pattern") or {}).items()},
+            bool(config.get("use_rslora")),
+        )
+    except FileNotFoundError as error:
+        raise UserError(f"there is no adapter in {folder}: no {Path(error.filename or WEIGHTS).name}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"the adapter in {folder} cannot be read: {error}; save it again") from error
+    downs = {
+        name.removesuffix(".lora_A.weight"): one for name, one in tensors.items() if name.endswith(".lora_A.weight")
+    }
+    others = sorted(tensors.keys() - {f"{m}.lora_{side}.weight" for m in downs for side in "AB"})
+    if math.isnan(settings.alpha) or config.get("use_dora") or config.get("fan_in_fan_out") or others or not downs:
+        found = others[0] if others else "another kind of adapter"
+        raise UserError(
+            f"{folder} holds more than plain LoRA of matrices ({found}); merge it in Python with "
+            "PeftModel.from_pretrained(...).merge_and_unload(), save the model and name that folder with --model"
+        )
+    changes = {}
+    for module, down in downs.items():
+        short = module.removeprefix(_PREFIX)
+        (name,) = checkpoint_names({f"{short}.weight": down})
+        up = tensors.get(f"{module}.lora_B.weight")
+        if up is None or up.ndim != 2 or down.ndim != 2 or up.shape[1] != len(down):
+            raise UserError(f"the adapter in {folder} is not whole: {module} has no A and B of one rank")
+        changes[name] = LowRank(down.float(), up.float(), settings.scale(short, len(down)))
+    return changes
+
+
+def merged(weights: Mapping[str, Tensor], changes: Mapping[str, LowRank], folder: Path) -> dict[str, Tensor]:
+    """Returns ``weights`` with the ``changes`` of the adapter in ``folder`` added.
+
+    Raises:
+        UserError: if the adapter is of a model of another shape.
+    """
+    result = dict(weights)
+    for name, one in changes.items():
+        if name not in weights or weights[name].shape != (len(one.up), one.down.shape[1]):
+            raise UserError(f"the adapter in {folder} is of another model: this one has no {name} of its shape")
+        result[name] = weights[name] + one.change()
+    return result
