@@ -132,6 +132,13 @@ def test_from_training_to_text(
         main(["generate", "--model", "runs", "--prompt", "Ada had", "--max_new_tokens", "20", "--domain", "code"]) == 0
     )
     assert capsys.readouterr().out != texts[0]
+    Path("schema.json").write_text(json.dumps({"type": "array", "items": {"type": "boolean"}, "maxItems": 3}))
+    assert main(["generate", "--model", "runs", "--prompt", "Ada had", "--json_schema", "schema.json"]) == 0
+    assert all(isinstance(one, bool) for one in json.loads(capsys.readouterr().out.removeprefix("Ada had")))
+    Path("schema.json").write_text(json.dumps({"type": "array", "uniqueItems": True}))
+    assert main(["generate", "--model", "runs", "--prompt", "Ada had", "--json_schema", "schema.json"]) == 2
+    output = capsys.readouterr()
+    assert (output.out, "uniqueItems" in output.err) == ("", True)
 
     assert main(["tokenizer", "--show", "Ada", "--tokenizer", "runs"]) == 0
     assert "bytes a token" in capsys.readouterr().out
@@ -144,6 +151,10 @@ def test_from_training_to_text(
         (["generate", "--model", ".", "--prompt", "\udcff"], "not UTF-8 text"),
         (["generate", "--model", ".", "--prompt", "a"], "neither a run folder nor a checkpoint"),
         (["generate", "--model", ".", "--prompt", "a", "--temperature", "-1"], "temperature must be at least 0"),
+        (
+            ["generate", "--model", ".", "--prompt", "a", "--json_schema", "none.json"],
+            "cannot read the schema none.json",
+        ),
         (["tokenizer"], "--output"),
         (["tokenizer", "--show", "a"], "--tokenizer"),
         (["tokenizer", "--output", "t", "--vocab_size", "10"], "--vocab_size must be at least"),
