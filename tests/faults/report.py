@@ -36,6 +36,13 @@ PROMISES = {
     16: "A session's name leads nowhere but to its file; a killed save leaves the turn before or after it.",
     17: "No text of a user becomes a control token.",
     18: "Nothing is unpickled.",
+    23: "However many clients hold connections, health is answered within a second, and log and memory are bounded; "
+    "a server that is stopped tells its streams.",
+    24: "A damaged or forged session ends its own request, no other.",
+    25: "A file that stands for far more than it is, is read in bounded memory and time, or refused in one line.",
+    26: "A stranger's model folder is loaded, or refused in one line, in bounded memory and time.",
+    27: "Output that is closed, full or of another encoding, few descriptors, absurd settings and names: one line, "
+    "exit code not 0.",
 }
 
 
