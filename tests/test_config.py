@@ -19,6 +19,7 @@ SOUND = ModelConfig.preset("tiny").to_dict()
         ({"d_model": 10**30}, "d_model must be a whole number"),
         ({"window": 2**20}, "window must be a whole number"),
         ({"rotary_base": float("nan")}, "rotary_base must be a number above 0"),
+        ({"rotary_base": 2**63}, "rotary_base must be a number above 0 and at most 1e"),
         ({"rotary_base": "1000"}, "rotary_base must be a number above 0"),
         ({"experts": "text"}, "experts must be names"),
         ({"experts": ["a.b"]}, "experts must be names"),

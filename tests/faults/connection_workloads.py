@@ -52,7 +52,7 @@ def ask(port: int) -> None:
 
 
 @workload(23, "300 clients at a server of 60 connections for two seconds: idle, slow, in one-byte chunks, no HTTP",
-          unit="storms", quick=2, soak=30)  # fmt: skip
+          unit="storms", quick=2, soak=10)  # fmt: skip
 def small_storms(folder: Path) -> Iterator[Trial]:
     with socket_of(folder, max_connections=60) as (port, service):
 
@@ -129,7 +129,7 @@ def read_stream(port: int, body: Mapping[str, object], pieces: list[str], begun:
                 begun.set()
 
 
-@workload(23, "SIGTERM to a server with running streams", unit="servers", quick=1, soak=20)
+@workload(23, "SIGTERM to a server with running streams", unit="servers", quick=1, soak=10)
 def stopped_servers(folder: Path) -> Iterator[Trial]:
     torch.set_num_threads(1)
 
