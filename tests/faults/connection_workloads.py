@@ -57,7 +57,7 @@ def small_storms(folder: Path) -> Iterator[Trial]:
     with socket_of(folder, max_connections=60) as (port, service):
 
         def trial(seed: int) -> dict[str, int]:
-            result = asyncio.run(storm(port, seed=seed, **SMALL))  # type: ignore[arg-type]
+            result = asyncio.run(storm(port, os.getpid(), seed=seed, **SMALL))  # type: ignore[arg-type]
             assert max(result.health_seconds) < HEALTH_SECONDS, max(result.health_seconds)
             wait_until_free(service, 20)
             ask(port)
@@ -104,7 +104,7 @@ def storms(folder: Path) -> Iterator[Trial]:
 
         def trial(seed: int) -> dict[str, int]:
             size, memory = log.stat().st_size, psutil.Process(server.pid).memory_info().rss
-            result = asyncio.run(storm(port, seed=seed, **LARGE))  # type: ignore[arg-type]
+            result = asyncio.run(storm(port, server.pid, seed=seed, **LARGE))  # type: ignore[arg-type]
             slowest = max(result.health_seconds)
             assert slowest < HEALTH_SECONDS, slowest
             ask(port)
