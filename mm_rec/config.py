@@ -22,6 +22,8 @@ WEIGHTS = ("full", "int8")
 MAX_SIZE = 2**31
 """Of any dimension."""
 
+MAX_BASE = 1e12
+
 MAX_MEMORY = 2**20
 """Of the window, by which no weight is bounded."""
 
@@ -66,8 +68,8 @@ class ModelConfig:
             if type(value) is not int or not 1 <= value < most:
                 raise ValueError(f"{name} must be a whole number of at least 1 and below {most:,}, got {value!r:.40}")
         base = self.rotary_base
-        if isinstance(base, bool) or not isinstance(base, int | float) or not 0 < base < float("inf"):
-            raise ValueError(f"rotary_base must be a number above 0, got {base!r:.40}")
+        if isinstance(base, bool) or not isinstance(base, int | float) or not 0 < base <= MAX_BASE:
+            raise ValueError(f"rotary_base must be a number above 0 and at most {MAX_BASE:g}, got {base!r:.40}")
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
             raise ValueError(f"d_model {self.d_model} does not split into {self.n_heads} heads of even size")
         names = self.experts

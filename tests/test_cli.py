@@ -1,3 +1,4 @@
+import errno
 import functools
 import importlib
 import io
@@ -132,6 +133,13 @@ def test_from_training_to_text(
         main(["generate", "--model", "runs", "--prompt", "Ada had", "--max_new_tokens", "20", "--domain", "code"]) == 0
     )
     assert capsys.readouterr().out != texts[0]
+    Path("schema.json").write_text(json.dumps({"type": "array", "items": {"type": "boolean"}, "maxItems": 3}))
+    assert main(["generate", "--model", "runs", "--prompt", "Ada had", "--json_schema", "schema.json"]) == 0
+    assert all(isinstance(one, bool) for one in json.loads(capsys.readouterr().out.removeprefix("Ada had")))
+    Path("schema.json").write_text(json.dumps({"type": "array", "uniqueItems": True}))
+    assert main(["generate", "--model", "runs", "--prompt", "Ada had", "--json_schema", "schema.json"]) == 2
+    output = capsys.readouterr()
+    assert (output.out, "uniqueItems" in output.err) == ("", True)
 
     assert main(["tokenizer", "--show", "Ada", "--tokenizer", "runs"]) == 0
     assert "bytes a token" in capsys.readouterr().out
@@ -144,6 +152,10 @@ def test_from_training_to_text(
         (["generate", "--model", ".", "--prompt", "\udcff"], "not UTF-8 text"),
         (["generate", "--model", ".", "--prompt", "a"], "neither a run folder nor a checkpoint"),
         (["generate", "--model", ".", "--prompt", "a", "--temperature", "-1"], "temperature must be at least 0"),
+        (
+            ["generate", "--model", ".", "--prompt", "a", "--json_schema", "none.json"],
+            "cannot read the schema none.json",
+        ),
         (["tokenizer"], "--output"),
         (["tokenizer", "--show", "a"], "--tokenizer"),
         (["tokenizer", "--output", "t", "--vocab_size", "10"], "--vocab_size must be at least"),
@@ -190,3 +202,40 @@ def test_bench_measures_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         main(["bench", "--shapes", "512"])
     assert "as in 2x512" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("redirection", "message"),
+    [
+        (">&-", "standard output is closed"),
+        (">/dev/full", "no space left on device"),
+    ],
+)
+def test_an_output_that_takes_nothing_is_one_line(redirection: str, message: str) -> None:
+    command = f"exec {sys.executable} -m mm_rec.cli --help {redirection}"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_few_descriptors_are_one_line() -> None:
+    command = f"ulimit -n 12; exec {sys.executable} -m mm_rec.cli doctor"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "error: a process may have only 12 files open here; raise the limit with `ulimit -n 1024`\n"
+
+
+def test_what_the_system_refuses_is_one_line_of_bounded_length(capsys: pytest.CaptureFixture[str]) -> None:
+    errors = [
+        OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+        OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), "a" * 10**5),
+        UserError("a\nb" * 10**5),
+        UnicodeEncodeError("ascii", "ı", 0, 1, "ordinal not in range"),
+    ]
+    for error in errors:
+        assert run_program(functools.partial(raise_it, error)) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("error: ")
+        assert line.count("\n") == 1
+        assert len(line) < 2100

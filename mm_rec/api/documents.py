@@ -11,7 +11,8 @@ from typing import Any
 from mm_rec.config import DOMAINS
 from mm_rec.data.download.local import take_own
 from mm_rec.errors import UserError
-from mm_rec.storage.files import write_atomic
+from mm_rec.storage.files import reporting_errors, write_atomic
+from mm_rec.storage.lock import Lock
 
 __all__ = ["Texts", "data_folder"]
 
@@ -44,12 +45,15 @@ def data_folder(data: Texts | Mapping[str, Texts], root: Path) -> Path:
         for name, one in domains.items()
     }
     folder = root / hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
-    for name, one in domains.items():
-        if isinstance(one, str | Path):
-            take_own(name, Path(one), 0, folder, lambda line: None)
-        else:
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / name / "texts.jsonl", contents[name].encode())
+    with reporting_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with Lock(folder / ".lock", wait=True):  # another process may want the same
+        for name, one in domains.items():
+            if isinstance(one, str | Path):
+                take_own(name, Path(one), 0, folder, lambda line: None)
+            else:
+                (folder / name).mkdir(exist_ok=True)
+                write_atomic(folder / name / "texts.jsonl", contents[name].encode())
     return folder
 
 

@@ -9,16 +9,18 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mm_rec.errors import UserError
 from mm_rec.program import Parser, run_program
 from mm_rec.scripts.sampling_options import (
     add_adapter_argument,
     add_domain_argument,
+    add_json_argument,
     add_sampling_arguments,
     add_weights_argument,
     given_sampling,
+    read_json_schema,
 )
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="type of the matrices")
     add_weights_argument(parser)
     add_sampling_arguments(parser)
+    add_json_argument(parser)
     options = parser.parse_args(arguments)
     if options.resume and options.session is None:
         parser.error("--resume needs --session FILE")
@@ -67,9 +70,12 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
         owned = None if options.session is None else locks.enter_context(own(options.session))
         if not options.resume and options.session is not None and options.session.exists():
             raise UserError(f"{options.session} holds a conversation; go on with --resume or name another file")
+        schema = read_json_schema(options.json_schema)
         session = _open_session(options)
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-        Conversation(session, options.session, owned, locks, interactive=sys.stdin.isatty()).run()
+        conversation = Conversation(session, options.session, owned, locks, interactive=sys.stdin.isatty())
+        conversation.json_schema = schema
+        conversation.run()
     return 0
 
 
@@ -104,6 +110,9 @@ class Conversation:
         owned: the lock of this file.
         locks: releases at the end what is owned.
         interactive: show prompts, and go on after errors.
+
+    Attributes:
+        json_schema: let every answer be JSON that follows it; None for any text.
     """
 
     def __init__(
@@ -120,6 +129,7 @@ class Conversation:
         self.owned = owned
         self.locks = locks
         self.interactive = interactive
+        self.json_schema: dict[str, Any] | None = None
 
     def run(self) -> None:
         """Talk until the input ends or /quit."""
@@ -156,7 +166,7 @@ class Conversation:
         if self.interactive:
             print("model: ", end="", flush=True)
         try:
-            for piece in self.session.reply(message):
+            for piece in self.session.reply(message, json_schema=self.json_schema):
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             if not self.interactive:

@@ -11,9 +11,11 @@ from mm_rec.program import Parser, run_program
 from mm_rec.scripts.sampling_options import (
     add_adapter_argument,
     add_domain_argument,
+    add_json_argument,
     add_sampling_arguments,
     add_weights_argument,
     given_sampling,
+    read_json_schema,
 )
 
 EPILOG = """examples:
@@ -34,6 +36,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="type of the matrices")
     add_weights_argument(parser)
     add_sampling_arguments(parser)
+    add_json_argument(parser)
     return _generate(parser.parse_args(arguments))
 
 
@@ -44,6 +47,7 @@ def _generate(options: argparse.Namespace) -> int:
 
     sampling = Sampling(**given_sampling(options))
     prompt = _read_prompt(options.prompt)
+    schema = read_json_schema(options.json_schema)
     loaded = load_model(
         options.model,
         device=options.device,
@@ -52,8 +56,9 @@ def _generate(options: argparse.Namespace) -> int:
         adapter=options.adapter,
     )
     domain = loaded.choose_domain(options.domain)
-    sys.stdout.write(prompt)
-    for piece in generate(loaded.model, loaded.tokenizer, prompt, sampling, domain):
+    pieces = generate(loaded.model, loaded.tokenizer, prompt, sampling, domain, schema)
+    sys.stdout.write(prompt + next(pieces, ""))  # what can't be drawn is refused before anything is written
+    for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

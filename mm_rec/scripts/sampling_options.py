@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 from mm_rec.config import WEIGHTS
+from mm_rec.errors import UserError
 
 __all__ = [
     "ADAPTER_HELP",
@@ -14,9 +16,11 @@ __all__ = [
     "WEIGHTS_HELP",
     "add_adapter_argument",
     "add_domain_argument",
+    "add_json_argument",
     "add_sampling_arguments",
     "add_weights_argument",
     "given_sampling",
+    "read_json_schema",
 ]
 
 ADAPTER_HELP = "folder of a LoRA adapter to add to the model, as PEFT or `mm-rec finetune --lora` writes it"
@@ -49,6 +53,31 @@ def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of ``Sampling`` that were given as flags."""
     given = {name: value for name, value in vars(options).items() if name in FLAGS}
     return given | ({"stop": tuple(options.stop)} if "stop" in options else {})
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json_schema``, for :func:`read_json_schema`."""
+    text = "let the text be JSON that follows the schema in this file; needs pip install 'mm-rec[json]'"
+    parser.add_argument("--json_schema", type=Path, metavar="FILE", help=text)
+
+
+def read_json_schema(path: Path | None) -> dict[str, Any] | None:
+    """The JSON schema in a file; None if there is none.
+
+    Raises:
+        UserError: if the file can't be read or holds no JSON object.
+    """
+    if path is None:
+        return None
+    try:
+        schema = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read the schema {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(schema, dict):
+        raise UserError(f'{path} must hold a JSON schema, which is an object, as {{"type": "object"}}')
+    return schema
 
 
 def add_domain_argument(parser: argparse.ArgumentParser) -> None:

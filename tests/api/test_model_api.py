@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import random
 import re
 import subprocess
@@ -198,3 +199,15 @@ def test_a_conversation_may_have_begun(model: mm_rec.Model) -> None:
     assert session.n_tokens == 1 + sum(len(encode_message(model.tokenizer, one)[0]) for one in said)
     with pytest.raises(ValueError, match="reads text only"):
         model.chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}])
+
+
+def test_a_text_may_have_to_be_json(model: mm_rec.Model) -> None:
+    schema = {"type": "array", "items": {"enum": ["ışık", 3]}, "minItems": 2, "maxItems": 2}
+    texts = [
+        model.generate(PROMPT, json_schema=schema, temperature=2),
+        "".join(model.stream(PROMPT, json_schema=schema, temperature=0)),
+        model.chat(temperature=2).answer("Which?", json_schema=schema),
+    ]
+    assert all(set(json.loads(text)) <= {"ışık", 3} for text in texts)
+    with pytest.raises(mm_rec.UserError, match="uniqueItems"):
+        model.generate(PROMPT, json_schema={"type": "array", "uniqueItems": True})

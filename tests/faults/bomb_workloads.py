@@ -145,7 +145,7 @@ BOMBS: tuple[Bomb, ...] = (
 
 
 @workload(25, "Parquet, gzip, xz, zstd, JSON, YAML and text that stand for gigabytes, nest, or hold words without end",
-          unit="files", quick=12, soak=300, idle=[])  # fmt: skip
+          unit="files", quick=12, soak=120, idle=[])  # fmt: skip
 def bombs(folder: Path) -> Iterator[Trial]:
     supervisor = Supervisor(folder)
 

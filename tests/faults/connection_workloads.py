@@ -52,12 +52,12 @@ def ask(port: int) -> None:
 
 
 @workload(23, "300 clients at a server of 60 connections for two seconds: idle, slow, in one-byte chunks, no HTTP",
-          unit="storms", quick=2, soak=30)  # fmt: skip
+          unit="storms", quick=2, soak=10)  # fmt: skip
 def small_storms(folder: Path) -> Iterator[Trial]:
     with socket_of(folder, max_connections=60) as (port, service):
 
         def trial(seed: int) -> dict[str, int]:
-            result = asyncio.run(storm(port, seed=seed, **SMALL))  # type: ignore[arg-type]
+            result = asyncio.run(storm(port, os.getpid(), seed=seed, **SMALL))  # type: ignore[arg-type]
             assert max(result.health_seconds) < HEALTH_SECONDS, max(result.health_seconds)
             wait_until_free(service, 20)
             ask(port)
@@ -104,7 +104,7 @@ def storms(folder: Path) -> Iterator[Trial]:
 
         def trial(seed: int) -> dict[str, int]:
             size, memory = log.stat().st_size, psutil.Process(server.pid).memory_info().rss
-            result = asyncio.run(storm(port, seed=seed, **LARGE))  # type: ignore[arg-type]
+            result = asyncio.run(storm(port, server.pid, seed=seed, **LARGE))  # type: ignore[arg-type]
             slowest = max(result.health_seconds)
             assert slowest < HEALTH_SECONDS, slowest
             ask(port)
@@ -129,7 +129,7 @@ def read_stream(port: int, body: Mapping[str, object], pieces: list[str], begun:
                 begun.set()
 
 
-@workload(23, "SIGTERM to a server with running streams", unit="servers", quick=1, soak=20)
+@workload(23, "SIGTERM to a server with running streams", unit="servers", quick=1, soak=10)
 def stopped_servers(folder: Path) -> Iterator[Trial]:
     torch.set_num_threads(1)
 

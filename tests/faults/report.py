@@ -40,6 +40,13 @@ PROMISES = {
     20: "A run that lost a part is refused or gone on with, in one line; absence is no beginning, no record is cut.",
     21: "Everything that is written has one owner, and the other is told who, even if the lock file is removed.",
     22: "What a server or a training has loaded stays what it was, or it ends in one line; no crash, no other weights.",
+    23: "However many clients hold connections, health is answered within a second, and log and memory are bounded; "
+    "a server that is stopped tells its streams.",
+    24: "A damaged or forged session ends its own request, no other.",
+    25: "A file that stands for far more than it is, is read in bounded memory and time, or refused in one line.",
+    26: "A stranger's model folder is loaded, or refused in one line, in bounded memory and time.",
+    27: "Output that is closed, full or of another encoding, few descriptors, absurd settings and names: one line, "
+    "exit code not 0.",
 }
 
 

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import random
 import socket
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 HEAD = b"POST /v1/completions?secret=1 HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -29,12 +31,21 @@ class Storm:
     health_seconds: list[float] = field(default_factory=list)
 
 
-async def storm(port: int, clients: int, seconds: float, seed: int) -> Storm:
-    """``clients`` at once for ``seconds``; a client whose connection is closed opens the next. Asks for health."""
+async def storm(port: int, server: int, clients: int, seconds: float, seed: int) -> Storm:
+    """``clients`` for ``seconds``; a client whose connection is closed opens the next. Asks for health.
+
+    ``server`` is the number of the server's process.
+    """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it tells of each connection that is closed
     result, rng, end = Storm(), random.Random(seed), time.monotonic() + seconds
     tasks = [asyncio.create_task(_client(port, random.Random(rng.random()), end, result)) for _ in range(clients)]
-    command = [sys.executable, __file__, str(port), str(seconds)]  # does not wait for the clients of this process
+    command = [
+        sys.executable,
+        __file__,
+        str(port),
+        str(seconds),
+        str(server),
+    ]  # does not wait for the clients of this process
     checker = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     output, _ = await checker.communicate()
     assert checker.returncode == 0, "a health check was not answered"
@@ -45,16 +56,30 @@ async def storm(port: int, clients: int, seconds: float, seed: int) -> Storm:
     return result
 
 
-def health_seconds(port: int) -> float:
-    """Seconds until a new connection has brought a whole answer to a health check; raises without one."""
-    start, reply = time.monotonic(), b""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+def health_seconds(port: int, server: int) -> float:
+    """Seconds until a new connection has brought a whole answer to a health check; raises without one.
+
+    The time in which the server's threads, which take turns, or this process were ready to run and had no processor is
+    not counted, so that the load of the machine does not move the number.
+    """
+    start, before, reply = time.monotonic(), _waited(server) + _waited(os.getpid()), b""
+    with socket.create_connection(("127.0.0.1", port), timeout=120) as connection:
         connection.sendall(HEALTH)
         while piece := connection.recv(65_536):
             reply += piece
     assert reply.startswith(b"HTTP/1.1 200"), reply[:200]
     assert b'"status":"ok"' in reply, reply[:500]
-    return time.monotonic() - start
+    waited = _waited(server) + _waited(os.getpid()) - before
+    return max(time.monotonic() - start - waited, 0.0)
+
+
+def _waited(process: int) -> float:
+    """Seconds that the threads of a process were ready to run and had no processor."""
+    found = 0.0
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        with contextlib.suppress(OSError):
+            found += int((thread / "schedstat").read_text().split()[1]) / 1e9
+    return found
 
 
 async def _client(port: int, rng: random.Random, end: float, result: Storm) -> None:
@@ -109,7 +134,7 @@ def main() -> int:
     """Ask for health for some seconds; prints how long each answer took."""
     end, found = time.monotonic() + float(sys.argv[2]), []
     while time.monotonic() < end:
-        found.append(health_seconds(int(sys.argv[1])))
+        found.append(health_seconds(int(sys.argv[1]), int(sys.argv[3])))
         time.sleep(0.1)
     print(json.dumps(found))
     return 0

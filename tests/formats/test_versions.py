@@ -141,7 +141,7 @@ def test_what_had_another_memory_ends_in_one_line(
     session = ["--session", str(before / "session.safetensors"), "--resume"]
     for command, kind in (
         (["generate", "--model", str(before / "exported"), "--prompt", "The "], "model"),
-        (["eval", "--model", str(run), "--data_dir", str(written / "data")], "model"),
+        (["eval", "--model", str(run)], "model"),
         (["export", "--model", str(run), "--output", str(tmp_path / "export")], "model"),
         (["train", "--stage", "stage2", "--init_from", str(run), *data], "model"),
         (["chat", "--model", str(written / "exported"), *session], "session"),

@@ -41,7 +41,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-COMMIT = "b411fa1"
+COMMIT = "b031d0e"
 ENVIRONMENT = {
     "MM_REC_BACKEND": "reference",
     "MM_REC_CPU_LEVEL": "baseline",

@@ -20,6 +20,7 @@ from .cases import (
     Arguments,
     Builder,
     MemoryCase,
+    Random,
     delta_keys,
     delta_rule,
     linear_cross_entropy,
@@ -69,6 +70,15 @@ MEMORIES: dict[str, MemoryCase] = {
     "wide-window": (1, 400, 181, 1, 32, [500], {(0, 250)}),
     "new-documents": (2, 200, 5, 2, 48, [0], {(0, t) for t in range(0, 200, 3)}),
 }
+
+
+def keys_of_taps(reach: int, dim: int, dtype: torch.dtype) -> Arguments:
+    """Other numbers of taps than a model has, of which a kernel keeps a few in registers."""
+    case: MemoryCase = (2, 171, 16, 3, dim, [0, 40], {(0, 0), (0, 77), (0, 79), (1, 128)})
+    k, taps, position = delta_keys(case, dtype)
+    return k, Random(dtype, "taps", reach, dim).normal(*taps.shape[:2], reach), position
+
+
 LARGE_HEADS = ("heads-of-72", "heads-of-128", "heads-of-192", "heads-of-250", "heads-of-256")
 EXTRA: dict[str, dict[str, Builder]] = {
     "recurrence": {
@@ -81,6 +91,9 @@ EXTRA: dict[str, dict[str, Builder]] = {
         build.__name__: {name: partial(build, case) for name, case in MEMORIES.items()}
         for build in (window_attention, delta_keys, delta_rule)
     },
+}
+EXTRA["delta_keys"] |= {
+    f"taps-{reach}-heads-of-{dim}": partial(keys_of_taps, reach, dim) for reach in (1, 3, 6, 17) for dim in (16, 70)
 }
 ALL = [
     pytest.param(op, build, id=f"{op}-{name}")
@@ -152,6 +165,23 @@ def test_what_does_not_fit_runs_as_it_is_defined(op: str, build: Any, monkeypatc
     with pytest.warns(RuntimeWarning, match="more shared memory than this GPU has"):
         got = to_host(run(getattr(ops, op), on_device(arguments)))
     assert_agree(got, run(getattr(reference, op), widen(arguments)), TOLERANCE)
+
+
+@DTYPES
+@pytest.mark.parametrize("kept", [0, 1], ids=["result", "state"])
+def test_gradients_of_one_result_of_the_delta_rule(kept: int, dtype: torch.dtype) -> None:
+    def gradients(op: Any, arguments: Arguments) -> dict[str, Tensor]:
+        leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in arguments]
+        op(*leaves)[kept].square().sum().backward()
+        return {str(i): x.grad.cpu() for i, x in enumerate(leaves) if x.grad is not None}
+
+    arguments = delta_rule(MEMORY_SHAPES["model-sizes"], dtype)
+    with ops.use_backend("native"):
+        got = gradients(ops.delta_rule, on_device(arguments))
+    want = gradients(reference.delta_rule, widen(arguments))
+    if kept:  # the state says nothing of the queries
+        assert not got.pop("0").any()
+    assert_agree(got, want, TOLERANCE_ROUNDED if dtype == torch.bfloat16 else TOLERANCE)
 
 
 @pytest.mark.parametrize("strided", ["slice", "transposed"])

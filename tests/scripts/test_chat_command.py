@@ -49,6 +49,16 @@ def talk(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     return run
 
 
+def test_answers_by_a_schema(talk, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"enum": ["one", "two"]}')
+    out, err = talk("Hello\nHello\n", "--json_schema", tmp_path / "schema.json", "--max_new_tokens", 30)
+    assert set(out.splitlines()) <= {'"one"', '"two"'}
+    assert not err
+    for content, words in (("[]", "must hold a JSON schema, which is an object"), ("{", "is not JSON")):
+        (tmp_path / "schema.json").write_text(content)
+        assert words in talk("Hello\n", "--json_schema", tmp_path / "schema.json", code=2)[1]
+
+
 def test_a_pipe_gives_the_answers_alone(talk) -> None:
     out, err = talk("Hello\n\n  \nWhat is your name?\n")
     first, _ = talk("Hello\n")
@@ -137,7 +147,7 @@ def test_ctrl_c_breaks_off_an_answer_but_not_the_conversation(
         except StopIteration:
             raise EOFError from None
 
-    def reply(message: str):
+    def reply(message: str, json_schema: None):
         yield f"<{message}"
         if message == "first":
             raise KeyboardInterrupt
@@ -187,7 +197,7 @@ def test_a_chat_whose_lock_file_was_removed_does_not_overwrite(talk, tmp_path: P
     talk("One\n", "--session", file)
     before = file.read_bytes()
 
-    def answer(self: ChatSession, text: str) -> Iterator[str]:
+    def answer(self: ChatSession, text: str, json_schema: None) -> Iterator[str]:
         (tmp_path / ".talk.safetensors.lock").unlink()
         locks.enter_context(own(file))  # another chat
         yield "an answer"

@@ -1,6 +1,9 @@
 import json
+import random
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -187,3 +190,30 @@ def test_the_template_names_every_control_token(saved):
     names = json.dumps([token[2:-2] for token in CONTROL_TOKENS])
     assert names in CHAT_TEMPLATE
     assert (saved / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+
+
+def test_a_word_without_end_is_trained_in_pieces_and_written_whole() -> None:
+    word = "".join(random.Random(0).choices("ACGT", k=100_000))
+    trained = train_tokenizer([word, "some words that are short " * 30], 400)
+    assert trained.vocab_size == 400
+    assert trained.decode(trained.encode(word)) == word
+
+
+def test_a_tokenizer_of_a_stranger_ends_in_one_line(tmp_path: Path) -> None:
+    trained = train_tokenizer(["some words " * 50], 300)
+    trained.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    sound = json.loads(path.read_text())
+    strangers: dict[str, Any] = {
+        "numbers from 0": {"model": {**sound["model"], "vocab": {**sound["model"]["vocab"], "Ġsome": 5000}}},
+        "stand for bytes": {
+            "model": {**sound["model"], "vocab": {**sound["model"]["vocab"], "漢": trained.vocab_size}}
+        },
+        "give a text back": {"normalizer": {"type": "Lowercase"}},
+        "is not a tokenizer": {"pre_tokenizer": "none"},
+    }
+    for message, change in strangers.items():
+        path.write_text(json.dumps({**sound, **change}))
+        with pytest.raises(UserError, match=message) as error:
+            Tokenizer.load(tmp_path)
+        assert "\n" not in str(error.value)

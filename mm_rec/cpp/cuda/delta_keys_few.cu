@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const KeyInputs in, T
 #pragma unroll 1
   for (int first = 0; first < kTokens; first += kAtOnce) {
     const int t0 = run.run * kTokens + first;
-    if (t0 >= time && __all_sync(kFullWarp, t0 >= time)) return;
+    if (__all_sync(kFullWarp, t0 >= time)) return;
     float rows[kAtOnce + kFewTaps - 1][kKeySize];
     int count[kAtOnce], least = kFewTaps;
 #pragma unroll

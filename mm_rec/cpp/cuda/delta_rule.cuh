@@ -74,7 +74,7 @@ class DecayLoads {
       const bool real = t < extent.time;
       log_decay_[r] = real ? in.log_decay[line * extent.heads + head] : 0.0f;
       beta_[r] = real ? in.beta[line * extent.heads + head] : 0.0f;
-      begins_[r] = real && in.position[line] == 0;
+      position_[r] = real ? in.position[line] : 1;
     }
   }
   __device__ __forceinline__ void put(ChunkDecay& decay) const {
@@ -84,7 +84,7 @@ class DecayLoads {
     int begins[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      begins[r] = begins_[r] || log_decay_[r] < kEmpties;
+      begins[r] = position_[r] == 0 || log_decay_[r] < kEmpties;
       own[r] = begins[r] != 0 ? 0.0f : log_decay_[r];
     }
     float sum = own[0] + own[1];
@@ -115,7 +115,7 @@ class DecayLoads {
  private:
   int lane_;
   float log_decay_[2], beta_[2];
-  bool begins_[2];
+  int64_t position_[2];
 };
 
 // Call body(n, i, row, D[row, column]) for each of a thread's elements of scores of 16 tokens, from `row` on, with all 64.

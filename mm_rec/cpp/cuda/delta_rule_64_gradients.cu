@@ -1,6 +1,6 @@
 // delta_rule, backward, for heads of 64 in bfloat16: from the states and their gradients all other gradients, all chunks in
-// parallel. A warp has 16 tokens of the chunk. All operands are fetched at once; what a warp alone still needs of a tile is its
-// own rows, which what it makes takes the place of.
+// parallel. A warp has 16 tokens of the chunk. All operands are fetched at once. Of some tiles each warp needs its own 16 rows
+// alone: later results take their place.
 #include "delta_rule_backward.cuh"
 #include "head_rows.cuh"
 
@@ -13,10 +13,10 @@ using Square = Tile<kChunk, kBlock, false>;
 
 struct Shared {
   Square q, key, state, dstate;
-  Square v;        // then beta (v - E key S), then the gradients of the scores
+  Square v;  // then beta (v - E key S), then the gradients of the scores
   Square inverse;  // then what is written, R
   Square dout;
-  Square derror;   // then the gradients of the keys' products
+  Square derror;  // then the gradients of the keys' products
   ChunkDecay decay;
   TokenSums sums;
 };
@@ -45,8 +45,6 @@ __global__ void __launch_bounds__(kDeltaThreads, kResident)
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int64_t at = extent.token_at(b, t0, head), width = extent.heads * kBlock;
   {
-    DecayLoads loads;
-    loads.fetch(p.in, extent, b, head, t0);
     load_tile(shared.key, p.in.key.at<bf16>(extent, b, t0, head), p.in.key.stride, tokens, kBlock, true);
     load_tile(shared.v, p.in.v.at<bf16>(extent, b, t0, head), p.in.v.stride, tokens, kBlock, true);
     load_tile(shared.derror, p.derrors + at, width, tokens, kBlock, true);
@@ -54,6 +52,8 @@ __global__ void __launch_bounds__(kDeltaThreads, kResident)
     load_tile(shared.q, p.in.q.at<bf16>(extent, b, t0, head), p.in.q.stride, tokens, kBlock, true);
     load_tile(shared.dout, p.dout == nullptr ? p.dout : p.dout + at, width, p.dout == nullptr ? 0 : tokens, kBlock, true);
     load_tile(shared.dstate, p.dstates + extent.state_at(b, chunk, extent.chunks(), head), kBlock, kBlock, kBlock, true);
+    DecayLoads loads;
+    loads.fetch(p.in, extent, b, head, t0);
     load_tile(shared.state, p.states + extent.state_at(b, chunk, extent.chunks() + 1, head), kBlock, kBlock, kBlock, true);
     loads.put(shared.decay);
     cp_async_wait<0>();

@@ -7,9 +7,9 @@ namespace mm_rec {
 namespace {
 
 struct Shared {
-  Stage64 stage[2];                  // one is fetched while the other is worked on
-  Handed words;                      // what queries say of what is written; then the gradients derror
-  float4 dstate[kBlock / 8][kGroup64];  // what queries say of the state before the chunk
+  Stage64 stage[2];                     // one is fetched while the other is worked on
+  Handed words;                         // of what is written, the gradient through the chunk's queries; then derror
+  float4 dstate[kBlock / 8][kGroup64];  // of the state before the chunk, the gradient through the chunk's queries
 };
 
 // The gradient of the state and how it changes.
@@ -117,7 +117,7 @@ __device__ __forceinline__ void help(Shared& shared, Stage64& stage, int warp_ro
   store_transposed_64(dv + warp_row, stride, tokens, left);
 }
 
-__global__ void __launch_bounds__(kThreads64, 2) states_kernel(const DeltaBackward<bf16> p, const DeltaExtent extent) {
+__global__ void __launch_bounds__(kThreads64, 1) states_kernel(const DeltaBackward<bf16> p, const DeltaExtent extent) {
   auto& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   const int64_t b = blockIdx.y, head = blockIdx.x, chunks = extent.chunks(), width = extent.heads * kBlock;
   const int warp_row = static_cast<int>(threadIdx.x) % kGroup64 / 32 * 16;

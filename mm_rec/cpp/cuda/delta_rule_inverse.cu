@@ -9,11 +9,13 @@ constexpr int kPart = 16, kParts = kChunk / kPart;
 
 template <typename T>
 struct Shared {
-  typename DeltaTypes<T>::Square key;
+  union {
+    typename DeltaTypes<T>::Square key;
+    T inverse[kChunk][kChunk + 8];  // when the keys have been multiplied
+  };
   Tile<kChunk, kChunk, true> lower;    // A
   Tile<kChunk, kPart, true> diagonal;  // inverses of the blocks on the diagonal
   alignas(16) float block[kParts][kPart][kPart];  // those blocks
-  alignas(16) T inverse[kChunk][kChunk + 8];
   ChunkDecay decay;
 };
 
@@ -78,13 +80,15 @@ __global__ void __launch_bounds__(kDeltaThreads)
   const int64_t b = blockIdx.z, head = blockIdx.y, chunk = blockIdx.x, t0 = chunk * kChunk;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16, dim = extent.dim;
   DecayLoads loads;
-  loads.fetch(in, extent, b, head, t0);
   Fragments<kChunk / 8> products = {};
   const T* key = in.key.at<T>(extent, b, t0, head);
   for (int k = 0; k < dim; k += kBlock) {
     if (k > 0) __syncthreads();
     load_tile(shared.key, key + k, in.key.stride, extent.time - t0, dim - k, dim % 8 == 0);
-    if (k == 0) loads.put(shared.decay);
+    if (k == 0) {
+      loads.fetch(in, extent, b, head, t0);
+      loads.put(shared.decay);
+    }
     cp_async_wait<0>();
     __syncthreads();
 #pragma unroll
@@ -96,6 +100,7 @@ __global__ void __launch_bounds__(kDeltaThreads)
       }
     }
   }
+  __syncthreads();
   const int part = warp_row / kPart;
 #pragma unroll
   for (int n = 0; n < kChunk / 8; ++n) {

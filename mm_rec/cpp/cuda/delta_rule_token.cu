@@ -1,5 +1,5 @@
-// delta_rule, forward, of a single token, as in decoding: a block has a head of a sequence, a thread a column of its state and
-// every so manieth row.
+// delta_rule, forward, of a single token, as in decoding. A block has a head of a sequence; several threads share a column of its
+// state and take its rows in turn.
 #include "delta_rule.cuh"
 
 namespace mm_rec {

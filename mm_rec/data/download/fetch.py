@@ -27,6 +27,7 @@ from mm_rec.data.manifest import check_files, read_manifest, record_file
 from mm_rec.data.pack import file_sha256
 from mm_rec.errors import UserError
 from mm_rec.storage.files import remove_leftovers, reporting_errors, sync, write_atomic
+from mm_rec.text.message import without_nulls
 
 __all__ = ["fetch"]
 
@@ -248,8 +249,9 @@ class _Download:
 
 def _plain(value: Any) -> Any:
     """A column of a conversation as JSON: turns that are stored as a dict of lists become a list of dicts."""
-    if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):
-        return [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
+    columns = without_nulls(value) if isinstance(value, dict) else {}
+    if columns and all(isinstance(column, list) for column in columns.values()):
+        return [dict(zip(columns, parts, strict=True)) for parts in zip(*columns.values(), strict=True)]
     return value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)
 
 

@@ -23,20 +23,20 @@ def fits(op: str, dtype: torch.dtype, dim: int) -> bool:
 
 @functools.cache
 def _fits(op: str, dtype: torch.dtype, dim: int, device: int, limit: str | None) -> bool:
-    """Try the kernels on one token: whether they fit is known only when they are launched."""
+    """Try the kernels on two tokens: whether they fit is known only when they are launched."""
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    token, context = zeros(1, 1, 1, dim, dtype=dtype), zeros(1, 3, 1, dim, dtype=dtype)
-    position = torch.zeros((1, 1), dtype=torch.int64, device=device)
+    tokens, context = zeros(1, 2, 1, dim, dtype=dtype), zeros(1, 4, 1, dim, dtype=dtype)
+    position = torch.zeros((1, 2), dtype=torch.int64, device=device)
     try:
         if op == "delta_rule":
-            inputs = (token, token, token, zeros(1, 1, 1), zeros(1, 1, 1), position)
+            inputs = (tokens, tokens, tokens, zeros(1, 2, 1), zeros(1, 2, 1), position)
             out, states = delta_rule(*inputs, zeros(1, 1, dim, dim))
             delta_rule_backward(out, None, states, *inputs)
         else:
-            read = (token, context, context, position, 1000.0)
+            read = (tokens, context, context, position, 1000.0)
             out, lse = window_attention(*read)
             window_attention_backward(out, out, lse, *read)
     except DoesNotFitError:

@@ -106,7 +106,7 @@ def test_wikitext_gives_paragraphs(tmp_path, connect):
 
 
 def test_conversations_are_kept_whole(tmp_path, connect):
-    turns = {"from": ["human", "gpt"], "value": ["Hello", "Good day"]}
+    turns = {"from": ["human", "gpt"], "value": ["Hello", "Good day"], "weight": None}
     table = io.BytesIO()
     pq.write_table(pa.table({"id": ["a"], "conversations": [turns]}), table)
     files = {"README.md": CARD.format("data/train-*").encode(), "data/train-0.parquet": table.getvalue()}
