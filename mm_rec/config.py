@@ -22,6 +22,9 @@ WEIGHTS = ("full", "int8")
 MAX_SIZE = 2**31
 """Of any dimension."""
 
+MAX_MEMORY = 2**20
+"""Of the window and the slots, by which no weight is bounded."""
+
 MAX_BLOCKS = 2000
 """Of all experts together."""
 
@@ -61,11 +64,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "gate_every", "window", "slots"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value < MAX_SIZE:
-                raise ValueError(
-                    f"{name} must be a whole number of at least 1 and below {MAX_SIZE:,}, got {value!r:.40}"
-                )
+            value, most = getattr(self, name), MAX_MEMORY if name in ("window", "slots") else MAX_SIZE
+            if type(value) is not int or not 1 <= value < most:
+                raise ValueError(f"{name} must be a whole number of at least 1 and below {most:,}, got {value!r:.40}")
         base = self.rotary_base
         if isinstance(base, bool) or not isinstance(base, int | float) or not 0 < base < float("inf"):
             raise ValueError(f"rotary_base must be a number above 0, got {base!r:.40}")

@@ -27,8 +27,8 @@ VERSIONS = {
     "session": 1,
     # a folder of prepared data, and whatever makes the same input come out differently: part of the identity that
     # names the folder, so that one of another number is not opened but made anew beside it
-    "documents": 3,
-    "conversations": 1,
+    "documents": 4,
+    "conversations": 2,
     # the same of a folder of rows that train recall
     "recall rows": 1,
     # one split of prepared data; written in index.json

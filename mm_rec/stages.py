@@ -41,8 +41,7 @@ class Stage:
         follows: the stage whose final weights this one starts from.
         cpu, gpu: default sizes.
         conversations: the data are conversations, in which only answers count, and all experts learn from them.
-        recall_share: part of the tokens that are rows made to train recall, if the user does not say; these need
-            documents in order.
+        recall_share: part of the tokens that are rows made to train recall, if the user does not say.
     """
 
     name: str

@@ -22,7 +22,17 @@ import pyarrow as pa
 from mm_rec.data.unpacking import UnpackingError, UnpackingLimit, parquet_columns, parquet_rows
 from mm_rec.errors import UserError
 
-__all__ = ["MAX_ROW_BYTES", "SUFFIXES", "TEXT_FIELDS", "BadRows", "Row", "find_files", "read_rows", "read_texts"]
+__all__ = [
+    "COMPRESSED",
+    "MAX_ROW_BYTES",
+    "SUFFIXES",
+    "TEXT_FIELDS",
+    "BadRows",
+    "Row",
+    "find_files",
+    "read_rows",
+    "read_texts",
+]
 
 COMPRESSED = (".jsonl.gz", ".jsonl.zst", ".jsonl.xz")
 SUFFIXES = (".txt", ".jsonl", *COMPRESSED, ".parquet")

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import re
 import zlib
+from array import array
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["NearDuplicates", "quality_problem"]
+
+_BLOCK = 4096  # signatures that are kept in one piece
+_FIRST_PLACES = 1024
+_EMPTY = 2**32 - 1
 
 _SAMPLE = 20_000  # characters that a document is judged by
 _MIN_TEXT, _MIN_CODE = 40, 40  # characters
@@ -81,9 +86,14 @@ class NearDuplicates:
 
     A document's signature is the minimum, over its word sequences, of each of 128 hash functions; the share of equal
     entries of two signatures estimates the Jaccard similarity of their sets of sequences. Documents are compared if
-    they agree in one of 16 bands of 8 entries, which finds a similarity of 0.8 in 95 of 100 cases. Memory: about
-    2.5 kB a document.
+    they agree in one of 16 bands of 8 entries, which finds a similarity of 0.8 in 95 of 100 cases.
+
+    Memory: BYTES_A_DOCUMENT. Signatures lie in blocks of numbers. For each band a hash table holds the number of the
+    first document of each value; the values themselves are those of the signatures.
     """
+
+    BYTES_A_DOCUMENT = 768
+    """At most: 512 of the signature, and 16 places of 4 bytes in tables that are a quarter to a half full."""
 
     _WORDS = 5
     _BANDS, _ROWS = 16, 8
@@ -95,20 +105,67 @@ class NearDuplicates:
         self._factors: NDArray[np.uint64] = bits[::2] | np.uint64(1)
         self._terms: NDArray[np.uint64] = bits[1::2]
         self._mix = np.random.PCG64(6).random_raw(self._WORDS) | np.uint64(1)
-        self._signatures: list[NDArray[np.uint32]] = []
-        self._bands: list[dict[bytes, int]] = [{} for _ in range(self._BANDS)]
+        self._keys = np.random.PCG64(7).random_raw(self._ROWS) | np.uint64(1)
+        self._blocks: list[bytearray] = []
+        self._count = 0
+        self._tables = [array("I", [_EMPTY]) * _FIRST_PLACES for _ in range(self._BANDS)]
 
     def add(self, text: str) -> bool:
         """Remember ``text``, unless it is a near-duplicate of one remembered: then return True."""
         signature = self._signature(text)
-        keys = [band.tobytes() for band in signature.reshape(self._BANDS, self._ROWS)]
-        earlier = {band[key] for band, key in zip(self._bands, keys, strict=True) if key in band}
-        if any(np.mean(signature == self._signatures[i]) >= self._SIMILAR for i in earlier):
-            return True
-        for band, key in zip(self._bands, keys, strict=True):
-            band.setdefault(key, len(self._signatures))
-        self._signatures.append(signature)
+        content = signature.tobytes()
+        places = self._places(self._hashes(signature.reshape(self._BANDS, self._ROWS)).tolist(), content)
+        earlier = {table[place] for table, place in zip(self._tables, places, strict=True)} - {_EMPTY}
+        for i in earlier:
+            other = np.frombuffer(self._read(i, 0, len(content)), np.uint32)
+            if np.mean(signature == other) >= self._SIMILAR:
+                return True
+        if self._count % _BLOCK == 0:
+            self._blocks.append(bytearray(_BLOCK * len(content)))
+        start = self._count % _BLOCK * len(content)
+        self._blocks[-1][start : start + len(content)] = content
+        for table, place in zip(self._tables, places, strict=True):
+            if table[place] == _EMPTY:
+                table[place] = self._count
+        self._count += 1
+        if 2 * self._count > len(self._tables[0]):
+            self._tables = [self._grown(band, table) for band, table in enumerate(self._tables)]
         return False
+
+    def _read(self, i: int, start: int, end: int) -> bytearray:
+        """Bytes of the signature of document ``i``."""
+        ahead = i % _BLOCK * 4 * self._BANDS * self._ROWS
+        return self._blocks[i // _BLOCK][ahead + start : ahead + end]
+
+    def _places(self, hashes: list[int], content: bytes) -> list[int]:
+        """The place of each band of a signature in its table, or the empty one where it belongs."""
+        mask, places = len(self._tables[0]) - 1, []
+        for band, (table, hashed) in enumerate(zip(self._tables, hashes, strict=True)):
+            start, end = 4 * band * self._ROWS, 4 * (band + 1) * self._ROWS
+            place = hashed & mask
+            while (i := table[place]) != _EMPTY and self._read(i, start, end) != content[start:end]:
+                place = (place + 1) & mask
+            places.append(place)
+        return places
+
+    def _hashes(self, bands: NDArray[np.uint32]) -> NDArray[np.uint64]:
+        """Hashes (...) of the values (..., 8) of bands."""
+        mixed: NDArray[np.uint64] = bands.astype(np.uint64) @ self._keys
+        return mixed ^ (mixed >> np.uint64(29))
+
+    def _grown(self, band: int, table: array[int]) -> array[int]:
+        """A table twice as large with the same content. All its values are different: their order doesn't matter."""
+        grown = array("I", [_EMPTY]) * (2 * len(table))
+        mask = len(grown) - 1
+        blocks = [np.frombuffer(block, np.uint32).reshape(_BLOCK, self._BANDS, self._ROWS) for block in self._blocks]
+        hashes = [self._hashes(block[:, band]).tolist() for block in blocks]
+        for i in table:
+            if i != _EMPTY:
+                place = hashes[i // _BLOCK][i % _BLOCK] & mask
+                while grown[place] != _EMPTY:
+                    place = (place + 1) & mask
+                grown[place] = i
+        return grown
 
     def _signature(self, text: str) -> NDArray[np.uint32]:
         words = np.fromiter(map(zlib.crc32, text.lower().encode("utf-8", "replace").split()), dtype=np.uint64)

@@ -18,10 +18,11 @@ from mm_rec.data.files import find_files
 from mm_rec.data.first_pass import Survey, survey_domain
 from mm_rec.data.manifest import check_files, require_unchanged
 from mm_rec.data.pack import Document, write_store
+from mm_rec.data.preparation_estimate import estimate_preparation
 from mm_rec.data.prepared import Prepared, make_once, tell_bad_rows, write_report
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS
-from mm_rec.storage.files import atomic_folder
+from mm_rec.storage.files import atomic_folder, some_names
 from mm_rec.text.tokenizer import Tokenizer, train_tokenizer
 
 __all__ = ["describe", "prepare"]
@@ -76,9 +77,12 @@ def prepare(
     }
 
     def make(path: Path) -> None:
+        estimate = estimate_preparation(files, max_samples=max_samples, filters=filters)
+        tell(estimate.describe())
+        estimate.check(path)
         surveys = {}
         for name, paths in files.items():
-            tell(f"{name}: reading {', '.join(file.name for file in paths)}")
+            tell(f"{name}: reading {some_names([file.name for file in paths])}")
             surveys[name] = survey_domain(name, paths, max_samples=max_samples, filters=filters, skip_bad=skip_bad)
             tell_bad_rows(surveys[name].bad_rows, tell)
         with atomic_folder(path, sum(survey.n_bytes for survey in surveys.values())) as folder:
@@ -117,7 +121,7 @@ def _find(data_dir: Path, domains: Sequence[str], tell: Callable[[str], None]) -
     if not found and loose:
         found = {domains[0]: loose}
     elif loose:
-        names = ", ".join(file.name for file in loose)
+        names = some_names([file.name for file in loose])
         tell(f"not used, because they lie beside {' and '.join(found)}: {names}; move them into one of these folders")
     if not found:
         raise UserError(f"there is no data in {data_dir}; {_HOW_TO_GET_DATA.format(data_dir)}")

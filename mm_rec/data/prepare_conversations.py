@@ -17,7 +17,7 @@ from mm_rec.data.pack import write_store
 from mm_rec.data.prepared import Prepared, make_once, tell_bad_rows, write_report
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS
-from mm_rec.storage.files import atomic_folder
+from mm_rec.storage.files import atomic_folder, some_names
 from mm_rec.text.conversation import Message
 from mm_rec.text.tokenizer import Tokenizer
 
@@ -64,7 +64,7 @@ def prepare_conversations(
     }
 
     def make(folder: Path) -> None:
-        tell(f"{name}: reading {', '.join(file.name for file in files)}")
+        tell(f"{name}: reading {some_names([file.name for file in files])}")
         check = functools.partial(require_unchanged, home, files, hashes)
         _make(folder, name, files, tokenizer, max_samples, skip_bad, tell, check)
 
@@ -93,7 +93,7 @@ def _make(
     tell_bad_rows(bad.found, tell)
     held_out = _hold_out(sizes)
     if held_out is None:
-        names = ", ".join(str(file) for file in files)
+        names = some_names(files)
         raise UserError(
             f"there are too few conversations in {names}: training needs two different ones, and there are "
             f"{len(sizes)}, beside {len(bad.found)} bad rows"

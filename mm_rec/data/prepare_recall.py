@@ -11,7 +11,7 @@ from typing import Any
 
 from mm_rec.data.pack import write_store
 from mm_rec.data.prepared import Prepared, make_folder, open_folder
-from mm_rec.data.recall_rows import recall_documents
+from mm_rec.data.recall_rows import LONGEST, recall_documents
 from mm_rec.formats import KEY, VERSIONS
 from mm_rec.storage.files import atomic_folder
 
@@ -19,7 +19,12 @@ __all__ = ["add_recall_rows"]
 
 
 def add_recall_rows(
-    data: Prepared, share: float, *, seed: int = 0, progress: Callable[[str], None] | None = None
+    data: Prepared,
+    share: float,
+    *,
+    longest: int = LONGEST,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
 ) -> Prepared:
     """Returns ``data`` with rows that train recall; without any if ``share`` is 0.
 
@@ -29,6 +34,7 @@ def add_recall_rows(
     Args:
         data: the data of pre-training.
         share: the part of all training tokens that these rows are to be, from 0 to less than 1.
+        longest: about the most tokens of a row.
         seed: of everything that is drawn.
         progress: takes a line about each thing that is done.
 
@@ -40,6 +46,7 @@ def add_recall_rows(
     tell = progress or (lambda line: None)
     made_of = {name: store.sha256 for name, store in sorted(data.train.items())}
     settings = {KEY: VERSIONS["recall rows"], "made of": made_of, "recall_share": share, "seed": seed}
+    settings["longest"] = longest
     settings["tokenizer"] = data.tokenizer.sha256
 
     def make(path: Path) -> None:
@@ -48,12 +55,12 @@ def add_recall_rows(
             entries: dict[str, Any] = {}
             for name, store in data.train.items():
                 tell(f"{name}: writing rows that train recall")
-                documents = recall_documents(store, data.tokenizer, name, tokens[name], seed)
+                documents = recall_documents(store, data.tokenizer, name, tokens[name], seed, longest)
                 made = write_store(folder / f"{name}-recall", documents, vocab_size=data.tokenizer.vocab_size)
                 assert made.loss_mask is not None
                 counted = made.loss_mask.sum()
                 entries[name] = {"documents": made.n_documents, "tokens": made.n_tokens, "counted_tokens": counted}
-            report = {"recall_share": share, "seed": seed, "made_of": made_of, "domains": entries}
+            report = {"recall_share": share, "longest": longest, "seed": seed, "made_of": made_of, "domains": entries}
             report |= {"tokenizer": data.tokenizer.sha256, "vocab_size": data.tokenizer.vocab_size}
             (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

@@ -26,10 +26,10 @@ __all__ = ["LONGEST", "recall_documents"]
 LONGEST = 32_768
 """About the most tokens of a row, and so of text between a fact and a question about it."""
 
-SHORTEST = 256
+SHORTEST = 256  # or a quarter of the longest, if that is less
 LONGEST_SHARE = 1 / 16  # of all rows of a store that one row may be
 NEAREST, SPARSEST = 40, 8  # bytes between insertions: from so many to one such part of the row
-LONGEST_LIST = 24
+LONGEST_LIST, LIST_SPARES = 24, 200  # pairs, of which there is one for so many bytes of the row at most
 END = 0.4  # share of facts that are asked for again at the row's end
 DECODED_AT_ONCE = 2048  # tokens
 
@@ -57,7 +57,7 @@ class Fact(NamedTuple):
 
 
 def recall_documents(
-    store: TokenStore, tokenizer: Tokenizer, domain: str, tokens: int, seed: int
+    store: TokenStore, tokenizer: Tokenizer, domain: str, tokens: int, seed: int, longest: int = LONGEST
 ) -> Iterator[Document]:
     """Rows of about ``tokens`` tokens together, at least one; the same arguments give the same rows.
 
@@ -67,13 +67,15 @@ def recall_documents(
         domain: ``code`` has wordings of its own.
         tokens: of all rows.
         seed: of everything that is drawn.
+        longest: about the most tokens of a row.
     """
     bytes_per_token = max(int(store.n_bytes.sum()), 1) / store.n_tokens
-    longest = min(max(tokens * LONGEST_SHARE, SHORTEST), LONGEST)
+    most = min(max(tokens * LONGEST_SHARE, SHORTEST), longest)
+    fewest = min(SHORTEST, most / 4)
     lengths = np.array([len(one) for one in tokenizer.token_bytes])
     for index in itertools.count():
         rng = random.Random(f"{seed}/{domain}/{index}")
-        size = SHORTEST * (longest / SHORTEST) ** rng.random()
+        size = fewest * (most / fewest) ** rng.random()
         parts = _Row(rng, store, tokenizer, domain, round(size * bytes_per_token)).parts()
         text = "".join(part.text for part in parts)
         ids = tokenizer.encode(text)
@@ -101,7 +103,7 @@ class _Row:
         self._wordings: Wordings = CODE if self._is_code else TEXT
         self._pieces = _pieces(rng, store, tokenizer, _PIECE["code" if self._is_code else "text"])
         self._parts: list[Part] = []
-        self._bytes = 0
+        self._bytes = self._bytes_waiting = 0
         self._waiting: list[tuple[int, int, list[Part]]] = []  # place in bytes, order, what to insert there
         self._count = itertools.count()
         self._used: set[str] = set()
@@ -113,13 +115,15 @@ class _Row:
         rng, sparsest = self._rng, max(self._size / SPARSEST, 2 * NEAREST)
         gap = NEAREST * (sparsest / NEAREST) ** rng.random()
         following = rng.random() * gap
-        while self._bytes < self._size:
+        while self._bytes + self._bytes_waiting < self._size:
             piece = next(self._pieces)
             self._words += [word for word in _WORD.findall(piece) if word.islower()]
             self._text.append(piece)
             self._add([Part(piece, True)])
             while self._waiting and self._waiting[0][0] <= self._bytes:
-                self._insert(heapq.heappop(self._waiting)[2])
+                parts = heapq.heappop(self._waiting)[2]
+                self._bytes_waiting -= _size_of(parts)
+                self._insert(parts)
             if self._bytes >= following:
                 self._insert(self._event())
                 following = self._bytes + rng.expovariate(1 / gap)
@@ -131,7 +135,7 @@ class _Row:
 
     def _add(self, parts: list[Part]) -> None:
         self._parts += parts
-        self._bytes += sum(len(part.text.encode()) for part in parts)
+        self._bytes += _size_of(parts)
 
     def _insert(self, parts: list[Part]) -> None:
         """Between two pieces of the text, of which the first ends with white space."""
@@ -142,6 +146,7 @@ class _Row:
         left = max(self._size - self._bytes, NEAREST + 1)
         distance = left if at_end else NEAREST * (left / NEAREST) ** self._rng.random()
         heapq.heappush(self._waiting, (self._bytes + round(distance), next(self._count), parts))
+        self._bytes_waiting += _size_of(parts)
 
     def _event(self) -> list[Part]:
         """Something new, of which something comes later."""
@@ -170,11 +175,12 @@ class _Row:
 
     def _list(self) -> list[Part]:
         rng = self._rng
+        longest = min(LONGEST_LIST, max(self._size // LIST_SPARES, 2))
         noun, line = self._noun(), rng.choice(self._wordings.list_lines)
         key_kind, value_kind = rng.randrange(4), rng.randrange(4)
         facts = [
             Fact(noun, self._key(key_kind), self._value(value_kind))
-            for _ in range(round(2 * (LONGEST_LIST / 2) ** rng.random()))
+            for _ in range(round(2 * (longest / 2) ** rng.random()))
         ]
         head = rng.choice(self._wordings.list_heads).format(noun=noun)
         for fact in facts:
@@ -235,6 +241,11 @@ class _Row:
     def _made_up(self) -> str:
         rng = self._rng
         return "".join(rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(rng.randint(2, 4)))
+
+
+def _size_of(parts: list[Part]) -> int:
+    """Bytes of the parts."""
+    return sum(len(part.text.encode()) for part in parts)
 
 
 def _filled(template: str, fact: Fact, counts: bool) -> list[Part]:

@@ -21,7 +21,7 @@ FREE_BYTES = 256_000_000
 MOST_TIMES = 200
 """What a file may unpack to: FREE_BYTES, and so many times its size on top."""
 
-ROW_BYTES = 16
+ROW_BYTES = 100
 """What a row counts at least, so that rows of nothing have an end."""
 
 BATCH_BYTES = 64_000_000

@@ -201,7 +201,7 @@ class Answer:
         if isinstance(error, OverdueError | StoppedError):
             return ApiError.busy(str(error))
         if isinstance(error, UnfollowableError):
-            return ApiError(400, str(error), param="response_format", code="json_schema_too_complex")
+            return ApiError(400, str(error), code="json_schema_too_complex")
         if isinstance(error, NotANumberError) and any(job.state is not None for job in self._jobs):
             return ApiError(409, f"{error}; start a new session", param="session", code="session_unusable")
         return ApiError(500, str(error), code="internal_error")

@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ __all__ = [
     "remove_leftovers",
     "reporting_errors",
     "require_space",
+    "some_names",
     "sync",
     "verify_folder",
     "write_atomic",
@@ -53,6 +54,7 @@ Entry = Mapping[str, int | str]
 TEMPORARY_PREFIX = ".tmp-"
 _TEMPORARY = re.compile(r"\.tmp-.+-[0-9a-f]{16}", re.DOTALL)
 HASH_THREADS = 4
+_NAMES_SHOWN = 3
 
 _REMEDIES = {
     errno.ENOSPC: "free some space or use a folder on another disk",
@@ -231,6 +233,16 @@ def format_bytes(n_bytes: int) -> str:
         size /= 1000
         units.pop(0)
     return f"{size:.0f} {units[0]}" if units[0] == "bytes" else f"{size:.1f} {units[0]}"
+
+
+def some_names(names: Sequence[object]) -> str:
+    """A few of many names, for a line.
+
+    >>> some_names(["a", "b"]), some_names(["a", "b", "c", "d", "e"])
+    ('a, b', 'a, b, c and 2 more')
+    """
+    shown = ", ".join(str(name) for name in names[:_NAMES_SHOWN])
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN:,} more"
 
 
 def sync(path: Path) -> None:

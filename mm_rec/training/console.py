@@ -112,7 +112,7 @@ class ProgressLine:
         count = len(self._recent)
         seconds = sum(one.seconds for one in self._recent)
         done = report.step - self._first_step + 1
-        left = (time.monotonic() - self._start) / done * (self._steps - report.step)
+        left = (time.monotonic() - self._start) / done * max(0, self._steps - report.step)
         return [
             f"loss {sum(one.loss for one in self._recent) / count:.3f}",
             f"{sum(one.bits_per_byte for one in self._recent) / count:.3f} bits/byte",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +25,14 @@ __all__ = [
     "measure_activations",
     "memory_remedy",
     "sharded_bytes",
+    "tokens_that_fit",
     "training_bytes",
     "with_margin",
 ]
 
 PROBE_TOKENS = 256
+FEWEST_TOKENS = 64
+"""Tokens of a sequence that advice does not go below."""
 MARGIN = 1.15
 """Over the sum of what is known: buffers of the libraries, fragmentation."""
 FIXED_BYTES = 300_000_000
@@ -131,14 +135,29 @@ def check_memory(needed: int, available: int, remedy: str) -> None:
         )
 
 
-def memory_remedy(batch_size: int, seq_len: int) -> str:
-    """What to change when the activations don't fit."""
+def memory_remedy(batch_size: int, seq_len: int, most_tokens: int | None = None) -> str:
+    """What to change when the activations don't fit.
+
+    Args:
+        batch_size, seq_len: what was asked for.
+        most_tokens: tokens of a micro-batch that would fit with gradient checkpointing; None if that is not known, and
+            half of what was asked for is the advice.
+    """
+    if most_tokens is not None and most_tokens < FEWEST_TOKENS:
+        return "not even a short sequence fits, so try a smaller --preset or a machine with more memory"
     smaller = []
+    rows = batch_size // 2 if most_tokens is None else min(batch_size // 2, most_tokens // seq_len)
     if batch_size > 1:
-        smaller.append(f"--batch_size {batch_size // 2}")
-    if seq_len > 64:
-        smaller.append(f"--seq_len {seq_len // 2}")
+        smaller.append(f"--batch_size {max(rows, 1)}")
+    if seq_len > FEWEST_TOKENS and (most_tokens is None or rows < 1):
+        length = seq_len // 2 if most_tokens is None else min(seq_len // 2, most_tokens)
+        smaller.append(f"--seq_len {length}")
     return f"try {', '.join([*smaller, '--gradient_checkpointing on'])} or a smaller --preset"
+
+
+def tokens_that_fit(training: int, checkpointed: float, available: int) -> int:
+    """Returns how many tokens of a micro-batch fit, by the bytes of :func:`with_margin`; negative if none does."""
+    return math.floor(((available - FIXED_BYTES) / MARGIN - training) / checkpointed)
 
 
 def with_margin(training: int, activations: float) -> int:

@@ -21,6 +21,7 @@ from mm_rec.training.estimate import (
     count_parameters,
     measure_activations,
     memory_remedy,
+    tokens_that_fit,
     with_margin,
 )
 from mm_rec.training.runtime import model_and_optimizer_bytes
@@ -69,7 +70,8 @@ def estimate_run(trainer: Trainer, gradient_checkpointing: str, available: int) 
         gradient_checkpointing == "auto" and checkpointed <= available < plain
     )
     memory = checkpointed if model.gradient_checkpointing else plain
-    check_memory(memory, available, memory_remedy(plan.batch_size, plan.seq_len))
+    fitting = tokens_that_fit(fixed, activations.checkpointed, available) * processes.world_size()
+    check_memory(memory, available, memory_remedy(plan.batch_size, plan.seq_len, fitting))
     parameters = count_parameters(model.config)
     own_parameters = parameters // (runtime.processes if runtime.sharded else 1)
     return RunEstimate(parameters, memory, available, _seconds_per_step(trainer, own_parameters))
@@ -81,7 +83,7 @@ def announce(console: Console, trainer: Trainer, data: Prepared, estimate: RunEs
     tokens = {name: store.n_tokens for name, store in data.train.items()}
     recall = sum(store.n_tokens for store in data.recall.values())
     total = sum(tokens.values()) + recall
-    steps = plan.last_step - trainer.progress.step
+    steps = max(0, plan.last_step - trainer.progress.step)  # a finished run may be asked for fewer than it has
     seconds = estimate.seconds_per_step
     passes = plan.steps * plan.tokens_per_step / total
     adapters = "" if plan.lora_rank is None else f"; trained are adapters of rank {plan.lora_rank}"

@@ -13,11 +13,11 @@ from mm_rec import processes
 from mm_rec.config import ModelConfig
 from mm_rec.data.prepare_recall import add_recall_rows
 from mm_rec.data.prepared import Prepared
+from mm_rec.data.recall_rows import LONGEST
 from mm_rec.errors import UserError
 from mm_rec.machine.device import select_device
 from mm_rec.machine.signals import SignalGuard
 from mm_rec.program import say
-from mm_rec.stages import STAGES
 from mm_rec.storage import checkpoint
 from mm_rec.storage.resume import cut_back, find_newest, open_run
 from mm_rec.storage.run_config import differences
@@ -64,9 +64,8 @@ def train_stages(settings: TrainSettings, data: Prepared, guard: SignalGuard, co
 def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, console: Console) -> Path:
     """Train one stage, or find it finished; returns its final checkpoint."""
     device = select_device(settings.device)
-    share = settings.recall_share_of(STAGES[settings.stage])
-    data = add_recall_rows(data, share, progress=functools.partial(say, console))
     plan = make_plan(settings, device.type, sum(store.n_tokens for store in data.train.values()))
+    data = _with_recall_rows(settings, plan, data, console)
     processes.check_rows(plan.batch_size)
     point = find_starting_point(settings, plan, data, device) if processes.is_rank_zero() else None
     available = memory_of_process(device)  # before anything of the run is loaded
@@ -92,6 +91,13 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
     path = broadcast_path(path)
     say(console, f"{settings.stage}: {trainer.progress.step} steps done, saved in {path}")
     return path
+
+
+def _with_recall_rows(settings: TrainSettings, plan: Plan, data: Prepared, console: Console) -> Prepared:
+    """The data with the rows that train recall, which are short where text is cut into windows."""
+    longest = LONGEST if plan.stage.layout == "lanes" else max(plan.seq_len // 2, 1)
+    share = settings.recall_share_of(plan.stage)
+    return add_recall_rows(data, share, longest=longest, progress=functools.partial(say, console))
 
 
 def _open_run(settings: TrainSettings, plan: Plan, point: StartingPoint, console: Console) -> RunFolder:

@@ -57,8 +57,7 @@ class TrainSettings:
     recall_share: Annotated[
         float | None,
         Option(
-            "part of the tokens that are rows made to train recall, in the stages after stage1; if not given 0.05 in "
-            "stage2 and 0 in others",
+            "part of the tokens that are rows made to train recall; if not given 0.05 in stage2 and 0 in other stages",
             minimum=0,
             maximum=0.9,
         ),
@@ -113,9 +112,8 @@ class TrainSettings:
         return PRETRAINING if self.stage == "all" else (self.stage,)
 
     def recall_share_of(self, stage: Stage) -> float:
-        """Returns the part of a stage's tokens that are rows made to train recall."""
-        can_have = stage.layout == "lanes" and not stage.conversations
-        return stage.recall_share if self.recall_share is None or not can_have else self.recall_share
+        """Returns the part of a stage's tokens that are rows made to train recall; conversations have none."""
+        return stage.recall_share if self.recall_share is None or stage.conversations else self.recall_share
 
     def for_stage(self, name: str) -> TrainSettings:
         """The settings of one stage: what its section of the file says wins over the rest of the file."""

@@ -1,12 +1,14 @@
 """Rows that train recall: what counts was in the row before, the rest is the store's own text."""
 
 import json
+import random
 
+import numpy as np
 import pytest
 
 from mm_rec.data.prepare import prepare
 from mm_rec.data.prepare_recall import add_recall_rows
-from mm_rec.data.recall_rows import LONGEST, recall_documents
+from mm_rec.data.recall_rows import LONGEST, Part, _counted, _Row, recall_documents
 from mm_rec.data.synthetic import write_synthetic
 from mm_rec.errors import UserError
 from mm_rec.formats import VERSIONS
@@ -19,38 +21,50 @@ def data(tmp_path_factory):
     return prepare(folder, 512, filters=False)
 
 
-def runs(tokenizer, document):
-    """The text of the row in runs of equal mask: text, whether it counts."""
-    found = []
-    for token, counts in zip(document.tokens[1:], document.loss_mask[1:], strict=True):
-        if not found or found[-1][1] != counts:
-            found.append([b"", counts])
-        found[-1][0] += tokenizer.token_bytes[token]
-    return [(text.decode(), bool(counts)) for text, counts in found]
-
-
 @pytest.mark.parametrize("domain", ["text", "code"])
 def test_what_counts_is_text_of_the_store_or_was_in_the_row_before(data, domain):
     store, tokenizer = data.train[domain], data.tokenizer
     own = "\n".join(tokenizer.decode(store.document(index)) for index in range(store.n_documents))
-    answers = 0
-    documents = list(recall_documents(store, tokenizer, domain, 20_000, 3))
-    for document in documents:
-        assert document.tokens[0] == tokenizer.bos_id
-        assert document.loss_mask[0] == 0
-        text = tokenizer.decode(document.tokens)
-        assert document.n_bytes == len(text.encode())
+    answers = said = 0
+    for trial in range(40):
+        parts = _Row(random.Random(trial), store, tokenizer, domain, 3000).parts()
         before = ""
-        for run, counts in runs(tokenizer, document):
-            is_own = all(line.strip() in own for line in run.replace(". ", ".\n").split("\n"))
+        for text, counts in parts:
+            is_own = all(line.strip() in own for line in text.splitlines())
             if counts and not is_own:
-                value = run.strip().strip("\"'=|:,()> ").removesuffix(".").splitlines()[0]
-                assert value in before, (value, run)
+                assert text in before
                 answers += 1
-            before += run
-    assert answers > 200
-    total = sum(len(document.tokens) for document in documents)
-    assert 20_000 <= total < 20_000 + LONGEST
+            said += not counts and text.isdecimal()
+            before += text
+        assert len(before.encode()) >= 3000
+    assert answers > 500
+    assert said > 50
+
+
+def test_a_token_counts_by_the_part_in_which_it_ends(data):
+    parts = [
+        Part("The clerk", False),
+        Part(" sold", True),
+        Part(" 12 ", False),
+        Part("books.", True),
+        Part("\n", False),
+    ]
+    ids = data.tokenizer.encode("".join(part.text for part in parts))
+    texts = [data.tokenizer.token_bytes[i].decode() for i in ids]
+    mask = _counted(parts, np.cumsum([len(text) for text in texts]))
+    place = 0
+    for text, counts in zip(texts, mask, strict=True):
+        place += len(text)
+        assert counts == (9 < place <= 14 or 18 < place <= 24)
+
+
+def test_a_document_is_its_text_with_bos_and_mask(data):
+    for document in recall_documents(data.train["text"], data.tokenizer, "text", 5000, 3):
+        assert document.tokens[0] == data.tokenizer.bos_id
+        assert document.loss_mask[0] == 0
+        assert len(document.loss_mask) == len(document.tokens)
+        assert set(document.loss_mask) == {0, 1}
+        assert document.n_bytes == len(data.tokenizer.decode(document.tokens).encode())
 
 
 def test_rows_depend_on_their_arguments_alone(data):
@@ -58,11 +72,24 @@ def test_rows_depend_on_their_arguments_alone(data):
         return list(recall_documents(data.train[domain], data.tokenizer, domain, tokens, seed))
 
     first = made(3000, 0)
+    assert 3000 <= sum(len(document.tokens) for document in first) < 6000
     assert made(3000, 0) == first
     assert made(1, 0) == made(2, 0)
     assert len(made(1, 0)) == 1
     assert made(3000, 1) != first
     assert len({tuple(document.tokens) for document in first}) == len(first)
+
+
+def test_rows_are_about_as_long_as_they_may_be(data):
+    def lengths(longest):
+        return [
+            len(one.tokens) for one in recall_documents(data.train["text"], data.tokenizer, "text", 60_000, 0, longest)
+        ]
+
+    short, long = lengths(256), lengths(LONGEST)
+    assert max(short) < 800
+    assert len(set(short)) > 30
+    assert max(long) > 2000
 
 
 def test_rows_are_added_once_for_a_share_and_seed(data):
@@ -76,8 +103,8 @@ def test_rows_are_added_once_for_a_share_and_seed(data):
         share = store.n_tokens / (store.n_tokens + data.train[name].n_tokens)
         assert 0.2 <= share < 0.3
         assert added.train[name] is data.train[name]
-    others = [add_recall_rows(data, 0.1), add_recall_rows(data, 0.2, seed=1)]
-    assert len({one.data_sha256 for one in [data, added, *others]}) == 4
+    others = [add_recall_rows(data, 0.1), add_recall_rows(data, 0.2, seed=1), add_recall_rows(data, 0.2, longest=99)]
+    assert len({one.data_sha256 for one in [data, added, *others]}) == 5
     path = added.recall["text"].path.parent
     report = json.loads((path / "report.json").read_text())
     assert (report["recall_share"], report["seed"]) == (0.2, 0)

@@ -77,7 +77,8 @@ def odd_file(rng: random.Random, folder: Path) -> list[str]:
     ]  # fmt: skip
     path = folder / "settings.yaml"
     path.write_text(rng.choice(contents))
-    return ["train", "--use_synthetic", "--max_samples", "10", "--config", str(path)]
+    small = [part for name, value in TRAIN.items() if value is not True for part in (f"--{name}", str(value))]
+    return ["train", "--use_synthetic", *small, "--config", str(path)]
 
 
 def odd_place(rng: random.Random, folder: Path) -> list[str]:
@@ -128,7 +129,7 @@ def plain(rng: random.Random, folder: Path) -> list[str]:
 
 
 @workload(27, "commands with output closed, full or in another encoding, few descriptors, absurd settings and names",
-          unit="commands", quick=16, soak=600, idle=["it ran"])  # fmt: skip
+          unit="commands", quick=12, soak=300, idle=["it ran"])  # fmt: skip
 def odd_commands(folder: Path) -> Iterator[Trial]:
     supervisor = Supervisor(folder)
     weights = MMRecModel(CONFIG, seed=3).state_dict()

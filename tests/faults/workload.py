@@ -35,6 +35,7 @@ MODULES = {
     "change_workloads": (22,),
     "connection_workloads": (23,),
     "forged_session_workloads": (24,),
+    "bomb_workloads": (25,),
     "stranger_workloads": (26,),
     "setting_workloads": (27,),
 }

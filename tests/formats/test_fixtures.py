@@ -185,11 +185,23 @@ def test_a_session_is_loaded_as_it_was_written(written: Path, continued: Path) -
         )
 
 
-def test_prepared_data_is_used_again_and_comes_out_the_same_anew(written: Path, continued: Path) -> None:
-    for folder, expected in (("data", written / "data" / "prepared"), ("stopped", written / "stopped" / "prepared")):
-        assert_same_bytes(continued / folder / "prepared", expected)
-    assert_same_bytes(continued / "new" / "data" / "prepared", written / "data" / "prepared", anew=True)
-    assert_same_bytes(continued / "new" / "prepared", written / "stopped" / "prepared", anew=True)
+def test_prepared_data_is_left_as_it_is_and_comes_out_the_same_anew(written: Path, continued: Path) -> None:
+    for folder, new in (("data", "new/data"), ("stopped", "new")):
+        made = {stores(path): path for path in folders(continued / new / "prepared")}
+        olds = folders(written / folder / "prepared")
+        assert len(made) == len(olds)
+        for old in olds:
+            assert_same_bytes(continued / folder / "prepared" / old.name, old)
+            assert made[stores(old)].name != old.name  # the numbers of documents and conversations were raised since
+            assert_same_bytes(made[stores(old)], old, anew=True)
+
+
+def folders(path: Path) -> list[Path]:
+    return sorted(one for one in path.iterdir() if one.is_dir())
+
+
+def stores(prepared: Path) -> frozenset[str]:
+    return frozenset(one.name for one in folders(prepared))
 
 
 def assert_same_bytes(found: Path, expected: Path, anew: bool = False) -> None:

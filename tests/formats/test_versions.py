@@ -28,7 +28,7 @@ from mm_rec.storage.checkpoint import CheckpointError
 from mm_rec.text.tokenizer import Tokenizer
 
 STOPPED, FINISHED = "checkpoints/step_000004", "checkpoints/step_000007"
-OTHERS = [4, 0, -1, 10**400, "1", "", "new\nline", True, False, None, 1.0, float("nan"), [1], {"1": 1}]
+OTHERS = [9, 0, -1, 10**400, "1", "", "new\nline", True, False, None, 1.0, float("nan"), [1], {"1": 1}]
 
 Edit = Callable[[Path], None]
 
@@ -238,7 +238,7 @@ def test_a_token_store_of_another_version_is_made_anew(
     written: Path, about: dict[str, Any], tmp_path: Path, version: Any
 ) -> None:
     shutil.copytree(written / "data", tmp_path / "data")
-    (prepared,) = (tmp_path / "data" / "prepared").iterdir()
+    prepared = prepare(tmp_path / "data", about["model"]["vocab_size"]).path
     prepared.rename(tmp_path / "sound")
     with files.atomic_folder(prepared) as folder:
         shutil.copytree(tmp_path / "sound", folder, dirs_exist_ok=True)
@@ -273,7 +273,9 @@ def test_prepared_data_after_a_change_is_made_anew_beside_it(
         return [documents.path, conversations.path]
 
     before = both()
-    assert (written / "data" / "prepared" / before[0].name).exists()
+    for folder, path in zip(("data/prepared", "stopped/prepared"), before, strict=True):
+        assert not (written / folder / path.name).exists()  # b411fa1 read rows with null otherwise
+        assert {one.name for one in (written / folder).iterdir()} < {one.name for one in path.parent.iterdir()}
     for kind in ("documents", "conversations"):
         raised(monkeypatch, kind)
     after = both()

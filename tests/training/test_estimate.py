@@ -19,7 +19,9 @@ from mm_rec.training.estimate import (
     measure_activations,
     memory_remedy,
     sharded_bytes,
+    tokens_that_fit,
     training_bytes,
+    with_margin,
 )
 
 pytestmark = pytest.mark.usefixtures("small_world")
@@ -91,6 +93,25 @@ def test_memory_that_is_just_enough_is_enough() -> None:
 def test_the_remedy_names_what_can_be_smaller(batch_size: int, seq_len: int, first: str) -> None:
     wanted = f"try {first}--gradient_checkpointing on or a smaller --preset"
     assert memory_remedy(batch_size, seq_len) == wanted
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "seq_len", "most_tokens", "wanted"),
+    [
+        (10**9, 512, 5000, "try --batch_size 9, --gradient_checkpointing on or a smaller --preset"),
+        (8, 512, 10**6, "try --batch_size 4, --gradient_checkpointing on or a smaller --preset"),
+        (4, 10**9, 5000, "try --batch_size 1, --seq_len 5000, --gradient_checkpointing on or a smaller --preset"),
+        (1, 512, 63, "not even a short sequence fits, so try a smaller --preset or a machine with more memory"),
+        (10**9, 10**9, -5, "not even a short sequence fits, so try a smaller --preset or a machine with more memory"),
+    ],
+)
+def test_the_remedy_is_one_that_fits(batch_size: int, seq_len: int, most_tokens: int, wanted: str) -> None:
+    assert memory_remedy(batch_size, seq_len, most_tokens) == wanted
+
+
+def test_what_fits_is_what_the_estimate_takes() -> None:
+    tokens = tokens_that_fit(10**9, 1000.0, 3 * 10**9)
+    assert with_margin(10**9, 1000.0 * tokens) <= 3 * 10**9 < with_margin(10**9, 1000.0 * (tokens + 2))
 
 
 @pytest.mark.parametrize(("keep", "existing", "wanted"), [(2, 0, 3), (2, 1, 2), (2, 3, 1), (2, 9, 1), (1, 0, 2)])

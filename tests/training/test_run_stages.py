@@ -55,13 +55,15 @@ def test_rows_that_train_recall_are_part_of_stage2_in_their_share(data: Prepared
         return identity["data"]
 
     output = io.StringIO()
-    assert identity_of_data("stage1", recall_share=0.5) == data.data_sha256
+    assert identity_of_data("stage1") == data.data_sha256
     assert "rows that train recall" not in output.getvalue()
     usual = identity_of_data("stage2")
     assert usual == add_recall_rows(data, 0.05).data_sha256
     assert "rows that train recall" in output.getvalue()
     assert identity_of_data("stage2", recall_share=0.0) == data.data_sha256
     assert identity_of_data("stage2", recall_share=0.5) == add_recall_rows(data, 0.5).data_sha256
+    short = identity_of_data("stage1", recall_share=0.5, fresh=True)
+    assert short == add_recall_rows(data, 0.5, longest=8).data_sha256  # rows that fit into windows of 16
 
 
 def test_more_steps_continue_a_finished_run(data: Prepared, tmp_path: Path) -> None:

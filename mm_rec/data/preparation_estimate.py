@@ -1,0 +1,128 @@
+"""What preparing data will take, from a look at its first documents: said before the work begins."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mm_rec.data.files import COMPRESSED, BadRows, read_texts
+from mm_rec.data.filters import NearDuplicates, quality_problem
+from mm_rec.errors import UserError
+from mm_rec.machine.autotune import cores
+from mm_rec.machine.device import available_memory
+from mm_rec.storage.files import format_bytes, require_space
+
+__all__ = ["PreparationEstimate", "estimate_preparation"]
+
+SAMPLE_DOCUMENTS, SAMPLE_SECONDS = 200, 0.3
+"""Looked at of each domain, whichever comes first."""
+
+UNPACKED_TIMES = {**dict.fromkeys(COMPRESSED, 4.0), ".parquet": 2.5}
+"""Text in a file of each kind, as a multiple of its size; 1 where there is none."""
+
+KEPT_BYTES = 250
+"""Memory for what is known of a document beside its signature."""
+
+BATCH_BYTES = 100_000_000
+"""Memory for the documents that are tokenized at a time, and their tokens."""
+
+READ_BYTES_A_SECOND, ENCODED_BYTES_A_SECOND = 80e6, 2e6
+"""Reading again, on one core, and tokenizing, on each core: a careful guess for any machine."""
+
+BYTES_A_TOKEN = 3.0
+
+
+@dataclass(frozen=True)
+class PreparationEstimate:
+    """What preparing takes: text to read, documents, seconds, and bytes of memory and of disk."""
+
+    n_bytes: int
+    documents: int
+    seconds: float
+    memory: int
+    disk: int
+
+    def check(self, folder: Path) -> None:
+        """Refuse what cannot fit.
+
+        Args:
+            folder: where the result goes; need not exist yet.
+
+        Raises:
+            UserError: naming what is needed, what there is and the remedy.
+            StorageError: if it is the disk that is too small.
+        """
+        available = available_memory(torch.device("cpu"))
+        if self.memory > available:
+            fitting = max(1, int(self.documents * available / self.memory * 0.8))
+            raise UserError(
+                f"preparing these {self.documents:,} documents would take about {format_bytes(self.memory)} of memory "
+                f"and {format_bytes(available)} are free; prepare fewer, with --max_samples {fitting}"
+            )
+        require_space(folder, self.disk)
+
+    def describe(self) -> str:
+        """The estimate in words."""
+        return (
+            f"preparing about {self.documents:,} documents, {format_bytes(self.n_bytes)} of text: "
+            f"about {_describe_time(self.seconds)}, {format_bytes(self.memory)} of memory and "
+            f"{format_bytes(self.disk)} of disk"
+        )
+
+
+def estimate_preparation(
+    files: Mapping[str, Sequence[Path]], *, max_samples: int | None, filters: bool
+) -> PreparationEstimate:
+    """Returns what preparing the data files of each domain will take.
+
+    Args:
+        files: by domain.
+        max_samples: documents of each domain at most.
+        filters: near-duplicates are looked for, which takes most of the memory and time.
+    """
+    n_bytes = documents = 0
+    seconds = 0.0
+    for name, paths in files.items():
+        there = int(sum(path.stat().st_size * _unpacked_times(path) for path in paths))
+        size, rate = _look(name, paths, filters)
+        count = max(1, there // max(size, 1))
+        if max_samples is not None and max_samples < count:
+            there, count = there * max_samples // count, max_samples
+        n_bytes += there
+        documents += count
+        seconds += there * rate + 2 * there / READ_BYTES_A_SECOND
+    seconds += n_bytes / (ENCODED_BYTES_A_SECOND * cores())
+    memory = documents * (KEPT_BYTES + (NearDuplicates.BYTES_A_DOCUMENT if filters else 0)) + BATCH_BYTES
+    return PreparationEstimate(n_bytes, documents, seconds, memory, int(4 * n_bytes / BYTES_A_TOKEN) + 16 * documents)
+
+
+def _look(name: str, paths: Sequence[Path], filters: bool) -> tuple[int, float]:
+    """The mean size of the first documents in bytes, and seconds a byte that the filters take."""
+    duplicates, start = NearDuplicates(), time.monotonic()
+    count = size = 0
+    texts = itertools.chain.from_iterable(read_texts(path, BadRows(SAMPLE_DOCUMENTS)) for path in paths)
+    try:
+        for text in itertools.islice(texts, SAMPLE_DOCUMENTS):
+            count, size = count + 1, size + len(text.encode())
+            if filters and quality_problem(text, name) is None:
+                duplicates.add(text)
+            if time.monotonic() > start + SAMPLE_SECONDS:
+                break
+    except UserError:  # a bad row; the pass over all of them says which
+        pass
+    return size // max(count, 1), (time.monotonic() - start) / max(size, 1)
+
+
+def _unpacked_times(path: Path) -> float:
+    return next((times for suffix, times in UNPACKED_TIMES.items() if path.name.lower().endswith(suffix)), 1.0)
+
+
+def _describe_time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
