@@ -193,7 +193,7 @@ def test_lm_eval_finds_its_batch_size(folder: Path, tmp_path: Path, monkeypatch:
         "model": "hf", "model_args": {"pretrained": str(folder), "dtype": "float32"}, "tasks": ["tool_quiz"],
         "task_manager": TaskManager(include_path=str(tmp_path)), "device": "cpu", "bootstrap_iters": 0,
     }  # fmt: skip
-    found = lm_eval.simple_evaluate(batch_size="auto", **arguments)
+    found = lm_eval.simple_evaluate(batch_size="auto", max_batch_size=8, **arguments)
     assert found["results"]["tool_quiz"]["acc,none"] in (0.0, 1.0)
 
 
