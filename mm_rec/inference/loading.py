@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mm_rec.config import WEIGHTS
 from mm_rec.errors import UserError
@@ -84,6 +86,12 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
+def _adapted(weights: Mapping[str, Tensor], adapter: Path) -> Mapping[str, Tensor]:
+    """Returns ``weights`` with the adapter added that :func:`load_model` is given."""
+    folder = checkpoint.resolve(adapter) if (adapter / "checkpoints").is_dir() else adapter
+    return merged(weights, read_adapter(folder), folder)
+
+
 def load_model(
     path: Path,
     *,
@@ -99,7 +107,7 @@ def load_model(
         device: as for :func:`mm_rec.machine.device.select_device`.
         precision: type of the matrices, as for :func:`mm_rec.machine.device.select_precision`.
         weights: ``full``, or ``int8`` to round the matrices; see :func:`mm_rec.inference.quantize.quantize_int8`.
-        adapter: folder of a LoRA adapter to add to the weights, as for :func:`mm_rec.storage.adapter.read_adapter`.
+        adapter: a LoRA adapter to add to the weights: a folder of PEFT, or a run or checkpoint of ``finetune --lora``.
 
     Raises:
         UserError: if there is no valid checkpoint, no such device, precision or kind of weights, or the adapter is
@@ -110,7 +118,7 @@ def load_model(
     place = select_device(device)
     found = checkpoint.load(find_checkpoint(path), weights_only=True)
     checkpoint.check_shape(found)
-    values = found.weights if adapter is None else merged(found.weights, read_adapter(adapter), adapter)
+    values = found.weights if adapter is None else _adapted(found.weights, adapter)
     try:
         with torch.device("meta"):
             model = MMRecModel(found.config)

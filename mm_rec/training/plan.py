@@ -16,7 +16,7 @@ __all__ = ["Plan", "make_plan"]
 EPOCHS_OF_A_SAMPLE = 20
 """Where the data is a sample asked for by size, steps follow from it: so many passes, at most the default."""
 
-LORA_RATE_FACTOR = 5
+LORA_RATE_FACTOR = 10
 """Learning rate of adapters over that of all weights, where the user names none (docs/LOG.md)."""
 
 FEWEST_FUSION_STEPS = 30

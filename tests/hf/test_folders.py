@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -62,7 +64,7 @@ def test_tokens_without_rows_are_named(exported: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(exported)
     tokenizer.add_tokens([f"<{i}>" for i in range(600)])
     AutoModelForCausalLM.from_pretrained(exported).save_pretrained(saved)
-    with pytest.raises(UserError, match=r"has no tokenizer; write it there with tokenizer.save_pretrained"):
+    with pytest.raises(UserError, match=r"tokenizer is written there with tokenizer.save_pretrained"):
         load_model(saved)
     tokenizer.save_pretrained(saved)
     with pytest.raises(UserError, match="resize_token_embeddings"):
@@ -100,13 +102,20 @@ def test_a_saved_folder_works_in_every_command(
 
 def test_the_server_takes_a_saved_folder(exported: Path, tmp_path: Path) -> None:
     pytest.importorskip("fastapi", reason="the server's packages are not installed")
-    from mm_rec.scripts.serve_command import ServeSettings, _build
-
     saved = tmp_path / "saved"
     AutoModelForCausalLM.from_pretrained(exported).save_pretrained(saved)
     AutoTokenizer.from_pretrained(exported).save_pretrained(saved)
-    settings = ServeSettings(session_dir=tmp_path / "sessions", device="cpu")
-    assert any(getattr(route, "path", "") == "/v1/models" for route in _build(settings, saved).routes)
+    command = [sys.executable, "-m", "mm_rec.cli", "serve", "--model", str(saved), "--port", "0", "--device", "cpu"]
+    command += ["--session_dir", str(tmp_path / "sessions")]
+    env = os.environ | {"PYTHONPATH": os.getcwd()}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            found = (re.search(r"serving at (http://\S+/)", line) for line in server.stdout)
+            address = next(one[1] for one in found if one)
+            with urllib.request.urlopen(f"{address}v1/models", timeout=60) as answer:
+                assert json.load(answer)["data"][0]["id"] == "mm-rec"
+        finally:
+            server.terminate()
 
 
 def test_an_exported_folder_that_is_saved_over_is_read_again(exported: Path, tmp_path: Path) -> None:
@@ -184,7 +193,7 @@ def test_lm_eval_finds_its_batch_size(folder: Path, tmp_path: Path, monkeypatch:
         "model": "hf", "model_args": {"pretrained": str(folder), "dtype": "float32"}, "tasks": ["tool_quiz"],
         "task_manager": TaskManager(include_path=str(tmp_path)), "device": "cpu", "bootstrap_iters": 0,
     }  # fmt: skip
-    found = lm_eval.simple_evaluate(batch_size="auto", **arguments)
+    found = lm_eval.simple_evaluate(batch_size="auto", max_batch_size=8, **arguments)
     assert found["results"]["tool_quiz"]["acc,none"] in (0.0, 1.0)
 
 

@@ -156,7 +156,7 @@ def test_adapters_are_trained_in_place_of_the_weights(
     for name in changed:  # of the rank that was asked for, at most
         assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-4) <= 2, name
 
-    for path in (whole, whole / "adapter"):
+    for path in (whole, whole / "adapter", whole.parent.parent):
         added = load_model(base, device="cpu", precision="fp32", adapter=path).model.state_dict()
         assert all(torch.equal(added[name], tensor) for name, tensor in after.items())
     prompt = ["--prompt", "What", "--temperature", "0", "--max_new_tokens", "5", "--device", "cpu"]

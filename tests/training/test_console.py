@@ -45,3 +45,11 @@ def test_without_a_terminal_lines_are_rare() -> None:
         for step in range(1, 501):
             progress.update(report(step))
     assert len(output.getvalue().splitlines()) < 20
+
+
+def test_what_is_left_is_never_less_than_nothing() -> None:
+    output = io.StringIO()
+    progress = ProgressLine(Console(file=output, width=200, _environ={}), 2, 3, Meter(1))
+    with progress.running():
+        progress.update(report(3))
+    assert "left 0.0 s" in output.getvalue()
