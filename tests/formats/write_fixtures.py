@@ -41,7 +41,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-COMMIT = "b031d0e"
+COMMIT = "eb26054"
 ENVIRONMENT = {
     "MM_REC_BACKEND": "reference",
     "MM_REC_CPU_LEVEL": "baseline",
