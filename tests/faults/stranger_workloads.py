@@ -147,7 +147,7 @@ def models_of_strangers(folder: Path) -> Iterator[Trial]:
             for file in copy.iterdir():
                 shutil.copyfile(file, written / file.name)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        start = time.monotonic()
+        start = time.process_time()  # the load of the machine does not move it
         try:
             loaded = load_model(path, device="cpu", precision="fp32")
             session = ChatSession.start(loaded.model, loaded.tokenizer, sampling=Sampling(max_new_tokens=3))
@@ -158,7 +158,7 @@ def models_of_strangers(folder: Path) -> Iterator[Trial]:
             assert "\n" not in message, message
             assert len(message) < 1000, message[:2000]
             outcome = f"{kind}: refused"
-        assert time.monotonic() - start < SECONDS, (kind, time.monotonic() - start)
+        assert time.process_time() - start < SECONDS, (kind, time.process_time() - start)
         grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory)
         assert grown < MEMORY_BYTES, (kind, grown)
         return outcome
