@@ -7,7 +7,16 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DEFAULT_PRESET", "DOMAINS", "FLOAT32_MATRICES", "FLOAT32_VECTORS", "PRESETS", "WEIGHTS", "ModelConfig"]
+__all__ = [
+    "DEFAULT_PRESET",
+    "DOMAINS",
+    "FLOAT32_MATRICES",
+    "FLOAT32_VECTORS",
+    "KEY_TAPS",
+    "PRESETS",
+    "WEIGHTS",
+    "ModelConfig",
+]
 
 FLOAT32_MATRICES = ("w_g", "key_taps")
 """Matrices of a block that act on float32 states and stay float32 whatever the precision."""
@@ -23,6 +32,9 @@ MAX_SIZE = 2**31
 """Of any dimension."""
 
 MAX_BASE = 1e12
+
+KEY_TAPS = 4
+"""Tokens whose keys make a key of the long-term memory: one and those before it, which the window has to hold."""
 
 MAX_MEMORY = 2**20
 """Of the window, by which no weight is bounded."""
@@ -72,6 +84,8 @@ class ModelConfig:
             raise ValueError(f"rotary_base must be a number above 0 and at most {MAX_BASE:g}, got {base!r:.40}")
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
             raise ValueError(f"d_model {self.d_model} does not split into {self.n_heads} heads of even size")
+        if self.window < KEY_TAPS - 1:
+            raise ValueError(f"window must be at least {KEY_TAPS - 1}, got {self.window}")
         names = self.experts
         if not isinstance(names, tuple) or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
             raise ValueError(f"experts must be names of 1 to 64 letters, digits, - and _, got {names!r:.80}")

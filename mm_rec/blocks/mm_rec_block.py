@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_rec import ops
-from mm_rec.config import ModelConfig
+from mm_rec.config import KEY_TAPS, ModelConfig
 from mm_rec.state import BlockState, MemoryState
 
 __all__ = ["MMRecBlock"]
 
 DECAY_RANGE = (0.6, 0.999)
 MEMORY_DECAY_LOGITS = (5.0, 9.0)  # a head's memory halves in 100 to 5,600 tokens to begin with; learned
-KEY_TAPS = 4  # tokens that a key of the long-term memory is made of
 
 
 class MMRecBlock(nn.Module):
