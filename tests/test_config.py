@@ -18,6 +18,7 @@ SOUND = ModelConfig.preset("tiny").to_dict()
         ({"n_layers": True}, "n_layers must be a whole number"),
         ({"d_model": 10**30}, "d_model must be a whole number"),
         ({"window": 2**20}, "window must be a whole number"),
+        ({"window": 2}, "window must be at least 3"),
         ({"rotary_base": float("nan")}, "rotary_base must be a number above 0"),
         ({"rotary_base": 2**63}, "rotary_base must be a number above 0 and at most 1e"),
         ({"rotary_base": "1000"}, "rotary_base must be a number above 0"),
