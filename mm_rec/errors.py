@@ -27,6 +27,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"  # PyTorch's: not imported for this, so that --help is quick
         or "allocate memory" in str(error)
         or "can't start new thread" in str(error)  # no room for its stack
+        or "failed to map segment" in str(error)  # of a library, no room for its code
         # CPython, where an allocation failed and the exception for that could not be made either
         or (isinstance(error, SystemError) and "exception" in str(error))
     )

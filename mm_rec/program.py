@@ -78,7 +78,7 @@ def run_program(program: Callable[[], int]) -> int:
         return code
     except UserError as error:
         return _fail(str(error))
-    except (MemoryError, RuntimeError, SystemError) as error:
+    except (MemoryError, RuntimeError, SystemError, ImportError) as error:
         if not is_out_of_memory(error):
             raise
         return _fail("out of memory; free some, or use less data or a smaller model")

@@ -38,7 +38,7 @@ def test_what_cannot_fit_is_refused_before_it_starts(
     with pytest.raises(UserError, match=r"would take .* of memory and 1.0 kB are free; .* a smaller --preset"):
         train(data, large)
     available(FIXED_BYTES + 1e6)
-    with pytest.raises(UserError, match=r"would take .* are free; try --batch_size 4, --seq_len 2048"):
+    with pytest.raises(UserError, match=r"would take .* are free; try --batch_size 1, --seq_len \d{2,3}, "):
         train(data, large)
     available(1e12)
     monkeypatch.setattr("mm_rec.training.estimate.free_bytes", lambda _: 1000)
