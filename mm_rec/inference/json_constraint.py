@@ -158,7 +158,12 @@ def _multiples(value: Any) -> Iterator[float]:
     """Yields the numbers in ``multipleOf`` anywhere in a schema."""
     if isinstance(value, Mapping):
         number = value.get("multipleOf")
-        if isinstance(number, int | float) and number == number and abs(number) != math.inf:
+        if (
+            isinstance(number, int | float)
+            and type(number) is not bool
+            and number == number
+            and abs(number) != math.inf
+        ):
             yield number
     if isinstance(value, Mapping | list):
         for one in value.values() if isinstance(value, Mapping) else value:

@@ -88,7 +88,7 @@ def _warn(message: str) -> None:
 
 def _adapted(weights: Mapping[str, Tensor], adapter: Path) -> Mapping[str, Tensor]:
     """Returns ``weights`` with the adapter added that :func:`load_model` is given."""
-    folder = checkpoint.resolve(adapter) if (adapter / "checkpoints").is_dir() else adapter
+    folder = checkpoint.resolve(adapter, _warn) if (adapter / "checkpoints").is_dir() else adapter
     return merged(weights, read_adapter(folder), folder)
 
 

@@ -21,14 +21,23 @@ from safetensors.torch import load
 from torch import Tensor
 
 from mm_rec.errors import UserError
+from mm_rec.storage.files import MANIFEST, DamageError, read_manifest
 from mm_rec.storage.hf_folder import checkpoint_names, module_names
+from mm_rec.storage.reading import read_file
 
 __all__ = ["ADAPTER_FOLDER", "CONFIG", "WEIGHTS", "LowRank", "adapter_files", "merged", "read_adapter"]
 
 ADAPTER_FOLDER = "adapter"
 """In a checkpoint of a run that trains adapters, the folder that holds them."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES = 1_000_000, 4_000_000_000
+"""Beyond this it is no adapter; it is not read into memory."""
+
 _PREFIX = "base_model.model."
+_UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, re.error, SafetensorError,
+    DamageError,
+)  # fmt: skip
 
 
 class LowRank(NamedTuple):
@@ -92,17 +101,19 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
     if not (folder / CONFIG).is_file():
         folder = folder / ADAPTER_FOLDER
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
-        tensors = load((folder / WEIGHTS).read_bytes())
+        configuration, weights = _contents(folder)
+        config, tensors = json.loads(configuration), load(weights)
         settings = AdapterSettings(
             float(config["lora_alpha"] if config["peft_type"] == "LORA" else math.nan),
             {str(name): float(alpha) for name, alpha in (config.get("alpha_pattern") or {}).items()},
             bool(config.get("use_rslora")),
         )
+        for pattern in settings.alphas:
+            re.compile(pattern)
     except FileNotFoundError as error:
         raise UserError(f"there is no adapter in {folder}: no {Path(error.filename or WEIGHTS).name}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"the adapter in {folder} cannot be read: {error}; save it again") from error
+    except _UNREADABLE as error:
+        raise UserError(f"the adapter in {folder} cannot be read: {error!s:.200}; save it again") from error
     downs = {
         name.removesuffix(".lora_A.weight"): one for name, one in tensors.items() if name.endswith(".lora_A.weight")
     }
@@ -118,10 +129,26 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
         short = module.removeprefix(_PREFIX)
         (name,) = checkpoint_names({f"{short}.weight": down})
         up = tensors.get(f"{module}.lora_B.weight")
-        if up is None or up.ndim != 2 or down.ndim != 2 or up.shape[1] != len(down):
+        if up is None or up.ndim != 2 or down.ndim != 2 or not up.shape[1] == len(down) > 0:
             raise UserError(f"the adapter in {folder} is not whole: {module} has no A and B of one rank")
-        changes[name] = LowRank(down.float(), up.float(), settings.scale(short, len(down)))
+        one = LowRank(down.float(), up.float(), settings.scale(short, len(down)))
+        if not (math.isfinite(one.scale) and down.isfinite().all() and up.isfinite().all()):
+            raise UserError(f"the adapter in {folder} is damaged: {module} has numbers that are not finite")
+        changes[name] = one
     return changes
+
+
+def _contents(folder: Path) -> tuple[bytes, bytes]:
+    """Returns what :data:`CONFIG` and :data:`WEIGHTS` hold, compared with the manifest of a checkpoint around them."""
+    names = (CONFIG, WEIGHTS)
+    if folder.name == ADAPTER_FOLDER and (folder.parent / MANIFEST).is_file():
+        entries = read_manifest(folder.parent)
+        config, weights = (read_file(folder / name, entries[f"{folder.name}/{name}"]) for name in names)
+        return config, weights
+    for name, most in zip(names, (MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES), strict=True):
+        if (folder / name).stat().st_size > most:
+            raise ValueError(f"{name} has more than {most:,} bytes")
+    return (folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes()
 
 
 def merged(weights: Mapping[str, Tensor], changes: Mapping[str, LowRank], folder: Path) -> dict[str, Tensor]:

@@ -164,7 +164,7 @@ class LoraAdamW(ReplicatedAdamW):
         shapes = getattr(weights, "shapes", None) or {name: tensor.shape for name, tensor in weights.items()}
         wrong = sorted(known.keys() ^ shapes.keys()) or [name for name in known if known[name] != shapes[name]]
         if wrong:
-            raise ValueError(f"the weights does not fit the model: {', '.join(wrong[:5])}")
+            raise ValueError(f"the weights do not fit the model: {', '.join(wrong[:5])}")
         for name, (parameter, base) in self._frozen.items():
             base.copy_(weights[name])
             parameter.copy_(base)

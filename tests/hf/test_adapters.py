@@ -208,6 +208,9 @@ def test_peft_takes_an_adapter_of_finetune(exported: Path, tmp_path: Path) -> No
         ({"use_dora": True}, None, "more than plain LoRA"),
         ({"peft_type": "IA3"}, None, "more than plain LoRA"),
         ({"lora_alpha": None}, None, "cannot be read"),
+        ({"lora_alpha": 10**400}, None, "cannot be read"),
+        ({"lora_alpha": float("inf")}, None, "not finite"),
+        ({"alpha_pattern": {"[": 1}}, None, "cannot be read"),
         ({}, "base_model.model.lm_head.weight", "merge_and_unload"),
         ({}, "base_model.model.model.experts.text.blocks.9.in_proj.lora_A.weight", "no A and B of one rank"),
     ],
@@ -223,6 +226,14 @@ def test_what_cannot_be_added_is_named(
     with pytest.raises(UserError, match=problem) as error:
         read_adapter(adapter)
     assert "\n" not in str(error.value)
+
+
+def test_an_adapter_without_a_rank_is_refused(adapter: Path) -> None:
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: one[:0] if "lora_A" in name else one[:, :0].contiguous() for name, one in weights.items()},
+              adapter / "adapter_model.safetensors")  # fmt: skip
+    with pytest.raises(UserError, match="no A and B of one rank"):
+        read_adapter(adapter)
 
 
 def test_an_adapter_of_another_model_is_refused(exported: Path, adapter: Path) -> None:

@@ -142,6 +142,7 @@ def test_texts_share_a_constraint_and_not_its_progress(tokenizer: Tokenizer, mod
         ),
         ({"type": "integer", "multipleOf": 7919 * 7907}, "smaller ones in multipleOf"),
         ({"type": "integer", "multipleOf": 10**400}, "smaller ones in multipleOf"),
+        ({"type": "integer", "multipleOf": True}, "can't be followed"),
         (
             {"allOf": [{"type": "integer", "multipleOf": n} for n in (7, 11, 13, 17, 19, 23)]},
             "smaller ones in multipleOf",

@@ -170,6 +170,14 @@ def test_adapters_are_trained_in_place_of_the_weights(
     exported = checkpoint.load(merged, weights_only=True).weights
     assert all(torch.equal(exported[name], tensor) for name, tensor in after.items())
 
+    file = whole / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x40")
+    for path in (whole, whole / "adapter"):
+        assert main(["generate", "--model", str(base), "--adapter", str(path), *prompt]) == 2
+        assert "is not what the manifest says" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="passed over a checkpoint"):
+        load_model(base, device="cpu", precision="fp32", adapter=whole.parent.parent)
+
 
 def test_what_an_adapter_cannot_do_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(folder, "train", "--preset", "tiny", "--seq_len", "32", "--max_steps", "2") == 0
