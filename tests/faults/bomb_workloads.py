@@ -23,6 +23,8 @@ Bomb = Callable[[random.Random, Path], tuple[Path, str]]
 
 def repeated(value: object, times: int) -> pa.Array:
     """A column that holds one value once and stands for many."""
+    if value is None:  # Parquet keeps nulls apart from its dictionaries
+        return pa.nulls(times, pa.string())
     return pa.DictionaryArray.from_arrays(pa.array([0] * times, pa.int32()), pa.array([value]))
 
 
