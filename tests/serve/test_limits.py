@@ -353,14 +353,23 @@ def test_a_short_body_may_come_byte_by_byte(service: Service, serve: Serve) -> N
 def test_an_answered_request_is_let_go_at_once(service: Service, serve: Serve, wait_until: WaitUntil) -> None:
     kinds = ("Job", "JobHandle", "RequestResponseCycle", "Request", "Answer", "CompletionRequest", "ChatRequest")
 
-    def left() -> list[object]:
-        return [one for one in gc.get_objects() if type(one).__name__ in kinds]
+    def held() -> dict[int, str]:
+        found = ((id(one), type(one)) for one in gc.get_objects())
+        return {
+            number: f"{kind.__module__}.{kind.__name__}"
+            for number, kind in found
+            if kind.__name__ in kinds and kind.__module__.startswith(("mm_rec.", "uvicorn.", "starlette."))
+        }
+
+    def others_alone() -> bool:
+        left = {name for number, name in held().items() if number not in of_others}
+        assert time.monotonic() < end, f"still held: {left}"
+        return not left
 
     chat = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "session": "s"}
     with serve(service) as address, contextlib.ExitStack() as stack:
         gc.collect()
-        of_others = left()  # what earlier tests still hold
-        known = set(map(id, of_others))
+        of_others = held()  # what earlier tests still hold
         gc.disable()
         stack.callback(gc.enable)
         for stream in (False, True):
@@ -369,7 +378,8 @@ def test_an_answered_request_is_let_go_at_once(service: Service, serve: Serve, w
                 connection.sendall(raw_request({**body, "stream": stream}, path=path))
                 while b"\r\n\r\n" not in connection.recv(65_536):
                     pass
-        wait_until(lambda: all(id(one) in known for one in left()))
+        end = time.monotonic() + 15
+        wait_until(others_alone)
 
 
 @pytest.mark.parametrize("kind", ["idle", "stream", "slow body"])
