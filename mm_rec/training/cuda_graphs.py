@@ -60,6 +60,9 @@ class GraphedPass:
         self._parameters = parameters
         self._parts = parts
         self._pool = torch.cuda.graph_pool_handle()
+        # cuBLAS has one workspace for each stream, which the graphs captured there go on using. With a stream of its own
+        # this object shares it with no other, so that both may be replayed side by side, and either may be freed first.
+        self._stream = torch.cuda.Stream()
         self._captured: dict[Hashable, _Captured] = {}
 
     def __call__(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
@@ -88,7 +91,7 @@ class GraphedPass:
         graph = torch.cuda.CUDAGraph()
         # With several processes the threads of NCCL go on with their own business meanwhile.
         mode = "thread_local" if processes.world_size() > 1 else "global"
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
             loss, after = run_pass(self._loss_of, batch, state, self._parts)
             after = map_state(after, Tensor.detach)
         gradients = [(parameter, parameter.grad) for parameter in self._parameters if parameter.grad is not None]
