@@ -60,8 +60,8 @@ class GraphedPass:
         self._parameters = parameters
         self._parts = parts
         self._pool = torch.cuda.graph_pool_handle()
-        # cuBLAS has one workspace for each stream, which the graphs captured there go on using. With a stream of its own
-        # this object shares it with no other, so that both may be replayed side by side, and either may be freed first.
+        # cuBLAS has one workspace for each stream, and the graphs captured there go on using it. With a stream of its
+        # own this object shares it with no other: both may be replayed side by side, and either may be freed first.
         self._stream = torch.cuda.Stream()
         self._captured: dict[Hashable, _Captured] = {}
 

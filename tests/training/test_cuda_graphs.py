@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm_rec.config import PRESETS
 from mm_rec.data.batches import Batch
@@ -12,7 +12,7 @@ from mm_rec.machine.device import apply_precision
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
 from mm_rec.state import ModelState, map_state
-from mm_rec.training.cuda_graphs import GraphedPass, run_pass
+from mm_rec.training.cuda_graphs import GraphedPass, LossFunction, run_pass
 
 pytestmark = pytest.mark.gpu
 
@@ -73,3 +73,37 @@ def test_what_does_not_learn_gets_no_gradient() -> None:
         graphs(micro_batch(0, None), None)
         learned = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
         assert learned == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_passes_side_by_side_share_nothing() -> None:
+    """Products of few rows and columns over many tokens are split, and their parts meet in the workspace of cuBLAS."""
+    generator = torch.Generator().manual_seed(0)
+    columns = [torch.randn(64, 2**15, generator=generator).cuda() for _ in range(2)]
+    weights = [nn.Parameter(torch.randn(64, 64, generator=generator).cuda()) for _ in range(2)]
+    batch = micro_batch(0, None)
+
+    def loss_with(index: int) -> LossFunction:
+        def loss_of(batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
+            loss = batch.weight.sum()
+            for _ in range(20):
+                loss = loss + (weights[index] @ columns[index]).square().mean()
+            return loss, ModelState(batch.reset[:, 0].long(), {})
+
+        return loss_of
+
+    passes = [GraphedPass(loss_with(index), [weights[index]], 1) for index in range(2)]
+    alone = []
+    for weight, one in zip(weights, passes, strict=True):
+        one(batch, None)
+        assert weight.grad is not None
+        alone.append(weight.grad.clone())
+    streams = [torch.cuda.Stream() for _ in passes]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for weight, one, stream in zip(weights, passes, streams, strict=True):
+            weight.grad = None
+            with torch.cuda.stream(stream):
+                one(batch, None)
+        torch.cuda.synchronize()
+        for weight, expected in zip(weights, alone, strict=True):
+            assert torch.equal(weight.grad, expected)
