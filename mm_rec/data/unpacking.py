@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mm_rec.data.parquet_footer import DELTA_BYTE_ARRAY, ColumnChunk, read_row_groups
 from mm_rec.storage.files import format_bytes
 
 __all__ = ["UnpackingError", "UnpackingLimit", "parquet_columns", "parquet_rows"]
@@ -26,6 +27,7 @@ ROW_BYTES = 100
 
 BATCH_BYTES = 64_000_000
 MOST_ROWS = 1000
+_DICTIONARY_PAGE = 2
 
 
 class UnpackingError(ValueError):
@@ -74,16 +76,14 @@ def parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str
     leaves = [metadata.schema.column(index) for index in range(metadata.num_columns)]
     nested = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and "." in leaf.path]
     with pq.ParquetFile(path, metadata=metadata, read_dictionary=nested) as file, path.open("rb") as content:
-        for group in range(metadata.num_row_groups):
-            described = metadata.row_group(group)
-            chunks = [described.column(index) for index in range(described.num_columns)]
-            wanted = [one for one in chunks if columns is None or one.path_in_schema.split(".")[0] in columns]
-            size = sum(max(one.total_uncompressed_size, 0) for one in wanted)
+        for index, group in enumerate(read_row_groups(content)):
+            wanted = [one for one in group.chunks if columns is None or one.path[0] in columns]
+            size = sum(one.uncompressed_bytes for one in wanted)
             UnpackingLimit(path).take(size)
-            widest = sum(_repeatable_bytes(one, content) for one in wanted if "." not in one.path_in_schema)
-            rows = BATCH_BYTES // (widest + size // max(described.num_rows, 1) + 1)
+            widest = sum(_repeatable_bytes(one, content) for one in wanted if len(one.path) == 1)
+            rows = BATCH_BYTES // (widest + size // max(group.rows, 1) + 1)
             rows = max(1, min(MOST_ROWS, rows))
-            for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
+            for batch in file.iter_batches(batch_size=rows, row_groups=[index], columns=columns):
                 yield from _unpacked(batch, limit)
 
 
@@ -118,17 +118,17 @@ def _expanded_bytes(array: Any) -> int:
     return int(array.nbytes)
 
 
-def _repeatable_bytes(chunk: Any, content: IO[bytes]) -> int:
+def _repeatable_bytes(chunk: ColumnChunk, content: IO[bytes]) -> int:
     """The most bytes of a value that a chunk of a column holds once and may repeat in each row."""
-    if "DELTA_BYTE_ARRAY" in chunk.encodings:  # a value may begin as the one before it does
-        return int(chunk.total_uncompressed_size)
-    if not chunk.has_dictionary_page or chunk.dictionary_page_offset is None:
-        return 0
-    content.seek(chunk.dictionary_page_offset)
+    if DELTA_BYTE_ARRAY in chunk.encodings:
+        return chunk.uncompressed_bytes
+    content.seek(chunk.first_page)
     header = content.read(16)
     # The page's header in Thrift's compact form: field 1, its kind, then field 2, the bytes of the page.
     if header[:1] != b"\x15" or header[2:3] != b"\x15":
-        return int(chunk.total_uncompressed_size)
+        return chunk.uncompressed_bytes
+    if header[1] >> 1 != _DICTIONARY_PAGE:
+        return 0
     value = 0
     for place, byte in enumerate(header[3:8]):
         value |= (byte & 0x7F) << (7 * place)

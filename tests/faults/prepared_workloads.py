@@ -163,6 +163,7 @@ def changed_sources(folder: Path) -> Iterator[Trial]:
     supervisor = Supervisor(folder)
     raw = folder / "raw"
     write_data(raw)
+    write_data(folder / "longer", 13)
 
     def trial(seed: int) -> str:
         rng, root, data = random.Random(seed), folder / f"runs{seed}", folder / f"data{seed}"
@@ -177,7 +178,8 @@ def changed_sources(folder: Path) -> Iterator[Trial]:
             case "a row changed":
                 path.write_bytes(sound.replace(b"e", b"a", 1))
             case "a row added":
-                path.write_bytes(sound + b'"One document more, of a few words."\n')
+                *_, row = (folder / "longer" / path.relative_to(data)).read_bytes().splitlines(keepends=True)
+                path.write_bytes(sound + row)
             case "emptied":
                 path.write_bytes(b"")
             case "removed":
