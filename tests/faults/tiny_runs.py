@@ -134,7 +134,7 @@ def change_at(what: str, count: int, kind: str, path: str, small_blocks: bool = 
         changing.CHANGES[kind](Path(path))
         print(f"\nchanged {path}: {kind}", flush=True)
 
-    at_call(what, count, do)
+    at_call(what, count, do, to=Path(path))
 
 
 def run_limited(command: list[str], n_bytes: int) -> int:
@@ -161,18 +161,22 @@ def arm(when: When) -> None:
     at_call(when.what, when.count, set_timers)
 
 
-def at_call(what: str, count: int, do: Callable[[], None]) -> None:
-    """Let ``do`` be called just before the ``count``-th call of ``what``, which is named as in :class:`When`."""
+def at_call(what: str, count: int, do: Callable[[], None], to: Path | None = None) -> None:
+    """Let ``do`` be called just before the ``count``-th call of ``what``, which is named as in :class:`When`.
+
+    With ``to``, it is called before the first call from the ``count``-th on for which this file or folder is there.
+    """
     module, _, path = what.partition(":")
     *holders, name = path.split(".")
     holder = functools.reduce(getattr, holders, importlib.import_module(module))
-    original, calls = getattr(holder, name), 0
+    original, calls, done = getattr(holder, name), 0, False
 
     @functools.wraps(original)
     def counted(*args: Any, **keywords: Any) -> Any:
-        nonlocal calls
+        nonlocal calls, done
         calls += 1
-        if calls == count:
+        if calls >= count and not done and (to is None or to.exists()):
+            done = True
             do()
         return original(*args, **keywords)
 
