@@ -28,11 +28,15 @@ MOMENTS = {
 
 LOST = ("checkpoints removed", "checkpoints emptied", "checkpoints on a disk that is not mounted")
 REFUSED_IDLE = ("renamed", "on a disk that is not mounted", "a bit of config.yaml flipped", "config.yaml removed")
-MAY_END_TRAINING = (*LOST, "samples removed", "renamed", "moved", "on a disk that is not mounted")
-"""A training that is renamed in the midst of a sample, say, may end in a line; its steps are saved before."""
+MAY_END_TRAINING = (
+    *LOST, "samples removed", "renamed", "moved", "on a disk that is not mounted", "a bit of config.yaml flipped",
+    "config.yaml removed",
+)  # fmt: skip
+"""A training that is renamed in the midst of a sample, say, or whose configuration is lost before it has begun, may end
+in a line; its steps are saved before."""
 
 
-def put_back(kind: str, run: Path, sound: Path | None) -> None:
+def put_back(kind: str, run: Path, sound: Path) -> None:
     """Do what the message advises: put back what is missing, from where it went or from a copy."""
     if kind in ("renamed", "moved", "on a disk that is not mounted"):
         if run.is_symlink():
@@ -46,7 +50,6 @@ def put_back(kind: str, run: Path, sound: Path | None) -> None:
     elif kind == "samples removed":
         shutil.move(elsewhere(run).with_name("samples"), run / "samples")
     elif "config.yaml" in kind:
-        assert sound is not None, "no configuration is looked at in the midst of a run"
         shutil.copyfile(sound / "config.yaml", run / "config.yaml")
 
 
@@ -93,7 +96,7 @@ class Absence:
         whole = end_of(self.folder / "whole" / STAGE, kind)
         assert difference(end_of(run, kind), whole) == [], kind
 
-    def go_on(self, root: Path, kind: str, sound: Path | None) -> None:
+    def go_on(self, root: Path, kind: str, sound: Path) -> None:
         """Put back what is missing; the same command then comes to the same end."""
         put_back(kind, root / STAGE, sound)
         child = self.pipeline.supervisor.run("tiny_runs.run", command=self.pipeline.command(STAGE, root))
@@ -156,7 +159,7 @@ def parts_lost_in_training(folder: Path) -> Iterator[Trial]:
             assert child.status == 2, child.log
             assert kind in MAY_END_TRAINING, child.log
             one_line(child.log)
-            absence.go_on(root, kind, None)
+            absence.go_on(root, kind, absence.killed(0) / STAGE)
             outcome = "ended in a line, gone on with when put back"
         clear(root.parent)
         return f"{kind}: {outcome}"
