@@ -82,7 +82,9 @@ class MMRecModel(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        # Without initial values by PyTorch: on the device "meta" they import its compiler, which takes two seconds.
+        table = torch.empty(config.vocab_size, config.d_model)
+        self.embedding: nn.Embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.experts = nn.ModuleDict({name: Expert(config, use_native) for name in config.experts})
         self.fusion = Fusion(config)
         if self.embedding.weight.device.type != "meta":

@@ -51,6 +51,20 @@ def test_version_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None
     assert error.count("\n") == 1
 
 
+def test_no_command_waits_for_the_compiler_of_pytorch(tmp_path: Path) -> None:
+    """Many parts of PyTorch import it when they are called first, which takes two seconds."""
+    data, runs = tmp_path / "data", tmp_path / "runs"
+    code = f"""if True:
+        import sys
+        from mm_rec.cli import main
+        assert main({[*TRAIN, "--data_dir", str(data), "--checkpoint_dir", str(runs)]}) == 0
+        assert main({["generate", "--model", str(runs), "--prompt", "The", "--max_new_tokens", "2"]}) == 0
+        assert "torch._dynamo" not in sys.modules
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("name", ["data", "tokenizer", "train", "generate", "doctor", "bench"])
 def test_each_command_explains_itself_with_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
@@ -160,7 +161,9 @@ class Tokenizer:
     def parse(cls, content: bytes, path: Path) -> Tokenizer:
         """Returns the tokenizer in the ``content`` of the file ``path``; raises UserError if there is none in it."""
         try:
-            tokenizer = cls(tokenizers.Tokenizer.from_str(content.decode()))
+            parts = json.loads(content)
+            _check_parts(parts)
+            tokenizer = cls(tokenizers.Tokenizer.from_str(json.dumps(parts)))  # what was checked, and nothing else
             tokenizer._check()
         except UserError:
             raise
@@ -180,6 +183,23 @@ class Tokenizer:
             raise ValueError("its tokens do not stand for bytes")
         if self.decode(self.encode(_SAMPLE)) != _SAMPLE:
             raise ValueError("it does not give a text back as it was")
+
+
+def _check_parts(parts: dict[str, Any]) -> None:
+    """Raises ValueError unless a tokenizer.json has the parts that :func:`train_tokenizer` gives it.
+
+    Others may hold regular expressions, of which some take exponential time on some texts. A tokenizer of ours has no
+    normalizer, as that would change texts.
+    """
+    if parts["normalizer"] is not None:
+        raise ValueError("it has a normalizer")
+    for name, kind in (("model", "BPE"), ("decoder", "ByteLevel")):
+        if parts[name]["type"] != kind:
+            raise ValueError(f"its {name} is of the kind {parts[name]['type']!r}, not {kind}")
+    cutting = parts["pre_tokenizer"]
+    for one in cutting["pretokenizers"] if cutting["type"] == "Sequence" else [cutting]:
+        if one["type"] != "ByteLevel" and (one["type"], one.get("pattern")) != ("Split", {"Regex": _WORDS}):
+            raise ValueError("its pre_tokenizer cuts texts in another way than tokenizers trained here")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,12 +16,12 @@ from mm_rec.model import MMRecModel
 from mm_rec.storage.files import format_bytes, free_bytes
 
 __all__ = [
-    "Activations",
     "check_disk",
     "check_memory",
     "checkpoint_bytes",
     "count_parameters",
     "measure_activations",
+    "measure_checkpointed",
     "memory_remedy",
     "sharded_bytes",
     "tokens_that_fit",
@@ -77,34 +76,26 @@ def checkpoint_bytes(parameters: int) -> int:
     return 12 * parameters + 4_000_000
 
 
-@dataclass(frozen=True)
-class Activations:
-    """Bytes that autograd keeps for the backward pass, per token of a micro-batch.
+def measure_activations(model: MMRecModel, domain: str | None) -> float:
+    """Returns the bytes that autograd keeps for the backward pass, per token of a micro-batch.
 
-    Attributes:
-        plain: all of a forward pass.
-        checkpointed: with gradient checkpointing, the block that is run again included.
+    They are counted in a short forward pass, in which everything grows with the tokens.
     """
-
-    plain: float
-    checkpointed: float
+    return _saved_bytes(model, domain, checkpointing=False) / PROBE_TOKENS
 
 
-def measure_activations(model: MMRecModel, domain: str | None) -> Activations:
-    """Run a short forward pass and count what autograd keeps of it. Everything in it grows with the tokens."""
-    before = model.gradient_checkpointing
-    try:
-        model.gradient_checkpointing = False
-        plain = _saved_bytes(model, domain)
-        model.gradient_checkpointing = True
-        boundaries = _saved_bytes(model, domain)
-    finally:
-        model.gradient_checkpointing = before
+def measure_checkpointed(model: MMRecModel, domain: str | None, plain: float) -> float:
+    """Returns what :func:`measure_activations` counts (``plain``) with gradient checkpointing.
+
+    The block that is run again in the backward pass is included. The first checkpointed pass of a process imports
+    PyTorch's compiler, which takes two seconds.
+    """
+    boundaries = _saved_bytes(model, domain, checkpointing=True) / PROBE_TOKENS
     one_block = (plain - boundaries) / (model.config.n_layers * (1 if domain else len(model.config.experts)))
-    return Activations(plain / PROBE_TOKENS, (boundaries + max(one_block, 0)) / PROBE_TOKENS)
+    return boundaries + max(one_block, 0)
 
 
-def _saved_bytes(model: MMRecModel, domain: str | None) -> int:
+def _saved_bytes(model: MMRecModel, domain: str | None, *, checkpointing: bool) -> int:
     """Bytes of the distinct storages that a forward pass over PROBE_TOKENS tokens keeps for its backward."""
     sizes: dict[int, int] = {}
 
@@ -116,8 +107,12 @@ def _saved_bytes(model: MMRecModel, domain: str | None) -> int:
         return tensor.detach()  # an output that its own node keeps would keep that node, and so itself, for ever
 
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device=model.embedding.weight.device)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output, _ = model(ids, None, domain, targets=ids)
+    before, model.gradient_checkpointing = model.gradient_checkpointing, checkpointing
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output, _ = model(ids, None, domain, targets=ids)
+    finally:
+        model.gradient_checkpointing = before
     total = sum(sizes.values())
     del output
     return total

@@ -20,6 +20,7 @@ from mm_rec.training.estimate import (
     checkpoint_bytes,
     count_parameters,
     measure_activations,
+    measure_checkpointed,
     memory_remedy,
     tokens_that_fit,
     with_margin,
@@ -63,14 +64,18 @@ def estimate_run(trainer: Trainer, gradient_checkpointing: str, available: int) 
     """
     plan, model, runtime = trainer.plan, trainer.model, trainer.runtime
     fixed = model_and_optimizer_bytes(model.config, runtime, lora=plan.lora_rank is not None)
-    activations = measure_activations(model, None if plan.stage.mixed else model.config.experts[0])
+    domain = None if plan.stage.mixed else model.config.experts[0]
     tokens = plan.batch_size // processes.world_size() * plan.seq_len
-    plain, checkpointed = (with_margin(fixed, one * tokens) for one in (activations.plain, activations.checkpointed))
-    model.gradient_checkpointing = gradient_checkpointing == "on" or (
-        gradient_checkpointing == "auto" and checkpointed <= available < plain
-    )
-    memory = checkpointed if model.gradient_checkpointing else plain
-    fitting = tokens_that_fit(fixed, activations.checkpointed, available) * processes.world_size()
+    plain = measure_activations(model, domain)
+    memory, fitting = with_margin(fixed, plain * tokens), 0
+    model.gradient_checkpointing = gradient_checkpointing == "on"
+    # A pass of a sharded model needs all processes, and these may differ in what is free.
+    if gradient_checkpointing == "on" or memory > available or processes.world_size() > 1:
+        checkpointed = measure_checkpointed(model, domain, plain)
+        smaller = with_margin(fixed, checkpointed * tokens)
+        model.gradient_checkpointing |= gradient_checkpointing == "auto" and smaller <= available < memory
+        memory = smaller if model.gradient_checkpointing else memory
+        fitting = tokens_that_fit(fixed, checkpointed, available) * processes.world_size()
     check_memory(memory, available, memory_remedy(plan.batch_size, plan.seq_len, fitting))
     parameters = count_parameters(model.config)
     own_parameters = parameters // (runtime.processes if runtime.sharded else 1)

@@ -33,10 +33,13 @@ from mm_rec.data import blocks
 from mm_rec.data.batches import Batch
 from mm_rec.data.synthetic import write_synthetic
 from mm_rec.ops import backend
+from mm_rec.scripts import finetune_command, train_command
 from mm_rec.storage.checkpoint import list_checkpoints
 from mm_rec.training import progress, run_estimate, trainer
 from mm_rec.training.trainer import Trainer
 
+LOADED_BEFORE_THE_FORK = (train_command, finetune_command)
+"""Modules that a command imports when it is called: here once, not in each child."""
 STAGES = ("stage1", "stage2", "stage3", "instruct", "chat")
 CONFIG = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8)
 STEPS, SAVE_EVERY, EVALUATE_EVERY = 10, 3, 4

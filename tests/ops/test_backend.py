@@ -116,17 +116,6 @@ def test_every_level_agrees_with_the_reference(level: str) -> None:
     assert result.stdout.strip() == level
 
 
-def test_the_compiler_is_not_imported_for_nothing() -> None:
-    code = (
-        "import sys, torch; from mm_rec import ops; import mm_rec.training.trainer;"
-        "a = torch.rand(1, 2, 4, requires_grad=True);"
-        "ops.scan(a, a).sum().backward(); print('torch._dynamo' in sys.modules)"
-    )
-    result = _python(code)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "False"
-
-
 @pytest.mark.native
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # emulated

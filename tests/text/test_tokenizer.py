@@ -209,11 +209,32 @@ def test_a_tokenizer_of_a_stranger_ends_in_one_line(tmp_path: Path) -> None:
         "stand for bytes": {
             "model": {**sound["model"], "vocab": {**sound["model"]["vocab"], "漢": trained.vocab_size}}
         },
-        "give a text back": {"normalizer": {"type": "Lowercase"}},
+        "give a text back": {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
         "is not a tokenizer": {"pre_tokenizer": "none"},
+        "has a normalizer": {"normalizer": {"type": "Lowercase"}},
+        "of the kind 'WordLevel'": {"model": {**sound["model"], "type": "WordLevel"}},
     }
     for message, change in strangers.items():
         path.write_text(json.dumps({**sound, **change}))
         with pytest.raises(UserError, match=message) as error:
             Tokenizer.load(tmp_path)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer", "in a sequence", "decoder"])
+def test_a_pattern_that_takes_exponential_time_is_refused(part: str, tmp_path: Path) -> None:
+    train_tokenizer(["some words " * 50], 300).save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    sound = json.loads(path.read_text())
+    endless = {"Regex": r"(?:(?:[A-z]+)+)+(?!.|\s)"}  # looks at "Aaaa" in as many ways as there are to cut it
+    replace = {"type": "Replace", "pattern": endless, "content": "x"}
+    split = {"type": "Split", "pattern": endless, "behavior": "Isolated", "invert": False}
+    change = {
+        "normalizer": {"normalizer": replace},
+        "pre_tokenizer": {"pre_tokenizer": split},
+        "in a sequence": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split]}},
+        "decoder": {"decoder": replace},
+    }
+    path.write_text(json.dumps({**sound, **change[part]}))
+    with pytest.raises(UserError, match="is not a tokenizer"):
+        Tokenizer.load(tmp_path)

@@ -12,7 +12,14 @@ from mm_rec.data.prepared import Prepared
 from mm_rec.errors import UserError
 from mm_rec.model import MMRecModel
 from mm_rec.storage import checkpoint
-from mm_rec.training.estimate import FIXED_BYTES, count_parameters, measure_activations, training_bytes, with_margin
+from mm_rec.training.estimate import (
+    FIXED_BYTES,
+    count_parameters,
+    measure_activations,
+    measure_checkpointed,
+    training_bytes,
+    with_margin,
+)
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
@@ -54,9 +61,10 @@ def test_gradient_checkpointing_comes_when_nothing_else_fits(
     monkeypatch.setitem(PRESETS, "tiny", deep)
     wanted = settings(tmp_path, batch_size=2, seq_len=512, max_steps=1, precision="fp32")
     training = training_bytes(count_parameters(deep), "fp32")
-    saved = measure_activations(MMRecModel(deep), "text")
-    assert saved.checkpointed < 0.7 * saved.plain
-    between = with_margin(training, (saved.checkpointed + saved.plain) / 2 * 1024)
+    plain = measure_activations(MMRecModel(deep), "text")
+    checkpointed = measure_checkpointed(MMRecModel(deep), "text", plain)
+    assert checkpointed < 0.7 * plain
+    between = with_margin(training, (checkpointed + plain) / 2 * 1024)
     monkeypatch.setattr("mm_rec.training.runtime.available_memory", lambda _: between)
     output = io.StringIO()
     train(data, wanted, output)
