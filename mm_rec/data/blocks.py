@@ -35,6 +35,7 @@ class BlockArray:
         path: the file.
         dtype: type of the numbers, whose size is a power of two.
         n_bytes, sha256: what the file has to be.
+        whole: the folder that is made anew as a whole if the file is damaged.
 
     Attributes:
         dtype: type of the numbers.
@@ -44,10 +45,11 @@ class BlockArray:
         DamageError: if the file cannot be read or is not what it has to be, now or at any later read.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype[Any], n_bytes: int, sha256: str) -> None:
+    def __init__(self, path: Path, dtype: np.dtype[Any], n_bytes: int, sha256: str, whole: Path) -> None:
         self.dtype = dtype
         self.largest = 0
         self._path = path
+        self._whole = whole
         self._length = n_bytes // dtype.itemsize
         self._block_length = _BLOCK_BYTES // dtype.itemsize
         self._shift = self._block_length.bit_length() - 1
@@ -104,7 +106,7 @@ class BlockArray:
             content = self._read(number * _BLOCK_BYTES, _BLOCK_BYTES)
             if _hash(content) != self._hashes[number]:
                 raise self._damaged(
-                    f"was changed while it was in use; delete {self._path.parent}, the next run makes it anew"
+                    f"was changed while it was in use; delete {self._whole}, the next run makes it anew"
                 )
             block = np.frombuffer(content, self.dtype)
             if len(self._cache) >= _CACHED_BLOCKS:

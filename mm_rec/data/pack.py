@@ -23,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm_rec.data.blocks import BlockArray
-from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS, check_version
 from mm_rec.storage.files import DamageError
 
@@ -86,31 +85,32 @@ class TokenStore:
         return None if self.loss_mask is None else self.loss_mask[self.offsets[index] : self.offsets[index + 1]]
 
     @classmethod
-    def open(cls, path: Path, *, vocab_size: int | None = None) -> TokenStore:
+    def open(cls, path: Path, *, vocab_size: int | None = None, prepared: Path | None = None) -> TokenStore:
         """Open the store in folder ``path`` and compare all of it with the sizes and SHA-256 in its index.
 
         Args:
             path: the folder.
             vocab_size: what all token ids have to be below; None if that is not known.
+            prepared: the folder that the store is a part of, which is made anew as a whole; None for the store alone.
 
         Raises:
-            UserError: naming the file that is missing or differs.
+            DamageError: naming the file that is missing or differs.
+            FormatError: if the store is of another version; it names what to delete.
         """
         path = Path(path)
+        whole = path if prepared is None else prepared
         index_bytes = _read(path / "index.json", path)
         try:
             index = json.loads(index_bytes)
-            check_version("token store", index[KEY], path)
+            check_version("token store", index[KEY], whole)
             entries = index["files"]
             if index["dtype"] not in ("uint16", "uint32"):
                 raise _broken(path, f"index.json states tokens of type {str(index['dtype'])[:80]}")
             offsets, n_bytes = (_read_numbers(path / name, entries[name]) for name in ("offsets.npy", "n_bytes.npy"))
             dtype = np.dtype(index["dtype"]).newbyteorder("<")
-            tokens = _open_blocks(path / "tokens.bin", dtype, entries["tokens.bin"])
+            tokens = _open_blocks(path / "tokens.bin", dtype, entries["tokens.bin"], whole)
             mask = entries.get("loss_mask.bin")
-            mask = mask and _open_blocks(path / "loss_mask.bin", np.dtype(np.uint8), mask)
-        except DamageError as error:
-            raise _broken(path, str(error)) from None
+            mask = mask and _open_blocks(path / "loss_mask.bin", np.dtype(np.uint8), mask, whole)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _broken(path, f"index.json: {type(error).__name__}: {error}") from None
         fits = len(offsets) == len(n_bytes) + 1 and offsets[0] == 0 and offsets[-1] == len(tokens)
@@ -184,8 +184,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _open_blocks(path: Path, dtype: np.dtype[Any], entry: Mapping[str, Any]) -> BlockArray:
-    return BlockArray(path, dtype, entry["bytes"], entry["sha256"])
+def _open_blocks(path: Path, dtype: np.dtype[Any], entry: Mapping[str, Any], whole: Path) -> BlockArray:
+    return BlockArray(path, dtype, entry["bytes"], entry["sha256"], whole)
 
 
 def _read_numbers(path: Path, entry: Mapping[str, Any]) -> NDArray[np.int64]:
@@ -208,5 +208,5 @@ def _read(path: Path, store: Path) -> bytes:
         raise _broken(store, f"{path.name}: {error.strerror or error}") from None
 
 
-def _broken(path: Path, why: str) -> UserError:
-    return UserError(f"the token store {path} cannot be used: {why}; delete it, the next run makes it anew")
+def _broken(path: Path, why: str) -> DamageError:
+    return DamageError(f"the token store {path} cannot be used: {why}")

@@ -140,7 +140,7 @@ def open_folder(path: Path) -> StoreFolder:
         ):
             raise DamageError(f"{path / TOKENIZER} is not the tokenizer that {path / 'report.json'} names")
         names = [name.removesuffix(f"/{_INDEX}") for name in entries if name.endswith(f"/{_INDEX}")]
-        stores = {name: TokenStore.open(path / name, vocab_size=report["vocab_size"]) for name in names}
+        stores = {name: TokenStore.open(path / name, vocab_size=report["vocab_size"], prepared=path) for name in names}
         for name, store in stores.items():
             _compare(path, entries, name, contents[f"{name}/{_INDEX}"], store)
     return StoreFolder(report, tokenizer, stores)

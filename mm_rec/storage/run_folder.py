@@ -45,6 +45,10 @@ class Run(Protocol):
         """The folder."""
 
     @property
+    def next_command(self) -> str:
+        """Says which command goes on from the newest checkpoint."""
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints in it."""
 
@@ -79,7 +83,7 @@ class RunFolder:
 
     def __init__(self, path: Path, on_event: Event | None = None) -> None:
         """Own the existing run folder ``path``."""
-        self._path = path
+        self._path = self._opened_as = path
         self.step = 0
         self._on_event = on_event
         self._lock = Lock(path / LOCK)
@@ -108,6 +112,17 @@ class RunFolder:
             moved, self._path = self._path, found
             self.event(f"{moved} was renamed to {found}; goes on there")
         return self._path
+
+    @property
+    def next_command(self) -> str:
+        """Says which command goes on from the newest checkpoint, now that this one ends."""
+        path = self.path
+        if path == self._opened_as:
+            return "the same command goes on from there"
+        return (
+            f"rename {path} back to {self._opened_as}, or add --resume_from {path}, "
+            "and the same command goes on from there"
+        )
 
     @property
     def checkpoints(self) -> Path:

@@ -126,6 +126,7 @@ class NoRunFolder:
     def __init__(self) -> None:
         self.path, self.checkpoints, self.samples = (Path(os.devnull),) * 3
         self.step = 0
+        self.next_command = ""  # rank 0 alone speaks
 
     def save(self, step: int, *, trainer: Mapping[str, Any], **content: Any) -> Path:
         """Only note the step: rank 0 writes the checkpoint."""

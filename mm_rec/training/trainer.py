@@ -147,9 +147,7 @@ class Trainer:
                 self._loop(line)
             except Interrupted:
                 path = self._save()
-                line.message(
-                    f"stopped at step {self.progress.step}, saved in {path}; the same command goes on from there"
-                )
+                line.message(f"stopped at step {self.progress.step}, saved in {path}; {self.run.next_command}")
                 raise
             except DamageError:  # of the data, before an update
                 self.optimizer.zero_grad()

@@ -22,7 +22,7 @@ def numbers(dtype: str) -> np.ndarray:
 
 def opened(path: Path, dtype: str) -> BlockArray:
     content = path.read_bytes()
-    return BlockArray(path, np.dtype(dtype), len(content), hashlib.sha256(content).hexdigest())
+    return BlockArray(path, np.dtype(dtype), len(content), hashlib.sha256(content).hexdigest(), path.parent.parent)
 
 
 @pytest.fixture(params=["<u2", "<u4", "u1"])
@@ -69,7 +69,7 @@ def test_a_change_of_the_file_is_seen_in_the_block_that_it_hits(
         file.write(b"\xff\xff")
     assert np.array_equal(found[:20_000], expected[:20_000])
     with pytest.raises(
-        DamageError, match=r"tokens\.bin was changed while it was in use; delete .*, the next run makes"
+        DamageError, match=rf"tokens\.bin was changed while .* delete {tmp_path.parent}, the next run makes"
     ):
         found[39_990:40_010]
     os.truncate(path, 100)
@@ -93,6 +93,6 @@ def test_a_file_that_is_replaced_or_removed_stays_what_it_was(tmp_path: Path, mo
 def test_what_is_not_the_file_of_the_index_is_refused(tmp_path: Path, n_bytes: int, message: str) -> None:
     (tmp_path / "tokens.bin").write_bytes(numbers("<u2").tobytes())
     with pytest.raises(DamageError, match=message):
-        BlockArray(tmp_path / "tokens.bin", np.dtype("<u2"), n_bytes, "0" * 64)
+        BlockArray(tmp_path / "tokens.bin", np.dtype("<u2"), n_bytes, "0" * 64, tmp_path)
     with pytest.raises(DamageError, match="cannot be read: No such file"):
-        BlockArray(tmp_path / "nothing.bin", np.dtype("<u2"), n_bytes, "0" * 64)
+        BlockArray(tmp_path / "nothing.bin", np.dtype("<u2"), n_bytes, "0" * 64, tmp_path)

@@ -64,18 +64,16 @@ def test_damage_is_seen_at_once(tmp_path, name, damage):
         (path / name).unlink()
     else:
         (path / name).write_bytes({"cut": content[:-2], "longer": content + b"xx", "empty": b""}[damage])
-    with pytest.raises(UserError, match="delete"):
+    with pytest.raises(UserError, match=name):
         TokenStore.open(path)
 
 
-@pytest.mark.parametrize(
-    "content", ["[]", "null", "{}", '{"format": 2}', '{"format": 1, "files": 3}', "\x00", "[" * 9999]
-)
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"format": 1, "files": 3}', "\x00", "[" * 9999])
 def test_an_index_of_another_shape_is_refused(tmp_path, content):
     path = tmp_path / "store"
     write_store(path, DOCUMENTS, vocab_size=300)
     (path / "index.json").write_text(content)
-    with pytest.raises(UserError, match="delete it"):
+    with pytest.raises(UserError, match=r"the token store .* cannot be used"):
         TokenStore.open(path)
 
 
@@ -85,7 +83,7 @@ def test_tokens_of_another_type_are_refused(tmp_path):
     index = (path / "index.json").read_text()
     assert '"uint16"' in index
     (path / "index.json").write_text(index.replace('"uint16"', '"float16"'))
-    with pytest.raises(UserError, match="delete it"):
+    with pytest.raises(UserError, match=r"the token store .* cannot be used"):
         TokenStore.open(path)
 
 
@@ -122,7 +120,7 @@ def test_offsets_that_are_none_are_refused(tmp_path, offsets):
     write_store(path, DOCUMENTS, vocab_size=300)
     np.save(path / "offsets.npy", np.array(offsets, dtype=np.int64))
     seal_again(path)
-    with pytest.raises(UserError, match="delete it"):
+    with pytest.raises(UserError, match=r"the token store .* cannot be used"):
         TokenStore.open(path)
 
 

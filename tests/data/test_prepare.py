@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 
 import pytest
 
@@ -169,16 +170,16 @@ def test_no_data_is_an_error_that_names_the_ways_to_get_some(tmp_path):
     "name", ["report.json", "tokenizer/tokenizer.json", "text-train/tokens.bin", "code-valid/index.json"]
 )
 def test_a_damaged_preparation_is_not_used(data_dir, name):
-    path = prepare(data_dir, 512).path / name
+    folder = prepare(data_dir, 512).path
+    path = folder / name
     content = path.read_bytes()
-    path.write_bytes(content[:-5])
-    with pytest.raises(UserError, match="delete"):
-        prepare(data_dir, 512)
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UserError, match="delete"):
-        prepare(data_dir, 512)
-    path.write_bytes(content)
+    for damaged in (content[:-5], content[:-1] + bytes([content[-1] ^ 1])):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{name}.*; delete {folder}, the next run makes it anew$"):
+            prepare(data_dir, 512)
+    shutil.rmtree(folder)  # what the message says
     prepare(data_dir, 512)
+    assert path.read_bytes() == content
 
 
 def test_a_file_that_differs_from_the_manifest_is_not_used(data_dir):

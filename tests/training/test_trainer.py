@@ -1,5 +1,6 @@
 """The training loop: a run that is stopped goes on bit for bit."""
 
+import io
 import itertools
 import os
 import signal
@@ -84,6 +85,32 @@ def test_half_a_step_is_given_up_for_a_signal(data: Prepared, tmp_path: Path, mo
     assert checkpoint.newest_valid(run / "checkpoints").name == "step_000002"
     train(data, settings(tmp_path / "stopped", **wanted))
     assert content(run, 4) == content(tmp_path / "whole" / "stage1", 4)
+
+
+@pytest.mark.parametrize("remedy", ["rename it back", "--resume_from"])
+def test_a_run_that_was_renamed_says_what_goes_on_with_it_after_a_signal(
+    data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remedy: str
+) -> None:
+    root, renamed, output = tmp_path / "runs", tmp_path / "renamed", io.StringIO()
+
+    def rename(*_: object) -> None:
+        (root / "stage1").rename(renamed)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_sample", rename)
+        with pytest.raises(Interrupted):
+            train(data, settings(root), output)
+    message = (
+        f"rename {renamed} back to {root / 'stage1'}, or add --resume_from {renamed}, and the same command goes on"
+    )
+    assert message in " ".join(output.getvalue().split())
+    if remedy == "rename it back":
+        renamed.rename(root / "stage1")
+        assert train(data, settings(root)).parent.parent == root / "stage1"
+    else:
+        assert train(data, settings(root, resume_from=renamed)).parent.parent == renamed
+    assert not list(root.glob("stage1-*"))
 
 
 @pytest.mark.parametrize(("work", "step"), [("evaluate", 0), ("generate", 4)])
