@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mm_rec import system
-from mm_rec.errors import UserError, is_out_of_memory
+from mm_rec.errors import UserError, find_missing_package, is_out_of_memory
 from mm_rec.machine.signals import Interrupted, SignalGuard
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ def run_program(program: Callable[[], int]) -> int:
     except UserError as error:
         return _fail(str(error))
     except (MemoryError, RuntimeError, SystemError, ImportError) as error:
+        if isinstance(error, ImportError) and (missing := find_missing_package(error)):
+            return _fail(str(missing))
         if not is_out_of_memory(error):
             raise
         return _fail("out of memory; free some, or use less data or a smaller model")
