@@ -336,4 +336,5 @@ def _manifest_bytes(entries: Mapping[str, Entry]) -> bytes:
 
 def _is_inside(name: str) -> bool:
     """Whether a relative path stays in its folder."""
-    return "\0" not in name and not name.startswith("/") and ".." not in name.split("/")
+    parts = name.split("/")
+    return not ("\0" in name or name.startswith("/") or ".." in parts or any(map(system.name_problem, parts)))

@@ -76,7 +76,7 @@ def text_without_format(tree: ast.Module) -> Iterator[str]:
             if "b" in mode:
                 continue
             writes = mode != "r"
-        elif name not in ("write_text", "read_text"):
+        elif name not in ("write_text", "read_text") or "distribution(" in ast.unparse(node):  # of a package: UTF-8
             continue
         if "encoding" not in given or (writes and "newline" not in given):
             yield ast.unparse(node)
