@@ -20,7 +20,7 @@ native: setup  ## rebuild the native kernels by hand
 	cd mm_rec/cpp && ../../$(BIN)/python setup.py build_ext --inplace
 
 demo: setup  ## data, tokenizer, stage 1 of the 100M model, samples and the loss picture
-	$(BIN)/python -m mm_rec.scripts.auto_train
+	$(BIN)/mm-rec demo
 
 test: setup  ## the whole test suite
 	$(BIN)/python -m pytest

@@ -62,7 +62,12 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    value = getattr(importlib.import_module(_MODULES[name]), name)
+    from mm_rec.errors import find_missing_package
+
+    try:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+    except ModuleNotFoundError as error:
+        raise find_missing_package(error, f"mm_rec.{name}") or error from None
     globals()[name] = value
     return value
 

@@ -20,6 +20,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "demo": Command("mm_rec.scripts.auto_train", "all of it once: data, tokenizer, a first training, samples"),
     "data": Command("mm_rec.data.download_data", "download text and code, or take what this machine has"),
     "tokenizer": Command("mm_rec.scripts.tokenizer_command", "train a tokenizer, or see how one cuts a text"),
     "train": Command("mm_rec.scripts.train_command", "train one stage or all, and go on with a stopped run"),
@@ -44,7 +45,7 @@ A small language model with a memory of fixed size, trained on the machine you h
 
 Each explains itself: mm-rec COMMAND --help
 
-A first model, step by step:
+A first model in one command: mm-rec demo. Step by step:
 
   mm-rec data --output_dir ./data --text_samples 500 --code_samples 500
   mm-rec train --stage stage1 --data_dir ./data --checkpoint_dir ./checkpoints

@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
-__all__ = ["MissingPackageError", "SettingError", "UserError", "is_out_of_memory"]
+import json
+from pathlib import Path
+
+__all__ = [
+    "EXTRA_OF",
+    "MissingPackageError",
+    "SettingError",
+    "UserError",
+    "find_missing_package",
+    "install_command",
+    "is_out_of_memory",
+]
+
+EXTRA_OF = {
+    "datasets": "train",
+    "huggingface_hub": "train",
+    "matplotlib": "train",
+    "pyarrow": "train",
+    "rich": "train",
+    "llguidance": "json",
+    "lm_eval": "eval",
+    "tensorboard": "tensorboard",
+    "transformers": "hf",
+}
+"""The extra of this package that installs each package that only a part of it needs."""
 
 
 class UserError(Exception):
@@ -17,7 +41,52 @@ class SettingError(UserError, ValueError):
 
 
 class MissingPackageError(UserError, ImportError):
-    """A package that only this part of MM-Rec needs is not installed; the message says how to install it."""
+    """A package that only this part of MM-Rec needs is not installed; the message says how to install it.
+
+    Args:
+        what: needs it, in words.
+        package: by the name that it is imported by, one of :data:`EXTRA_OF`.
+    """
+
+    def __init__(self, what: str, package: str) -> None:
+        super().__init__(f"{what} needs the package {package}; install it with: {install_command(EXTRA_OF[package])}")
+
+
+def find_missing_package(error: ImportError, what: str = "this") -> MissingPackageError | None:
+    """Returns the error that says how to install what was not found; None if that is not a package of an extra."""
+    package = (error.name or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or package not in EXTRA_OF:
+        return None
+    return MissingPackageError(what, package)
+
+
+def install_command(extra: str) -> str:
+    """Returns the command that adds an extra of this package to the environment.
+
+    It takes the package from where it was installed from, which pip has noted (PEP 610), or from its sources, never by
+    its name alone from an index: under that name an index may have something else. The double quotes are those of
+    every shell.
+    """
+    from importlib import metadata  # which is slow to import, and --help needs none of it
+
+    try:
+        noted = metadata.distribution("mm-rec").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        noted = None
+    origin = json.loads(noted or "{}")
+    url, sources = str(origin.get("url", "")), Path(__file__).parents[1]
+    if "vcs_info" in origin:
+        url = f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}"
+    if url.startswith("file:"):
+        from urllib.request import url2pathname
+
+        editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
+        return f'pip install {editable}"{url2pathname(url.removeprefix("file://"))}[{extra}]"'
+    if url:
+        return f'pip install "mm-rec[{extra}] @ {url}"'
+    if (sources / "pyproject.toml").is_file():
+        return f'pip install -e "{sources}[{extra}]"'
+    return f'pip install "PLACE[{extra}]", where PLACE is the file, folder or address that MM-Rec was installed from'
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -6,13 +6,13 @@ import argparse
 import contextlib
 import errno
 import os
-import resource
 import sys
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mm_rec.errors import UserError, is_out_of_memory
+from mm_rec import system
+from mm_rec.errors import UserError, find_missing_package, is_out_of_memory
 from mm_rec.machine.signals import Interrupted, SignalGuard
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def run_program(program: Callable[[], int]) -> int:
     warnings.showwarning = _show_warning
     try:
         _check_process()
+        system.prepare_console()
         with SignalGuard(last=True):
             try:
                 code = program()
@@ -79,6 +80,8 @@ def run_program(program: Callable[[], int]) -> int:
     except UserError as error:
         return _fail(str(error))
     except (MemoryError, RuntimeError, SystemError, ImportError) as error:
+        if isinstance(error, ImportError) and (missing := find_missing_package(error)):
+            return _fail(str(missing))
         if not is_out_of_memory(error):
             raise
         return _fail("out of memory; free some, or use less data or a smaller model")
@@ -110,8 +113,8 @@ def _check_process() -> None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     if sys.stdout is None:
         raise UserError("standard output is closed; open it, for example on /dev/null")
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= limit < FEWEST_FILES:
+    limit = system.open_files_limit()
+    if limit is not None and limit < FEWEST_FILES:
         raise UserError(f"a process may have only {limit} files open here; raise the limit with `ulimit -n 1024`")
 
 

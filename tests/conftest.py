@@ -3,16 +3,26 @@
 Tests marked ``gpu`` are skipped where there is no CUDA device. Tests marked ``native`` are skipped where the CPU
 kernels cannot be used, as on a machine without a compiler, and fail there if MM_REC_REQUIRE_NATIVE is set, as
 ``.ci/run`` does.
+
+MM_REC_TEST_SYSTEM=bare runs all tests on a system that plays Windows, as ``tests/system/bare/sitecustomize.py`` says.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+if os.environ.get("MM_REC_TEST_SYSTEM") == "bare":  # before the package is imported, and in every process of the tests
+    BARE = str(Path(__file__).parent / "system" / "bare")
+    os.environ["PYTHONPATH"] = os.pathsep.join([BARE, *filter(None, [os.environ.get("PYTHONPATH")])])
+    sys.path.insert(0, BARE)
+    sys.modules.pop("sitecustomize", None)
+    import sitecustomize  # noqa: F401
 
 from mm_rec import ops
 

@@ -121,7 +121,7 @@ class Model:
         Args:
             prompt: text to continue, a new document from its start; may be empty.
             domain: see :class:`Model`.
-            json_schema: let the text be JSON that follows this schema; needs ``mm-rec[json]``.
+            json_schema: let the text be JSON that follows this schema; needs the extra ``json``.
             **sampling: see :class:`Model`.
 
         Raises:

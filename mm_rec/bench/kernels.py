@@ -14,7 +14,7 @@ from mm_rec import ops
 from mm_rec.bench.limits import copy_action
 from mm_rec.bench.timing import Action, median_seconds, recorded
 from mm_rec.config import ModelConfig
-from mm_rec.machine.device import keep_freed_memory
+from mm_rec.system import keep_freed_memory
 
 __all__ = ["KernelTime", "measure_kernels", "measure_recurrence"]
 

@@ -5,27 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 
 import torch
 
 from mm_rec import __version__, ops
-from mm_rec.machine.autotune import cores
+from mm_rec.system import cores, processor_name
 
-__all__ = ["describe_machine", "processor_name"]
+__all__ = ["describe_machine"]
 
 LIMITS = ("MM_REC_CPU_LEVEL", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
 """Environment variables that hold libraries back to older instructions."""
-
-
-def processor_name() -> str:
-    """The processor's name, where the system tells it, else its architecture."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def describe_machine() -> dict[str, object]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
+from mm_rec import system
 from mm_rec.bench.training import mm_rec, random_batch
 from mm_rec.config import PRESETS
 
@@ -36,17 +35,7 @@ def main(device: str, preset: str, precision: str, batch_size: str, seq_len: str
     if torch.device(device).type == "cuda":
         sys.stdout.write(f"{torch.cuda.max_memory_allocated()}\n")
         return
-    sys.stdout.write(f"{_peak()}\n")
-
-
-def _peak() -> int:
-    """Most bytes that this process had resident; the system's own count may start at the parent's."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    sys.stdout.write(f"{system.peak_memory()}\n")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from mm_rec.bench.peers import ModernGPT, gpt2_110m
 from mm_rec.bench.timing import timed
 from mm_rec.config import ModelConfig
 from mm_rec.data.batches import Batch
-from mm_rec.machine.device import apply_precision, keep_freed_memory
+from mm_rec.machine.device import apply_precision
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
 from mm_rec.state import ModelState
+from mm_rec.system import keep_freed_memory
 from mm_rec.training.cuda_graphs import GraphedPass, run_pass
 
 __all__ = [

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-import pyarrow as pa
-
 from mm_rec.data.unpacking import UnpackingError, UnpackingLimit, parquet_columns, parquet_rows
 from mm_rec.errors import UserError
 
@@ -178,6 +176,8 @@ def _open(path: Path) -> IO[bytes]:
             return lzma.open(path)
         case ".jsonl.zst":
             # zstandard's own reader takes a file that breaks off for a whole one.
+            import pyarrow as pa
+
             return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
         case _:
             return path.open("rb")
@@ -201,6 +201,8 @@ def _read_plain(path: Path, bad: BadRows) -> Iterator[str]:
 
 
 def _read_parquet(path: Path, bad: BadRows, fields: Sequence[str]) -> Iterator[Row]:
+    import pyarrow as pa
+
     line = 0
     try:
         names = parquet_columns(path)

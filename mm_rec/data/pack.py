@@ -174,7 +174,7 @@ def write_store(path: Path, documents: Iterable[Document], *, vocab_size: int) -
             if file.name != "index.json"
         },
     }
-    (path / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (path / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8", newline="\n")
     return TokenStore.open(path)
 
 

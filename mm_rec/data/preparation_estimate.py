@@ -13,9 +13,9 @@ import torch
 from mm_rec.data.files import COMPRESSED, BadRows, read_texts
 from mm_rec.data.filters import NearDuplicates, quality_problem
 from mm_rec.errors import UserError
-from mm_rec.machine.autotune import cores
 from mm_rec.machine.device import available_memory
 from mm_rec.storage.files import format_bytes, require_space
+from mm_rec.system import cores
 
 __all__ = ["PreparationEstimate", "estimate_preparation"]
 

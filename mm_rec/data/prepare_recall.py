@@ -62,7 +62,7 @@ def add_recall_rows(
                 entries[name] = {"documents": made.n_documents, "tokens": made.n_tokens, "counted_tokens": counted}
             report = {"recall_share": share, "longest": longest, "seed": seed, "made_of": made_of, "domains": entries}
             report |= {"tokenizer": data.tokenizer.sha256, "vocab_size": data.tokenizer.vocab_size}
-            (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8", newline="\n")
 
     stores = open_folder(make_folder(data.path.parent, settings, make, tell)).stores
     recall = {name: stores[f"{name}-recall"] for name in data.train}

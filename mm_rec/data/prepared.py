@@ -174,7 +174,7 @@ def write_report(folder: Path, tokenizer: Tokenizer, entries: dict[str, Any]) ->
     """
     tokenizer.save(folder / "tokenizer")
     report = {"tokenizer": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "domains": entries}
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def tell_bad_rows(found: list[str], tell: Callable[[str], None]) -> None:

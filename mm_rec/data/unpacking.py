@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
-
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from typing import IO, TYPE_CHECKING, Any
 
 from mm_rec.data.parquet_footer import DELTA_BYTE_ARRAY, ColumnChunk, read_row_groups
 from mm_rec.storage.files import format_bytes
+
+if TYPE_CHECKING:
+    import pyarrow as pa  # imported where Parquet is read, so that other files can be read without it
 
 __all__ = ["UnpackingError", "UnpackingLimit", "parquet_columns", "parquet_rows"]
 
@@ -56,6 +55,8 @@ class UnpackingLimit:
 
 def parquet_columns(path: Path) -> list[str]:
     """The names of the columns of a Parquet file."""
+    import pyarrow.parquet as pq
+
     return list(pq.read_schema(path).names)
 
 
@@ -72,6 +73,8 @@ def parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str
     Raises:
         UnpackingError: if the rows are more than a text ever is.
     """
+    import pyarrow.parquet as pq
+
     limit, metadata = UnpackingLimit(path), pq.read_metadata(path)
     leaves = [metadata.schema.column(index) for index in range(metadata.num_columns)]
     nested = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and "." in leaf.path]
@@ -89,6 +92,8 @@ def parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str
 
 def _unpacked(batch: pa.RecordBatch, limit: UnpackingLimit) -> Iterator[dict[str, Any]]:
     """The rows of a batch, halved as long as it is large, since its values are larger than their indices."""
+    import pyarrow as pa
+
     size = sum(_expanded_bytes(array) for array in batch.columns)
     if size > BATCH_BYTES and batch.num_rows > 1:
         half = batch.num_rows // 2
@@ -108,6 +113,9 @@ def _unpacked(batch: pa.RecordBatch, limit: UnpackingLimit) -> Iterator[dict[str
 
 def _expanded_bytes(array: Any) -> int:
     """The bytes of a column's values, where those of a dictionary count as often as they stand there."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     if isinstance(array, pa.DictionaryArray):
         lengths = pc.binary_length(array.dictionary).take(array.indices.drop_null())
         return int(pc.sum(lengths.cast("int64")).as_py() or 0)

@@ -42,7 +42,7 @@ def run_harness(
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise MissingPackageError("--tasks needs the LM Evaluation Harness; `pip install 'mm-rec[eval]'`") from None
+        raise MissingPackageError("--tasks", "lm_eval") from None
     import mm_rec.hf  # noqa: F401 (registers the model)
 
     manager = TaskManager(include_path=None if task_dir is None else str(task_dir))

@@ -9,9 +9,7 @@ from mm_rec.errors import MissingPackageError
 try:
     import transformers  # noqa: F401 (asked for first, so that its absence ends in one line)
 except ImportError:
-    raise MissingPackageError(
-        "export and mm_rec.hf need the package transformers; `pip install 'mm-rec[hf]'`"
-    ) from None
+    raise MissingPackageError("mm_rec.hf", "transformers") from None
 
 from mm_rec.hf.cache import MMRecCache
 from mm_rec.hf.configuration import MMRecConfig

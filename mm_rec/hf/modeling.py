@@ -233,7 +233,7 @@ class MMRecForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         settings.setdefault("save_original_format", False)  # names of modules, as Trainer reads them
         super().save_pretrained(save_directory, **settings)
         Path(save_directory, MANIFEST).unlink(missing_ok=True)  # of an exported folder that is now another one
-        Path(save_directory, MODELING_FILE).write_text(MODELING_CODE, encoding="utf-8")
+        Path(save_directory, MODELING_FILE).write_text(MODELING_CODE, encoding="utf-8", newline="\n")
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:

@@ -1,7 +1,7 @@
 """Which tokens may come next so that a text is JSON that follows a schema.
 
 The library `llguidance` follows the grammar of the schema and knows after every token which bytes may come next; it is
-in the extra ``mm-rec[json]``. Schemas are read as they are given: nothing that they refer to is fetched.
+in the extra ``json``. Schemas are read as they are given: nothing that they refer to is fetched.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mm_rec.errors import UserError
+from mm_rec.errors import MissingPackageError, UserError
 from mm_rec.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class JsonConstraint:
         try:
             from llguidance import LLMatcher, LLParserLimits
         except ModuleNotFoundError:
-            raise UserError("JSON by a schema needs llguidance; install it with: pip install 'mm-rec[json]'") from None
+            raise MissingPackageError("JSON by a schema", "llguidance") from None
         try:
             content = json.dumps(dict(schema))
             if len(content) > MAX_SCHEMA:

@@ -21,8 +21,9 @@ import torch
 
 from mm_rec import ops
 from mm_rec.storage.files import write_atomic
+from mm_rec.system import cores
 
-__all__ = ["Tuning", "cache_file", "cores", "threads_are_given", "tune"]
+__all__ = ["Tuning", "cache_file", "threads_are_given", "tune"]
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 MACHINE_VARIABLES = (
@@ -58,11 +59,6 @@ def threads_are_given() -> bool:
     return torch.get_num_threads() not in (cores(), psutil.cpu_count(logical=False), psutil.cpu_count())
 
 
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @functools.lru_cache(maxsize=1)
 def tune(has_bf16: bool) -> Tuning:
     """The choice for this machine, from the cache or measured now; threads and precision are left as they are.
@@ -78,7 +74,7 @@ def tune(has_bf16: bool) -> Tuning:
     kept = _read_cache()
     with contextlib.suppress(KeyError, TypeError):
         return Tuning(**kept[machine])
-    if (len(candidates) == 1 and not has_bf16) or os.getloadavg()[0] > QUIET_LOAD * cores():
+    if (len(candidates) == 1 and not has_bf16) or psutil.getloadavg()[0] > QUIET_LOAD * cores():
         return Tuning(threads, has_bf16, {})  # the rounding of a run must not hang on what else the machine does
     found = _choose(_measure(candidates, ["fp32", *(["bf16"] if has_bf16 else [])]), candidates, has_bf16)
     with contextlib.suppress(OSError):  # a home that cannot be written to costs a second at every start

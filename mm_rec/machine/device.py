@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import os
-import sys
-from pathlib import Path
-
 import psutil
 import torch
 from torch import Tensor, nn
 
+from mm_rec import system
 from mm_rec.config import FLOAT32_MATRICES
 from mm_rec.errors import UserError
-from mm_rec.machine.autotune import cores, threads_are_given, tune
+from mm_rec.machine.autotune import threads_are_given, tune
+from mm_rec.system import cores
 
 __all__ = [
     "PRECISIONS",
@@ -23,7 +19,6 @@ __all__ = [
     "changes_precision",
     "default_threads",
     "has_fast_bf16",
-    "keep_freed_memory",
     "select_device",
     "select_precision",
     "set_threads",
@@ -90,23 +85,6 @@ def default_threads(processes: int) -> int:
     return max(1, cores() // processes)
 
 
-KEPT_BYTES = 2**31 - 1
-"""Most that the C library's ``mallopt`` takes."""
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what tensors give back, so that the next step need not ask the system for it again.
-
-    A step frees hundreds of megabytes, and every fresh page costs a fault and is filled with zeros: a tenth of a step
-    of 1 x 256 tokens. Only glibc has the setting; MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ of the user win.
-    """
-    if not sys.platform.startswith("linux") or not hasattr(library := ctypes.CDLL(None), "mallopt"):
-        return
-    for parameter, name in ((-1, "MALLOC_TRIM_THRESHOLD_"), (-3, "MALLOC_MMAP_THRESHOLD_")):
-        if name not in os.environ:
-            library.mallopt(parameter, KEPT_BYTES)
-
-
 def apply_precision(model: nn.Module, precision: str) -> None:
     """Convert the matrices of ``model`` to bfloat16, or leave all in float32.
 
@@ -134,29 +112,8 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     limits = [psutil.virtual_memory().available]
-    if sys.platform != "win32":
-        import resource
-
-        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if soft != resource.RLIM_INFINITY:
-            limits.append(soft - psutil.Process().memory_info().vms)
-    limits.extend(_control_group_room())
+    addresses = system.address_space_left()
+    if addresses is not None:
+        limits.append(addresses)
+    limits.extend(system.control_group_room())
     return max(0, min(limits))
-
-
-def _control_group_room() -> list[int]:
-    """What the control groups of this process leave, if they limit memory (version 2 of the interface)."""
-    room: list[int] = []
-    root = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        group = root / next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
-        for folder in (group, *group.parents):
-            if not folder.is_relative_to(root) or not (folder / "memory.max").exists():
-                continue
-            limit = (folder / "memory.max").read_text().strip()
-            if limit != "max":
-                counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                used = int((folder / "memory.current").read_text()) - int(counts["inactive_file"])
-                room.append(int(limit) - used)
-    return room

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from mm_rec import system
+
 __all__ = ["Interrupted", "SignalGuard"]
 
 DEADLINE_SECONDS = 9.0
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(BaseException):
@@ -22,11 +24,11 @@ class Interrupted(BaseException):
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.exit_code = 128 + signum
+        self.exit_code = system.exit_code(signum)
 
 
 class SignalGuard:
-    """Turns the first SIGTERM or SIGINT into :class:`Interrupted`, at once or when the work says so.
+    """Turns the first of :data:`mm_rec.system.SIGNALS` into :class:`Interrupted`, at once or when the work says so.
 
     Inside :meth:`deferred` a signal only sets :attr:`requested`; leaving the context, or a call of
     :meth:`check` anywhere, raises. The second signal, or nine seconds, end the process on the spot: all
@@ -46,26 +48,26 @@ class SignalGuard:
         self._deferred = False
         self._previous: dict[int, Any] = {}
         self._previous_wakeup = -1
-        self._pipe: tuple[int, int] | None = None
+        self._wakeup: socket.socket | None = None
 
     def __enter__(self) -> SignalGuard:
         if threading.current_thread() is threading.main_thread():
-            for signum in SIGNALS:
+            for signum in system.SIGNALS:
                 self._previous[signum] = signal.signal(signum, self._handle)
             if not self._ends_process:
                 return self
-            self._pipe = os.pipe()
-            os.set_blocking(self._pipe[1], False)
-            self._previous_wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            threading.Thread(target=_watch, args=(self._pipe[0],), daemon=True).start()
+            signals, self._wakeup = socket.socketpair()  # which, other than a pipe, can be waited for on Windows
+            self._wakeup.setblocking(False)
+            self._previous_wakeup = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=_watch, args=(signals,), daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pipe is not None:
+        if self._wakeup is not None:
             signal.set_wakeup_fd(self._previous_wakeup)
-            os.close(self._pipe[1])
+            self._wakeup.close()
         leaving = self._last and isinstance(error, Interrupted)
         for signum, handler in self._previous.items():
             signal.signal(signum, signal.SIG_IGN if leaving else handler)
@@ -94,21 +96,21 @@ class SignalGuard:
             raise KeyboardInterrupt
 
 
-def _watch(pipe: int) -> None:
+def _watch(signals: socket.socket) -> None:
     """End the process at the second signal, or nine seconds after the first.
 
-    The interpreter writes each signal's number into the pipe as it comes, while handlers in Python wait until
-    the main thread is back from native code, which may be long. The pipe is closed when the guard ends.
+    The interpreter sends each signal's number as it comes, while handlers in Python wait until the main thread is back
+    from native code, which may be long. The other end is closed when the guard ends.
     """
     first = 0
-    with os.fdopen(pipe, "rb", buffering=0) as signals:
+    with signals:
         while True:
             if first and not select.select([signals], [], [], DEADLINE_SECONDS)[0]:
-                os._exit(128 + first)
-            received = signals.read(1)
+                os._exit(system.exit_code(first))
+            received = signals.recv(1)
             if not received:
                 return
-            if received[0] in SIGNALS:
+            if received[0] in system.SIGNALS:
                 if first:
-                    os._exit(128 + received[0])
+                    os._exit(system.exit_code(received[0]))
                 first = received[0]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from mm_rec.config import DEFAULT_PRESET, PRESETS
-from mm_rec.errors import UserError
+from mm_rec.errors import MissingPackageError
 from mm_rec.program import Parser, positive_int, run_program
 
 EPILOG = """examples:
@@ -46,7 +46,7 @@ def _measure(options: argparse.Namespace) -> int:
     from mm_rec.machine.device import select_device, select_precision, set_threads
 
     if options.peers and importlib.util.find_spec("transformers") is None:
-        raise UserError("--peers needs transformers; install it with: pip install transformers")
+        raise MissingPackageError("--peers", "transformers")
     device = select_device(options.device)
     set_threads(options.threads)
     precision = select_precision(options.precision, device)

@@ -134,7 +134,8 @@ class Conversation:
     def run(self) -> None:
         """Talk until the input ends or /quit."""
         if self.interactive:
-            import readline  # noqa: F401 (gives input() its line editing)
+            with contextlib.suppress(ModuleNotFoundError):  # the console of Windows has an editor of its own
+                import readline  # noqa: F401 (gives input() its line editing)
 
             told = f"{self.session.turns} answers so far; " if self.session.turns else ""
             print(f"{told}/help shows the commands, Ctrl-D ends")

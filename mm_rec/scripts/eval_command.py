@@ -27,7 +27,7 @@ EPILOG = """examples:
 
 Documents are .txt, .jsonl (plain, .gz, .zst, .xz) or .parquet, a file or a folder, and are read by each expert and by
 all fused. Needles (something said once, and asked for many tokens later) are hidden in the first of these sets; without
-one only a pass key is, in a text of a few sentences. Tasks need `pip install 'mm-rec[eval]'`.
+one only a pass key is, in a text of a few sentences. Tasks need the extra `eval`.
 """
 
 DISTANCES = {"cpu": [1024, 4096], "cuda": [1024, 4096, 16_384, 65_536]}

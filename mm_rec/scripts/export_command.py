@@ -1,9 +1,10 @@
-"""Write a model as a folder for transformers, load it there and compare."""
+"""Write a model as a folder for transformers, load it, there if it is installed, and compare."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from mm_rec.errors import MissingPackageError
 from mm_rec.program import Parser, run_program
 from mm_rec.scripts.sampling_options import add_adapter_argument, add_domain_argument
 
@@ -29,10 +30,17 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     add_domain_argument(parser)
     options = parser.parse_args(arguments)
 
-    from mm_rec.hf.export import export
+    from mm_rec.inference.export import compare_own, export
 
-    for line in export(options.model, options.output, options.domain, options.adapter):
-        print(f"the same in transformers: {line}")
+    try:
+        from mm_rec.hf.compare import compare
+    except MissingPackageError as missing:
+        for line in export(options.model, options.output, compare_own, options.domain, options.adapter):
+            print(f"the same here: {line}")
+        print(f"not tried in transformers: {missing}")
+    else:
+        for line in export(options.model, options.output, compare, options.domain, options.adapter):
+            print(f"the same in transformers: {line}")
     print(f"exported to {options.output}")
     return 0
 

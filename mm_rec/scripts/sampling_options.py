@@ -57,7 +57,7 @@ def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--json_schema``, for :func:`read_json_schema`."""
-    text = "let the text be JSON that follows the schema in this file; needs pip install 'mm-rec[json]'"
+    text = "let the text be JSON that follows the schema in this file; needs the extra `json`"
     parser.add_argument("--json_schema", type=Path, metavar="FILE", help=text)
 
 

@@ -74,13 +74,9 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
         raise UserError("name the model to serve with --model")
     settings = dataclasses.replace(settings, api_key=settings.api_key or os.environ.get(API_KEY_VARIABLE) or None)
     origins = _origins(settings)
-    try:
-        import uvicorn  # noqa: F401 (the first package that is missing is named)
+    from mm_rec.serve.gate import is_loopback
+    from mm_rec.serve.server import Server
 
-        from mm_rec.serve.gate import is_loopback
-        from mm_rec.serve.server import Server
-    except ModuleNotFoundError as error:
-        raise UserError(f"the server needs {error.name}; install it with: pip install 'mm-rec[serve]'") from None
     if settings.api_key is None and not is_loopback(settings.host):
         raise UserError(f"--host {settings.host} opens the server to other machines; set {API_KEY_VARIABLE} first")
     connections = Connections(most_connections(settings.max_connections))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 from typing import Protocol
 
+from mm_rec import system
 from mm_rec.errors import UserError
 
 __all__ = ["FEWEST", "RESERVED", "Connection", "Connections", "most_connections"]
@@ -94,9 +94,11 @@ def most_connections(wanted: int) -> int:
     Raises:
         UserError: if that limit is too low for any.
     """
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = system.open_files_limit()
+    if limit is None:
+        return wanted
     left = 3 * (limit - RESERVED - _OTHER_DESCRIPTORS) // 4
-    if limit == resource.RLIM_INFINITY or left >= wanted:
+    if left >= wanted:
         return wanted
     if left < FEWEST:
         raise UserError(

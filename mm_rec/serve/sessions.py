@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from mm_rec import system
 from mm_rec.errors import UserError
 from mm_rec.formats import FormatError
 from mm_rec.inference import session_file
@@ -101,13 +102,11 @@ class SessionStore:
         Raises:
             ApiError: 400 if it is not a name, 409 if another request or program has it, 503 if the disk is full.
         """
-        if not _NAME.fullmatch(name):
-            raise ApiError(
-                400,
-                "a session is named by 1 to 64 of a-z, 0-9, - and _, a letter or digit first",
-                param="session",
-                code="invalid_session",
-            )
+        problem = "a session is named by 1 to 64 of a-z, 0-9, - and _, a letter or digit first"
+        if _NAME.fullmatch(name):
+            problem = system.name_problem(f"{name}{_SUFFIX}") or ""
+        if problem:
+            raise ApiError(400, problem, param="session", code="invalid_session")
         if name in self._busy:
             raise ApiError(409, f"another request is using session {name}", param="session", code="session_busy")
         try:
@@ -184,7 +183,7 @@ class SessionStore:
         if path is None:
             return False
         path.unlink()
-        files.sync(self._folder)
+        system.sync(self._folder)
         return True
 
     def _path(self, name: str) -> Path | None:

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mm_rec import system
 from mm_rec.config import ModelConfig
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS, take_version
@@ -322,8 +323,11 @@ def prune(folder: Path, keep_last: int) -> list[Path]:
         (path for path in folder.glob("step_*.damaged*") if path.is_dir()), key=lambda path: path.stat().st_mtime
     )
     removed = [*list_checkpoints(folder)[:-keep_last], *aside[:-keep_last]]
-    for path in removed:
-        files.remove_folder(path)
+    for path in list(removed):
+        try:
+            files.remove_folder(path)
+        except files.InUseError:  # whoever reads it ends some time; the next call tries again
+            removed.remove(path)
     return removed
 
 
@@ -334,7 +338,7 @@ def set_aside(path: Path) -> Path:
         number += 1
         target = path.with_name(f"{path.name}.damaged-{number}")
     with files.reporting_errors(target):
-        path.rename(target)
+        system.rename(path, target)
     return target
 
 
@@ -369,7 +373,7 @@ def _no_training_state(path: Path, reason: str) -> CheckpointError:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], like: Path | None = None) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from mm_rec import system
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS
 
@@ -29,6 +29,7 @@ __all__ = [
     "MANIFEST",
     "DamageError",
     "Entry",
+    "InUseError",
     "StorageError",
     "atomic_folder",
     "format_bytes",
@@ -41,7 +42,6 @@ __all__ = [
     "reporting_errors",
     "require_space",
     "some_names",
-    "sync",
     "verify_folder",
     "write_atomic",
 ]
@@ -52,7 +52,7 @@ Entry = Mapping[str, int | str]
 """What a manifest says of a file: its size as ``bytes``, and its ``sha256``."""
 
 TEMPORARY_PREFIX = ".tmp-"
-_TEMPORARY = re.compile(r"\.tmp-.+-[0-9a-f]{16}", re.DOTALL)
+_TEMPORARY = re.compile(r"\.tmp-.+-[0-9a-f]{16}(\.lock)?", re.DOTALL)
 HASH_THREADS = 4
 _NAMES_SHOWN = 3
 
@@ -76,6 +76,10 @@ class StorageError(UserError):
     """Something could not be written; the message names the path, the bytes needed and the bytes free."""
 
 
+class InUseError(StorageError):
+    """Somebody has a file open that can't be changed meanwhile, as on Windows."""
+
+
 class DamageError(UserError):
     """What was read is not what was written; the message names the file."""
 
@@ -91,9 +95,9 @@ def write_atomic(path: Path, content: bytes) -> None:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
+            system.sync_descriptor(file.fileno())
+        system.replace(temporary, path)
+        system.sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -119,8 +123,8 @@ def atomic_folder(path: Path, n_bytes: int = 0, *, manifest: bool = True) -> Ite
         with _temporary_sibling(path, Path.mkdir) as temporary:
             yield temporary
             _seal(temporary, manifest)
-            os.rename(temporary, path)
-            sync(path.parent)
+            system.rename(temporary, path)
+            system.sync(path.parent)
 
 
 def verify_folder(path: Path, skip: Collection[str] = ()) -> list[str]:
@@ -184,7 +188,7 @@ def remove_folder(path: Path) -> None:
     """Remove a folder; an interruption leaves it whole or leaves a temporary, never half of it under its name."""
     doomed = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{secrets.token_hex(8)}")
     with reporting_errors(path):
-        path.rename(doomed)
+        system.rename(path, doomed)
     _remove(doomed)
 
 
@@ -197,12 +201,12 @@ def remove_leftovers(folder: Path) -> list[Path]:
     """Remove temporaries in ``folder`` whose writer is dead; returns them."""
     removed = []
     for temporary in sorted(Path(folder).glob(f"{TEMPORARY_PREFIX}*")):
-        if not is_temporary(temporary):  # the user's
+        if not is_temporary(temporary) or not temporary.exists():  # the user's, or removed with what it belongs to
             continue
-        lock = _try_lock(temporary, required=True)
-        if lock is not None:
+        give_up = system.claim(temporary, required=True)
+        if give_up is not None:
             _remove(temporary)
-            os.close(lock)
+            give_up()
             removed.append(temporary)
     return removed
 
@@ -245,15 +249,6 @@ def some_names(names: Sequence[object]) -> str:
     return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN:,} more"
 
 
-def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def reporting_errors(path: Path, n_bytes: int = 0) -> Iterator[None]:
     """Turn an error of the disk while writing ``path`` into a StorageError."""
@@ -262,6 +257,11 @@ def reporting_errors(path: Path, n_bytes: int = 0) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _REMEDIES:
             raise
+        if system.is_in_use(error):
+            raise InUseError(
+                f"cannot write {path}: another program has it open, or you may not write to it; "
+                "end that program, or use another place"
+            ) from error
         raise StorageError(_message(path, error, n_bytes)) from error
 
 
@@ -285,38 +285,18 @@ def _temporary_sibling(path: Path, create: Callable[[Path], Any]) -> Iterator[Pa
     """A new temporary beside ``path``, locked by this process and gone at the end if it was not renamed."""
     if not path.parent.is_dir():
         raise StorageError(f"cannot write {path}: there is no folder {path.parent}")
-    lock = None
+    problem = system.name_problem(path.name)
+    if problem is not None:
+        raise StorageError(f"cannot write {path}: {problem}; use another name")
+    give_up = None
     with contextlib.ExitStack() as stack:
-        while lock is None:  # remove_leftovers may come between the creation and the lock
+        while give_up is None:  # remove_leftovers may come between the creation and the claim
             temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{secrets.token_hex(8)}")
             stack.callback(_remove, temporary)
             create(temporary)
-            lock = _try_lock(temporary)
-        stack.callback(os.close, lock)
+            give_up = system.claim(temporary)
+        stack.callback(give_up)
         yield temporary
-
-
-def _try_lock(path: Path, *, required: bool = False) -> int | None:
-    """Lock a file or folder for as long as the returned descriptor is open.
-
-    Returns None if another process has it locked or has removed it. On a file system that cannot lock (some
-    network ones) the descriptor comes without a lock, or, if that is ``required``, not at all.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = path.exists()
-    except BlockingIOError:
-        held = False
-    except OSError:
-        held = not required
-    if not held:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _remove(path: Path) -> None:
@@ -334,12 +314,12 @@ def _seal(folder: Path, manifest: bool) -> None:
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         fingerprints = pool.map(_fingerprint, files)  # while the disk writes
         for path in paths:
-            sync(path)
+            system.sync(path)
         entries = {path.relative_to(folder).as_posix(): found for path, found in zip(files, fingerprints, strict=True)}
     if manifest:
         (folder / MANIFEST).write_bytes(_manifest_bytes(entries))
-        sync(folder / MANIFEST)
-    sync(folder)
+        system.sync(folder / MANIFEST)
+    system.sync(folder)
 
 
 def _fingerprint(path: Path) -> dict[str, int | str]:
@@ -356,4 +336,5 @@ def _manifest_bytes(entries: Mapping[str, Entry]) -> bytes:
 
 def _is_inside(name: str) -> bool:
     """Whether a relative path stays in its folder."""
-    return "\0" not in name and not name.startswith("/") and ".." not in name.split("/")
+    parts = name.split("/")
+    return not ("\0" in name or name.startswith("/") or ".." in parts or any(map(system.name_problem, parts)))

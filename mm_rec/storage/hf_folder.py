@@ -89,8 +89,8 @@ def write_model_files(folder: Path, config: ModelConfig, tokenizer: Tokenizer, d
     never_drawn = [token for token in tokenizer.control_ids.values() if token not in ends]
     generation = {**ids, "eos_token_id": ends, "suppress_tokens": never_drawn}
     for name, values in (("config.json", model), ("generation_config.json", generation)):
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    (folder / MODELING_FILE).write_text(MODELING_CODE, encoding="utf-8")
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8", newline="\n")
+    (folder / MODELING_FILE).write_text(MODELING_CODE, encoding="utf-8", newline="\n")
     tokenizer.save(folder)
 
 
@@ -138,7 +138,7 @@ def read_saved_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
     """
     try:
         index = folder / INDEX
-        files = [WEIGHTS] if not index.is_file() else sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [WEIGHTS] if not index.is_file() else sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         contents = [(folder / file).read_bytes() for file in files]
         saved = {name: tensor for content in contents for name, tensor in load(content).items()}
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:

@@ -1,7 +1,6 @@
 """Ownership of files and folders: by one process for as long as it lives, with a lock file that says who it is.
 
-All that is particular to POSIX systems in how this package uses files is here: locks that the kernel drops with the
-process, locks on folders, and where an open folder is now.
+The locks are those of :mod:`mm_rec.system`, which the system drops with the process.
 """
 
 from __future__ import annotations
@@ -9,17 +8,16 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
-import fcntl
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from mm_rec import system
 from mm_rec.errors import UserError
 from mm_rec.storage import files
 
@@ -29,8 +27,6 @@ _CANNOT_LOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno
 """What file systems answer that lock no files, or no folders."""
 _PATIENCE = 0.2
 """Seconds for which an owner may be one that only looks (:func:`owner_of`) or has not yet written who it is."""
-_F_GETPATH = 50
-"""Of fcntl on macOS."""
 
 
 class Lock:
@@ -38,7 +34,7 @@ class Lock:
 
     The system drops the lock when the process ends, however it ends, so a dead owner never blocks. The content of the
     lock file is only for messages. A folder is locked together with its lock file, where the file system can do that:
-    so it keeps its one owner when somebody removes the lock file.
+    so it keeps its one owner when somebody removes the lock file. (On Windows nobody can remove it meanwhile.)
 
     Args:
         path: the lock file, made if missing. It lies in the folder that is owned.
@@ -62,6 +58,9 @@ class Lock:
         self._on_wait = on_wait
         self._folder = -1
         self._file = -1
+        problem = system.name_problem((of or path).name)
+        if problem is not None:
+            raise UserError(f"cannot use {of or path}: {problem}; use another name")
         try:
             with files.reporting_errors(path):
                 if of is None:
@@ -82,9 +81,13 @@ class Lock:
         """Give the lock up; more than once does no harm."""
         if self._file >= 0:
             self._write(b"")
-            if self._of is not None and self._is_file_at(self._path):
+            remove = self._of is not None and self._is_file_at(self._path)
+            if remove and system.REMOVES_OPEN_FILES:
                 self._path.unlink()
             self._close()
+            if remove and not system.REMOVES_OPEN_FILES:
+                with contextlib.suppress(OSError):  # the next owner has it open and will remove it
+                    self._path.unlink()
 
     @property
     def held(self) -> bool:
@@ -99,7 +102,7 @@ class Lock:
 
     def find_folder(self) -> Path | None:
         """Returns where the folder that is owned is now; None if it was removed or that cannot be told."""
-        found = _path_of(self._folder if self._folder >= 0 else self._file)
+        found = system.path_of(self._folder if self._folder >= 0 else self._file)
         if found is not None and self._folder < 0:
             found = found.parent
         return found if found is not None and self.is_in(found) else None
@@ -122,13 +125,14 @@ class Lock:
         self.release()
 
     def _own_folder(self) -> None:
-        self._folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
+            self._folder = system.open_folder(self._path.parent)
             self._acquire(self._folder)
         except OSError as error:
             if error.errno not in _CANNOT_LOCK:
                 raise
-            os.close(self._folder)
+            if self._folder >= 0:
+                os.close(self._folder)
             self._folder = -1
 
     def _own_file(self) -> None:
@@ -142,11 +146,11 @@ class Lock:
                 raise UserError(f"the disk of {self._path} cannot lock files; use a folder on a local disk") from error
             if self._is_file_at(self._path):
                 return
-            os.close(self._file)  # its owner removed it while this process opened it
+            system.close_lock(self._file)  # its owner removed it while this process opened it
 
     def _acquire(self, descriptor: int) -> None:
         deadline = time.monotonic() + _PATIENCE
-        while not _try_flock(descriptor, fcntl.LOCK_EX):
+        while not system.try_lock(descriptor):
             known = _describe(_content(self._path))
             if time.monotonic() < deadline and not known:
                 time.sleep(0.01)
@@ -157,7 +161,7 @@ class Lock:
                 raise UserError(f"{what} is in use by {owner}; wait until it ends, or use another {_kind(self._of)}")
             if self._on_wait is not None:
                 self._on_wait(owner)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            system.wait_for_lock(descriptor)
             return
 
     def _is_file_at(self, path: Path) -> bool:
@@ -166,16 +170,18 @@ class Lock:
     def _close(self) -> None:
         for descriptor in (self._file, self._folder):
             if descriptor >= 0:
-                os.close(descriptor)
+                system.close_lock(descriptor)
         self._file = self._folder = -1
 
     def _read(self) -> bytes:
-        return os.pread(self._file, 4096, 0)
+        os.lseek(self._file, 0, os.SEEK_SET)
+        return os.read(self._file, 4096)
 
     def _write(self, content: bytes) -> None:
         with contextlib.suppress(OSError):  # a full disk does not keep anybody from owning a folder
             os.ftruncate(self._file, 0)
-            os.pwrite(self._file, content, 0)
+            os.lseek(self._file, 0, os.SEEK_SET)
+            os.write(self._file, content)
 
 
 def owner_of(path: Path, *, folder: bool = True) -> str | None:
@@ -184,19 +190,11 @@ def owner_of(path: Path, *, folder: bool = True) -> str | None:
         with contextlib.suppress(OSError):
             descriptor = os.open(one, os.O_RDONLY)
             try:
-                if not _try_flock(descriptor, fcntl.LOCK_SH):
+                if not system.try_lock(descriptor, shared=True):
                     return _describe(_content(path)) or _holder(descriptor)
             finally:
-                os.close(descriptor)
+                system.close_lock(descriptor)
     return None
-
-
-def _try_flock(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _is_same(descriptor: int, path: Path) -> bool:
@@ -205,15 +203,6 @@ def _is_same(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except OSError:
         return False
-
-
-def _path_of(descriptor: int) -> Path | None:
-    """The name that an open file or folder has now; None where the system does not tell."""
-    with contextlib.suppress(OSError):
-        if sys.platform == "darwin":
-            return Path(os.fsdecode(fcntl.fcntl(descriptor, _F_GETPATH, bytes(1024)).rstrip(b"\0")))
-        return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-    return None
 
 
 def _content(path: Path) -> bytes:
@@ -232,15 +221,9 @@ def _describe(content: bytes) -> str | None:
 
 
 def _holder(descriptor: int) -> str:
-    """Who holds the lock on what is open, by the table of Linux, for an owner whose lock file was removed."""
-    status = os.fstat(descriptor)
-    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/locks").read_text().splitlines():
-            fields = line.split()
-            if place in fields and "->" not in fields and "FLOCK" in fields:
-                return f"process {fields[fields.index(place) - 1]} on {socket.gethostname()}"
-    return "another process"
+    """Who has locked what is open, by what the system knows, for an owner whose lock file was removed."""
+    process = system.lock_holder(descriptor)
+    return "another process" if process is None else f"process {process} on {socket.gethostname()}"
 
 
 def _kind(of: Path | None) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from mm_rec import system
 from mm_rec.errors import UserError
 from mm_rec.storage import checkpoint, files
 from mm_rec.storage.checkpoint import Event
@@ -143,7 +144,7 @@ class RunFolder:
                 self.event(f"{path.name} has lost its end: {size} bytes were written, {path.stat().st_size} are there")
             else:
                 os.truncate(path, size)
-                files.sync(path)
+                system.sync(path)
 
     def save(
         self,
@@ -184,7 +185,7 @@ class RunFolder:
         """Flush the records to the disk; their sizes in bytes."""
         for name in RECORDS:
             with files.reporting_errors(folder / name):
-                files.sync(folder / name)
+                system.sync(folder / name)
         return {name: (folder / name).stat().st_size for name in RECORDS}
 
     def log_metrics(self, step: int, **values: Any) -> None:
@@ -208,7 +209,10 @@ class RunFolder:
 
     def _append(self, name: str, line: str) -> None:
         def write(folder: Path) -> None:
-            with files.reporting_errors(folder / name), open(folder / name, "a", encoding="utf-8") as file:
+            with (
+                files.reporting_errors(folder / name),
+                open(folder / name, "a", encoding="utf-8", newline="\n") as file,
+            ):
                 file.write(line + "\n")
 
         self._write(write)

@@ -14,11 +14,12 @@ from mm_rec.config import ModelConfig
 from mm_rec.data.batches import Batches, EvenBatches
 from mm_rec.data.prepared import Prepared
 from mm_rec.evaluation.bits_per_byte import select_documents
-from mm_rec.machine.device import apply_precision, keep_freed_memory
+from mm_rec.machine.device import apply_precision
 from mm_rec.machine.signals import SignalGuard
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
 from mm_rec.storage.run_folder import Run
+from mm_rec.system import keep_freed_memory
 from mm_rec.training.ddp import ReplicatedAdamW
 from mm_rec.training.lora import LoraAdamW
 from mm_rec.training.plan import Plan

@@ -21,9 +21,7 @@ class Board:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise MissingPackageError(
-                "--tensorboard needs the package tensorboard; `pip install 'mm-rec[tensorboard]'`"
-            ) from None
+            raise MissingPackageError("--tensorboard", "tensorboard") from None
         self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:

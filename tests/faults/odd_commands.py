@@ -11,8 +11,8 @@ import torch
 from mm_rec import cli
 from mm_rec.data import prepare
 from mm_rec.evaluation import report
-from mm_rec.hf import export
-from mm_rec.inference import chat_session, loading
+from mm_rec.hf import compare
+from mm_rec.inference import chat_session, export, loading
 from mm_rec.scripts import bench_command, doctor_command, eval_command, export_command, serve_command, tokenizer_command
 from mm_rec.training import finetune, run_stages
 
@@ -21,8 +21,8 @@ MORE_BYTES = 8 << 30
 
 # What the commands import late, so that no trial has to.
 IMPORTED = (
-    bench_command, chat_session, doctor_command, eval_command, export, export_command, finetune, loading, prepare,
-    report, run_stages, serve_command, tokenizer_command,
+    bench_command, chat_session, compare, doctor_command, eval_command, export, export_command, finetune, loading,
+    prepare, report, run_stages, serve_command, tokenizer_command,
 )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from mm_rec.config import ModelConfig
-from mm_rec.hf.export import export
+from mm_rec.hf.compare import compare
+from mm_rec.inference.export import export
 from mm_rec.model import MMRecModel
 from mm_rec.storage import checkpoint
 from mm_rec.text.tokenizer import train_tokenizer
@@ -28,7 +29,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint.save(
         root / "step_000001", config=CONFIG, weights=weights, optimizer={}, carried={}, trainer={}, tokenizer=tokenizer
     )
-    export(root / "step_000001", root / "exported")
+    export(root / "step_000001", root / "exported", compare)
     return root / "exported"
 
 

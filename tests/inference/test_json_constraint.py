@@ -184,5 +184,5 @@ def test_where_the_library_is_missing_a_line_says_so(tokenizer: Tokenizer, monke
         return whole(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=r"pip install 'mm-rec\[json\]'"):
+    with pytest.raises(UserError, match="JSON by a schema needs the package llguidance; install it with: pip"):
         JsonConstraint(tokenizer, CONFIG.vocab_size, end_tokens(tokenizer), ANY_OBJECT)

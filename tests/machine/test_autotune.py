@@ -29,7 +29,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[l
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(autotune, "_measure", measure)
     monkeypatch.setattr(autotune, "cores", lambda: 2)
-    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr("psutil.getloadavg", lambda: (0.0, 0.0, 0.0))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     tune.cache_clear()
@@ -63,7 +63,7 @@ def test_what_was_measured_is_kept(measured: list[list[int]]) -> None:
 
 
 def test_a_busy_machine_is_not_measured(measured: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.getloadavg", lambda: (2.0, 0.0, 0.0))
+    monkeypatch.setattr("psutil.getloadavg", lambda: (2.0, 0.0, 0.0))
     assert tune(False) == autotune.Tuning(2, False, {})
     tune.cache_clear()
     assert tune(True) == autotune.Tuning(2, True, {})

@@ -130,7 +130,7 @@ def test_what_was_not_measured_is_left_out_and_text_is_escaped(tmp_path: Path) -
     [
         (["--documents", "own=nowhere.jsonl"], "there is no file or folder nowhere.jsonl"),
         (["--domain", "music"], "there is no expert 'music'"),
-        (["--distances", "none", "--tasks", "quiz"], "pip install 'mm-rec"),
+        (["--distances", "none", "--tasks", "quiz"], "--tasks needs the package lm_eval; install it with: pip install"),
     ],
 )
 def test_what_cannot_be_done_is_an_error(

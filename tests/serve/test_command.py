@@ -98,11 +98,3 @@ def test_a_taken_port_is_said(saved: Path) -> None:
             UserError, match=rf"cannot listen on 127.0.0.1 port {port}: .*; use another --host or --port"
         ):
             main(["--model", str(saved), "--port", str(port)])
-
-
-def test_what_is_not_installed_is_said(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(
-        UserError, match=re.escape("the server needs uvicorn; install it with: pip install 'mm-rec[serve]'")
-    ):
-        main(["--model", str(saved)])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import datetime
 import json
-import os
 import re
 import time
 from collections import Counter
@@ -20,13 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from mm_rec import system
 from mm_rec.data.download.hub import Rows, UnreachableError, explain, find_revision, quiet, retry_delay
 from mm_rec.data.download.sources import Source
 from mm_rec.data.filters import quality_problem
 from mm_rec.data.manifest import check_files, read_manifest, record_file
 from mm_rec.data.pack import file_sha256
 from mm_rec.errors import UserError
-from mm_rec.storage.files import remove_leftovers, reporting_errors, sync, write_atomic
+from mm_rec.storage.files import remove_leftovers, reporting_errors, write_atomic
 from mm_rec.text.message import without_nulls
 
 __all__ = ["fetch"]
@@ -152,8 +152,8 @@ class _Download:
         """Give the part file its name and record it; returns its entry in the manifest."""
         assert self.journal is not None
         if self.part.exists():
-            os.replace(self.part, self.target)
-            sync(self.target.parent)
+            system.replace(self.part, self.target)
+            system.sync(self.target.parent)
         entry = {
             "source": self.source.name,
             "origin": self.journal.origin,
@@ -223,7 +223,7 @@ class _Download:
         """Make ``journal`` and what it counts safe on the disk."""
         if file is not None:
             file.flush()
-            os.fsync(file.fileno())
+            system.sync_descriptor(file.fileno())
         write_atomic(self.journal_path, json.dumps(vars(journal)).encode())
         self.journal = copy.deepcopy(journal)
 

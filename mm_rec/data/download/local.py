@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mm_rec import system
 from mm_rec.data.download.builtin import builtin_code, builtin_text
 from mm_rec.data.download.sources import BUILTIN
 from mm_rec.data.files import SUFFIXES, BadRows, find_files, read_texts
 from mm_rec.data.manifest import check_files, read_manifest, record_file
 from mm_rec.data.pack import file_sha256
 from mm_rec.errors import UserError
-from mm_rec.storage.files import format_bytes, reporting_errors, sync
+from mm_rec.storage.files import format_bytes, reporting_errors
 
 __all__ = ["SOURCE_SUFFIXES", "take_builtin", "take_own"]
 
@@ -85,9 +85,9 @@ def _write(data_dir: Path, name: str, texts: Iterable[str], entry: dict[str, Any
                     file.write(json.dumps(text, ensure_ascii=False).encode() + b"\n")
                     count += 1
                 file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, target)
-            sync(target.parent)
+                system.sync_descriptor(file.fileno())
+            system.replace(part, target)
+            system.sync(target.parent)
         finally:
             part.unlink(missing_ok=True)
     size = target.stat().st_size

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch  # noqa: F401 - loads PyTorch's OpenMP runtime first, which the library then shares
 
+from mm_rec import system
 from mm_rec.cpp.build import CPU_LIBRARY, LEVELS, REBUILD
 from mm_rec.errors import SettingError
 from mm_rec.ops.backend import NativeUnavailableError
@@ -133,9 +134,4 @@ def _choose_level(best: int) -> str:
 
 def openmp_runtimes() -> list[str]:
     """Returns the paths of the OpenMP runtimes in this process. Two of them compete for the cores with two pools."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return []
-    lines = maps.read_text().splitlines()
-    paths = {line.split(maxsplit=5)[5] for line in lines if line.count("/")}
-    return sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp")))
+    return [path for path in system.loaded_files() if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))]

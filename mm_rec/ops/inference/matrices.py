@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mm_rec import system
 from mm_rec.cpp.build import LEVELS
 from mm_rec.ops import backend
 
@@ -111,10 +110,7 @@ def _layout(weight: Tensor) -> tuple[Tensor, Tensor, int]:
 
 def _in_large_pages(size: int) -> Tensor:
     """Returns memory (size,) uint8, in pages of 2 MB if the system has them, which are read faster."""
-    memory = mmap.mmap(-1, size + 2 * _LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(AttributeError, OSError):  # systems other than Linux, and Linux without large pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    buffer = torch.frombuffer(memory, dtype=torch.uint8)
+    buffer = torch.frombuffer(system.anonymous_memory(size + 2 * _LARGE_PAGE), dtype=torch.uint8)
     begin = -buffer.data_ptr() % _LARGE_PAGE
     return buffer[begin : begin + size]
 

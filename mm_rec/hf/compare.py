@@ -1,4 +1,4 @@
-"""A model in a folder that `transformers` loads, compared with the model that it was made of."""
+"""Compares a model with what `transformers` loads of the folder that it was exported to."""
 
 from __future__ import annotations
 
@@ -8,48 +8,25 @@ import torch
 import transformers
 
 from mm_rec.errors import UserError
-from mm_rec.inference.loading import Loaded, load_model
-from mm_rec.storage import checkpoint, files, hf_folder
+from mm_rec.inference.loading import Loaded
+from mm_rec.storage import hf_folder
 from mm_rec.text.conversation import ROLES, Message, clean, encode_conversation
 
-__all__ = ["export"]
+__all__ = ["compare"]
 
-WEIGHTS = "model.safetensors"
-SMALL_FILES_BYTES = 16_000_000
 COMPARED_TOKENS = 300
 TEXTS = ("def f(x):\n    return {'a': 1}\n", "Çok güzel 😀 漢字 <|end|>", "  two  spaces\r\n\ttab")
 
 
-def export(source: Path, output: Path, domain: str | None = None, adapter: Path | None = None) -> list[str]:
-    """Write the model that ``source`` names to the folder ``output``, load it with `transformers` and compare.
-
-    Nothing is left behind if the loaded model differs. The folder has a manifest, so that the commands of this
-    package take it for a checkpoint.
-
-    Args:
-        source: checkpoint, run folder or folder of runs.
-        output: must not exist.
-        domain: the expert that is to answer by default, ``all`` for all fused; None keeps what training reached.
-        adapter: folder of a LoRA adapter to merge.
+def compare(folder: Path, loaded: Loaded) -> list[str]:
+    """Load ``folder`` with `transformers`, where this package has registered the model, and compare all of it.
 
     Returns:
         What was compared, in lines for people.
 
     Raises:
-        UserError: if there is no such model or expert, the disk is full, or what was
-            loaded is not what was written.
+        UserError: if anything differs.
     """
-    loaded = load_model(source, device="cpu", precision="fp32", adapter=adapter)
-    weights = loaded.model.state_dict()
-    n_bytes = sum(tensor.nbytes for tensor in weights.values())
-    with files.atomic_folder(output, n_bytes + SMALL_FILES_BYTES) as folder:
-        hf_folder.write_model_files(folder, loaded.model.config, loaded.tokenizer, loaded.choose_domain(domain))
-        checkpoint.write_tensors(folder / WEIGHTS, hf_folder.module_names(weights))
-        return _compare(folder, loaded)
-
-
-def _compare(folder: Path, loaded: Loaded) -> list[str]:
-    """Load ``folder`` with `transformers`, where the package hf has registered the model, and compare all of it."""
     transformers.utils.logging.disable_progress_bar()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
