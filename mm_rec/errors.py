@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 __all__ = [
@@ -67,7 +66,8 @@ def install_command(extra: str) -> str:
     its name alone from an index: under that name an index may have something else. The double quotes are those of
     every shell.
     """
-    from importlib import metadata  # which is slow to import, and --help needs none of it
+    import json  # these two are slow to import, and --help needs neither
+    from importlib import metadata
 
     try:
         noted = metadata.distribution("mm-rec").read_text("direct_url.json")

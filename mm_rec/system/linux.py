@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import platform
 import sys
 from pathlib import Path
 
@@ -59,6 +57,8 @@ def keep_freed_memory() -> None:
     A step frees hundreds of megabytes, and every fresh page costs a fault and is filled with zeros: a tenth of a step
     of 1 x 256 tokens. Only glibc has the setting; MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ of the user win.
     """
+    import ctypes
+
     if not sys.platform.startswith("linux") or not hasattr(library := ctypes.CDLL(None), "mallopt"):
         return
     for parameter, name in ((-1, "MALLOC_TRIM_THRESHOLD_"), (-3, "MALLOC_MMAP_THRESHOLD_")):
@@ -86,6 +86,8 @@ def most_resident() -> int | None:
 
 def processor_name() -> str:
     """Returns the processor's name, where the system tells it, else its architecture."""
+    import platform
+
     information = Path("/proc/cpuinfo")
     if information.exists():
         for line in information.read_text(encoding="utf-8").splitlines():

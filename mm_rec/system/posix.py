@@ -13,8 +13,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
-
 from mm_rec.system import linux
 
 __all__ = [
@@ -180,7 +178,11 @@ def open_files_limit() -> int | None:
 def address_space_left() -> int | None:
     """Returns the bytes that the limit on addresses (``ulimit -v``) leaves to this process; None for no limit."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return None if limit == resource.RLIM_INFINITY else limit - int(psutil.Process().memory_info().vms)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    import psutil  # not at the top, so that --help is quick
+
+    return limit - int(psutil.Process().memory_info().vms)
 
 
 def cores() -> int:

@@ -23,8 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 __all__ = [
     "REMOVES_OPEN_FILES",
     "SIGNALS",
@@ -250,11 +248,15 @@ def address_space_left() -> int | None:
 
 def cores() -> int:
     """Returns the number of processors that this process may use."""
+    import psutil  # not at the top, so that --help is quick
+
     return len(psutil.Process().cpu_affinity())
 
 
 def peak_memory() -> int:
     """Returns the most bytes that this process had resident; the system's own count may start at the parent's."""
+    import psutil
+
     used: Any = psutil.Process().memory_info()
     return int(used.peak_wset)
 

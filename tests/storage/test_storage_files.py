@@ -18,6 +18,7 @@ import pytest
 
 from mm_rec.storage import files
 from mm_rec.storage.files import DamageError, StorageError
+from mm_rec.system import REMOVES_OPEN_FILES
 
 OLD, NEW = b"old content", b"new content, a little longer"
 
@@ -168,12 +169,17 @@ def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
 def test_every_failing_sync_and_rename_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path / "earlier")
     before = entries(tmp_path)
-    # Four entries, the manifest, the folder; the seventh flushes the name of a folder that is there already.
-    for name, call in [*(("fsync", call) for call in range(6)), ("rename", 0)]:
+    # Three files, a folder in it, the manifest, the folder; the seventh flushes the name of what is there already.
+    # On Windows folders are not flushed.
+    last = 6 if REMOVES_OPEN_FILES else 4
+    for name, call in [*(("fsync", call) for call in range(last)), ("rename", 0)]:
         with failing(monkeypatch, name, call, errno.EIO), pytest.raises(StorageError, match=r"later: .*fault"):
             make_folder(tmp_path / "later")
         assert entries(tmp_path) == before, (name, call)
-    with failing(monkeypatch, "fsync", 6, errno.EIO), pytest.raises(StorageError):
+    if REMOVES_OPEN_FILES:
+        with failing(monkeypatch, "fsync", last, errno.EIO), pytest.raises(StorageError):
+            make_folder(tmp_path / "later")
+    else:
         make_folder(tmp_path / "later")
     assert len(files.verify_folder(tmp_path / "later")) == 3
 
