@@ -39,4 +39,4 @@ soak: setup  ## try the promises of docs/reliability.md for hours (ROW=n, SECOND
 
 clean:  ## remove what setup and the build made (no data, no runs)
 	rm -rf $(VENV) build *.egg-info mm_rec/cpp/build
-	find mm_rec -name '*.so' -delete
+	find mm_rec \( -name '*.so' -o -name '*.dylib' \) -delete

@@ -30,5 +30,7 @@ if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
         }
     fi
 fi
+# The CUDA kernels, too, where nvcc is: an installation by pip alone leaves them out, for they take many minutes.
+export MM_REC_BUILD="${MM_REC_BUILD:-all}"
 pip install --quiet --constraint constraints.txt --editable '.[dev]'
 "$venv/bin/python" -c 'import mm_rec.ops as ops; print(ops.status())'

@@ -1,4 +1,4 @@
-"""Compiles the native kernels into shared libraries beside this file.
+"""Compiles the native kernels into shared libraries beside this file: ``python -m mm_rec.cpp.build [cpu] [cuda]``.
 
 The kernels need no header of Python or PyTorch, so one library serves every version of both. This file uses the
 standard library alone: it also runs before anything is installed.
@@ -7,29 +7,29 @@ standard library alone: it also runs before anything is installed.
 from __future__ import annotations
 
 import os
-import platform
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 __all__ = [
-    "CPU_LIBRARY", "CUDA_LIBRARY", "LEVELS", "REBUILD", "BuildError",
-    "build_all", "build_cpu", "build_cuda", "cpu_compiler", "cuda_compiler",
+    "CPU_LIBRARY", "CUDA_LIBRARY", "LEVELS", "REBUILD", "REBUILD_CUDA", "BuildError",
+    "build_all", "build_cpu", "build_cuda", "cpu_compiler", "cuda_compiler", "library_name", "main",
 ]  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
-CPU_LIBRARY = "libmm_rec_cpu.so"
-CUDA_LIBRARY = "libmm_rec_cuda.so"
-REBUILD = "cd mm_rec/cpp && python setup.py build_ext --inplace"
+REBUILD = "python -m mm_rec.cpp.build"
+REBUILD_CUDA = f"{REBUILD} cuda"
 
 # No -march=native and no -ffast-math: one library for every machine, and NaN stays NaN. Contraction of a * b + c
-# is the one licence given. libgomp is found by its name, so the process shares the one that PyTorch has loaded.
+# is the one licence given. There is no -fopenmp: parallel.cpp finds the runtime that PyTorch has loaded.
 COMPILE_FLAGS = [
-    "-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti",
-    "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra",
+    "-std=c++17", "-O3", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-math-errno",
+    "-ffp-contract=fast", "-Wall", "-Wextra",
 ]  # fmt: skip
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 LEVEL_FLAGS: dict[str, list[str]] = {
@@ -42,7 +42,26 @@ LEVEL_FLAGS: dict[str, list[str]] = {
 LEVELS = tuple(LEVEL_FLAGS)
 """From the oldest processors to the newest; mm_rec_best_level() of src/level.cpp is an index into this list."""
 SOURCES = ("kernels.cpp", "step.cpp", "products.cpp")
+SHARED_SOURCES = ("level.cpp", "parallel.cpp")  # compiled once, for the oldest processor
 ONLY_SOURCES = {"amx": ("products.cpp",)}  # everything else of this level is that of the one before
+
+COMPILERS = ["clang-cl", "clang++", "g++"] if sys.platform == "win32" else ["g++", "c++", "clang++"]
+INSTALL_COMPILER = {
+    "linux": "install g++ (Debian, Ubuntu: apt-get install g++)",
+    "darwin": "install Apple's compiler (xcode-select --install)",
+    "win32": "install Clang and the Build Tools for Visual Studio (winget install LLVM.LLVM"
+    " Microsoft.VisualStudio.2022.BuildTools)",
+}
+
+
+def library_name(kernels: str, system: str = sys.platform) -> str:
+    """Returns the file name of the library of "cpu" or "cuda" kernels on a system, named as in ``sys.platform``."""
+    ending = {"darwin": "dylib", "win32": "dll"}.get(system, "so")
+    return f"libmm_rec_{kernels}.{ending}"
+
+
+CPU_LIBRARY = library_name("cpu")
+CUDA_LIBRARY = library_name("cuda")
 
 # The run-time library is linked in, so the one that PyTorch brings may be of any version. Subnormal numbers count as
 # zero: exponentials and reciprocals, which many kernels are made of, then take one instruction in place of four.
@@ -58,49 +77,61 @@ class BuildError(RuntimeError):
     """The kernels could not be compiled; the message says what is missing or what the compiler said."""
 
 
-def _levels() -> list[str]:
-    return list(LEVELS if platform.machine() in ("x86_64", "AMD64") else LEVELS[:1])
-
-
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise BuildError(f"`{' '.join(command)}` failed:\n{result.stdout}{result.stderr}".rstrip())
     if result.stderr:
         print(result.stderr, end="")  # noqa: T201 - compiler warnings belong to the build's output
+    return result.stdout
 
 
-def cpu_compiler() -> str:
-    """The C++ compiler: what CXX names, or the first one found.
+def cpu_compiler() -> list[str]:
+    """Returns the command of the C++ compiler: what CXX says, or the first one found.
 
     Raises:
         BuildError: there is none.
     """
-    for name in (os.environ.get("CXX"), "g++", "c++"):
-        if name and shutil.which(name):
-            return name
-    raise BuildError("no C++ compiler found; install g++ (Debian, Ubuntu: apt-get install g++) or set CXX")
+    for name in (os.environ.get("CXX", ""), *COMPILERS):
+        command = shlex.split(name, posix=sys.platform != "win32")
+        if command and shutil.which(command[0]):
+            # clang-cl takes the flags of cl.exe unless it is told to take those of everyone else
+            return [*command, "--driver-mode=g++"] if Path(command[0]).stem.startswith("clang-cl") else command
+    remedy = INSTALL_COMPILER.get(sys.platform, "install GCC or Clang")
+    raise BuildError(f"no C++ compiler found; {remedy} or set CXX")
+
+
+def _system_flags(compiler: list[str], target: str) -> tuple[str, list[str], list[str]]:
+    """Returns the system that a target like "x86_64-linux-gnu" means, and what compiling and linking for it need."""
+    if "apple" in target:
+        return "darwin", ["-fPIC"], []
+    if "mingw" in target:  # GCC for Windows does not align the stack for vectors of 32 bytes and more (its bug 54412)
+        from_gcc = "clang" not in _run([*compiler, "--version"])
+        return "win32", ["-Wa,-muse-unaligned-vector-move"] if from_gcc else [], ["-static"]
+    if "windows" in target:
+        return "win32", [], []
+    return "linux", ["-fPIC"], ["-Wl,--as-needed", "-Wl,-z,defs", "-lm", "-ldl", "-lpthread"]
 
 
 def build_cpu(folder: Path = HERE) -> Path:
-    """Compile the CPU kernels, once per instruction set of this architecture, into one library in ``folder``.
+    """Compile the CPU kernels, once per instruction set of the target, into one library in ``folder``.
+
+    What the compiler compiles for decides: a cross compiler in CXX makes the library of another machine.
 
     Raises:
         BuildError: no compiler, or it failed.
     """
     compiler = cpu_compiler()
-    target = folder / CPU_LIBRARY
-    jobs = [([compiler, *COMPILE_FLAGS], "level.cpp")]
-    for level in _levels():
-        command = [compiler, *COMPILE_FLAGS, f"-DMM_LEVEL={level}", *LEVEL_FLAGS[level]]
-        jobs += [(command, name) for name in ONLY_SOURCES.get(level, SOURCES)]
-    _build(
-        [(command, HERE / "src" / source) for command, source in jobs],
-        [compiler, "-shared", "-fopenmp", "-Wl,--as-needed"],
-        ["-lm"],
-        target,
-    )
-    return target
+    target = _run([*compiler, "-dumpmachine"]).strip()
+    system, flags, link = _system_flags(compiler, target)
+    command = [*compiler, *COMPILE_FLAGS, *flags]
+    jobs = [(command, HERE / "src" / source) for source in SHARED_SOURCES]
+    for level in LEVELS if target.startswith(("x86_64", "amd64")) else LEVELS[:1]:
+        of_level = [*command, f"-DMM_LEVEL={level}", *LEVEL_FLAGS[level]]
+        jobs += [(of_level, HERE / "src" / source) for source in ONLY_SOURCES.get(level, SOURCES)]
+    library = folder / library_name("cpu", system)
+    _build(jobs, [*compiler, "-shared"], link, library)
+    return library
 
 
 def cuda_compiler() -> str | None:
@@ -165,3 +196,23 @@ def build_all(folder: Path = HERE) -> list[Path]:
     if cuda_compiler() is not None:
         libraries.append(build_cuda(folder))
     return libraries
+
+
+def main(arguments: list[str]) -> int:
+    """Build the libraries that are named, ``cpu`` if none is; returns the exit code."""
+    builders = {"cpu": build_cpu, "cuda": build_cuda}
+    wanted = arguments or ["cpu"]
+    if not set(wanted) <= set(builders):
+        print(f"usage: {REBUILD} [{'] ['.join(builders)}]", file=sys.stderr)  # noqa: T201
+        return 2
+    try:
+        for kernels in wanted:
+            print(f"built {builders[kernels](HERE)}")  # noqa: T201
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

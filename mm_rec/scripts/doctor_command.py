@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from mm_rec import ops
 from mm_rec.data.manifest import MANIFEST, check_files, read_manifest
 from mm_rec.data.prepared import open_folder
 from mm_rec.errors import UserError
+from mm_rec.machine import installation
 from mm_rec.machine.device import available_memory, select_device, select_precision
 from mm_rec.program import Parser, run_program
 from mm_rec.storage import checkpoint, files
@@ -34,7 +34,7 @@ from mm_rec.storage.run_config import (
 )
 from mm_rec.storage.run_folder import LOCK
 
-__all__ = ["Finding", "check_data", "check_machine", "check_prepared", "check_run", "main"]
+__all__ = ["Finding", "check_data", "check_installation", "check_machine", "check_prepared", "check_run", "main"]
 
 EPILOG = """examples:
   mm-rec doctor                             this machine
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("run", type=Path, nargs="*", help="run folder, or folder of runs")
     parser.add_argument("--data_dir", type=Path, help="folder with downloaded data")
     options = parser.parse_args(arguments)
-    findings = check_machine()
+    findings = [*check_machine(), *check_installation()]
     for path in options.run:
         runs = _runs_in(path)
         for run in runs:
@@ -88,11 +88,25 @@ def check_machine() -> list[Finding]:
     ]
     for entry in ops.status().devices:
         findings.append(Finding("ok" if entry.backend == "native" else "note", f"kernels on {entry}"))
-    if ops.status()["cpu"].backend != "native" and not (shutil.which("c++") or shutil.which("g++")):
-        findings.append(Finding("note", "there is no C++ compiler to build the native kernels with: install g++"))
     free = files.format_bytes(available_memory(device))
     findings.append(Finding("ok", f"trains on {device} in {select_precision('auto', device)}, {free} of memory free"))
     return findings
+
+
+def check_installation() -> list[Finding]:
+    """Compilers, extras, and whether the hub of data sets answers; nothing here is more than a note."""
+    found = ", ".join(f"{name}: {command or 'none'}" for name, command in installation.compilers().items())
+    findings = [Finding("ok", f"compilers, which only building kernels needs: {found}")]
+    for extra, missing in installation.missing_of_extras().items():
+        if missing:
+            text = f"extra {extra} is not installed: {', '.join(missing)}; pip install {' '.join(missing)}"
+            findings.append(Finding("note", text))
+        else:
+            findings.append(Finding("ok", f"extra {extra} is installed"))
+    address = installation.hub_address()
+    problem = installation.reach(address)
+    text = f"the hub at {address} cannot be reached ({problem}); only downloads need it, and HF_ENDPOINT names another"
+    return [*findings, Finding("note", text) if problem else Finding("ok", f"the hub at {address} answers")]
 
 
 def check_run(run: Path) -> list[Finding]:

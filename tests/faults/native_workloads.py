@@ -14,7 +14,7 @@ from pathlib import Path
 
 from workload import Complete, Impossible, Trial, workload
 
-from mm_rec.cpp.build import HERE, LEVEL_FLAGS, LEVELS
+from mm_rec.cpp.build import HERE, LEVEL_FLAGS, LEVELS, SHARED_SOURCES
 from mm_rec.ops.cpu.load_library import LIBRARY_PATH, CpuLibrary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ def processor_seconds() -> float:
 
 def _build_fuzzer(level: str) -> Path:
     """The program for a level; built once for these sources."""
-    sources = [FUZZ / "fuzz_kernel.cpp", HERE / "src" / "level.cpp"]
+    sources = [FUZZ / "fuzz_kernel.cpp", *(HERE / "src" / source for source in SHARED_SOURCES)]
     read = [*sorted((HERE / "src").glob("*.h")), FUZZ / "fuzz.cpp", *sources]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in read)).hexdigest()[:12]
     program = ROOT / "build" / "fuzz" / f"{level}-{digest}" / "fuzz"
@@ -50,13 +50,12 @@ def _build_fuzzer(level: str) -> Path:
             "-std=c++17",
             "-O1",
             "-g",
-            "-fopenmp",
             "-fno-sanitize-recover=all",
             "-fsanitize=fuzzer,address,undefined",
         ]
         command = ["clang++", *flags, *LEVEL_FLAGS[level], f"-DMM_LEVEL={level}", f"-I{HERE / 'src'}"]
         built = program.with_name(f"fuzz.{os.getpid()}")
-        subprocess.run([*command, *map(str, sources), "-o", str(built)], check=True)
+        subprocess.run([*command, *map(str, sources), "-o", str(built), "-ldl", "-pthread"], check=True)
         built.rename(program)
     return program
 

@@ -10,6 +10,7 @@ import torch
 
 from mm_rec import ops
 from mm_rec.ops import reference
+from mm_rec.ops.cpu.load_library import CpuLibrary
 
 from .cases import CASES, FUSED_CASES, Builder, delta_rule
 from .compare import assert_agree, run, tolerance, widen
@@ -59,17 +60,19 @@ def test_strided_inputs(op: str, strided: str) -> None:
 
 @pytest.mark.parametrize("op", sorted(CASES.keys() - {"linear_cross_entropy", "linear_branch", "feed_forward"}))
 def test_threads_change_nothing(op: str) -> None:
-    """Bitwise: sums are cut by shape, never by the number of threads.
+    """Bitwise: sums are cut by shape, never by the number of threads; whose they are changes nothing either.
 
     The loss and the branches are left out: their matrix products are PyTorch's, which cuts them by threads.
     """
     for build in CASES[op].values():
         arguments = build(torch.float32)
         found = []
-        for threads in (1, 2, 3):
+        for threads, openmp in ((1, 1), (2, 1), (3, 1), (2, 0), (3, 0)):
             torch.set_num_threads(threads)
+            CpuLibrary().use_openmp(openmp)
             with ops.use_backend("native"):
                 found.append(run(getattr(ops, op), arguments))
+            CpuLibrary().use_openmp(1)
         for other in found[1:]:
             for name, value in found[0].items():
                 assert torch.equal(value, other[name]), f"{name} differs"

@@ -124,7 +124,7 @@ static void delta_decays(const DeltaInputs<T>& in, const DeltaChunk& c, DeltaScr
         for (int64_t j = 0; j < round_up(i + 1, DELTA_BLOCK); j += W) {
             const vi at = lane + int32_t(j);
             const vf found = exp((w.sums[i] - load(w.sums + j)) + (w.rest[i] - load(w.rest + j)));
-            store(w.decay + i * w.chunk + j, (at >= int32_t(w.first[i])) & (at <= int32_t(i)) ? found : vf{});
+            store(w.decay + i * w.chunk + j, ((at >= int32_t(w.first[i])) & (at <= int32_t(i))) ? found : vf{});
         }
 }
 

@@ -82,8 +82,7 @@ template <class T>
 static void gated_scan_forward(const GatedScanInputs<T>& in, float* h, T* y, int threads) {
     const GatedScanHeads split(in, threads);
     const int64_t width = in.width(), tasks = in.batch * split.parts;
-#pragma omp parallel for num_threads(threads) schedule(static) if (tasks > 1 && threads > 1)
-    for (int64_t task = 0; task < tasks; ++task) {
+    parallel_for(tasks, threads, [=](int64_t task) {
         const int64_t b = task / split.parts, first = task % split.parts * split.count;
         const int64_t last = min64(in.heads, first + split.count);
         const float* before = in.h0 ? in.h0 + b * width : nullptr;
@@ -93,7 +92,7 @@ static void gated_scan_forward(const GatedScanInputs<T>& in, float* h, T* y, int
                 gated_scan_row(in, row, head, min64(last, head + HEADS_AT_ONCE), before, h + row * width, y + row * width);
             before = h + row * width;
         }
-    }
+    });
 }
 
 // What the backward pass writes: dz, du and dr with one row stride, ddecay contiguous; a share of the bias gradients

@@ -4,6 +4,7 @@
 // 1 - p is computed as such, not by a difference: for gamma near 1 most digits of the difference would be lost.
 #pragma once
 
+#include "parallel.h"
 #include "vec.h"
 
 namespace mm_rec {
@@ -37,8 +38,7 @@ static void mdi_forward(int64_t rows, int64_t columns, const T* decay, int64_t d
                         const T* candidate, int64_t candidate_row, const T* gate, int64_t gate_row,
                         const float* gate_bias, float* gamma, float* x, int threads) {
     if (rows * columns < MDI_MIN_WORK) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t row = 0; row < rows; ++row) {
+    parallel_for(rows, threads, [=](int64_t row) {
         for_vectors(columns, [&](int64_t i, auto left) {
             const Decay d = decay_of(load(decay + row * decay_row + i, left) + load(decay_bias + i, left));
             vf y = d.c * load(candidate + row * candidate_row + i, left);
@@ -46,7 +46,7 @@ static void mdi_forward(int64_t rows, int64_t columns, const T* decay, int64_t d
             store(gamma + row * columns + i, d.gamma, left);
             store(x + row * columns + i, y, left);
         });
-    }
+    });
 }
 
 MM_INLINE int64_t mdi_chunk_rows(int64_t rows) { return max64(16, (rows + MDI_CHUNKS - 1) / MDI_CHUNKS); }
@@ -65,8 +65,7 @@ static void mdi_backward(int64_t rows, int64_t columns, const float* dgamma, int
                          float* ddecay_bias, T* dcandidate, T* dgate, float* dgate_bias, float* scratch, int threads) {
     const int64_t chunk = mdi_chunk_rows(rows), chunks = (rows + chunk - 1) / chunk;
     if (rows * columns < MDI_MIN_WORK) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t k = 0; k < chunks; ++k) {
+    parallel_for(chunks, threads, [=](int64_t k) {
         float* decay_sum = scratch + k * 2 * columns;
         float* gate_sum = decay_sum + columns;
         memset(decay_sum, 0, 2 * columns * sizeof(float));
@@ -90,7 +89,7 @@ static void mdi_backward(int64_t rows, int64_t columns, const float* dgamma, int
                 store(decay_sum + i, load(decay_sum + i, left) + dlogit, left);
             });
         }
-    }
+    });
     for (int64_t k = 1; k < chunks; ++k)
         for (int64_t i = 0; i < 2 * columns; ++i) scratch[i] += scratch[k * 2 * columns + i];
     memcpy(ddecay_bias, scratch, columns * sizeof(float));

@@ -4,6 +4,7 @@
 // inner_stride, so that the heads of a slice of a wide product are rows without a copy.
 #pragma once
 
+#include "parallel.h"
 #include "vec.h"
 
 namespace mm_rec {
@@ -39,27 +40,25 @@ MM_INLINE float norm_pull(int64_t n, const T* x, const U* dy, float scale) {
 template <class T, class U>
 static void rms_norm_forward(int64_t rows, int64_t n, Rows<const T> x, U* y, int threads) {
     if (rows * n < NORM_MIN_WORK) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t r = 0; r < rows; ++r) {
+    parallel_for(rows, threads, [=](int64_t r) {
         const T* from = x[r];
         const vf scale = splat(inverse_rms(n, from));
         for_vectors(n, [&](int64_t i, auto left) { store(y + r * n + i, load(from + i, left) * scale, left); });
-    }
+    });
 }
 
 // dx is contiguous, in the type of x.
 template <class T, class U>
 static void rms_norm_backward(int64_t rows, int64_t n, Rows<const U> dy, Rows<const T> x, T* dx, int threads) {
     if (rows * n < NORM_MIN_WORK) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t r = 0; r < rows; ++r) {
+    parallel_for(rows, threads, [=](int64_t r) {
         const T* at = x[r];
         const U* above = dy[r];
         const float scale = inverse_rms(n, at), pull = norm_pull(n, at, above, scale);
         for_vectors(n, [&](int64_t i, auto left) {
             store(dx + r * n + i, scale * load(above + i, left) - pull * load(at + i, left), left);
         });
-    }
+    });
 }
 
 // total = x + delta and normed = rms_norm(total); total and normed contiguous.
@@ -67,8 +66,7 @@ template <class T>
 static void add_rms_norm_forward(int64_t rows, int64_t n, const float* x, int64_t x_row, const T* delta,
                                  int64_t delta_row, float* total, T* normed, int threads) {
     if (rows * n < NORM_MIN_WORK) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t r = 0; r < rows; ++r) {
+    parallel_for(rows, threads, [=](int64_t r) {
         float* to = total + r * n;
         const float squares = sum_over(n, [&](int64_t i, auto left) {
             const vf v = load(x + r * x_row + i, left) + load(delta + r * delta_row + i, left);
@@ -77,7 +75,7 @@ static void add_rms_norm_forward(int64_t rows, int64_t n, const float* x, int64_
         });
         const float scale = 1.0f / __builtin_sqrtf(squares / float(n) + NORM_EPS);
         for_vectors(n, [&](int64_t i, auto left) { store(normed + r * n + i, load(to + i, left) * scale, left); });
-    }
+    });
 }
 
 // dx = dtotal + norm's gradient, also rounded into ddelta; dtotal may be null.
@@ -85,8 +83,7 @@ template <class T>
 static void add_rms_norm_backward(int64_t rows, int64_t n, const float* dtotal, int64_t dtotal_row, const T* dn,
                                   int64_t dn_row, const float* total, float* dx, T* ddelta, int threads) {
     if (rows * n < NORM_MIN_WORK) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t r = 0; r < rows; ++r) {
+    parallel_for(rows, threads, [=](int64_t r) {
         const float* x = total + r * n;
         const T* dy = dn + r * dn_row;
         const float scale = inverse_rms(n, x), pull = norm_pull(n, x, dy, scale);
@@ -96,7 +93,7 @@ static void add_rms_norm_backward(int64_t rows, int64_t n, const float* dtotal, 
             store(dx + r * n + i, g, left);
             store(ddelta + r * n + i, g, left);
         });
-    }
+    });
 }
 
 // y = rms_norm(h) * silu(r) per head of n columns; y contiguous (rows, heads * n).
@@ -104,8 +101,7 @@ template <class T>
 static void readout_forward(int64_t rows, int64_t heads, int64_t n, const float* h, int64_t h_row, const T* gate,
                             int64_t gate_row, T* y, int threads) {
     if (rows * heads * n < NORM_MIN_WORK) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t row = 0; row < rows; ++row) {
+    parallel_for(rows, threads, [=](int64_t row) {
         for (int64_t k = 0; k < heads; ++k) {
             const float* state = h + row * h_row + k * n;
             const T* logit = gate + row * gate_row + k * n;
@@ -115,7 +111,7 @@ static void readout_forward(int64_t rows, int64_t heads, int64_t n, const float*
                 store(y + (row * heads + k) * n + i, load(state + i, left) * scale * (r * sigmoid(r)), left);
             });
         }
-    }
+    });
 }
 
 // dh and dr contiguous.
@@ -123,8 +119,7 @@ template <class T>
 static void readout_backward(int64_t rows, int64_t heads, int64_t n, const T* dy, int64_t dy_row, const float* h,
                              int64_t h_row, const T* gate, int64_t gate_row, float* dh, T* dr, int threads) {
     if (rows * heads * n < NORM_MIN_WORK) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t row = 0; row < rows; ++row) {
+    parallel_for(rows, threads, [=](int64_t row) {
         for (int64_t k = 0; k < heads; ++k) {
             const float* state = h + row * h_row + k * n;
             const T* logit = gate + row * gate_row + k * n;
@@ -142,7 +137,7 @@ static void readout_backward(int64_t rows, int64_t heads, int64_t n, const T* dy
                 store(dstate + i, scale * load(dstate + i, left) - pull * load(state + i, left), left);
             });
         }
-    }
+    });
 }
 
 // out = near + 2 sigmoid(gate) rms_norm(far) per row of n columns, with a gate each; all contiguous.
@@ -150,14 +145,13 @@ template <class T>
 static void mix_memories_forward(int64_t rows, int64_t n, const T* near, const T* far, const float* gate, T* out,
                                  int threads) {
     if (rows * n < NORM_MIN_WORK) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t r = 0; r < rows; ++r) {
+    parallel_for(rows, threads, [=](int64_t r) {
         const T *first = near + r * n, *second = far + r * n;
         const float scale = 2.0f * sigmoid(splat(gate[r]))[0] * inverse_rms(n, second);
         for_vectors(n, [&](int64_t i, auto left) {
             store(out + r * n + i, load(first + i, left) + scale * load(second + i, left), left);
         });
-    }
+    });
 }
 
 // The gradient at `near` is dout itself.
@@ -165,8 +159,7 @@ template <class T>
 static void mix_memories_backward(int64_t rows, int64_t n, const T* dout, const T* far, const float* gate, T* dfar,
                                   float* dgate, int threads) {
     if (rows * n < NORM_MIN_WORK) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t r = 0; r < rows; ++r) {
+    parallel_for(rows, threads, [=](int64_t r) {
         const T *x = far + r * n, *dy = dout + r * n;
         const float opened = sigmoid(splat(gate[r]))[0], scale = inverse_rms(n, x);
         const float product = sum_over(n, [&](int64_t i, auto left) { return load(dy + i, left) * load(x + i, left); });
@@ -175,29 +168,27 @@ static void mix_memories_backward(int64_t rows, int64_t n, const T* dout, const 
         for_vectors(n, [&](int64_t i, auto left) {
             store(dfar + r * n + i, direct * load(dy + i, left) - pull * load(x + i, left), left);
         });
-    }
+    });
 }
 
 template <class T>
 static void relu_squared_forward(int64_t n, const T* x, T* y, int threads) {
     const int64_t vectors = (n + W - 1) / W;
     if (n < NORM_MIN_WORK) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t v = 0; v < vectors; ++v) {
+    parallel_for(vectors, threads, [=](int64_t v) {
         const vf r = at_least(load(x + v * W, n - v * W), 0.0f);
         store(y + v * W, r * r, n - v * W);
-    }
+    });
 }
 
 template <class T>
 static void relu_squared_backward(int64_t n, const T* dy, const T* x, T* dx, int threads) {
     const int64_t vectors = (n + W - 1) / W;
     if (n < NORM_MIN_WORK) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t v = 0; v < vectors; ++v) {
+    parallel_for(vectors, threads, [=](int64_t v) {
         const vf r = at_least(load(x + v * W, n - v * W), 0.0f);
         store(dx + v * W, 2.0f * r * load(dy + v * W, n - v * W), n - v * W);
-    }
+    });
 }
 
 }  // namespace MM_LEVEL

@@ -1,6 +1,7 @@
 // AdamW in one pass over memory, and sums of squares.
 #pragma once
 
+#include "parallel.h"
 #include "vec.h"
 
 namespace mm_rec {
@@ -81,18 +82,19 @@ struct AdamWTensors {
 
 static void adamw(AdamWTensors all, int threads) {
     const int64_t pieces = count_pieces(all.count, all.sizes);
-    PieceCursor at(all.sizes);
-#pragma omp parallel for num_threads(threads) schedule(static) firstprivate(at) if (pieces > 1 && threads > 1)
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-        at.find(piece);
-        const int64_t k = at.tensor;
-        const bool past_caches = all.out[k] && streams(all.out[k], W, all.sizes[k]);
-        with_data(all.grad[k], all.types[k], [&](auto grad) {
-            adamw_piece(at.begin, at.end, all.master[k], all.m[k], all.v[k], grad, all.out[k], past_caches,
-                        all.settings[k]);
-        });
-        if (past_caches) end_streams();
-    }
+    parallel_ranges(pieces, threads, [=](int64_t begin, int64_t end) {
+        PieceCursor at(all.sizes);
+        for (int64_t piece = begin; piece < end; ++piece) {
+            at.find(piece);
+            const int64_t k = at.tensor;
+            const bool past_caches = all.out[k] && streams(all.out[k], W, all.sizes[k]);
+            with_data(all.grad[k], all.types[k], [&](auto grad) {
+                adamw_piece(at.begin, at.end, all.master[k], all.m[k], all.v[k], grad, all.out[k], past_caches,
+                            all.settings[k]);
+            });
+            if (past_caches) end_streams();
+        }
+    });
 }
 
 template <class T>
@@ -116,14 +118,15 @@ static double sum_of_squares(int64_t tensors, const void* const* data, const int
     for (int64_t first = 0; first < pieces; first += BATCH) {
         double partial[BATCH];
         const int64_t count = min64(BATCH, pieces - first);
-        PieceCursor at(sizes);
-#pragma omp parallel for num_threads(threads) schedule(static) firstprivate(at) if (count > 1 && threads > 1)
-        for (int64_t i = 0; i < count; ++i) {
-            at.find(first + i);
-            partial[i] = with_data(data[at.tensor], types[at.tensor], [&](auto x) {
-                return piece_sum_of_squares(at.end - at.begin, x + at.begin);
-            });
-        }
+        parallel_ranges(count, threads, [&](int64_t begin, int64_t end) {
+            PieceCursor at(sizes);
+            for (int64_t i = begin; i < end; ++i) {
+                at.find(first + i);
+                partial[i] = with_data(data[at.tensor], types[at.tensor], [&](auto x) {
+                    return piece_sum_of_squares(at.end - at.begin, x + at.begin);
+                });
+            }
+        });
         for (int64_t i = 0; i < count; ++i) total += partial[i];
     }
     return total;

@@ -6,6 +6,7 @@
 // p is the fast index they are in memory as they are, 16 of one r. The other two orders are transposed in registers.
 #pragma once
 
+#include "parallel.h"
 #include "vec.h"
 
 namespace mm_rec {
@@ -64,12 +65,12 @@ static ProductGrid product_grid(int64_t rows, int64_t columns, int64_t threads, 
 template <class Multiply>
 static bool share_product(int64_t rows, int64_t columns, const ProductGrid& grid, int threads, Multiply multiply) {
     bool done = true;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1) reduction(&& : done)
-    for (int64_t part = 0; part < threads; ++part) {
+    parallel_for(threads, threads, [&](int64_t part) {
         const int64_t i = part / grid.across * grid.row_part, j = part % grid.across * grid.column_part;
         const ProductRange range{i, min64(i + grid.row_part, rows), j, min64(j + grid.column_part, columns)};
-        if (range.i0 < range.i1 && range.j0 < range.j1) done = multiply(range) && done;
-    }
+        if (range.i0 < range.i1 && range.j0 < range.j1 && !multiply(range))
+            __atomic_store_n(&done, false, __ATOMIC_RELAXED);
+    });
     return done;
 }
 

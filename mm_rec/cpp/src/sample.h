@@ -5,8 +5,6 @@
 // ever sorted. The draw walks the kept tokens in the order of their ids. A row's token depends on that row alone.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 
 #include "scratch.h"
@@ -157,14 +155,14 @@ static int64_t sample_scratch(int64_t n, int threads) {
 // tokens[r] for each row of n logits, `pitch` apart; `scratch` is sample_scratch floats, 64-byte aligned.
 static void sample(int64_t rows, int64_t n, const float* logits, int64_t pitch, const SampleRow* const* how,
                    int64_t* tokens, float* scratch, int threads) {
-#pragma omp parallel num_threads(threads) if (threads > 1 && rows > 1)
-    {
+    int64_t taken = 0;  // rows; they take longer or shorter
+    in_threads(int(min64(rows, threads)), [&](int thread, int) {
         Parts parts(scratch);
         SampleScratch own(n, parts);
-        for (int i = 0; i < omp_get_thread_num(); ++i) own = SampleScratch(n, parts);
-#pragma omp for schedule(dynamic)
-        for (int64_t r = 0; r < rows; ++r) tokens[r] = sample_row(*how[r], n, logits + r * pitch, own);
-    }
+        for (int i = 0; i < thread; ++i) own = SampleScratch(n, parts);
+        for (int64_t r; (r = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED)) < rows;)
+            tokens[r] = sample_row(*how[r], n, logits + r * pitch, own);
+    });
 }
 
 }  // namespace MM_LEVEL

@@ -1,6 +1,7 @@
 // s_t = a_t * s_{t-1} + x_t, elementwise over (B, T, D); all tensors float32. Each column is one thread's.
 #pragma once
 
+#include "parallel.h"
 #include "vec.h"
 
 namespace mm_rec {
@@ -29,11 +30,10 @@ static void scan_forward(int64_t batch, int64_t time, int64_t columns, const flo
                          int64_t x_row, const float* s0, const uint8_t* reset, float* s, int threads) {
     const ScanColumns split(batch, time, columns, threads);
     const int64_t tasks = batch * split.parts;
-#pragma omp parallel for num_threads(threads) schedule(static) if (tasks > 1 && threads > 1)
-    for (int64_t task = 0; task < tasks; ++task) {
+    parallel_for(tasks, threads, [=](int64_t task) {
         const int64_t b = task / split.parts, c = task % split.parts * split.width;
         const int64_t n = min64(split.width, columns - c);
-        if (n <= 0) continue;
+        if (n <= 0) return;
         const float* before = s0 ? s0 + b * columns + c : nullptr;
         for (int64_t row = b * time; row < (b + 1) * time; ++row) {
             float* now = s + row * columns + c;
@@ -43,7 +43,7 @@ static void scan_forward(int64_t batch, int64_t time, int64_t columns, const flo
                 memcpy(now, x + row * x_row + c, n * sizeof(float));
             before = now;
         }
-    }
+    });
 }
 
 MM_INLINE void scan_step_backward(int64_t n, const float* ds, const float* a_next, const float* dx_next, const float* s_before,
@@ -62,11 +62,10 @@ static void scan_backward(int64_t batch, int64_t time, int64_t columns, const fl
                           float* ds0, int threads) {
     const ScanColumns split(batch, time, columns, threads);
     const int64_t tasks = batch * split.parts;
-#pragma omp parallel for num_threads(threads) schedule(static) if (tasks > 1 && threads > 1)
-    for (int64_t task = 0; task < tasks; ++task) {
+    parallel_for(tasks, threads, [=](int64_t task) {
         const int64_t b = task / split.parts, c = task % split.parts * split.width;
         const int64_t n = min64(split.width, columns - c);
-        if (n <= 0) continue;
+        if (n <= 0) return;
         const float* a_next = nullptr;  // null where nothing flows back: after the last step, and into a reset
         const float* dx_next = nullptr;
         for (int64_t t = time - 1; t >= 0; --t) {
@@ -86,12 +85,12 @@ static void scan_backward(int64_t batch, int64_t time, int64_t columns, const fl
             a_next = starts ? nullptr : a + row * a_row + c;
             dx_next = dx_now;
         }
-        if (!ds0) continue;
+        if (!ds0) return;
         for (int64_t i = 0; i < n; i += W) {
             const int64_t left = n - i;
             store(ds0 + b * columns + c + i, a_next ? load(a_next + i, left) * load(dx_next + i, left) : vf{}, left);
         }
-    }
+    });
 }
 
 }  // namespace MM_LEVEL

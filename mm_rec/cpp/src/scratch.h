@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 
+#include "parallel.h"
 #include "vec.h"
 
 namespace mm_rec {
@@ -12,10 +13,19 @@ namespace MM_LEVEL {
 struct Scratch {
     float* data;
     explicit Scratch(int64_t floats)
-        : data(static_cast<float*>(aligned_alloc(64, round_up(floats * int64_t(sizeof(float)), 64)))) {}
-    ~Scratch() { free(data); }
+        : data(static_cast<float*>(allocate(round_up(floats * int64_t(sizeof(float)), 64)))) {}
+    ~Scratch() { release(data); }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
+
+private:
+#if defined(_WIN32)
+    static void* allocate(int64_t bytes) { return _aligned_malloc(bytes, 64); }
+    static void release(void* block) { _aligned_free(block); }
+#else
+    static void* allocate(int64_t bytes) { return aligned_alloc(64, bytes); }
+    static void release(void* block) { free(block); }
+#endif
 };
 
 // Deals a block out in order, every part 64-byte aligned. With a null block it measures: `used` is the size.
@@ -37,16 +47,13 @@ static bool run_tasks(int64_t tasks, int threads, Make make, Task task) {
     Parts size(nullptr);
     make(size);
     bool done = true;
-#pragma omp parallel num_threads(threads) if (tasks > 1 && threads > 1) reduction(&& : done)
-    {
+    parallel_ranges(tasks, threads, [&](int64_t begin, int64_t end) {
         const Scratch block(size.used);
+        if (!block.data) return __atomic_store_n(&done, false, __ATOMIC_RELAXED);
         Parts parts(block.data);
         auto buffers = make(parts);
-        done = block.data != nullptr;
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < tasks; ++i)
-            if (block.data) task(i, buffers);
-    }
+        for (int64_t i = begin; i < end; ++i) task(i, buffers);
+    });
     return done;
 }
 

@@ -6,8 +6,6 @@
 // product has no gain, so it is a factor of the product.
 #pragma once
 
-#include <omp.h>
-
 #include "mdi.h"
 #include "step_attention.h"
 #include "step_phases.h"
@@ -323,15 +321,13 @@ static void step_run(const StepPlan& p, const StepState& state, int64_t batch, c
     Parts parts(scratch);
     const StepBuffers<X> w(p, batch, parts);
     w.clear(p, batch);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const int64_t thread = omp_get_thread_num();
+    in_threads(threads, [&](int thread, int count) {
         Parts mine(scratch);
         mine.used = parts.used;
         StepThreadBuffers<X> own(p, batch, mine);
-        for (int64_t i = 0; i < thread; ++i) own = StepThreadBuffers<X>(p, batch, mine);
-        StepWorker<T, X>{p, state, batch, tokens, logits, w, own, {w.phases, omp_get_num_threads()}}.run();
-    }
+        for (int i = 0; i < thread; ++i) own = StepThreadBuffers<X>(p, batch, mine);
+        StepWorker<T, X>{p, state, batch, tokens, logits, w, own, {w.phases, count}}.run();
+    });
 }
 
 // logits (batch, vocabulary) after one more token of each sequence; `scratch` is step_scratch floats, 64-byte aligned.

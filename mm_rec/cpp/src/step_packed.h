@@ -11,6 +11,7 @@
 // So no weight ever changes its lane.
 #pragma once
 
+#include "parallel.h"
 #include "vec.h"
 
 namespace mm_rec {
@@ -138,9 +139,9 @@ static void pack_chunk(const bf16* w, uint8_t base, uint8_t* to) {
 // The bases of all chunks and the starts of all units; returns the bytes that the packed rows need.
 static int64_t pack_layout(int64_t rows, int64_t columns, const bf16* w, uint8_t* base, uint32_t* start, int threads) {
     const int64_t chunks = columns / PACKED_CHUNK;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t r = 0; r < rows; ++r)
+    parallel_for(rows, threads, [=](int64_t r) {
         for (int64_t c = 0; c < chunks; ++c) base[r * chunks + c] = packed_base(w + r * columns + c * PACKED_CHUNK);
+    });
     int64_t bytes = 0;
     for (int64_t r = 0; r < rows; ++r) {
         if (r % PACKED_UNIT == 0) start[r / PACKED_UNIT] = uint32_t(bytes / 64);
@@ -153,8 +154,7 @@ static int64_t pack_layout(int64_t rows, int64_t columns, const bf16* w, uint8_t
 static void pack(int64_t rows, int64_t columns, const bf16* w, const uint8_t* base, const uint32_t* start,
                  uint8_t* data, int threads) {
     const int64_t chunks = columns / PACKED_CHUNK, rest = columns % PACKED_CHUNK;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t unit = 0; unit < (rows + PACKED_UNIT - 1) / PACKED_UNIT; ++unit) {
+    parallel_for((rows + PACKED_UNIT - 1) / PACKED_UNIT, threads, [=](int64_t unit) {
         uint8_t* to = data + int64_t(start[unit]) * 64;
         for (int64_t r = unit * PACKED_UNIT; r < min64(rows, (unit + 1) * PACKED_UNIT); ++r) {
             const bf16* row = w + r * columns;
@@ -170,7 +170,7 @@ static void pack(int64_t rows, int64_t columns, const bf16* w, const uint8_t* ba
             memcpy(to, row, rest * sizeof(bf16));
             to += packed_rest(columns);
         }
-    }
+    });
 }
 
 }  // namespace MM_LEVEL

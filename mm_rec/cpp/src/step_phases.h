@@ -5,8 +5,7 @@
 // step would wait for it, which on a machine with other work takes longer than the step.
 #pragma once
 
-#include <sched.h>
-
+#include "parallel.h"
 #include "vec.h"
 
 namespace mm_rec {
@@ -21,12 +20,6 @@ struct Share {
 };
 
 constexpr int STEP_SPINS = 4096;  // looks at the counter before the processor is offered to others: some 50 us
-
-MM_INLINE void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-}
 
 // Where one thread is; all of them walk through the same phases in the same order.
 struct StepWalk {
@@ -50,7 +43,7 @@ struct StepWalk {
             begin = __atomic_load_n(&now.taken, __ATOMIC_RELAXED);
         }
         for (int spins = 0; __atomic_load_n(&now.done, __ATOMIC_ACQUIRE) < units; ++spins)
-            spins < STEP_SPINS ? pause() : void(sched_yield());
+            spins < STEP_SPINS ? pause_thread() : yield_thread();
     }
 };
 

@@ -18,7 +18,7 @@ from mm_rec.ops.backend import NativeUnavailableError
 __all__ = ["INTERFACE", "LIBRARY_PATH", "CpuLibrary", "openmp_runtimes"]
 
 LIBRARY_PATH = Path(__file__).resolve().parents[2] / "cpp" / CPU_LIBRARY
-INTERFACE = 5  # mm_rec_interface() of mm_rec/cpp/src/level.cpp
+INTERFACE = 6  # mm_rec_interface() of mm_rec/cpp/src/level.cpp
 
 _TYPES: dict[str, Any] = {
     "p": ctypes.c_void_p,
@@ -76,6 +76,7 @@ class CpuLibrary:
     Attributes:
         path: of the shared library.
         best_level, level: what the processor can run, and what was chosen; of :data:`mm_rec.cpp.build.LEVELS`.
+        threads: "OpenMP" or "own": whose threads the kernels run in; see ``src/parallel.cpp``.
         call: the functions of ``kernels.cpp`` as attributes, without prefix and level.
     """
 
@@ -102,6 +103,8 @@ class CpuLibrary:
             )
         self.best_level = LEVELS[best]
         self.level = _choose_level(best)
+        self.use_openmp = library.mm_rec_use_openmp
+        self.threads = "OpenMP" if self.use_openmp(_wants_openmp()) else "own"
         self.call = SimpleNamespace()
         for name, (arguments, result) in _SIGNATURES.items():
             try:
@@ -118,6 +121,14 @@ class CpuLibrary:
 def _compiled_for(name: str, level: str) -> str:
     """Returns the level whose function runs at ``level``: amx has its own matrix products, the rest is avx512bf16."""
     return "avx512bf16" if level == "amx" and name != "tile_product" else level
+
+
+def _wants_openmp() -> bool:
+    """Returns whether threads of PyTorch's OpenMP are wanted, where there are any: not if MM_REC_THREADS is "own"."""
+    name = os.environ.get("MM_REC_THREADS") or "openmp"
+    if name not in ("openmp", "own"):
+        raise SettingError(f"MM_REC_THREADS must be openmp or own, got {name!r}")
+    return name == "openmp"
 
 
 def _choose_level(best: int) -> str:

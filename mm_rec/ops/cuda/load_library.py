@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_rec.cpp.build import CUDA_LIBRARY, REBUILD
+from mm_rec.cpp.build import CUDA_LIBRARY, REBUILD_CUDA
 from mm_rec.ops.backend import NativeUnavailableError
 
 __all__ = ["LIBRARY_PATH", "CudaLibrary", "DoesNotFitError", "cuda_library"]
@@ -48,17 +48,17 @@ class CudaLibrary:
         self.path = path
         if not path.exists():
             raise NativeUnavailableError(
-                f"the CUDA kernels are not built; with nvcc on PATH, build them with: {REBUILD}"
+                f"the CUDA kernels are not built; with nvcc on PATH, build them with: {REBUILD_CUDA}"
             )
         try:
             self._library = ctypes.CDLL(str(path))
             self._error_string = self._library.mm_rec_cuda_error_string
             interface = self._library.mm_rec_cuda_interface()
         except (OSError, AttributeError) as error:
-            raise NativeUnavailableError(f"{path} cannot be used ({error}); rebuild it with: {REBUILD}") from error
+            raise NativeUnavailableError(f"{path} cannot be used ({error}); rebuild it with: {REBUILD_CUDA}") from error
         if interface != _INTERFACE:
             raise NativeUnavailableError(
-                f"{path} has interface {interface}, not {_INTERFACE}; rebuild it with: {REBUILD}"
+                f"{path} has interface {interface}, not {_INTERFACE}; rebuild it with: {REBUILD_CUDA}"
             )
         self._error_string.restype = ctypes.c_char_p
 
