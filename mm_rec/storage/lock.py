@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Self
 
 from mm_rec.errors import UserError
+from mm_rec.regular_file import read_regular
 from mm_rec.storage import files
 
 __all__ = ["Lock", "owner_of"]
@@ -218,7 +219,7 @@ def _path_of(descriptor: int) -> Path | None:
 
 def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes()[:4096]
+        return read_regular(path)[:4096]
     except OSError:
         return b""
 
