@@ -8,7 +8,7 @@ from mm_rec.ops.cuda import common
 from mm_rec.ops.cuda.common import TYPE_CODES, aligned, all_dense, dense, empty_like, workspace_of
 from mm_rec.ops.cuda.load_library import cuda_library
 
-__all__ = ["KERNELS", "delta_rule", "delta_rule_backward"]
+__all__ = ["KERNELS", "delta_keys", "delta_keys_backward", "delta_rule", "delta_rule_backward"]
 
 _CHUNK = 64  # kChunk of mm_rec/cpp/cuda/delta_rule.cuh
 
