@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mm_rec import ops
 
-__all__ = ["AdamW", "ParameterSlot", "is_decayed"]
+__all__ = ["AdamW", "ParameterSlot", "check_shapes", "is_decayed"]
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
@@ -213,16 +213,8 @@ class AdamW:
         self, targets: Mapping[str, tuple[ParameterSlot, Tensor]], sources: Mapping[str, Tensor], what: str
     ) -> None:
         """Copy tensors by name; nothing is copied unless all names and shapes agree."""
-        wrong = sorted(targets.keys() ^ sources.keys())
-        if not wrong:
-            shapes = getattr(sources, "shapes", None) or {name: tensor.shape for name, tensor in sources.items()}
-            wrong = [
-                name
-                for name, (slot, held) in targets.items()
-                if shapes[name] != (slot.parameter.shape if held.ndim else held.shape)
-            ]
-        if wrong:
-            raise ValueError(f"the {what} does not fit the model: {', '.join(wrong[:5])}")
+        shapes = {name: slot.parameter.shape if held.ndim else held.shape for name, (slot, held) in targets.items()}
+        check_shapes(shapes, sources, what)
         for name, (slot, held) in targets.items():
             held.copy_(self._part(slot, sources[name]))
 
@@ -233,6 +225,17 @@ class AdamW:
     def _part(self, slot: ParameterSlot, whole: Tensor) -> Tensor:
         """What this process holds of the tensor ``whole`` of a parameter."""
         return whole
+
+
+def check_shapes(wanted: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raises ValueError, naming some, unless ``tensors`` have the names and shapes that are ``wanted``.
+
+    A mapping that reads its tensors only when they are asked for has their ``shapes`` as an attribute.
+    """
+    shapes = getattr(tensors, "shapes", None) or {name: tensor.shape for name, tensor in tensors.items()}
+    wrong = sorted(wanted.keys() ^ shapes.keys()) or [name for name in wanted if wanted[name] != shapes[name]]
+    if wrong:
+        raise ValueError(f"this is not the {what} of the model: {', '.join(wrong[:5])}")
 
 
 def _own(tensor: Tensor) -> Tensor:

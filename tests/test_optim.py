@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_rec import ops
-from mm_rec.optim import AdamW, is_decayed
+from mm_rec.optim import AdamW, check_shapes, is_decayed
 
 SHAPES = {
     "embedding.weight": (37, 8),
@@ -223,6 +223,18 @@ def test_state_of_another_model_is_refused_whole() -> None:
     with pytest.raises(ValueError, match=r"step\.blocks\.0\.bias"):
         optimizer.load_state_tensors({**state, "step.blocks.0.bias": torch.zeros(2)})
     assert not any(t.any() for t in optimizer.state_tensors().values())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "named"),
+    [({"a": torch.zeros(2)}, "b"), ({"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)}, "c"),
+     ({"a": torch.zeros(2), "b": torch.zeros(4)}, "b")],
+)  # fmt: skip
+def test_other_names_and_shapes_are_named(tensors: dict[str, torch.Tensor], named: str) -> None:
+    wanted = {"a": torch.Size([2]), "b": torch.Size([3])}
+    check_shapes(wanted, {"a": torch.zeros(2), "b": torch.zeros(3)}, "weights")
+    with pytest.raises(ValueError, match=f"not the weights of the model: {named}$"):
+        check_shapes(wanted, tensors, "weights")
 
 
 @pytest.mark.gpu

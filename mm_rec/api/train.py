@@ -17,6 +17,7 @@ from mm_rec.api.model import Model, load
 from mm_rec.errors import UserError
 from mm_rec.machine.signals import Interrupted, SignalGuard
 from mm_rec.options import from_values
+from mm_rec.regular_file import read_regular
 from mm_rec.storage.run_folder import METRICS
 from mm_rec.training.load_data import load_data
 from mm_rec.training.ranks import broadcast_path
@@ -57,7 +58,7 @@ class TrainedRun:
         ``tokens`` (read so far); a validation has ``step`` and ``valid`` (bits per byte by domain). So the losses are
         ``[one["loss"] for one in run.metrics if "loss" in one]``.
         """
-        lines = (self.folder / METRICS).read_text(encoding="utf-8").splitlines()
+        lines = read_regular(self.folder / METRICS).decode().splitlines()
         return [json.loads(line) for line in lines]
 
     def _repr_png_(self) -> bytes | None:

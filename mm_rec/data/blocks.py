@@ -8,7 +8,6 @@ that whoever changes, cuts or replaces the file meanwhile never changes what is 
 from __future__ import annotations
 
 import hashlib
-import io
 import weakref
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mm_rec.regular_file import open_regular
 from mm_rec.storage.files import DamageError
 
 __all__ = ["BlockArray"]
@@ -56,7 +56,7 @@ class BlockArray:
         self._hashes: list[bytes] = []
         self._cache: dict[int, NDArray[Any]] = {}
         try:
-            self._file = io.FileIO(path)
+            self._file = open_regular(path)
         except OSError as error:
             raise self._unreadable(error) from error
         weakref.finalize(self, self._file.close)

@@ -10,8 +10,8 @@
 
 The first three are one format, in which a question is called ``instruction``, ``prompt`` or ``question``, its details
 ``input`` or ``context``, and the answer ``output``, ``completion``, ``response`` or ``answer``. What a message is,
-``mm_rec/text/message.py`` says. A field that is null counts as one that isn't there, so a table may hold rows of
-several formats side by side.
+``mm_rec/text/message.py`` says. A field that is null counts as one that isn't there, and an empty one gives way to
+one that holds something, so a table may hold rows of several formats side by side.
 
 Files are JSONL (plain or compressed), Parquet, or JSON with a list of rows. Formats may be mixed.
 """
@@ -28,8 +28,9 @@ from mm_rec.data.files import SUFFIXES, BadRows, Row, find_files, read_rows
 from mm_rec.data.manifest import MANIFEST
 from mm_rec.data.pack import Document
 from mm_rec.errors import UserError
+from mm_rec.regular_file import read_regular
 from mm_rec.text.conversation import encode_conversation
-from mm_rec.text.message import Message, read_message, without_nulls
+from mm_rec.text.message import Message, first_filled, is_empty, read_message, without_nulls
 from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = ["encode_document", "find_conversations", "parse_conversation", "read_conversations"]
@@ -37,6 +38,7 @@ __all__ = ["encode_document", "find_conversations", "parse_conversation", "read_
 MAX_LIST_BYTES = 512_000_000
 """A list in one JSON file is read whole, and takes several times as much memory as the file."""
 
+_TURNS = ("messages", "conversations")
 _QUESTIONS = ("instruction", "prompt", "question")
 _DETAILS = ("input", "context")
 _ANSWERS = ("output", "completion", "response", "answer")
@@ -49,7 +51,11 @@ def find_conversations(path: Path) -> list[Path]:
     Raises UserError if there is none.
     """
     if path.is_dir():
-        lists = [file for file in path.rglob("*.json") if not any(p[0] == "." for p in file.relative_to(path).parts)]
+        lists = [
+            file
+            for file in path.rglob("*.json")
+            if file.is_file() and not any(p[0] == "." for p in file.relative_to(path).parts)
+        ]
         files = sorted([*find_files(path), *lists])
     else:
         files = [path] if path.name.lower().endswith(".json") and path.is_file() else find_files(path)
@@ -100,11 +106,11 @@ def encode_document(tokenizer: Tokenizer, messages: list[Message]) -> Document:
 
 
 def _row(fields: dict[str, Any]) -> list[Message]:
-    if "messages" in fields:
-        return _messages(fields["messages"])
-    if "conversations" in fields:
-        return [*_system(fields), *_messages(fields["conversations"])]
-    question, answer = (next((name for name in names if name in fields), None) for names in (_QUESTIONS, _ANSWERS))
+    turns, question, answer = (first_filled(fields, names) for names in (_TURNS, _QUESTIONS, _ANSWERS))
+    pair = question is not None and answer is not None
+    if turns is not None and not (pair and is_empty(fields[turns])):
+        before = _system(fields) if turns == "conversations" else []
+        return [*before, *_messages(fields[turns])]
     if question is None or answer is None:
         raise ValueError(f"the object is no conversation: it has neither {_FORMATS}")
     before = [*_system(fields), *_history(fields)]
@@ -121,7 +127,8 @@ def _message(value: Any) -> Message:
     """Returns a message in OpenAI's form (role, content) or ShareGPT's (from, value)."""
     if isinstance(value, dict):
         fields = without_nulls(value)
-        value = {"role": fields.get("from"), "content": fields.get("value"), **fields}
+        names = {"role": first_filled(fields, ("role", "from")), "content": first_filled(fields, ("content", "value"))}
+        value = {**fields, **{field: fields[name] for field, name in names.items() if name is not None}}
     message = read_message(value)
     return Message(message.role, _text(message.content, "content of a message"))
 
@@ -140,12 +147,13 @@ def _question(fields: dict[str, Any], name: str) -> list[Message]:
     if isinstance(fields[name], list):
         return _messages(fields[name])
     question = _text(fields[name], name)
-    details = next((_text(fields[one], one) for one in _DETAILS if fields.get(one)), "")
+    detail = first_filled(fields, _DETAILS)
+    details = "" if detail is None or is_empty(fields[detail]) else _text(fields[detail], detail)
     return [Message("user", f"{question}\n\n{details}" if question and details else question + details)]
 
 
 def _system(value: dict[str, Any]) -> list[Message]:
-    return [Message("system", _text(value["system"], "system"))] if value.get("system") else []
+    return [] if is_empty(value.get("system", "")) else [Message("system", _text(value["system"], "system"))]
 
 
 def _turn(value: Any, role: str, name: str) -> list[Message]:
@@ -173,7 +181,7 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[Row]:
                 f"{path} has more than {MAX_LIST_BYTES // 1_000_000} MB and would be read into memory whole; "
                 "write it as .jsonl, a row a line"
             )
-        content = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()
+        content = read_regular(path).removeprefix(codecs.BOM_UTF8).decode()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

@@ -19,6 +19,8 @@ from typing import IO, Any, NamedTuple, cast
 
 from mm_rec.data.unpacking import UnpackingError, UnpackingLimit, parquet_columns, parquet_rows
 from mm_rec.errors import UserError
+from mm_rec.regular_file import open_regular
+from mm_rec.text.message import first_filled
 
 __all__ = [
     "COMPRESSED",
@@ -82,6 +84,8 @@ def find_files(path: Path, plain: Sequence[str] = ()) -> list[Path]:
         return sorted(file for file in files if not any(p.startswith(".") for p in file.relative_to(path).parts))
     if not path.exists():
         raise UserError(f"there is no file or folder {path}")
+    if not path.is_file():
+        raise UserError(f"{path} is a pipe or a device; write what comes out of it to a file")
     if not fits(path):
         raise UserError(f"{path} is none of the kinds of files that can be read: {', '.join([*SUFFIXES, *plain])}")
     return [path]
@@ -95,7 +99,9 @@ def read_texts(path: Path, bad: BadRows) -> Iterator[str]:
     for row in read_rows(path, bad, TEXT_FIELDS):
         text = row.value
         if isinstance(text, dict):
-            text = next((text[name] for name in TEXT_FIELDS if isinstance(text.get(name), str)), None)
+            texts = {name: text[name] for name in TEXT_FIELDS if isinstance(text.get(name), str)}
+            name = first_filled(texts, TEXT_FIELDS)
+            text = None if name is None else texts[name]
             problem = f"the object has no string in a field {', '.join(TEXT_FIELDS)}"
         else:
             problem = f"a string or an object is needed, not {_kind(text)}"
@@ -167,6 +173,7 @@ def _read_lines(path: Path, bad: BadRows) -> Iterator[tuple[int, str]]:
 
 def _open(path: Path) -> IO[bytes]:
     suffix = _suffix(path)
+    open_regular(path).close()  # the readers of packed files open theirs by its name
     if suffix in (".jsonl.gz", ".jsonl.zst") and path.stat().st_size == 0:
         raise EOFError("it is empty")  # for their readers a whole file of no rows, which no compressor writes so
     match suffix:
@@ -205,6 +212,7 @@ def _read_parquet(path: Path, bad: BadRows, fields: Sequence[str]) -> Iterator[R
 
     line = 0
     try:
+        open_regular(path).close()
         names = parquet_columns(path)
         for value in parquet_rows(path, [name for name in fields if name in names] or None):
             line += 1

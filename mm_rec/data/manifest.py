@@ -9,6 +9,7 @@ from typing import Any
 from mm_rec.data.pack import file_sha256
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS, is_current
+from mm_rec.regular_file import read_regular
 from mm_rec.storage.files import write_atomic
 
 __all__ = ["MANIFEST", "check_files", "read_manifest", "record_file", "require_unchanged"]
@@ -23,7 +24,7 @@ def read_manifest(data_dir: Path) -> dict[str, dict[str, Any]]:
     """
     path = data_dir / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path))
         entries: dict[str, dict[str, Any]] = dict(content["files"])
         known = is_current("download manifest", content[KEY])
         if not known or not all(isinstance(entry["sha256"], str) for entry in entries.values()):

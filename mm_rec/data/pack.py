@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from mm_rec.data.blocks import BlockArray
 from mm_rec.formats import KEY, VERSIONS, check_version
+from mm_rec.regular_file import open_regular, read_regular
 from mm_rec.storage.files import DamageError
 
 __all__ = ["STORE_FILES", "Document", "TokenStore", "file_sha256", "write_store"]
@@ -180,7 +181,7 @@ def write_store(path: Path, documents: Iterable[Document], *, vocab_size: int) -
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's contents, in hexadecimal."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -203,7 +204,7 @@ def _read_numbers(path: Path, entry: Mapping[str, Any]) -> NDArray[np.int64]:
 
 def _read(path: Path, store: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise _broken(store, f"{path.name}: {error.strerror or error}") from None
 

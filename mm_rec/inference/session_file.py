@@ -19,6 +19,7 @@ from torch import Tensor
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS, check_version
 from mm_rec.model import MMRecModel
+from mm_rec.regular_file import read_regular
 from mm_rec.state import ModelState, flatten_state, unflatten_state
 from mm_rec.storage.files import DamageError, write_atomic
 from mm_rec.storage.lock import Lock, owner_of
@@ -94,7 +95,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         size = path.stat().st_size
-        content = path.read_bytes() if size <= _MAX_BYTES else b""
+        content = read_regular(path) if size <= _MAX_BYTES else b""
     except OSError as error:
         raise UnreadableError(f"cannot read the session {path}: {error.strerror or error}") from error
     found = _DIGEST.search(content)

@@ -20,6 +20,7 @@ import psutil
 import torch
 
 from mm_rec import ops
+from mm_rec.regular_file import read_regular
 from mm_rec.storage.files import write_atomic
 from mm_rec.system import cores
 
@@ -94,7 +95,7 @@ def _machine(candidates: list[int], has_bf16: bool) -> str:
 
 def _read_cache() -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
-        kept = json.loads(cache_file().read_text(encoding="utf-8"))
+        kept = json.loads(read_regular(cache_file()))
         if isinstance(kept, dict):
             return kept
     return {}

@@ -52,13 +52,14 @@ class Native:
         library: path of the shared library.
         level: what the kernels are compiled for, for example ``avx512`` or ``sm_90``.
         kernels: a function for each op name it serves, with the arguments of the op's schema.
-        fits: whether the kernels of a memory op can run, by name, type and size of a head; None if all can.
+        fits: whether the kernels of a memory op can run, by name, type, size of a head and number of taps (0
+            for an op without); None if all can.
     """
 
     library: str
     level: str
     kernels: Mapping[str, Callable[..., Any]]
-    fits: Callable[[str, torch.dtype, int], bool] | None = None
+    fits: Callable[[str, torch.dtype, int, int], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -183,17 +184,18 @@ def _native_has(op: str, device_type: str) -> bool:
     return isinstance(loaded, Native) and op in loaded.kernels
 
 
-def _native_fits(op: str, device_type: str, dtype: torch.dtype, dim: int, forced: str | None) -> bool:
+def _native_fits(op: str, device_type: str, dtype: torch.dtype, dim: int, taps: int, forced: str | None) -> bool:
     """Whether the kernels of a memory op fit the device; warns once of each that does not.
 
     Raises:
         NativeUnavailableError: they don't fit, and ``native`` is forced.
     """
     loaded = _load(device_type)
-    if not isinstance(loaded, Native) or loaded.fits is None or loaded.fits(op, dtype, dim):
+    if not isinstance(loaded, Native) or loaded.fits is None or loaded.fits(op, dtype, dim, taps):
         return True
     kind = str(dtype).removeprefix("torch.")
-    problem = f"{op} with heads of {dim} in {kind} needs more shared memory than this GPU has"
+    size = f"heads of {dim} and {taps} taps" if taps else f"heads of {dim}"
+    problem = f"{op} with {size} in {kind} needs more shared memory than this GPU has"
     if forced == "native":
         raise NativeUnavailableError(f"the native back end is forced but cannot run: {problem}")
     if problem not in _warned:
@@ -216,9 +218,9 @@ def runs_native(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     return forced != "reference" and _native_serves(op, x.device.type, forced)
 
 
-def fits(op: str, x: torch.Tensor, dim: int) -> bool:
-    """Whether a memory op that runs natively fits the device of ``x``, given the size of a head."""
-    return _native_fits(op, x.device.type, x.dtype, dim, _forced.name or _from_environment())
+def fits(op: str, x: torch.Tensor, dim: int, taps: int = 0) -> bool:
+    """Whether a memory op that runs natively fits the device of ``x``, given the size of a head and its taps if any."""
+    return _native_fits(op, x.device.type, x.dtype, dim, taps, _forced.name or _from_environment())
 
 
 def runs_fused(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> bool:

@@ -94,7 +94,7 @@ def delta_keys(k: Tensor, taps: Tensor, position: Tensor) -> Tensor:
     check_shape("taps", taps, (*k.shape[2:], taps.shape[2]), k)
     if taps.shape[2] > window + 1:
         raise ValueError(f"taps must reach back at most the window of {window} tokens, got {taps.shape[2] - 1}")
-    if not runs_native("delta_keys", k, taps):
+    if not runs_native("delta_keys", k, taps) or not fits("delta_keys", k, *taps.shape[1:]):
         return reference.delta_keys(k, taps, position)
     key: Tensor = _keys(k, taps.float(), position)
     return key

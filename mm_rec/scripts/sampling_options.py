@@ -9,6 +9,7 @@ from typing import Any
 
 from mm_rec.config import WEIGHTS
 from mm_rec.errors import UserError
+from mm_rec.regular_file import read_regular
 
 __all__ = [
     "ADAPTER_HELP",
@@ -70,7 +71,7 @@ def read_json_schema(path: Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        schema = json.loads(path.read_bytes())
+        schema = json.loads(read_regular(path))
     except OSError as error:
         raise UserError(f"cannot read the schema {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

@@ -107,7 +107,7 @@ class OllamaGenerateRequest(OllamaRequest):
 
     prompt: Text | None = Field(None, description="what the user says or, with raw, the text to continue")
     system: Text | None = Field(None, description="the system message before it")
-    raw: bool | None = Field(None, description="continue the prompt as a text, outside of a conversation")
+    raw: bool | None = Field(None, description="continue the prompt as it stands, outside of a conversation")
     suffix: Annotated[Any, Only("", advice="this model writes on from a text, not towards one; leave it out")] = None
     images: Annotated[Any, Only([], advice=TEXT_ONLY)] = None
     context: Annotated[Any, Only([], advice="send the conversation to /api/chat as messages")] = None
@@ -295,6 +295,12 @@ def add_ollama(app: FastAPI, service: Service) -> None:
         """Answer a prompt or, with raw, continue it."""
         wish = await wish_of(body)
         form = OllamaForm(body.model, names if body.logprobs else None, lambda text: {"response": text})
+        if body.raw and body.system:  # as Ollama does
+            raise ApiError(
+                400,
+                "raw goes on with the prompt as it stands: leave system out, or write it into the prompt",
+                param="system",
+            )
         if not body.prompt:
             return JSONResponse(form.loaded())
         if body.raw:

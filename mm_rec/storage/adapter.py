@@ -21,6 +21,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from mm_rec.errors import UserError
+from mm_rec.regular_file import read_regular
 from mm_rec.storage.files import MANIFEST, DamageError, read_manifest
 from mm_rec.storage.hf_folder import checkpoint_names, module_names
 from mm_rec.storage.reading import read_file
@@ -148,7 +149,7 @@ def _contents(folder: Path) -> tuple[bytes, bytes]:
     for name, most in zip(names, (MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES), strict=True):
         if (folder / name).stat().st_size > most:
             raise ValueError(f"{name} has more than {most:,} bytes")
-    return (folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes()
+    return read_regular(folder / CONFIG), read_regular(folder / WEIGHTS)
 
 
 def merged(weights: Mapping[str, Tensor], changes: Mapping[str, LowRank], folder: Path) -> dict[str, Tensor]:

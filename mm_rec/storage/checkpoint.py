@@ -31,6 +31,7 @@ from mm_rec import system
 from mm_rec.config import ModelConfig
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS, take_version
+from mm_rec.regular_file import read_regular
 from mm_rec.storage import adapter as adapters
 from mm_rec.storage import files, hf_folder
 from mm_rec.storage.reading import read_file, read_tensors
@@ -195,7 +196,7 @@ def _load_saved_by_transformers(path: Path, weights_only: bool) -> Checkpoint:
         small = [path / "config.json", path / "tokenizer.json"]
         for file in small:
             _check_size(file, file.stat().st_size)
-        configuration, tokenizer = (file.read_bytes() for file in small)
+        configuration, tokenizer = (read_regular(file) for file in small)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be used: {error.filename} cannot be read ({error.strerror}); a tokenizer is written there "

@@ -24,6 +24,7 @@ from typing import Any
 from mm_rec import system
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS
+from mm_rec.regular_file import open_regular, read_regular
 
 __all__ = [
     "MANIFEST",
@@ -164,7 +165,7 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
     """
     path = folder / MANIFEST
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as error:
         raise DamageError(f"{path} cannot be read: {error.strerror}") from error
     try:
@@ -324,7 +325,7 @@ def _seal(folder: Path, manifest: bool) -> None:
 
 def _fingerprint(path: Path) -> dict[str, int | str]:
     """Size and SHA-256 of a file. (hashlib lets other threads run meanwhile.)"""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": file.tell(), "sha256": digest}
 

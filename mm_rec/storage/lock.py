@@ -19,6 +19,7 @@ from typing import Self
 
 from mm_rec import system
 from mm_rec.errors import UserError
+from mm_rec.regular_file import read_regular
 from mm_rec.storage import files
 
 __all__ = ["Lock", "owner_of"]
@@ -207,7 +208,7 @@ def _is_same(descriptor: int, path: Path) -> bool:
 
 def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes()[:4096]
+        return read_regular(path)[:4096]
     except OSError:
         return b""
 

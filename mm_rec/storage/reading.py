@@ -7,7 +7,6 @@ the file afterwards, what was read stays what it was.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from mm_rec.regular_file import open_regular
 from mm_rec.storage.files import DamageError, Entry
 
 __all__ = ["read_file", "read_tensors"]
@@ -73,7 +73,7 @@ class _Reader:
         self._entry = entry
         self._digest = hashlib.sha256()
         try:
-            self._file = io.FileIO(path)
+            self._file = open_regular(path)
             self.left = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise self._unreadable(error) from error

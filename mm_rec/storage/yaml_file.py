@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from mm_rec.errors import UserError
+from mm_rec.regular_file import open_regular
 
 __all__ = ["parse_yaml", "read_bounded", "read_yaml"]
 
@@ -35,7 +36,7 @@ def read_bounded(path: Path) -> bytes:
         UserError: if the file cannot be read, or is far larger than settings are.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError(f"cannot read the settings file {path}: {error.strerror or error}") from error

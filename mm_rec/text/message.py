@@ -9,12 +9,12 @@ as ``name``, are not shown to the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 __all__ = [
-    "ROLES", "ROLE_NAMES", "TEXT_PARTS", "UNREADABLE", "Message", "MessageError", "read_content", "read_message",
-    "without_nulls",
+    "ROLES", "ROLE_NAMES", "TEXT_PARTS", "UNREADABLE", "Message", "MessageError", "first_filled", "is_empty",
+    "read_content", "read_message", "without_nulls",
 ]  # fmt: skip
 
 ROLES = ("system", "user", "assistant")
@@ -60,6 +60,27 @@ def without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
     {'text': 'a'}
     """
     return {name: value for name, value in fields.items() if value is not None and not _is_nan(value)}
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a field that is there holds nothing: an empty list or object, or a text without a letter or sign.
+
+    >>> is_empty(" "), is_empty([]), is_empty(0)
+    (True, True, False)
+    """
+    return not value.strip() if isinstance(value, str) else isinstance(value, list | dict) and not value
+
+
+def first_filled(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Returns the first of ``names`` whose field holds something, else the first that is there; None if none is.
+
+    A table of several formats has all their fields in each row, and those of other formats may be empty.
+
+    >>> first_filled({"text": "", "content": "a"}, ("text", "content", "code"))
+    'content'
+    """
+    there = [name for name in names if name in fields]
+    return next((name for name in there if not is_empty(fields[name])), there[0] if there else None)
 
 
 def _is_nan(value: Any) -> bool:

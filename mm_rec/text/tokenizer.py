@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from mm_rec.errors import UserError
+from mm_rec.regular_file import read_regular
 from mm_rec.text.chat_template import CHAT_TEMPLATE
 
 __all__ = ["CONTROL_TOKENS", "MIN_VOCAB_SIZE", "Tokenizer", "train_tokenizer"]
@@ -152,7 +153,7 @@ class Tokenizer:
         try:
             if path.stat().st_size > MAX_BYTES:
                 raise UserError(f"{path} has more than {MAX_BYTES // 1_000_000} MB, which is no tokenizer")
-            content = path.read_bytes()
+            content = read_regular(path)
         except FileNotFoundError:
             raise UserError(f"there is no {path}; train a tokenizer with `mm-rec tokenizer`") from None
         except OSError as error:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mm_rec.optim import check_shapes
 from mm_rec.storage.adapter import LowRank
 from mm_rec.storage.hf_folder import is_layer
 from mm_rec.training.ddp import ReplicatedAdamW
@@ -161,10 +162,7 @@ class LoraAdamW(ReplicatedAdamW):
         """Take ``weights`` as those that the adapters change."""
         known = {name: base.shape for name, (_, base) in self._frozen.items()}
         known |= {one.name: one.base.shape for one in self._matrices}
-        shapes = getattr(weights, "shapes", None) or {name: tensor.shape for name, tensor in weights.items()}
-        wrong = sorted(known.keys() ^ shapes.keys()) or [name for name in known if known[name] != shapes[name]]
-        if wrong:
-            raise ValueError(f"the weights do not fit the model: {', '.join(wrong[:5])}")
+        check_shapes(known, weights, "weights")
         for name, (parameter, base) in self._frozen.items():
             base.copy_(weights[name])
             parameter.copy_(base)

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from mm_rec.regular_file import read_regular
 from mm_rec.storage.files import write_atomic
 
 __all__ = ["draw_losses"]
@@ -34,7 +35,7 @@ def draw_losses(metrics: Path, picture: Path, title: str) -> None:
     train: dict[str, Points] = defaultdict(list)
     valid: dict[str, Points] = defaultdict(list)
     by_expert: dict[str, Points] = defaultdict(list)
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in read_regular(metrics).decode().splitlines():
         record = json.loads(line)
         for domain, loss in record.get("losses", {}).items():
             train[domain].append((record["step"], loss))

@@ -177,6 +177,43 @@ def test_rows_of_several_formats_filled_with_null(tmp_path: Path, name: str, wri
     )
 
 
+def by_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def by_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+@pytest.mark.parametrize(("name", "write"), [("a.jsonl", by_lines), ("b.json", by_lines), ("c.parquet", by_parquet)])
+def test_rows_of_several_formats_filled_with_empty_values(
+    tmp_path: Path, name: str, write: Callable[[Path, list[dict[str, Any]]], None], text: str
+) -> None:
+    message = {"role": "", "content": text, "from": "", "value": text}
+    turns = [[message | turn for turn in row.get("conversations") or row["messages"]] for row in MIXED[:2]]
+    lists: dict[str, Any] = {"messages": [], "conversations": []}
+    texts = {name: text for row in MIXED for name in row if name not in lists}
+    rows = [lists | texts | {"messages": turns[0]}, lists | texts | {"conversations": turns[1]}]
+    rows += [lists | texts | row for row in MIXED[2:5]]
+    write(tmp_path / name, rows)
+    assert list(read_conversations(tmp_path / name, BadRows())) == [HELLO] * 5
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"messages": [], "instruction": "", "output": ""}, "an answer of the assistant is empty"),
+        ({"messages": [], "instruction": "Hello"}, "there is no answer"),
+        ({"messages": [], "conversations": []}, "there is no answer"),
+        ({"instruction": "Hello", "output": "", "response": "", "answer": 5}, "the answer is not a string"),
+    ],
+)
+def test_rows_that_hold_nothing_are_refused(row: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        parse_conversation(row)
+
+
 def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none.json"):
         with pytest.raises(UserError, match=r"no conversations|no file"):

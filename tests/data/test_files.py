@@ -58,6 +58,21 @@ def test_a_text_file_is_one_document(tmp_path):
     assert texts(tmp_path / "a.txt") == ["One.\n\nZwei: ä\n"]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_the_text_is_the_first_field_that_holds_something(tmp_path, name):
+    rows = [
+        {"text": "", "content": "one", "code": None},
+        {"text": " ", "content": "", "code": "two"},
+        {"text": "three", "content": "no", "code": ""},
+        {"text": None, "content": "", "code": None},
+    ]
+    if name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    else:
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    assert texts(tmp_path / name) == ["one", "two", "three", ""]
+
+
 def test_a_long_text_file_is_cut_at_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_TEXT_PIECE", 10)
     (tmp_path / "a.txt").write_text("123456\n123456\nabc\n")

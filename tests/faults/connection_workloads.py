@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -67,7 +67,7 @@ def small_storms(folder: Path) -> Iterator[Trial]:
 
 
 @contextlib.contextmanager
-def server_process(folder: Path) -> Iterator[tuple[int, subprocess.Popen[str], Path]]:
+def server_process(folder: Path, *flags: str) -> Iterator[tuple[int, subprocess.Popen[str], Path]]:
     """``mm-rec serve`` with few descriptors: its port, its process, its log."""
     path, log = folder / "step_000001", folder / "log"
     if not path.exists():
@@ -76,7 +76,7 @@ def server_process(folder: Path) -> Iterator[tuple[int, subprocess.Popen[str], P
             path, config=CONFIG, weights=weights, optimizer={}, carried={}, trainer={"step": 1}, tokenizer=tokenizer()
         )
     command = [sys.executable, "-m", "mm_rec.cli", "serve", "--model", str(path), "--port", "0", "--name", "tiny"]
-    command += ["--session_dir", str(folder / "talks"), "--precision", "fp32", "--threads", "1"]
+    command += ["--session_dir", str(folder / "talks"), "--precision", "fp32", "--threads", "1", *flags]
     with log.open("w") as file:
         server = subprocess.Popen(
             ["sh", "-c", f'ulimit -n {DESCRIPTORS}; exec "$@"', "sh", *command],
@@ -118,30 +118,54 @@ def storms(folder: Path) -> Iterator[Trial]:
         yield trial
 
 
-def read_stream(port: int, body: Mapping[str, object], pieces: list[str], begun: threading.Event) -> None:
+TALK = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "stream": True}
+ENDLESS: dict[str, dict[str, object]] = {
+    "/v1/completions": {"model": "tiny", "prompt": "a", "max_tokens": 10**6, "temperature": 0, "stream": True},
+    "/v1/chat/completions": {**TALK, "max_tokens": 10**6, "temperature": 0},
+    "/v1/responses": {"model": "tiny", "input": "a", "max_output_tokens": 10**6, "temperature": 0, "stream": True},
+    "/api/chat": {**TALK, "options": {"temperature": 0}},
+    "/api/generate": {"model": "tiny", "prompt": "a", "raw": True, "options": {"temperature": 0}},
+}
+ENDS = ("response.completed", "response.incomplete")
+
+
+def read_stream(port: int, path: str, pieces: list[str], begun: threading.Event) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     with contextlib.closing(connection):
-        connection.request("POST", PATHS[0], json.dumps(body), {"Content-Type": "application/json"})
-        reply = connection.getresponse()
-        for line in reply:
-            if line.startswith(b"data: "):
-                pieces.append(line.decode().removeprefix("data: ").strip())
+        connection.request("POST", path, json.dumps(ENDLESS[path]), {"Content-Type": "application/json"})
+        for line in connection.getresponse():
+            piece = line.decode().removeprefix("data: ").strip()
+            if piece.startswith(("{", "[")):
+                pieces.append(piece)
                 begun.set()
 
 
-@workload(23, "SIGTERM to a server with running streams", unit="servers", quick=1, soak=10)
+def ended_by_an_error(path: str, pieces: list[str]) -> bool:
+    """Whether a stream was told that the server stops; asserts that it came to an end of its protocol."""
+    if path in ("/v1/completions", "/v1/chat/completions"):
+        assert pieces.pop() == "[DONE]"
+    last = json.loads(pieces[-1])
+    if "error" in last or last.get("type") == "response.failed":
+        return True
+    choices = last.get("choices", [{}])
+    assert last.get("done") or last.get("type") in ENDS or choices[0].get("finish_reason"), last
+    return False
+
+
+@workload(23, "SIGTERM to a server with running streams of every protocol", unit="servers", quick=1, soak=10,
+          idle=["streams that ended before"])  # fmt: skip
 def stopped_servers(folder: Path) -> Iterator[Trial]:
     torch.set_num_threads(1)
 
     def trial(seed: int) -> dict[str, int]:
         rng = random.Random(seed)
-        streams: list[list[str]] = [[] for _ in range(rng.randint(1, 4))]
-        body = {"model": "tiny", "prompt": "a", "max_tokens": 10**6, "stream": True, "temperature": 0}
-        with server_process(folder) as (port, server, log):
+        paths = rng.sample(list(ENDLESS), rng.randint(1, 4))
+        streams: list[list[str]] = [[] for _ in paths]
+        with server_process(folder, "--max_tokens", "1000000") as (port, server, log):
             begun = [threading.Event() for _ in streams]
             threads = [
-                threading.Thread(target=read_stream, args=(port, body, *one))
-                for one in zip(streams, begun, strict=True)
+                threading.Thread(target=read_stream, args=(port, *one))
+                for one in zip(paths, streams, begun, strict=True)
             ]
             for thread in threads:
                 thread.start()
@@ -152,15 +176,8 @@ def stopped_servers(folder: Path) -> Iterator[Trial]:
                 thread.join()
             assert server.wait(30) == 128 + signal.SIGTERM
             assert "Traceback" not in log.read_text(), log.read_text()
-        told = 0
-        for pieces in streams:
-            assert pieces[-1] == "[DONE]", pieces[-3:]
-            last = json.loads(pieces[-2])
-            told += "error" in last
-            assert "error" in last or last["choices"][0]["finish_reason"] == "length", last
-        return {
-            "streams that ended with an error event and [DONE]": told,
-            "streams that ended before": len(streams) - told,
-        }
+        told = {path: ended_by_an_error(path, pieces) for path, pieces in zip(paths, streams, strict=True)}
+        outcomes = {f"{path}: streams that ended with an error": 1 for path, one in told.items() if one}
+        return {**outcomes, "streams that ended before": len(told) - len(outcomes)}
 
     yield trial

@@ -137,6 +137,17 @@ def test_a_saved_folder_that_is_damaged_is_named(exported: Path, tmp_path: Path,
     assert "\n" not in str(error.value)
 
 
+def test_weights_that_are_read_without_a_mapping_stay_what_they_were(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "copy", disable_mmap=True)
+    ids = torch.arange(12)[None]
+    before = model(ids).logits
+    with (tmp_path / "copy" / "model.safetensors").open("r+b") as file:
+        file.write(bytes(os.fstat(file.fileno()).st_size))
+        file.truncate(0)
+    assert torch.equal(model(ids).logits, before)
+
+
 def test_large_models_come_in_several_files(exported: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(exported).save_pretrained(tmp_path, max_shard_size="40KB")
     AutoTokenizer.from_pretrained(exported).save_pretrained(tmp_path)

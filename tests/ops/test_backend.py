@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -60,6 +61,33 @@ def test_choice_is_per_thread_and_nests() -> None:
     assert seen == {"inner none": "reference", "inner native": "native", "other": "native", "outer": "reference"}
     with pytest.raises(ValueError, match="backend must be one of"), ops.use_backend("fast"):
         pass
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("op", ["window_attention", "delta_keys", "delta_rule"])
+def test_a_memory_op_that_does_not_fit_runs_as_it_is_defined(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's kernels always fit, so those of a GPU are played by a back end that says they don't."""
+    asked = []
+
+    def fits(*question: object) -> bool:
+        asked.append(question)
+        return False
+
+    small = dataclasses.replace(backend._load("cpu"), fits=fits)  # type: ignore[type-var]
+    monkeypatch.setitem(backend._loaded, "cpu", small)
+    monkeypatch.setattr(backend, "_warned", set())
+    arguments = next(iter(CASES[op].values()))(torch.float32)
+    with pytest.warns(RuntimeWarning, match=f"runs a slow reference op: {op} with heads of") as warned:
+        found = [getattr(ops, op)(*arguments) for _ in range(2)]
+    assert len(warned) == 1
+    want = getattr(reference, op)(*arguments)
+    for one in found:
+        pairs = zip(one, want, strict=True) if op == "delta_rule" else [(one, want)]
+        assert all(torch.equal(x, y) for x, y in pairs)
+    dim, taps = arguments[1].shape[1:] if op == "delta_keys" else (arguments[0].shape[-1], 0)
+    assert asked == [(op, torch.float32, dim, taps)] * 2
+    with ops.use_backend("native"), pytest.raises(NativeUnavailableError, match="more shared memory"):
+        getattr(ops, op)(*arguments)
 
 
 def test_float64_takes_the_reference() -> None:

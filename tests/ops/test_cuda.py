@@ -155,12 +155,21 @@ def test_gpus_with_less_shared_memory(
     assert_agree(got, want, TOLERANCE_ROUNDED if op in ROUNDED and dtype == torch.bfloat16 else TOLERANCE)
 
 
-@pytest.mark.parametrize(("op", "build"), [("window_attention", window_attention), ("delta_rule", delta_rule)])
-def test_what_does_not_fit_runs_as_it_is_defined(op: str, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("op", "build", "size"),
+    [
+        ("window_attention", partial(window_attention, MEMORIES["heads-of-128"]), "heads of 128"),
+        ("delta_rule", partial(delta_rule, MEMORIES["heads-of-128"]), "heads of 128"),
+        ("delta_keys", partial(keys_of_taps, 17, 250), "heads of 250 and 17 taps"),
+    ],
+)
+def test_what_does_not_fit_runs_as_it_is_defined(
+    op: str, build: Builder, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MM_REC_CUDA_SHARED_MEMORY", str(60 * 1024))
     monkeypatch.setattr(backend, "_warned", set())
-    arguments = build(MEMORIES["heads-of-128"], torch.float32)
-    with ops.use_backend("native"), pytest.raises(backend.NativeUnavailableError, match="heads of 128 in float32"):
+    arguments = build(torch.float32)
+    with ops.use_backend("native"), pytest.raises(backend.NativeUnavailableError, match=f"{size} in float32"):
         run(getattr(ops, op), on_device(arguments))
     with pytest.warns(RuntimeWarning, match="more shared memory than this GPU has"):
         got = to_host(run(getattr(ops, op), on_device(arguments)))

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import http.client
 import json
+import re
 import resource
 import socket
 import struct
@@ -382,25 +383,57 @@ def test_an_answered_request_is_let_go_at_once(service: Service, serve: Serve, w
         wait_until(others_alone)
 
 
-@pytest.mark.parametrize("kind", ["idle", "stream", "slow body"])
-def test_the_end_of_the_server_reaches_its_clients(make_service: MakeService, serve: Serve, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["idle", "slow body"])
+def test_the_end_of_the_server_closes_what_asks_for_nothing(make_service: MakeService, serve: Serve, kind: str) -> None:
     with contextlib.ExitStack() as clients:
         with serve(make_service(max_tokens=10**6)) as address:
             connection = clients.enter_context(connected(address))
-            if kind != "idle":
-                connection.sendall(raw_request(ENDLESS, length=1000 if kind == "slow body" else None))
-            if kind == "stream":
-                assert connection.recv(12) == b"HTTP/1.1 200"
-        received = b""
-        with contextlib.suppress(ConnectionError):
-            while piece := connection.recv(65_536):
-                received += piece
-    if kind == "stream":
-        *_, error, done = (line for line in received.split(b"\n") if line.startswith(b"data: "))
-        assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == "overloaded"
-        assert done == b"data: [DONE]"
-    else:
-        assert not received
+            if kind == "slow body":
+                connection.sendall(raw_request(ENDLESS, length=1000))
+        assert not rest(connection)
+
+
+def rest(connection: socket.socket) -> bytes:
+    """What comes until the server closes the connection."""
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := connection.recv(65_536):
+            received += piece
+    return received
+
+
+TALK = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "stream": True}
+OPTIONS = {"num_predict": 10**6, "temperature": 0}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", ENDLESS),
+        ("/v1/chat/completions", {**TALK, "max_tokens": 10**6, "temperature": 0}),
+        ("/v1/responses", {"model": "tiny", "input": "a", "max_output_tokens": 10**6, "stream": True}),
+        ("/api/chat", {**TALK, "options": OPTIONS}),
+        ("/api/generate", {"model": "tiny", "prompt": "a", "raw": True, "options": OPTIONS}),
+    ],
+)
+def test_the_end_of_the_server_ends_each_stream_with_an_error(
+    make_service: MakeService, serve: Serve, path: str, body: dict[str, Any]
+) -> None:
+    with contextlib.ExitStack() as clients:
+        with serve(make_service(max_tokens=10**6)) as address:
+            connection = clients.enter_context(connected(address))
+            connection.sendall(raw_request(body, path=path))
+            assert connection.recv(12) == b"HTTP/1.1 200"
+        events = re.findall(rb"^(?:data: )?({.*}|\[DONE\])\r?$", rest(connection), re.MULTILINE)
+    if path.startswith("/v1/") and path != "/v1/responses":
+        assert events.pop() == b"[DONE]"
+    last = json.loads(events[-1])
+    if path == "/v1/responses":
+        assert last["type"] == "response.failed"
+        assert last["sequence_number"] == len(events) - 1
+        last = last["response"]
+        assert last["status"] == "failed"
+    assert "shutting down" in (last["error"] if path.startswith("/api/") else last["error"]["message"])
 
 
 def test_the_cap_follows_the_limit_on_open_files(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,14 @@ def test_generate_is_an_answer_and_raw_a_text(ollama_client: ollama.Client, open
     assert "".join(part["response"] for part in parts) == raw.response
 
 
+@pytest.mark.parametrize("prompt", ["def", ""])
+def test_raw_takes_no_system_message(ollama_client: ollama.Client, prompt: str) -> None:
+    with pytest.raises(ollama.ResponseError, match="leave system out, or write it into the prompt") as error:
+        ollama_client.generate(model="tiny", prompt=prompt, system="Be brief.", raw=True)
+    assert error.value.status_code == 400
+    assert ollama_client.generate(model="tiny", prompt=prompt, system="", raw=True, options=SHORT).done
+
+
 def test_structured_outputs(ollama_client: ollama.Client) -> None:
     fields = {"model": "tiny", "messages": [WHY], "options": {"temperature": 2, "seed": 3}}
     response = ollama_client.chat(**fields, format=Country.model_json_schema())

@@ -15,6 +15,8 @@ from importlib import import_module
 from inspect import cleandoc
 from pathlib import Path
 
+from mm_rec.regular_file import read_regular
+
 __all__ = ["builtin_code", "builtin_text", "prose"]
 
 _MAX_TEXT = 12_000_000  # bytes of all documents: more than a CPU reads in days of training
@@ -112,7 +114,7 @@ def _files(root: Path, endings: tuple[str, ...]) -> Iterator[Path]:
 
 def _read(path: Path) -> str | None:
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
         return content.decode("utf-8").replace("\r\n", "\n") if len(content) <= _MAX_FILE else None
     except (OSError, UnicodeDecodeError):
         return None  # one unreadable file of thousands is no loss

@@ -26,7 +26,12 @@ from mm_rec.data.filters import quality_problem
 from mm_rec.data.manifest import check_files, read_manifest, record_file
 from mm_rec.data.pack import file_sha256
 from mm_rec.errors import UserError
+<<<<<<< HEAD
 from mm_rec.storage.files import remove_leftovers, reporting_errors, write_atomic
+=======
+from mm_rec.regular_file import read_regular
+from mm_rec.storage.files import remove_leftovers, reporting_errors, sync, write_atomic
+>>>>>>> nothing-lost
 from mm_rec.text.message import without_nulls
 
 __all__ = ["fetch"]
@@ -175,7 +180,7 @@ class _Download:
     def _load(self) -> _Journal | None:
         """The journal of a stopped download, if it fits the files."""
         try:
-            journal = _Journal(**json.loads(self.journal_path.read_bytes()))
+            journal = _Journal(**json.loads(read_regular(self.journal_path)))
             journal.dropped = Counter(journal.dropped)
             if journal.done and not self.part.exists():
                 return journal if self.target.stat().st_size == journal.n_bytes else None

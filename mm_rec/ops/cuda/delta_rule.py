@@ -8,12 +8,13 @@ from mm_rec.ops.cuda import common
 from mm_rec.ops.cuda.common import TYPE_CODES, aligned, all_dense, dense, empty_like, workspace_of
 from mm_rec.ops.cuda.load_library import cuda_library
 
-__all__ = ["KERNELS", "delta_rule", "delta_rule_backward"]
+__all__ = ["KERNELS", "delta_keys", "delta_keys_backward", "delta_rule", "delta_rule_backward"]
 
 _CHUNK = 64  # kChunk of mm_rec/cpp/cuda/delta_rule.cuh
 
 
 def delta_keys(k: Tensor, taps: Tensor, position: Tensor) -> Tensor:
+    """Returns the keys of the memory, (B, T, H, d)."""
     k, taps, position = all_dense(k, taps, position)
     batch, time, heads, dim, window = _sizes(k, position)
     key = common.empty(k, batch, time, heads, dim)
@@ -25,6 +26,7 @@ def delta_keys(k: Tensor, taps: Tensor, position: Tensor) -> Tensor:
 
 
 def delta_keys_backward(dkey: Tensor, k: Tensor, taps: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of k and taps."""
     dkey, k, taps, position = all_dense(dkey, k, taps, position)
     sizes = (*_sizes(k, position), taps.shape[2])
     dk, dtaps = empty_like(k, taps)
