@@ -6,7 +6,7 @@ import importlib
 import sys
 from typing import NamedTuple
 
-from mm_rec.errors import UserError
+from mm_rec.errors import UserError, find_missing_package
 from mm_rec.program import run_program
 
 __all__ = ["COMMANDS", "main"]
@@ -72,8 +72,11 @@ def _run(arguments: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise UserError(f"there is no command {name[:80]!r}; there are {', '.join(COMMANDS)}")
-    module = importlib.import_module(COMMANDS[name].module)
-    return int(module.main(rest, prog=f"mm-rec {name}"))
+    try:
+        module = importlib.import_module(COMMANDS[name].module)
+        return int(module.main(rest, prog=f"mm-rec {name}"))
+    except ModuleNotFoundError as error:
+        raise find_missing_package(error, f"mm-rec {name}") or error from None
 
 
 if __name__ == "__main__":

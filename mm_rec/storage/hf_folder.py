@@ -139,13 +139,8 @@ def read_saved_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
     """
     try:
         index = folder / INDEX
-<<<<<<< HEAD
-        files = [WEIGHTS] if not index.is_file() else sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        contents = [(folder / file).read_bytes() for file in files]
-=======
         files = [WEIGHTS] if not index.exists() else sorted(set(json.loads(read_regular(index))["weight_map"].values()))
         contents = [read_regular(folder / file) for file in files]
->>>>>>> nothing-lost
         saved = {name: tensor for content in contents for name, tensor in load(content).items()}
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise UserError(f"the weights in {folder} cannot be read: {error}; save the model again") from error

@@ -23,6 +23,7 @@ from mm_rec.inference.sampling import Sampling
 
 model, tokenizer, domain, *_ = load_model(Path(sys.argv[1]), device="cpu", precision=sys.argv[2])
 folder = Path(sys.argv[3])
+sys.stdout.reconfigure(encoding="utf-8")
 
 
 def talk(session, first, last):
@@ -62,7 +63,7 @@ def test_fifty_turns_later_in_another_process(tmp_path: Path, precision: str) ->
 
     def run(program: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", TALK + program, str(model), precision, str(tmp_path)]
-        return subprocess.run(command, capture_output=True, text=True)
+        return subprocess.run(command, capture_output=True, encoding="utf-8")
 
     first = run(SAVE)
     assert first.returncode == -9, first.stderr

@@ -5,7 +5,6 @@ import gc
 import http.client
 import json
 import re
-import resource
 import socket
 import struct
 import threading
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 from fastapi.testclient import TestClient
 
+from mm_rec import system
 from mm_rec.errors import UserError
 from mm_rec.serve.connections import most_connections
 from mm_rec.serve.gate import Limits, is_loopback
@@ -437,10 +437,12 @@ def test_the_end_of_the_server_ends_each_stream_with_an_error(
 
 
 def test_the_cap_follows_the_limit_on_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = {"files": 1024}
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (limits["files"], 10**6))
+    limits: dict[str, int | None] = {"files": 1024}
+    monkeypatch.setattr(system, "open_files_limit", lambda: limits["files"])
     assert most_connections(1000) == 708
     assert most_connections(100) == 100
     limits["files"] = 100
     with pytest.raises(UserError, match="ulimit -n 1024"):
         most_connections(100)
+    limits["files"] = None
+    assert most_connections(1000) == 1000

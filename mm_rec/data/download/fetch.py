@@ -26,12 +26,8 @@ from mm_rec.data.filters import quality_problem
 from mm_rec.data.manifest import check_files, read_manifest, record_file
 from mm_rec.data.pack import file_sha256
 from mm_rec.errors import UserError
-<<<<<<< HEAD
-from mm_rec.storage.files import remove_leftovers, reporting_errors, write_atomic
-=======
 from mm_rec.regular_file import read_regular
-from mm_rec.storage.files import remove_leftovers, reporting_errors, sync, write_atomic
->>>>>>> nothing-lost
+from mm_rec.storage.files import remove_leftovers, reporting_errors, write_atomic
 from mm_rec.text.message import without_nulls
 
 __all__ = ["fetch"]

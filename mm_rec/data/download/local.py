@@ -57,7 +57,8 @@ def take_own(kind: str, path: Path, skip_bad: int, data_dir: Path, tell: Callabl
     For code they may be programs (:data:`SOURCE_SUFFIXES`), too. Raises UserError if there is nothing to read, for more
     than ``skip_bad`` bad rows, or if ``path`` is in that folder already.
     """
-    if path.resolve().is_relative_to((data_dir / kind).resolve()):
+    own, given = data_dir / kind, path.resolve()
+    if own.exists() and any(one.exists() and one.samefile(own) for one in (given, *given.parents)):
         raise UserError(f"{path} is in the data folder already and is used as it is; leave out --{kind}_dir")
     plain = SOURCE_SUFFIXES if kind == "code" else ()
     files = find_files(path, plain)
