@@ -143,6 +143,17 @@ def cuda_compiler() -> str | None:
     return None
 
 
+def _architectures_here() -> list[str]:
+    """Returns the generations of this machine's GPUs that the kernels are written for, as ["90"]."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True).stdout
+    found = {major + minor for major, minor in re.findall(r"^(\d+)\.(\d)$", answer, re.MULTILINE)}
+    oldest = int(CUDA_ARCHITECTURES.split()[0])
+    return sorted((name for name in found if int(name) >= oldest), key=int)
+
+
 def _architecture_flags(source: str = "") -> list[str]:
     names = os.environ.get("MM_REC_CUDA_ARCHITECTURES", "").split() or CUDA_ARCHITECTURES.split()
     own = [f"{name}a" if name == "90" and source in HOPPER_SOURCES else name for name in names]
@@ -199,12 +210,14 @@ def build_all(folder: Path = HERE) -> list[Path]:
 
 
 def main(arguments: list[str]) -> int:
-    """Build the libraries that are named, ``cpu`` if none is; returns the exit code."""
+    """Build the libraries that are named, ``cpu`` if none is, CUDA's for the GPUs here; returns the exit code."""
     builders = {"cpu": build_cpu, "cuda": build_cuda}
     wanted = arguments or ["cpu"]
     if not set(wanted) <= set(builders):
         print(f"usage: {REBUILD} [{'] ['.join(builders)}]", file=sys.stderr)  # noqa: T201
         return 2
+    if here := _architectures_here():
+        os.environ.setdefault("MM_REC_CUDA_ARCHITECTURES", " ".join(here))
     try:
         for kernels in wanted:
             print(f"built {builders[kernels](HERE)}")  # noqa: T201

@@ -86,6 +86,63 @@ def test_what_the_compiler_says_is_passed_on(tmp_path: Path, monkeypatch: pytest
         build.build_cpu(tmp_path)
 
 
+COMPILER = """#!/bin/sh
+echo "$@" >> "$0.log"
+case "$*" in *-dumpmachine*) echo {target}; exit;; esac
+while [ $# -gt 0 ] && [ "$1" != -o ]; do shift; done
+[ $# -eq 0 ] || echo built > "$2"
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the compiler is a script")
+@pytest.mark.parametrize(
+    ("name", "target", "library", "levels", "flag"),
+    [
+        ("g++", "x86_64-linux-gnu", "libmm_rec_cpu.so", 5, "-fPIC"),
+        ("g++", "aarch64-linux-gnu", "libmm_rec_cpu.so", 1, "-fPIC"),
+        ("clang++", "arm64-apple-darwin24.1.0", "libmm_rec_cpu.dylib", 1, "-fPIC"),
+        ("g++", "x86_64-w64-mingw32", "libmm_rec_cpu.dll", 5, "-Wa,-muse-unaligned-vector-move"),
+        ("clang-cl", "x86_64-pc-windows-msvc", "libmm_rec_cpu.dll", 5, "--driver-mode=g++"),
+    ],
+)
+def test_what_the_compiler_compiles_for_decides(
+    name: str, target: str, library: str, levels: int, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / name
+    compiler.write_text(COMPILER.format(target=target))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert build.build_cpu(tmp_path / "out") == tmp_path / "out" / library
+    commands = [line for line in Path(f"{compiler}.log").read_text().splitlines() if " -c " in line]
+    assert len({word for line in commands for word in line.split() if word.startswith("-DMM_LEVEL=")}) == levels
+    assert all(flag in line for line in commands)
+    assert all("-fPIC" not in line for line in commands) == library.endswith(".dll")
+
+
+def test_the_gpus_here_are_what_cuda_kernels_are_built_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nprintf '12.0\\n9.0\\n9.0\\n7.5\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert build._architectures_here() == ["90", "120"]  # and not one that is too old
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert build._architectures_here() == []
+
+
+def test_only_libraries_that_there_are_can_be_built(capsys: pytest.CaptureFixture[str]) -> None:
+    assert build.main(["cpu", "gpu"]) == 2
+    assert capsys.readouterr().err == "usage: python -m mm_rec.cpp.build [cpu] [cuda]\n"
+
+
+def test_the_command_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert build.main([]) == 2
+    assert capsys.readouterr().err.startswith("error: no C++ compiler found; install")
+
+
 def test_setup_builds_nothing_else() -> None:
     result = subprocess.run(
         [sys.executable, "setup.py", "install"],

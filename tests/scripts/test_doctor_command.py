@@ -14,7 +14,15 @@ from mm_rec.data.pack import file_sha256
 from mm_rec.data.prepare import prepare
 from mm_rec.data.prepare_recall import add_recall_rows
 from mm_rec.data.synthetic import write_synthetic
-from mm_rec.scripts.doctor_command import Finding, check_data, check_machine, check_prepared, check_run, main
+from mm_rec.scripts.doctor_command import (
+    Finding,
+    check_data,
+    check_installation,
+    check_machine,
+    check_prepared,
+    check_run,
+    main,
+)
 from mm_rec.storage.resume import open_run, rewind
 from mm_rec.storage.run_config import write_config
 from mm_rec.text.tokenizer import train_tokenizer
@@ -142,6 +150,15 @@ def test_this_machine_is_described() -> None:
     report = "\n".join(map(str, check_machine()))
     for text in (f"PyTorch {torch.__version__}", "kernels on cpu:", "trains on", "of memory free"):
         assert text in report
+
+
+def test_an_installation_is_never_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    findings = check_installation()
+    assert {finding.level for finding in findings} <= {"ok", "note"}
+    assert "C++: " in texts(findings, "ok")
+    assert "the hub at http://127.0.0.1:1 cannot be reached" in texts(findings, "note")
 
 
 def test_the_exit_code_says_whether_something_is_broken(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
