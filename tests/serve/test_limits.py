@@ -411,7 +411,10 @@ OPTIONS = {"num_predict": 10**6, "temperature": 0}
     [
         ("/v1/completions", ENDLESS),
         ("/v1/chat/completions", {**TALK, "max_tokens": 10**6, "temperature": 0}),
-        ("/v1/responses", {"model": "tiny", "input": "a", "max_output_tokens": 10**6, "stream": True}),
+        (
+            "/v1/responses",
+            {"model": "tiny", "input": "a", "max_output_tokens": 10**6, "stream": True, "temperature": 0},
+        ),
         ("/api/chat", {**TALK, "options": OPTIONS}),
         ("/api/generate", {"model": "tiny", "prompt": "a", "raw": True, "options": OPTIONS}),
     ],
