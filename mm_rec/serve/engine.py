@@ -13,14 +13,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from mm_rec.errors import UserError
 from mm_rec.inference import decode
-from mm_rec.inference.generate import GeneratedText
 from mm_rec.inference.sampling import next_tokens
 from mm_rec.model import MMRecModel
 from mm_rec.serve.jobs import (
@@ -37,7 +35,8 @@ from mm_rec.serve.jobs import (
     TokenScore,
     UnfollowableError,
 )
-from mm_rec.state import ModelState, flatten_state, map_state
+from mm_rec.serve.slots import Slot, concatenate, new_slot, score_tokens, select_rows
+from mm_rec.state import ModelState, flatten_state
 from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = ["Engine"]
@@ -50,29 +49,6 @@ SHARED_CHUNK = 256
 
 STEPPED_TOKENS = 8
 """The last tokens of a prompt, up to this many, are read in steps that are taken anyway, one token in each."""
-
-
-@dataclass(eq=False)
-class _Slot:
-    """One place of the batch, with the choice that is drawn in it.
-
-    Attributes:
-        handle: of the job that the choice belongs to.
-        choice: which text of the job, from 0.
-        pending: tokens that are still to be read.
-        text: the text that is drawn.
-        finish_reason: why the text ended; None while it goes on.
-        gone: the slot is to be freed.
-        prompt_scores: of the prompt's tokens, if they were asked for.
-    """
-
-    handle: JobHandle
-    choice: int
-    pending: list[int]
-    text: GeneratedText
-    finish_reason: str | None = None
-    gone: bool = False
-    prompt_scores: list[TokenScore] = field(default_factory=list)
 
 
 class Engine:
@@ -103,9 +79,9 @@ class Engine:
         self._changed = threading.Condition()  # guards the next two
         self._waiting: deque[JobHandle] = deque()
         self._stopping = False
-        self._reading: deque[tuple[_Slot, ModelState]] = deque()
-        self._ready: list[tuple[_Slot, ModelState]] = []
-        self._batch: list[_Slot] = []
+        self._reading: deque[tuple[Slot, ModelState]] = deque()
+        self._ready: list[tuple[Slot, ModelState]] = []
+        self._batch: list[Slot] = []
         self._state: ModelState | None = None
         self._thread: threading.Thread | None = None
 
@@ -197,7 +173,7 @@ class Engine:
             if slot.handle.cancelled:
                 slot.gone = True
             elif now > slot.handle.job.deadline and slot.finish_reason is None:
-                self._finish(slot)
+                slot.finish()
         self._compact()
         with self._changed:
             overdue = [handle for handle in self._waiting if now > handle.job.deadline and not handle.cancelled]
@@ -223,25 +199,10 @@ class Engine:
             state = handle.job.state or self.model.initial_state(1, self.domain)
             self._read_on(self._new_slot(handle, 0), state)
 
-    def _new_slot(self, handle: JobHandle, choice: int) -> _Slot:
-        job = handle.job
-        return _Slot(
-            handle=handle,
-            choice=choice,
-            pending=list(job.prompt),
-            text=GeneratedText(
-                self.tokenizer,
-                self.model.config.vocab_size,
-                job.sampling,
-                torch.Generator().manual_seed((job.sampling.seed + choice) % 2**64),
-                ends=job.ends,
-                seen=job.prompt if job.penalise_prompt else (),
-                constraint=job.constraint,
-            ),
-            prompt_scores=[TokenScore(job.prompt[0], None, ())],
-        )
+    def _new_slot(self, handle: JobHandle, choice: int) -> Slot:
+        return new_slot(handle, choice, self.tokenizer, self.model.config.vocab_size)
 
-    def _read_on(self, slot: _Slot, state: ModelState) -> None:
+    def _read_on(self, slot: Slot, state: ModelState) -> None:
         """Queues a slot for the next chunk or, with one token left or a few while others run, for the batch."""
         scored = slot.handle.job.prompt_logprobs
         if len(slot.pending) > 1 + (STEPPED_TOKENS if self._batch and not scored else 0):
@@ -262,14 +223,14 @@ class Engine:
                 one.pending = slot.pending.copy()
             self._batch += slots
             states += [state] * len(slots)
-        self._state = _concatenate(states)
+        self._state = concatenate(states)
         self._ready.clear()
 
     def _read_chunk(self) -> None:
         """Reads some of the prompts, all but their last token, in chunks of one length and without logits."""
         scored = self._reading[0][0].handle.job.prompt_logprobs
         room = SHARED_CHUNK if self._batch or scored else ALONE_CHUNK
-        chosen: list[tuple[_Slot, ModelState]] = []
+        chosen: list[tuple[Slot, ModelState]] = []
         longest = time_ = min(len(self._reading[0][0].pending) - 1, room)
         for slot, state in self._reading:  # the first one, and those that don't make its chunk much shorter
             shorter = min(time_, len(slot.pending) - 1)
@@ -279,7 +240,7 @@ class Engine:
                 time_ = shorter
         slots = [slot for slot, _ in chosen]
         tokens = torch.tensor([slot.pending[:time_] for slot in slots], device=self.model.embedding.weight.device)
-        before = _concatenate([state for _, state in chosen])
+        before = concatenate([state for _, state in chosen])
         if scored:
             logits, after = self.model(tokens, before, self.domain)
             for slot, choice_logits in zip(slots, logits, strict=True):
@@ -292,7 +253,7 @@ class Engine:
         self._reading = deque((slot, state) for slot, state in self._reading if slot not in slots)
         for index, slot in enumerate(slots):
             del slot.pending[:time_]
-            self._read_on(slot, _select(after, [index]))
+            self._read_on(slot, select_rows(after, [index]))
 
     def _step(self) -> None:
         """Reads one token in every slot of the batch, and draws where none is left to read."""
@@ -304,9 +265,9 @@ class Engine:
             if slot.pending:
                 continue
             if slot.finish_reason is not None:
-                self._end(slot, _select(self._state, [index]))
+                slot.end(select_rows(self._state, [index]))
             elif slot.text.finish_reason is not None:  # there was nothing to draw
-                self._finish(slot)
+                slot.finish()
             else:
                 drawing.append(index)
         if drawing:
@@ -314,7 +275,7 @@ class Engine:
             self._draw([self._batch[index] for index in drawing], scores.to("cpu", torch.float32))
         self._compact()
 
-    def _draw(self, slots: Sequence[_Slot], logits: Tensor) -> None:
+    def _draw(self, slots: Sequence[Slot], logits: Tensor) -> None:
         """Draws the next token of each slot from its logits (B, V) and sends the text that it makes certain."""
         try:
             tokens = next_tokens(logits, [slot.text.sampler for slot in slots])
@@ -338,7 +299,7 @@ class Engine:
                 slot.pending = [token]
             slot.handle.listener(Output(slot.choice, piece or "", 1, scores))  # as many scores as tokens drawn
             if slot.text.finish_reason is not None:
-                self._finish(slot)
+                slot.finish()
 
     def _give_up(self, handle: JobHandle, error: UserError) -> None:
         """Ends a job whose constraint can't be followed; its slots are freed in the next turn."""
@@ -346,29 +307,7 @@ class Engine:
         handle.cancel()
 
     def _score(self, logits: Tensor, tokens: Sequence[int], top: int | None) -> list[TokenScore]:
-        """Returns the log-probabilities of ``tokens`` (T) and of the likeliest ones under ``logits`` (T, V)."""
-        scores = logits.to("cpu", torch.float32).log_softmax(-1)
-        own = scores.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
-        values, ids = scores[:, : self.tokenizer.vocab_size].topk(min(top or 0, self.tokenizer.vocab_size))
-        tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
-        return [TokenScore(*one) for one in zip(tokens, own, tops, strict=True)]
-
-    def _finish(self, slot: _Slot) -> None:
-        """Ends the text of a slot, now or once its closing tokens are read."""
-        rest = slot.text.finish()
-        slot.finish_reason = slot.text.finish_reason or "length"  # None: its time is over
-        closing = slot.handle.job.closing
-        if closing:
-            slot.handle.listener(Output(slot.choice, rest))
-            slot.pending += closing
-        else:
-            slot.handle.listener(Output(slot.choice, rest, finish=slot.finish_reason))
-            slot.gone = True
-
-    def _end(self, slot: _Slot, state: ModelState) -> None:
-        """Sends the state after the closing tokens and frees the slot."""
-        slot.handle.listener(Output(slot.choice, finish=slot.finish_reason, state=state))
-        slot.gone = True
+        return score_tokens(logits, tokens, top, self.tokenizer.vocab_size)
 
     def _compact(self) -> None:
         """Takes the slots that are gone out of the batch."""
@@ -376,10 +315,10 @@ class Engine:
         if len(keep) == len(self._batch):
             return
         assert self._state is not None
-        self._state = _select(self._state, keep) if keep else None
+        self._state = select_rows(self._state, keep) if keep else None
         self._batch = [self._batch[index] for index in keep]
 
-    def _fail_rows(self, slots: Sequence[_Slot]) -> None:
+    def _fail_rows(self, slots: Sequence[Slot]) -> None:
         """Ends the jobs of slots whose logits are no numbers, as after a forged state; the others go on."""
         failed = {id(slot.handle): slot.handle for slot in slots}
         for slot in self._batch:
@@ -397,14 +336,3 @@ class Engine:
         self._ready.clear()
         for handle in handles.values():
             handle.listener(error)
-
-
-def _concatenate(states: Sequence[ModelState]) -> ModelState:
-    """Returns one state with the rows of several."""
-    columns = zip(*(flatten_state(state).values() for state in states), strict=True)
-    return map_state(states[0], lambda _: torch.cat(next(columns)))
-
-
-def _select(state: ModelState, rows: Sequence[int]) -> ModelState:
-    """Returns a copy of some rows."""
-    return map_state(state, lambda tensor: tensor[list(rows)])

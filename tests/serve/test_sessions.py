@@ -315,7 +315,7 @@ def test_a_file_that_cannot_be_read_at_this_moment_is_no_damage(
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", no_descriptor)
+        patch.setattr(session_file, "read_regular", no_descriptor)
         reply = say(client, "hi")
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "2")
     assert str(tmp_path) not in reply.text

@@ -28,6 +28,7 @@ LAST = Path("stage1/checkpoints/step_000004")
 # One interpreter imports everything once; its children, forked before PyTorch has a thread, are the processes.
 RANKS = """
 import os, sys
+import torch._dynamo  # which the checkpointed pass of the estimate would import in each process
 import mm_rec.scripts.train_command, mm_rec.training.load_data, mm_rec.training.run_stages, mm_rec.training.fsdp
 from mm_rec.training import runtime, trainer
 from mm_rec.program import run_program
