@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from mm_rec.data.pack import write_store
+from mm_rec.data.pack import Document, write_store
 from mm_rec.data.prepared import Prepared, make_folder, open_folder
 from mm_rec.data.recall_rows import LONGEST, recall_documents
 from mm_rec.formats import KEY, VERSIONS
@@ -56,10 +56,7 @@ def add_recall_rows(
             for name, store in data.train.items():
                 tell(f"{name}: writing rows that train recall")
                 documents = recall_documents(store, data.tokenizer, name, tokens[name], seed, longest)
-                made = write_store(folder / f"{name}-recall", documents, vocab_size=data.tokenizer.vocab_size)
-                assert made.loss_mask is not None
-                counted = made.loss_mask.sum()
-                entries[name] = {"documents": made.n_documents, "tokens": made.n_tokens, "counted_tokens": counted}
+                entries[name] = _write(folder / f"{name}-recall", documents, data.tokenizer.vocab_size)
             report = {"recall_share": share, "longest": longest, "seed": seed, "made_of": made_of, "domains": entries}
             report |= {"tokenizer": data.tokenizer.sha256, "vocab_size": data.tokenizer.vocab_size}
             (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8", newline="\n")
@@ -69,3 +66,10 @@ def add_recall_rows(
     hashes = [data.data_sha256, *([name, store.sha256] for name, store in sorted(recall.items()))]
     data_sha256 = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     return dataclasses.replace(data, recall=recall, data_sha256=data_sha256)
+
+
+def _write(path: Path, documents: Iterable[Document], vocab_size: int) -> dict[str, int]:
+    """Writes a store and returns its counts; it is closed again, since its folder can't be renamed while it is open."""
+    made = write_store(path, documents, vocab_size=vocab_size)
+    assert made.loss_mask is not None
+    return {"documents": made.n_documents, "tokens": made.n_tokens, "counted_tokens": made.loss_mask.sum()}

@@ -296,6 +296,7 @@ def _read_documents(path: Path, loaded: Loaded, max_bytes: int | None, skip_bad:
             raise UserError(f"there are no documents in {path}") from error
         token_bytes = np.array([len(one) for one in tokenizer.token_bytes])
         chosen = select_documents(store, token_bytes, max_bytes)
+        del store  # whose folder can't be removed on Windows while it is open
     if bad.found:
         print(f"{path}: {len(bad.found)} bad rows left out, the first: {bad.found[0]}")
     if not chosen.tokens:

@@ -26,6 +26,7 @@ from mm_rec.data.download.hub import UnreachableError
 from mm_rec.data.download.sources import SOURCES
 from mm_rec.data.manifest import read_manifest
 from mm_rec.errors import UserError
+from mm_rec.system import REMOVES_OPEN_FILES
 
 SOURCE = SOURCES["python"]
 GOOD = [row["content"] for row in code_rows(3000) if row["content"] != "x = 1\n"]
@@ -137,7 +138,7 @@ def test_a_kill_at_any_step_to_the_disk_loses_nothing(tmp_path, python_hub, monk
         assert download(folder, samples)[0] == GOOD[:samples]
         assert not leftovers(folder)
         assert list(read_manifest(folder)) == ["code/code.jsonl"]
-    assert step > 12
+    assert step > (12 if REMOVES_OPEN_FILES else 8)  # Windows has no steps that flush a folder
 
 
 def test_a_kill_before_the_end_is_recorded(tmp_path, python_hub, monkeypatch):

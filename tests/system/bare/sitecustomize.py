@@ -16,6 +16,7 @@ import io
 import mmap
 import multiprocessing
 import os
+import resource
 import select
 import signal
 import stat
@@ -149,6 +150,17 @@ def locking(descriptor: int, mode: int, n_bytes: int) -> None:
 msvcrt.locking = locking
 
 
+def like_psutil(psutil: Any) -> Like:
+    """``psutil`` whose processes know their peak, as on Windows."""
+
+    class Process(psutil.Process):  # type: ignore[misc, name-defined]
+        def memory_info(self) -> Any:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return types.SimpleNamespace(**super().memory_info()._asdict(), peak_wset=peak)
+
+    return Like(psutil, set(), {"Process": Process})
+
+
 def install() -> None:
     """Changes this interpreter."""
     wanted = {*SIGNALS, "SIGBREAK"}
@@ -172,6 +184,8 @@ def install() -> None:
         if caller.startswith("mm_rec.") and not caller.startswith("mm_rec.cpp"):
             if name in GONE:
                 raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            if name == "psutil" and name not in likes:
+                likes[name] = like_psutil(real(name))
             if name in likes:
                 return likes[name]
         return real(name, globals, locals, fromlist, level)
