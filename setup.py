@@ -35,12 +35,14 @@ class CleanBuild(build):
 class BuildKernels(build_ext):
     """Compiles the kernels. A package without them has to be asked for."""
 
+    built: tuple[Path, ...] = ()
+
     def run(self) -> None:  # noqa: D102
         root = HERE if self.inplace or self.editable_mode else Path(self.build_lib)
         folder = root / "mm_rec" / "cpp"
         kernels = runpy.run_path(str(HERE / "mm_rec" / "cpp" / "build.py"))
         try:
-            self.built = kernels["build_all"](folder) if KERNELS == "all" else [kernels["build_cpu"](folder)]
+            self.built = tuple(kernels["build_all"](folder) if KERNELS == "all" else [kernels["build_cpu"](folder)])
         except kernels["BuildError"] as error:
             raise SystemExit(
                 f"error: the native kernels cannot be built: {error}\n"

@@ -119,17 +119,14 @@ def main() -> None:
     library = CpuLibrary()
     if not library.use_openmp(1):
         sys.exit("error: this process has no OpenMP to compare with")
-    measured = {
-        f"{name}, {options.preset}, {precision}": compare(
-            partial(make, options.preset, precision), library, options.rounds
-        )
-        for precision in ("fp32", "bf16")
-        for name, make in (("training step", training_step), (f"{STEP_TOKENS} single tokens", single_tokens))
-    }
-    text = json.dumps({"machine": describe_machine(), "threads": options.threads, **measured}, indent=1)
-    print(text)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
+    result: dict[str, object] = {"machine": describe_machine(), "threads": options.threads}
+    for precision in ("bf16", "fp32"):
+        for name, make in ((f"{STEP_TOKENS} single tokens", single_tokens), ("training step", training_step)):
+            measured = compare(partial(make, options.preset, precision), library, options.rounds)
+            result[f"{name}, {options.preset}, {precision}"] = measured
+            print(f"{name}, {options.preset}, {precision}: {measured}", flush=True)
+            if options.out is not None:  # after each: on a busy machine the whole takes long
+                options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -195,10 +195,16 @@ def _build(jobs: list[tuple[list[str], Path]], link: list[str], libraries: list[
             objects = list(pool.map(compile_one, range(len(jobs))))
         linked = Path(temporary) / target.name
         _run([*link, *objects, "-o", str(linked), *libraries])
-        target.parent.mkdir(parents=True, exist_ok=True)
         staged = target.with_suffix(f".{os.getpid()}.tmp")
-        shutil.copyfile(linked, staged)
-        os.replace(staged, target)  # a process that has the old library mapped keeps it
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(linked, staged)
+            os.replace(staged, target)  # a process that has the old library mapped keeps it, but for Windows
+        except OSError as error:
+            raise BuildError(
+                f"{target} cannot be written ({error.strerror}); end the programs that use it, or install MM-Rec where "
+                "you may write, as in a virtual environment"
+            ) from None
 
 
 def build_all(folder: Path = HERE) -> list[Path]:

@@ -119,6 +119,16 @@ def test_what_the_compiler_compiles_for_decides(
     assert all("-fPIC" not in line for line in commands) == library.endswith(".dll")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the compiler is a script")
+def test_a_library_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text(COMPILER.format(target="aarch64-linux-gnu"))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(build.BuildError, match=r"cannot be written .*virtual environment"):
+        build.build_cpu(compiler / "out")
+
+
 def test_the_gpus_here_are_what_cuda_kernels_are_built_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\nprintf '12.0\\n9.0\\n9.0\\n7.5\\n'\n")

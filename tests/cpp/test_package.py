@@ -80,6 +80,14 @@ def test_a_wheel_holds_the_library_that_it_built(tree: Path, compiler: str) -> N
 
 
 @pytest.mark.slow
+def test_an_editable_installation_has_its_library_in_place(tree: Path, compiler: str) -> None:
+    result = build(tree, "editable", CXX=compiler)
+    assert result.returncode == 0, result.stderr
+    assert (tree / "mm_rec" / "cpp" / CPU_LIBRARY).read_text() == "built\n"
+    assert not [name for name in names_of(tree) if name.endswith(".so")]
+
+
+@pytest.mark.slow
 def test_a_pure_wheel_holds_none(tree: Path) -> None:
     result = build(tree, MM_REC_BUILD="pure", PATH="")
     assert result.returncode == 0, result.stderr
