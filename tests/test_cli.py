@@ -144,6 +144,11 @@ def test_from_training_to_text(
     monkeypatch.setattr(sys, "stdin", io.StringIO("Ada had"))
     assert main(["generate", "--model", "runs", "--max_new_tokens", "20"]) == 0
     assert capsys.readouterr().out == texts[0]
+    monkeypatch.setattr("mm_rec.scripts.generate_command.MOST_CHARACTERS", 6)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Ada had"))
+    assert main(["generate", "--model", "runs"]) == 2
+    assert "the prompt has more than 6 characters" in capsys.readouterr().err
+    monkeypatch.setattr("mm_rec.scripts.generate_command.MOST_CHARACTERS", 10**6)
     assert (
         main(["generate", "--model", "runs", "--prompt", "Ada had", "--max_new_tokens", "20", "--domain", "code"]) == 0
     )

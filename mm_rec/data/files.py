@@ -149,11 +149,11 @@ def _read_lines(path: Path, bad: BadRows) -> Iterator[tuple[int, str]]:
                 if limit is not None:
                     limit.take(len(content))
                 if len(content) == MAX_ROW_BYTES and not content.endswith(b"\n"):
+                    bad.report(path, line, f"the line is longer than {MAX_ROW_BYTES // 1_000_000} MB")
                     while content and not content.endswith(b"\n"):
                         content = file.readline(MAX_ROW_BYTES)
                         if limit is not None:
                             limit.take(len(content))
-                    bad.report(path, line, f"the line is longer than {MAX_ROW_BYTES // 1_000_000} MB")
                     continue
                 if line == 1:
                     content = content.removeprefix(codecs.BOM_UTF8)

@@ -36,6 +36,12 @@ READ_BYTES_A_SECOND, ENCODED_BYTES_A_SECOND = 80e6, 2e6
 
 BYTES_A_TOKEN = 3.0
 
+TYPICAL_BYTES = 2000
+"""Of a document, where the first ones hold no text."""
+
+SHORTEST_BYTES = 40
+"""Of a document that the filters keep: shorter ones take no memory."""
+
 
 @dataclass(frozen=True)
 class PreparationEstimate:
@@ -90,7 +96,7 @@ def estimate_preparation(
     for name, paths in files.items():
         there = int(sum(path.stat().st_size * _unpacked_times(path) for path in paths))
         size, rate = _look(name, paths, filters)
-        count = max(1, there // max(size, 1))
+        count = max(1, int(there / max(size, SHORTEST_BYTES if filters else 1)))
         if max_samples is not None and max_samples < count:
             there, count = there * max_samples // count, max_samples
         n_bytes += there
@@ -101,21 +107,23 @@ def estimate_preparation(
     return PreparationEstimate(n_bytes, documents, seconds, memory, int(4 * n_bytes / BYTES_A_TOKEN) + 16 * documents)
 
 
-def _look(name: str, paths: Sequence[Path], filters: bool) -> tuple[int, float]:
-    """The mean size of the first documents in bytes, and seconds a byte that the filters take."""
+def _look(name: str, paths: Sequence[Path], filters: bool) -> tuple[float, float]:
+    """The mean size of the first documents in bytes, empty ones left out, and seconds a byte that the filters take."""
     duplicates, start = NearDuplicates(), time.monotonic()
     count = size = 0
-    texts = itertools.chain.from_iterable(read_texts(path, BadRows(SAMPLE_DOCUMENTS)) for path in paths)
+    texts = itertools.chain.from_iterable(read_texts(path, BadRows()) for path in paths)
     try:
-        for text in itertools.islice(texts, SAMPLE_DOCUMENTS):
+        for text in itertools.islice(filter(str.strip, texts), SAMPLE_DOCUMENTS):
             count, size = count + 1, size + len(text.encode())
             if filters and quality_problem(text, name) is None:
                 duplicates.add(text)
             if time.monotonic() > start + SAMPLE_SECONDS:
                 break
-    except UserError:  # a bad row; the pass over all of them says which
+    except UserError:  # a bad row, after which a sample need not look; the pass over all of them says which
         pass
-    return size // max(count, 1), (time.monotonic() - start) / max(size, 1)
+    if not count:
+        return TYPICAL_BYTES, 0.0
+    return size / count, (time.monotonic() - start) / size
 
 
 def _unpacked_times(path: Path) -> float:

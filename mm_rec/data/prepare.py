@@ -22,12 +22,13 @@ from mm_rec.data.preparation_estimate import estimate_preparation
 from mm_rec.data.prepared import Prepared, make_once, tell_bad_rows, write_report
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS
-from mm_rec.storage.files import atomic_folder, some_names
+from mm_rec.storage.files import atomic_folder, format_bytes, some_names
 from mm_rec.text.tokenizer import Tokenizer, train_tokenizer
 
 __all__ = ["describe", "prepare"]
 
 _TOKENIZER_BYTES = 12_000_000  # of each domain; training a vocabulary of 32,000 on it takes some ten seconds
+_LARGE_BYTES = 2_000_000_000  # take some seconds to hash
 _SMALLEST_VOCABULARY = 512
 _BYTES_AN_ENTRY = 1280  # of text for each entry of the vocabulary: rarer tokens cost time and learn little
 _ENCODE_CHARACTERS = 2_000_000  # at a time
@@ -66,6 +67,19 @@ def prepare(
     data_dir = Path(data_dir)
     tell = progress or (lambda line: None)
     files = _find(data_dir, domains, tell)
+    root = data_dir / "prepared"
+
+    def announce() -> None:
+        estimate = estimate_preparation(files, max_samples=max_samples, filters=filters)
+        tell(estimate.describe())
+        estimate.check(root)
+
+    is_first = not any(root.glob("*/"))
+    if is_first:
+        announce()  # before the files are hashed, which takes long where they are large
+    size = sum(path.stat().st_size for paths in files.values() for path in paths)
+    if size > _LARGE_BYTES:
+        tell(f"hashing {format_bytes(size)} of data files")
     hashes = {name: check_files(data_dir, paths) for name, paths in files.items()}
     settings = {
         KEY: VERSIONS["documents"],
@@ -77,9 +91,8 @@ def prepare(
     }
 
     def make(path: Path) -> None:
-        estimate = estimate_preparation(files, max_samples=max_samples, filters=filters)
-        tell(estimate.describe())
-        estimate.check(path)
+        if not is_first:
+            announce()
         surveys = {}
         for name, paths in files.items():
             tell(f"{name}: reading {some_names([file.name for file in paths])}")
@@ -90,7 +103,7 @@ def prepare(
             for name, paths in files.items():
                 require_unchanged(data_dir, paths, hashes[name])
 
-    prepared = make_once(data_dir / "prepared", settings, make, tell)
+    prepared = make_once(root, settings, make, tell)
     for line in describe(prepared.report):
         tell(line)
     return prepared

@@ -155,7 +155,7 @@ class ChatSession:
         Raises:
             UserError: if the file is missing or damaged, or was made with another model, precision or tokenizer.
         """
-        tensors, settings = session_file.read(path)
+        tensors, settings = session_file.read(path, session_file.most_bytes(model))
         identity = _identity_of(model, tokenizer)
         for name, value in identity.items():
             if settings.get(name) != value:

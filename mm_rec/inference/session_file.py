@@ -21,15 +21,17 @@ from mm_rec.formats import KEY, VERSIONS, check_version
 from mm_rec.model import MMRecModel
 from mm_rec.regular_file import read_regular
 from mm_rec.state import ModelState, flatten_state, unflatten_state
-from mm_rec.storage.files import DamageError, write_atomic
+from mm_rec.storage.files import DamageError, format_bytes, write_atomic
 from mm_rec.storage.lock import Lock, owner_of
 
-__all__ = ["Conversation", "UnreadableError", "fingerprint", "not_a_session", "own", "read", "restore", "write"]
+__all__ = [
+    "Conversation", "UnreadableError", "fingerprint", "most_bytes", "not_a_session", "own", "read", "restore", "write",
+]  # fmt: skip
 
 _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _NO_DIGEST = "0" * 64
-_MAX_BYTES = 1 << 30
-"""Far above the size of any session; a larger file is not read into memory."""
+_MORE_BYTES = 1 << 20
+"""What a session may hold beside the state: settings, a system message, the names of its tensors."""
 _MAX_COUNT = 1 << 48
 """Far above the tokens and turns of any session."""
 
@@ -85,8 +87,19 @@ def write(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> N
     write_atomic(path, _with_digest(blank, hashlib.sha256(blank).hexdigest()))
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def most_bytes(model: MMRecModel) -> int:
+    """Returns more bytes than any session of ``model`` has, of whatever precision."""
+    with torch.inference_mode():
+        state = sum(tensor.nbytes for tensor in flatten_state(model.initial_state(1)).values())
+    return 2 * state + _MORE_BYTES
+
+
+def read(path: Path, most: int = 1 << 30) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the tensors and settings of a session file.
+
+    Args:
+        path: the file.
+        most: bytes of a file that is read into memory; see :func:`most_bytes`.
 
     Raises:
         UnreadableError: if it cannot be read.
@@ -95,7 +108,12 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         size = path.stat().st_size
-        content = read_regular(path) if size <= _MAX_BYTES else b""
+        if size > most:
+            raise DamageError(
+                f"{path} has {format_bytes(size)}, more than any session of this model; use another copy or start a "
+                "new one"
+            )
+        content = read_regular(path)
     except OSError as error:
         raise UnreadableError(f"cannot read the session {path}: {error.strerror or error}") from error
     found = _DIGEST.search(content)

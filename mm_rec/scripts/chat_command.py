@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mm_rec.errors import UserError
 from mm_rec.program import Parser, run_program
 from mm_rec.scripts.sampling_options import (
+    MOST_CHARACTERS,
     add_adapter_argument,
     add_domain_argument,
     add_json_argument,
@@ -155,9 +156,14 @@ class Conversation:
         """Messages and commands; blank lines and what follows /quit are left out."""
         while True:
             try:
-                line = input("you: " if self.interactive else "").rstrip()
+                line = input("you: ") if self.interactive else sys.stdin.readline(MOST_CHARACTERS + 1)
             except EOFError:
                 return
+            if not line and not self.interactive:
+                return
+            if len(line) > MOST_CHARACTERS:
+                raise UserError(f"a message has more than {MOST_CHARACTERS:,} characters; give less of it")
+            line = line.rstrip()
             if line == "/quit":
                 return
             if line:

@@ -191,7 +191,11 @@ def _check_checkpoints(run: Path, config: Config) -> tuple[Checkpoint | None, li
     return newest, [
         *damaged,
         Finding("ok", f"{len(paths) - len(damaged)} of {len(paths)} checkpoints are whole"),
-        Finding("ok", f"the same command goes on from step {checkpoint.checkpoint_step(newest.path)}"),
+        Finding(
+            "ok",
+            f"the same command goes on from step {checkpoint.checkpoint_step(newest.path)}, "
+            "if its data are as they were (--data_dir looks at them)",
+        ),
         Finding("ok", room) if free > 2 * size else Finding("broken", f"{room}; make room before going on"),
     ]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from mm_rec.errors import UserError
 from mm_rec.program import Parser, run_program
 from mm_rec.scripts.sampling_options import (
+    MOST_CHARACTERS,
     add_adapter_argument,
     add_domain_argument,
     add_json_argument,
@@ -68,10 +69,12 @@ def _generate(options: argparse.Namespace) -> int:
 def _read_prompt(given: str | None) -> str:
     """The prompt that was given, else what standard input holds if that is no terminal."""
     try:
-        prompt = given if given is not None else "" if sys.stdin.isatty() else sys.stdin.read()
+        prompt = given if given is not None else "" if sys.stdin.isatty() else sys.stdin.read(MOST_CHARACTERS + 1)
         prompt.encode()  # an argument that is not UTF-8 comes with surrogates
     except UnicodeError as error:
         raise UserError("the prompt is not UTF-8 text; convert it first, for example with iconv") from error
+    if len(prompt) > MOST_CHARACTERS:
+        raise UserError(f"the prompt has more than {MOST_CHARACTERS:,} characters; give less of it")
     return prompt
 
 

@@ -14,6 +14,7 @@ from mm_rec.regular_file import read_regular
 __all__ = [
     "ADAPTER_HELP",
     "FLAGS",
+    "MOST_CHARACTERS",
     "WEIGHTS_HELP",
     "add_adapter_argument",
     "add_domain_argument",
@@ -26,6 +27,9 @@ __all__ = [
 
 ADAPTER_HELP = "folder of a LoRA adapter to add to the model, as PEFT or `mm-rec finetune --lora` writes it"
 WEIGHTS_HELP = "full, or int8: fewer bytes, so faster on the CPU, at a small loss of quality"
+
+MOST_CHARACTERS = 50_000_000
+"""Of a prompt or a message: an endless input must not take all memory."""
 
 # Defaults are those of Sampling, which is not imported here: it brings PyTorch, and --help should be quick.
 FLAGS: dict[str, tuple[int | float, str]] = {

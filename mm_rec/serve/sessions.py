@@ -82,6 +82,7 @@ class SessionStore:
         files.remove_leftovers(self._folder)
         self._model = model
         self._domain = domain
+        self._most_bytes = session_file.most_bytes(model)
         self._max_sessions = max_sessions
         self._identity = {
             "tokenizer": tokenizer.sha256,
@@ -135,7 +136,7 @@ class SessionStore:
         if path is None:
             return None
         try:
-            tensors, settings = session_file.read(path)
+            tensors, settings = session_file.read(path, self._most_bytes)
             other = [key for key, value in self._identity.items() if settings.get(key, value) != value]
             if other:
                 raise _unusable(f"session {name} was made with another {other[0]}")

@@ -87,6 +87,7 @@ class RunFolder:
         self._path = self._opened_as = path
         self.step = 0
         self._on_event = on_event
+        self._written: dict[str, int] = {}  # bytes of each record, as this process left it
         self._lock = Lock(path / LOCK)
         config = read_config(path)
         if config is None:
@@ -138,6 +139,7 @@ class RunFolder:
     def cut_back(self, name: str, size: int) -> None:
         """Cut the record ``name`` back to what it was when it had ``size`` bytes."""
         path = self.path / name
+        self._written.pop(name, None)
         with files.reporting_errors(path):
             path.touch()
             if path.stat().st_size < size:
@@ -213,7 +215,11 @@ class RunFolder:
                 files.reporting_errors(folder / name),
                 open(folder / name, "a", encoding="utf-8", newline="\n") as file,
             ):
+                start = file.tell()
                 file.write(line + "\n")
+            lost, self._written[name] = self._written.get(name, 0) - start, start + len(line.encode()) + 1
+            if lost > 0:
+                self.event(f"{folder / name} was removed or cut while it was written; {lost:,} bytes are missing")
 
         self._write(write)
 

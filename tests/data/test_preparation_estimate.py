@@ -62,3 +62,23 @@ def test_many_files_are_named_in_a_short_line(data: Path) -> None:
     said: list[str] = []
     prepare(data, 512, progress=said.append)
     assert max(map(len, said)) < 400
+
+
+def test_empty_rows_are_no_documents(data: Path) -> None:
+    (data / "text" / "0.jsonl").write_text('""\n' * 300 + (data / "text" / "0.jsonl").read_text())
+    files = {"text": sorted((data / "text").iterdir())}
+    assert 900 <= estimate_preparation(files, max_samples=None, filters=True).documents <= 1100
+    (data / "text" / "0.jsonl").write_text("not JSON\n")  # the sample ends before it has seen any text
+    found = estimate_preparation(files, max_samples=None, filters=True)
+    assert found.documents < 1100
+    assert found.seconds < 60
+
+
+def test_files_are_hashed_after_it_was_said(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mm_rec.data.prepare._LARGE_BYTES", 1000)
+    said: list[str] = []
+    prepare(data, 512, progress=said.append)
+    assert [line.partition(" ")[0] for line in said[:2]] == ["preparing", "hashing"]
+    again: list[str] = []
+    prepare(data, 512, progress=again.append)
+    assert again[0].startswith("hashing ")

@@ -9,6 +9,7 @@ import torch
 
 from mm_rec.config import ModelConfig
 from mm_rec.errors import UserError
+from mm_rec.inference import session_file
 from mm_rec.inference.chat_session import ChatSession
 from mm_rec.inference.sampling import Sampling
 from mm_rec.model import MMRecModel
@@ -208,3 +209,17 @@ def test_every_damage_is_noticed(model: MMRecModel, tokenizer: Tokenizer, tmp_pa
         path.write_bytes(content)
         with pytest.raises(DamageError, match="damaged"):
             ChatSession.load(path, model, tokenizer)
+
+
+def test_a_file_larger_than_any_session_is_not_read(
+    model: MMRecModel, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "session.safetensors"
+    start(model, tokenizer).save(path)
+    assert path.stat().st_size < session_file.most_bytes(model)
+    ChatSession.load(path, model, tokenizer)
+    with path.open("r+b") as file:
+        file.truncate(session_file.most_bytes(model) + 1)
+    monkeypatch.setattr(session_file, "read_regular", lambda path: pytest.fail("the file was read"))
+    with pytest.raises(DamageError, match="more than any session of this model"):
+        ChatSession.load(path, model, tokenizer)

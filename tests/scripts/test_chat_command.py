@@ -50,6 +50,13 @@ def talk(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     return run
 
 
+def test_an_endless_message_is_refused(talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mm_rec.scripts.chat_command.MOST_CHARACTERS", 20)
+    out, err = talk("Hello\n" + "a" * 100, code=2)
+    assert len(out.splitlines()) == 1
+    assert err.strip() == "error: a message has more than 20 characters; give less of it"
+
+
 def test_answers_by_a_schema(talk, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text('{"enum": ["one", "two"]}')
     out, err = talk("Hello\nHello\n", "--json_schema", tmp_path / "schema.json", "--max_new_tokens", 30)

@@ -229,3 +229,20 @@ def test_a_damaged_newest_checkpoint_is_not_passed_over_in_silence(tmp_path: Pat
             assert find_checkpoint(path).name == "step_000005"
     with pytest.raises(UserError, match=r"step_000010/model\.safetensors is damaged.*; name the checkpoint to start"):
         starting_checkpoint(TrainSettings(stage="stage2", init_from=run.path))
+
+
+@open_files_stay
+def test_a_record_that_is_removed_or_cut_while_it_is_written_is_told(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    events: list[str] = []
+    with open_small(tmp_path, events=events) as run:
+        train(run, tokenizer, until=7)
+        (run.path / "loss_log.txt").unlink()
+        os.truncate(run.path / "metrics.jsonl", 10)
+        run.log_loss(8, 1.0)
+        run.log_metrics(8, loss=1.0)
+        run.log_loss(9, 1.0)
+        told = [event for event in events if "was removed or cut while it was written" in event]
+        assert [Path(event.split()[0]).name for event in told] == ["loss_log.txt", "metrics.jsonl"]
+        cut_back(run, None)
+        run.log_loss(1, 1.0)
+    assert len([event for event in events if "was removed or cut" in event]) == 2
