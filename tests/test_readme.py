@@ -101,8 +101,6 @@ def test_every_command_of_the_readme_works(
         program, *words = shlex.split(command, comments=True)
         if program == "make":
             assert words[0] in targets
-        elif program == "pip":
-            assert words == ["install", "mm-rec[serve]"]
         elif program == "mm-rec":
             words = [word.replace("~", str(tmp_path / "home")) for word in words]
             assert mm_rec([words[0], *SHORT.get(words[0], []), *words[1:]]) == 0, (
