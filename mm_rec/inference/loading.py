@@ -18,7 +18,7 @@ from mm_rec.model import MMRecModel
 from mm_rec.stages import STAGES
 from mm_rec.state import flatten_state, initial_state
 from mm_rec.storage import checkpoint
-from mm_rec.storage.adapter import merged, read_adapter
+from mm_rec.storage.adapter import ADAPTER_FOLDER, merged, read_adapter
 from mm_rec.storage.files import format_bytes
 from mm_rec.storage.resume import require_checkpoints
 from mm_rec.storage.run_config import CHECKPOINTS, list_runs, require_configs
@@ -86,10 +86,21 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def _adapted(weights: Mapping[str, Tensor], adapter: Path) -> Mapping[str, Tensor]:
-    """Returns ``weights`` with the adapter added that :func:`load_model` is given."""
-    folder = checkpoint.resolve(adapter, _warn) if (adapter / "checkpoints").is_dir() else adapter
-    return merged(weights, read_adapter(folder), folder)
+def _adapted(base: checkpoint.Checkpoint, adapter: Path) -> Mapping[str, Tensor]:
+    """Returns the weights of ``base`` with the adapter added that :func:`load_model` is given.
+
+    Raises:
+        UserError: if it is no adapter of this model, or was trained in a run that started from another checkpoint.
+    """
+    folder = checkpoint.resolve(adapter, _warn) if (adapter / CHECKPOINTS).is_dir() else adapter
+    changes = read_adapter(folder)
+    started_from = checkpoint.started_from(folder.parent if folder.name == ADAPTER_FOLDER else folder)
+    if started_from not in (None, base.sha256) and checkpoint.is_of_a_run(base.path):
+        raise UserError(
+            f"the adapter in {adapter} was not trained on {base.path}; name with --model the checkpoint that its "
+            "training started from, since later ones hold it already"
+        )
+    return merged(base.weights, changes, folder)
 
 
 def load_model(
@@ -111,14 +122,14 @@ def load_model(
 
     Raises:
         UserError: if there is no valid checkpoint, no such device, precision or kind of weights, or the adapter is
-            not of this model.
+            not of this model or was trained on another checkpoint.
     """
     if weights not in WEIGHTS:
         raise UserError(f"there are no weights {weights!r}; use {' or '.join(WEIGHTS)}")
     place = select_device(device)
     found = checkpoint.load(find_checkpoint(path), weights_only=True)
     checkpoint.check_shape(found)
-    values = found.weights if adapter is None else _adapted(found.weights, adapter)
+    values = found.weights if adapter is None else _adapted(found, adapter)
     try:
         with torch.device("meta"):
             model = MMRecModel(found.config)

@@ -44,6 +44,7 @@ __all__ = [
     "check_shape",
     "checkpoint_name",
     "checkpoint_step",
+    "is_of_a_run",
     "list_checkpoints",
     "load",
     "load_newest",
@@ -52,11 +53,13 @@ __all__ = [
     "resolve",
     "save",
     "set_aside",
+    "started_from",
     "write_tensors",
 ]
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
-TRAINING_FILES = ("optimizer.safetensors", "carried.safetensors", "trainer.json")
+TRAINER = "trainer.json"
+TRAINING_FILES = ("optimizer.safetensors", "carried.safetensors", TRAINER)
 SMALL_FILES_BYTES = 16_000_000
 """Room for all files but the tensors; a tokenizer of 32,000 tokens takes 2.5 MB."""
 
@@ -136,7 +139,7 @@ def save(
     n_bytes = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
     with files.atomic_folder(path, n_bytes + SMALL_FILES_BYTES) as folder:
         hf_folder.write_model_files(folder, config, tokenizer, hf_folder.default_domain(config, weights))
-        _write_json(folder / "trainer.json", {KEY: VERSIONS["training"], **trainer})
+        _write_json(folder / TRAINER, {KEY: VERSIONS["training"], **trainer})
         for name, group in tensors.items():
             write_tensors(folder / f"{name}.safetensors", group)
         if adapter:
@@ -174,7 +177,7 @@ def load(path: Path, *, weights_only: bool = False) -> Checkpoint:
     except files.DamageError as error:
         raise CheckpointError(str(error)) from error
     values = _parse_json(path / "config.json", "model", contents["config.json"])
-    trainer = {} if weights_only else _parse_json(path / "trainer.json", "training", contents["trainer.json"])
+    trainer = {} if weights_only else _parse_json(path / TRAINER, "training", contents[TRAINER])
     config = _model_config(path, values)
     weights = hf_folder.checkpoint_names(contents["model.safetensors"])
     return Checkpoint(
@@ -230,6 +233,27 @@ def _default_domain(
     if domain is not None and domain not in config.experts:
         raise CheckpointError(f"{path / 'config.json'} cannot be used: there is no expert {domain!r:.80}")
     return domain
+
+
+def is_of_a_run(path: Path) -> bool:
+    """Returns whether ``path`` is a checkpoint that a training wrote, not a folder for transformers."""
+    return (path / TRAINER).is_file()
+
+
+def started_from(path: Path) -> str | None:
+    """Returns the ``sha256`` of the checkpoint that the training of ``path`` started from.
+
+    None if it started from new weights, or ``path`` is no checkpoint of a training.
+    """
+    if not is_of_a_run(path):
+        return None
+    try:
+        content = read_regular(path / TRAINER)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path / TRAINER}: {error.strerror or error}") from error
+    with _reading(path / TRAINER):
+        found: str | None = json.loads(content)["run"]["identity"]["starts_from"]
+    return found
 
 
 def check_shape(found: Checkpoint) -> None:
@@ -357,7 +381,7 @@ def _check_names(path: Path, entries: Mapping[str, files.Entry], weights_only: b
     needed = MODEL_FILES if weights_only else MODEL_FILES + TRAINING_FILES
     missing = [name for name in needed if name not in entries]
     if missing:  # another version may have other files
-        for name, kind in (("config.json", "model"), ("trainer.json", "training")):
+        for name, kind in (("config.json", "model"), (TRAINER, "training")):
             if name in entries and name in needed:
                 _parse_json(path / name, kind, read_file(path / name, entries[name]))
     if missing and missing[0] in TRAINING_FILES:

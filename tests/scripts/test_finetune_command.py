@@ -165,6 +165,9 @@ def test_adapters_are_trained_in_place_of_the_weights(
     assert main(["generate", "--model", str(whole), *prompt, "--domain", "all"]) == 0
     first, second = capsys.readouterr().out.splitlines()[-2:]
     assert first == second
+    for path in (whole, whole / "adapter"):  # the merged model has it already
+        assert main(["generate", "--model", str(folder / "one"), "--adapter", str(path), *prompt]) == 2
+        assert "was not trained on" in capsys.readouterr().err
     merged = folder / "merged"
     assert main(["export", "--model", str(base), "--adapter", str(whole), "--output", str(merged)]) == 0
     exported = checkpoint.load(merged, weights_only=True).weights
