@@ -17,8 +17,10 @@ python=${PYTHON:-python3}
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 torch=$(grep '^torch==' constraints.txt)
+kernels=cpu
+if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then kernels=all; fi
 if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
-    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
+    if [ "$kernels" = all ]; then
         echo "GPU found: installing $torch with CUDA"
         pip install --quiet --constraint constraints.txt "$torch"
     else
@@ -30,7 +32,8 @@ if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
         }
     fi
 fi
-# The CUDA kernels, too, where nvcc is: an installation by pip alone leaves them out, for they take many minutes.
-export MM_REC_BUILD="${MM_REC_BUILD:-all}"
+# The CUDA kernels only where a GPU is: they take many minutes.
+export MM_REC_BUILD="${MM_REC_BUILD:-$kernels}"
+echo "installing the other packages and compiling the native kernels ($MM_REC_BUILD): some minutes"
 pip install --quiet --constraint constraints.txt --editable '.[dev]'
 "$venv/bin/python" -c 'import mm_rec.ops as ops; print(ops.status())'
