@@ -132,7 +132,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "generate" in options.measure:
-            model, _ = train(trees["before"], folder, options.device, "model")
+            models = {label: train(tree, folder, options.device, f"model-{label}")[0] for label, tree in trees.items()}
         for index in range(options.rounds):
             found = {}
             for label in sorted(trees, reverse=bool(index % 2)):
@@ -143,7 +143,7 @@ def main() -> None:
                 if "train" in options.measure:
                     speeds |= train(tree, folder, options.device, label)[1]
                 if "generate" in options.measure:
-                    speeds |= generate(tree, model, options.device)
+                    speeds |= generate(tree, models[label], options.device)
                 found[label] = speeds
             rounds.append(found)
             print(f"round {index + 1} of {options.rounds}", flush=True)
