@@ -20,7 +20,7 @@ MOMENTS = {
     "mm_rec.storage.run_folder:RunFolder.log_timing": STEPS,
     "mm_rec.storage.run_folder:RunFolder.save": 6,
     "mm_rec.storage.checkpoint:save": 5,
-    "mm_rec.storage.files:sync": 60,
+    "mm_rec.system:sync": 60,
     "mm_rec.training.trainer:Trainer._evaluate": 3,
     "mm_rec.training.trainer:Trainer._sample": 2,
 }

@@ -129,10 +129,10 @@ ENDLESS: dict[str, dict[str, object]] = {
 ENDS = ("response.completed", "response.incomplete")
 
 
-def read_stream(port: int, path: str, pieces: list[str], begun: threading.Event) -> None:
+def read_stream(port: int, path: str, body: dict[str, object], pieces: list[str], begun: threading.Event) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     with contextlib.closing(connection):
-        connection.request("POST", path, json.dumps(ENDLESS[path]), {"Content-Type": "application/json"})
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         for line in connection.getresponse():
             piece = line.decode().removeprefix("data: ").strip()
             if piece.startswith(("{", "[")):
@@ -164,8 +164,8 @@ def stopped_servers(folder: Path) -> Iterator[Trial]:
         with server_process(folder, "--max_tokens", "1000000") as (port, server, log):
             begun = [threading.Event() for _ in streams]
             threads = [
-                threading.Thread(target=read_stream, args=(port, *one))
-                for one in zip(paths, streams, begun, strict=True)
+                threading.Thread(target=read_stream, args=(port, path, ENDLESS[path], *one))
+                for path, *one in zip(paths, streams, begun, strict=True)
             ]
             for thread in threads:
                 thread.start()

@@ -123,7 +123,7 @@ def sessions_beside_streams(folder: Path) -> Iterator[Trial]:
             begun = [threading.Event() for _ in pieces]
             body = {"model": "tiny", "prompt": "a", "max_tokens": STREAM_TOKENS, "stream": True}
             threads = [
-                threading.Thread(target=read_stream, args=(port, {**body, "seed": index}, *one))
+                threading.Thread(target=read_stream, args=(port, PATHS[0], {**body, "seed": index}, *one))
                 for index, one in enumerate(zip(pieces, begun, strict=True))
             ]
             for thread in threads:

@@ -28,10 +28,10 @@ from mm_rec.storage.resume import open_run
 PROCESSES = 20
 
 
-def wait_for_log(child: Child) -> str:
+def wait_for_log(child: Child, words: str = "") -> str:
     deadline = time.monotonic() + 60
-    while not child.log.endswith("\n"):
-        assert time.monotonic() < deadline, f"process {child.pid} said nothing"
+    while not (child.log.endswith("\n") and words in child.log):
+        assert time.monotonic() < deadline, f"process {child.pid} did not say {words!r}: {child.log}"
         time.sleep(0.002)
     return child.log
 
@@ -190,7 +190,7 @@ def preparation_and_preparation(pairs: Pairs, root: Path, removed: bool) -> None
         (root / "prepared" / "lock").unlink()
     second = pairs.supervisor.start("owning.prepare_too", root=str(root))
     second.go()
-    assert f"waiting for process {owner.pid} on " in wait_for_log(second)
+    wait_for_log(second, f"waiting for process {owner.pid} on ")
     pairs.end(owner, root)
     assert second.wait() == 0, second.log
     assert "documents read" in second.log
