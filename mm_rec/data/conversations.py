@@ -203,6 +203,9 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[Row]:
         except RecursionError:
             bad.report(path, line, "the JSON value is nested too deeply; what follows is left out")
             return
+        except ValueError:  # Python converts no numbers of thousands of digits
+            bad.report(path, line, "a number has too many digits; what follows is left out")
+            return
         yield Row(path, line, value)
         at = _after_space(content, at)
         if content.startswith(",", at):

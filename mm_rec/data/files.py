@@ -130,8 +130,10 @@ def read_rows(path: Path, bad: BadRows, fields: Sequence[str] = ()) -> Iterator[
             yield Row(path, line, json.loads(content))
         except RecursionError:
             bad.report(path, line, "the JSON value is nested too deeply")
-        except ValueError as error:
+        except json.JSONDecodeError as error:
             bad.report(path, line, f"not valid JSON: {error}")
+        except ValueError:  # Python converts no numbers of thousands of digits
+            bad.report(path, line, "a number has too many digits")
 
 
 def _suffix(path: Path) -> str | None:

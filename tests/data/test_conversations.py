@@ -266,3 +266,14 @@ def test_the_loss_counts_answers_and_their_ends(tokenizer: Tokenizer) -> None:
     end = [tokenizer.end_id]
     assert learned == tokenizer.encode("Hi!") + end + tokenizer.encode("Hi") + end
     assert document.n_bytes == 5
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_number_of_thousands_of_digits_is_a_bad_row(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    sound = '{"prompt": "one", "completion": "two"}'
+    number = '{"prompt": ' + "9" * 5000 + "}"
+    path.write_text(f"[{sound}, {number}]" if name == "a.json" else f"{sound}\n{number}\n")
+    with pytest.raises(UserError, match="a number has too many digits"):
+        list(read_conversations(path, BadRows()))
+    assert len(list(read_conversations(path, BadRows(1)))) == 1
