@@ -29,7 +29,7 @@ def resumed_at_every_step(folder: Path) -> Iterator[Trial]:
     pipeline = Pipeline(folder)
 
     def run(stage: str, parts: int, root: Path, interval: int) -> str:
-        sizes = {"seq_len": 48, "max_steps": STEPS, "accumulation": parts, "keep_checkpoints": 1000}
+        sizes = {"seq_len": 80, "max_steps": STEPS, "accumulation": parts, "keep_checkpoints": 1000}
         intervals = {"checkpoint_interval": interval, "eval_interval": STEPS}
         child = pipeline.supervisor.run("tiny_runs.run", command=pipeline.command(stage, root, **sizes, **intervals))
         assert child.status == 0, child.log
