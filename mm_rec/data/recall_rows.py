@@ -32,6 +32,7 @@ NEAREST, SPARSEST = 40, 8  # bytes between insertions: from so many to one such 
 LONGEST_LIST, LIST_SPARES = 24, 200  # pairs, of which there is one for so many bytes of the row at most
 END = 0.4  # share of facts that are asked for again at the row's end
 DECODED_AT_ONCE = 2048  # tokens
+TRIES = 1000  # to find a key of the text's own words that the row has not used
 
 _PIECE = {
     "text": re.compile(r"[^\n.!?]*(?:[.!?][\"'”’)]*\s+|\n+)"),
@@ -214,9 +215,11 @@ class _Row:
         return self._new(kinds[kind])
 
     def _new(self, make: Callable[[], str]) -> str:
-        """What this row has no use of yet."""
-        while (made := make()) in self._used:
-            pass
+        """Something that this row has not used yet; with a made-up word before it if the text has too few words."""
+        made, joint, tries = make(), "_" if self._is_code else " ", 1
+        while made in self._used:
+            made = make() if tries < TRIES else f"{self._made_up()}{joint}{make()}"
+            tries += 1
         self._used.add(made)
         return made
 

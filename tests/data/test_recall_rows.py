@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 
+from mm_rec.data.pack import Document, write_store
 from mm_rec.data.prepare import prepare
 from mm_rec.data.prepare_recall import add_recall_rows
 from mm_rec.data.recall_rows import LONGEST, Part, _counted, _Row, recall_documents
@@ -65,6 +66,17 @@ def test_a_document_is_its_text_with_bos_and_mask(data):
         assert len(document.loss_mask) == len(document.tokens)
         assert set(document.loss_mask) == {0, 1}
         assert document.n_bytes == len(data.tokenizer.decode(document.tokens).encode())
+
+
+@pytest.mark.parametrize("domain", ["text", "code"])
+def test_a_text_of_one_word_has_rows_too(data, tmp_path, domain):
+    tokenizer = data.tokenizer
+    ids = tokenizer.encode("again\n" * 4000)
+    store = write_store(
+        tmp_path / "store", [Document([tokenizer.bos_id, *ids], 24_000)], vocab_size=tokenizer.vocab_size
+    )
+    made = list(recall_documents(store, tokenizer, domain, 40_000, 0))
+    assert sum(len(document.tokens) for document in made) >= 40_000
 
 
 def test_rows_depend_on_their_arguments_alone(data):
