@@ -1,10 +1,10 @@
-"""Speed of two versions of this project, in turn: training, generation in bf16 and int8, and the product's own loop.
+"""Speed of two versions of this project, in turn: training, generation in bf16 and int8, the product's loop, its server.
 
     git worktree add /tmp/before COMMIT && cp mm_rec/cpp/*.so /tmp/before/mm_rec/cpp/
     python -m benchmarks.compare_trees --before /tmp/before [--device cuda] [--rounds 5]
 
 Each round runs the same once with either tree (``parts``: steps and single tokens; ``train``: ``mm-rec train``;
-``generate``: texts); which one comes first changes with the round. A figure is the median over the rounds; the ratio is
+``generate``: texts; ``serving``: streams over HTTP); which one comes first changes with the round. A figure is the median over the rounds; the ratio is
 the median of the rounds' ratios, with the least and the most. The result is written after every round.
 """
 
@@ -29,7 +29,7 @@ STEPS = 12
 """Steps of a training; the first two, in which memory is first touched, don't count."""
 
 
-KINDS = ("parts", "train", "generate")
+KINDS = ("parts", "train", "generate", "serving")
 
 
 def run(tree: Path, *arguments: str) -> str:
@@ -114,13 +114,31 @@ def generate(tree: Path, model: Path, device: str) -> dict[str, float]:
     return dict(json.loads(line) for line in run(tree, "-c", GENERATE, device, str(model)).splitlines())
 
 
+SERVE = """
+import json, statistics, sys, tempfile
+from pathlib import Path
+from benchmarks import serving
+with tempfile.TemporaryDirectory() as folder:
+    with serving.served(serving.build(sys.argv[1], "text", Path(folder))) as url:
+        for streams in (1, 8):
+            rates = [serving.ask(url, streams)["tokens_per_second"] for _ in range(6)]
+            print(json.dumps([f"serving, {streams} streams", statistics.median(rates[1:])]))
+"""
+"""Streams of 64 tokens from the `100m` preset; clients have a process of their own, and the first ones don't count."""
+
+
+def serving(tree: Path, precision: str) -> dict[str, float]:
+    """Tokens a second of the server on the CPU, by the number of streams."""
+    return dict(json.loads(line) for line in run(tree, "-c", SERVE, precision).splitlines())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, required=True, help="the tree of the earlier version")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--shapes", nargs="+", default=["1x256", "2x512"])
-    parser.add_argument("--measure", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--measure", nargs="+", choices=KINDS, default=KINDS[:3])
     parser.add_argument("--commits", nargs=2, metavar="HASH", help="before and after, where a copy has no git")
     parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--output", type=Path, default=HERE / "benchmarks" / "results" / "compare_trees.json")
@@ -144,6 +162,8 @@ def main() -> None:
                     speeds |= train(tree, folder, options.device, label)[1]
                 if "generate" in options.measure:
                     speeds |= generate(tree, models[label], options.device)
+                if "serving" in options.measure:
+                    speeds |= serving(tree, options.precision)
                 found[label] = speeds
             rounds.append(found)
             print(f"round {index + 1} of {options.rounds}", flush=True)
