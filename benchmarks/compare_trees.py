@@ -1,11 +1,12 @@
-"""Speed of two versions of this project, in turn: training, generation in bf16 and int8, the product's loop, its server.
+"""Speed of two versions of this project, in turn: training, generation in bf16 and int8, the product's loop, serving.
 
     git worktree add /tmp/before COMMIT && cp mm_rec/cpp/*.so /tmp/before/mm_rec/cpp/
     python -m benchmarks.compare_trees --before /tmp/before [--device cuda] [--rounds 5]
 
 Each round runs the same once with either tree (``parts``: steps and single tokens; ``train``: ``mm-rec train``;
-``generate``: texts; ``serving``: streams over HTTP); which one comes first changes with the round. A figure is the median over the rounds; the ratio is
-the median of the rounds' ratios, with the least and the most. The result is written after every round.
+``generate``: texts; ``serving``: streams over HTTP); which one comes first changes with the round. A figure is the
+median over the rounds; the ratio is the median of the rounds' ratios, with the least and the most. The result is
+written after every round.
 """
 
 from __future__ import annotations

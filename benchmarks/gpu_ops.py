@@ -143,7 +143,8 @@ def memory_cases(batch: int, time: int) -> Iterator[tuple[str, Action, int]]:
     index = torch.arange(time, device="cuda")
     position = index - torch.where(reset, index, -1).cummax(dim=1).values
     q, dout = half(batch, time, heads, HEAD), half(batch, time, heads, HEAD)
-    k, v = (half(batch, WINDOW + time, heads, HEAD) for _ in range(2))
+    own, k, v = (half(batch, before + time, heads, HEAD) for before in (TAPS - 1, WINDOW, WINDOW))
+    k = k / HEAD**0.5
     read = (q, k, v, position, 1000.0)
     out, lse = call("window_attention")(*read)
     yield "window_attention", lambda: call("window_attention")(*read), size(q, k, v, out)
@@ -153,12 +154,12 @@ def memory_cases(batch: int, time: int) -> Iterator[tuple[str, Action, int]]:
         size(dout, out, q, k, v, q, k, v),
     )
     taps = wide(heads, HEAD, TAPS)
-    key = call("delta_keys")(k, taps, position)
-    yield "delta_keys", lambda: call("delta_keys")(k, taps, position), size(k, key)
+    key = call("delta_keys")(own, taps, position)
+    yield "delta_keys", lambda: call("delta_keys")(own, taps, position), size(own, key)
     yield (
         "delta_keys backward",
-        lambda: call("delta_keys_backward")(dout, k, taps, position),
-        size(dout, k, k),
+        lambda: call("delta_keys_backward")(dout, own, taps, position),
+        size(dout, own, own),
     )
     beta = torch.rand(batch, time, heads, device="cuda")
     log_decay = torch.nn.functional.logsigmoid(wide(batch, time, heads) + 3)

@@ -19,12 +19,12 @@ __all__ = ["FIRST_VERSION", "KEY", "VERSIONS", "FormatError", "check_version", "
 
 VERSIONS = {
     # model.safetensors, config.json and the tokenizer, of checkpoints and exported folders; written in config.json
-    "model": 2,
+    "model": 3,
     # optimizer.safetensors, carried.safetensors and trainer.json of checkpoints; written in trainer.json. Carried
     # states and sessions hold what mm_rec/state.py lays out: a change there raises both numbers
-    "training": 2,
+    "training": 3,
     # the file of a chat session; written in its settings
-    "session": 2,
+    "session": 3,
     # a folder of prepared data, and whatever makes the same input come out differently: part of the identity that
     # names the folder, so that one of another number is not opened but made anew beside it
     "documents": 4,
@@ -61,7 +61,7 @@ class FormatError(UserError):
 def is_current(kind: str, found: object) -> bool:
     """Whether ``found``, any value that JSON can hold, is the number that :data:`VERSIONS` has for ``kind``.
 
-    >>> is_current("session", 2), is_current("session", True), is_current("session", 2.0)
+    >>> is_current("session", 3), is_current("session", True), is_current("session", 3.0)
     (True, False, False)
     """
     return type(found) is int and found == VERSIONS[kind]

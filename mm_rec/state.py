@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mm_rec.config import ModelConfig
+from mm_rec.config import KEY_TAPS, ModelConfig
 
 __all__ = [
     "BlockState",
@@ -30,12 +30,15 @@ class MemoryState(NamedTuple):
     """What a memory block keeps (letters as in :mod:`mm_rec.ops.reference`).
 
     Attributes:
-        k, v: (B, W, H, d), keys (un-rotated) and values of the last W tokens, oldest first, activation type.
+        k, v: (B, W, H, d), keys (un-rotated) and values of the last W tokens, oldest first, activation type. A key is
+            made of the tokens' own keys, that of its token and of those before it.
+        own: (B, J - 1, H, d), the own keys of the last tokens, of which the next key is made.
         matrix: (B, H, d, d) float32, the long-term memory: maps keys to values.
     """
 
     k: Tensor
     v: Tensor
+    own: Tensor
     matrix: Tensor
 
 
@@ -75,8 +78,9 @@ def initial_state(
         if not config.is_memory_block(index):
             return BlockState(h, None)
         ring = torch.zeros(batch_size, config.window, heads, d, dtype=dtype, device=device)
+        own = torch.zeros(batch_size, KEY_TAPS - 1, heads, d, dtype=dtype, device=device)
         matrix = torch.zeros(batch_size, heads, d, d, dtype=kept, device=device)
-        return BlockState(h, MemoryState(ring, ring.clone(), matrix))
+        return BlockState(h, MemoryState(ring, ring.clone(), own, matrix))
 
     position = torch.zeros(batch_size, dtype=torch.int64, device=device)
     return ModelState(position, {name: [block(i) for i in range(config.n_layers)] for name in experts})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mm_rec import ops
 from mm_rec.bench.limits import copy_action
 from mm_rec.bench.timing import Action, median_seconds, recorded
-from mm_rec.config import ModelConfig
+from mm_rec.config import KEY_TAPS, ModelConfig
 from mm_rec.system import keep_freed_memory
 
 __all__ = ["KernelTime", "measure_kernels", "measure_recurrence"]
@@ -144,8 +144,9 @@ def _products(config: ModelConfig, batch: int, length: int) -> Iterator[Work]:
     heads, d, window, width = config.n_heads, config.head_dim, config.window, config.d_model
     rows = batch * length
     position = torch.arange(1000, 1000 + length).expand(batch, -1)
-    q, key = (torch.randn(batch, length, heads, d).bfloat16() for _ in range(2))
-    k, v = (torch.randn(batch, window + length, heads, d).bfloat16() for _ in range(2))
+    q = torch.randn(batch, length, heads, d).bfloat16()
+    own, k, v = (torch.randn(batch, n + length, heads, d).bfloat16() for n in (KEY_TAPS - 1, window, window))
+    k = ops.rms_norm(k) / d**0.5
     activations = per_token = 2 * rows * width  # bytes of a tensor in bfloat16; operations of a multiplication each
     yield from _both_ways(
         "window_attention",
@@ -154,9 +155,9 @@ def _products(config: ModelConfig, batch: int, length: int) -> Iterator[Work]:
         (4 * activations, 9 * activations),
         (2 * window * per_token, 5 * window * per_token),
     )
-    taps = torch.randn(heads, d, 4)
+    taps = torch.randn(heads, d, KEY_TAPS)
     yield from _both_ways(
-        "delta_keys", ops.delta_keys, (k, taps, position), (2 * activations, 3 * activations), (0.0, 0.0)
+        "delta_keys", ops.delta_keys, (own, taps, position), (2 * activations, 3 * activations), (0.0, 0.0)
     )
     chunk = 64  # tokens from one kept matrix to the next; products of a chunk with itself are triangular
     beta, decay = torch.rand(2, batch, length, heads)
@@ -165,7 +166,7 @@ def _products(config: ModelConfig, batch: int, length: int) -> Iterator[Work]:
     yield from _both_ways(
         "delta_rule",
         ops.delta_rule,
-        (q, ops.rms_norm(key) / d**0.5, v[:, window:], beta, decay.log(), position, state),
+        (q, k[:, window:], v[:, window:], beta, decay.log(), position, state),
         (4 * activations + matrices, 7 * activations + matrices),
         ((3 * d + 2 * chunk) * per_token, (7 * d + 5.5 * chunk) * per_token),
     )

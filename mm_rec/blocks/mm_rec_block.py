@@ -128,14 +128,15 @@ class MMRecBlock(nn.Module):
         config = self.config
         batch, time, width = n.shape
         window = config.window
-        q, k, v = ops.memory_context(ops.linear(n, self.qkv_proj), memory.k, memory.v)
+        q, own, v = ops.memory_context(ops.linear(n, self.qkv_proj), memory.own, memory.v)
+        key = ops.delta_keys(own, self.key_taps, position)
+        k = torch.cat([memory.k, key], dim=1)
         near = ops.window_attention(q, k, v, position, config.rotary_base)
         gates = ops.linear(n, self.memory_gates).float() + self.memory_gate_bias
         write, keep, read = gates.split(config.n_heads, dim=-1)
-        key = ops.delta_keys(k, self.key_taps, position)
         far, matrix = ops.delta_rule(
             q, key, v[:, window:], torch.sigmoid(write), F.logsigmoid(keep), position, memory.matrix
         )
         out = ops.mix_memories(near, far, read)
-        kept = MemoryState(k[:, -window:], v[:, -window:], matrix)
+        kept = MemoryState(k[:, -window:], v[:, -window:], own[:, time:], matrix)
         return ops.linear(out.reshape(batch, time, width), self.attention_out), kept

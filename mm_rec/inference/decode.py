@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_rec.blocks.mm_rec_block import MMRecBlock
-from mm_rec.config import ModelConfig
+from mm_rec.config import KEY_TAPS, ModelConfig
 from mm_rec.model import MMRecModel
 from mm_rec.ops.inference import VECTORS, Int8Matrix, PackedMatrix, StepPlan, StepShape, Weight, runs_native
 from mm_rec.state import BlockState, MemoryState, ModelState
@@ -241,11 +241,12 @@ class _Stream:
         rows, window, heads, d = len(state.position), config.window, config.n_heads, config.head_dim
         self.h = torch.stack([block.h for block in blocks]).float()
         self.offset = 0
-        self.ring = torch.empty(2 * len(memories), rows, window + (window + 1) // 2, heads, d, dtype=dtype)
+        # Of each memory: keys, values and own keys.
+        self.ring = torch.empty(3 * len(memories), rows, window + (window + 1) // 2, heads, d, dtype=dtype)
         self.matrix = torch.empty(len(memories), rows, heads, d, d)
         for index, memory in enumerate(memories):
-            for place, tensor in zip(self.ring[2 * index :], memory[:2], strict=False):
-                place[:, :window] = tensor
+            for place, tensor in zip(self.ring[3 * index :], memory[:3], strict=False):
+                place[:, window - tensor.shape[1] : window] = tensor
             self.matrix[index] = memory.matrix
         self._views = self._view()
 
@@ -277,9 +278,10 @@ class _Stream:
 
     def _issue(self, position: Tensor) -> ModelState:
         """Returns the state as views of this memory."""
-        rows = iter(self.ring.narrow(2, self.offset, self.config.window).unbind(0))
+        rings, n_own = self.ring.narrow(2, self.offset, self.config.window), KEY_TAPS - 1
+        own = rings[2::3].narrow(2, self.config.window - n_own, n_own)
         h, matrices = self._views
-        memories = (MemoryState(k, v, matrix) for k, v, matrix in zip(rows, rows, matrices, strict=True))
+        memories = map(MemoryState, rings[::3].unbind(0), rings[1::3].unbind(0), own.unbind(0), matrices)
         self._issued = [
             BlockState(x, next(memories) if has else None) for x, has in zip(h, self._has_memory, strict=True)
         ]

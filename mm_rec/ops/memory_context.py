@@ -17,8 +17,8 @@ __all__ = ["memory_context"]
 
 
 _context = define(
-    "memory_context(Tensor qkv, Tensor ring_k, Tensor ring_v) -> (Tensor, Tensor, Tensor)",
-    lambda args: reference.memory_context(args.qkv, args.ring_k, args.ring_v),
+    "memory_context(Tensor qkv, Tensor recent, Tensor ring_v) -> (Tensor, Tensor, Tensor)",
+    lambda args: reference.memory_context(args.qkv, args.recent, args.ring_v),
     fused=True,
 )
 _context_backward = define(
@@ -30,45 +30,49 @@ _context_backward = define(
 
 class _MemoryContext(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, ring_k: Tensor, ring_v: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, qkv: Tensor, recent: Tensor, ring_v: Tensor) -> tuple[Tensor, ...]:
         with below_autograd():
-            q, k, v = _context(qkv, ring_k, ring_v)
+            q, k, v = _context(qkv, recent, ring_v)
         ctx.save_for_backward(qkv)
-        ctx.window = ring_k.shape[1]
+        ctx.before = recent.shape[1], ring_v.shape[1]
         return q, k, v
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         (qkv,) = ctx.saved_tensors
-        _, learns_k, learns_v = ctx.needs_input_grad
-        dring_k, dring_v = (x[:, : ctx.window] if learns else None for x, learns in ((dk, learns_k), (dv, learns_v)))
-        return _context_backward(dq, dk, dv, qkv), dring_k, dring_v
+        drecent, dring_v = (
+            x[:, :n] if learns else None
+            for x, n, learns in zip((dk, dv), ctx.before, ctx.needs_input_grad[1:], strict=True)
+        )
+        return _context_backward(dq, dk, dv, qkv), drecent, dring_v
 
 
 differentiable(_context, _MemoryContext)
 
 
-def memory_context(qkv: Tensor, ring_k: Tensor, ring_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, and the keys and values that they may see: the last W tokens, then the chunk.
+def memory_context(qkv: Tensor, recent: Tensor, ring_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a chunk, behind those of the tokens before that are still needed.
 
     Args:
         qkv: (B, T, 3 D), the products q, k and v of D columns each.
-        ring_k, ring_v: (B, W, H, d) with H * d = D, of the tokens before, keys normed.
+        recent: (B, R, H, d) with H * d = D and R at most W, the normed keys of the last R tokens before the chunk.
+        ring_v: (B, W, H, d), the values of the last W tokens.
 
     Returns:
-        q (B, T, H, d), normed per head; k and v (B, W + T, H, d), the ring and then the chunk, its keys normed.
+        q (B, T, H, d), normed per head; k (B, R + T, H, d), the recent keys and then those of the chunk, normed;
+        v (B, W + T, H, d), the ring and then the chunk.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or shape; the message names it.
     """
     check_float("qkv", qkv, 3)
-    check_float("ring_k", ring_k, 4)
-    batch, window, heads, head_dim = ring_k.shape
-    check_shape("qkv", qkv, (batch, qkv.shape[1], 3 * heads * head_dim), ring_k)
-    check_shape("ring_v", ring_v, (batch, window, heads, head_dim), ring_k)
-    one_type = qkv.dtype == ring_k.dtype == ring_v.dtype
-    if one_type and head_dim % 8 == 0 and head_dim <= 256 and runs_fused("memory_context", qkv, ring_k, ring_v):
-        context: tuple[Tensor, Tensor, Tensor] = _context(qkv, ring_k, ring_v)
+    check_float("ring_v", ring_v, 4)
+    batch, window, heads, head_dim = ring_v.shape
+    check_shape("qkv", qkv, (batch, qkv.shape[1], 3 * heads * head_dim), ring_v)
+    check_shape("recent", recent, (batch, min(recent.shape[1], window), heads, head_dim), ring_v)
+    one_type = qkv.dtype == recent.dtype == ring_v.dtype
+    if one_type and head_dim % 8 == 0 and head_dim <= 256 and runs_fused("memory_context", qkv, recent, ring_v):
+        context: tuple[Tensor, Tensor, Tensor] = _context(qkv, recent, ring_v)
         return context
     q, k, v = reference.split_qkv(qkv, heads)
-    return rms_norm(q), torch.cat([ring_k, rms_norm(k)], dim=1), torch.cat([ring_v, v], dim=1)
+    return rms_norm(q), torch.cat([recent, rms_norm(k)], dim=1), torch.cat([ring_v, v], dim=1)

@@ -246,29 +246,28 @@ def split_qkv(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
     return qkv.view(batch, time, 3, heads, width // (3 * heads)).unbind(2)
 
 
-def memory_context(qkv: Tensor, ring_k: Tensor, ring_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, and the keys and values that they may see: the last W tokens, then the chunk.
+def memory_context(qkv: Tensor, recent: Tensor, ring_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a chunk, behind those of the tokens before that are still needed.
 
     The queries and the keys of the chunk are normed per head. Shapes as in :func:`mm_rec.ops.memory_context`.
     """
-    q, k, v = split_qkv(qkv, ring_k.shape[2])
-    return rms_norm(q), torch.cat([ring_k, rms_norm(k)], dim=1), torch.cat([ring_v, v], dim=1)
+    q, k, v = split_qkv(qkv, ring_v.shape[2])
+    return rms_norm(q), torch.cat([recent, rms_norm(k)], dim=1), torch.cat([ring_v, v], dim=1)
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, rotary_base: float = 1000.0) -> Tensor:
     """Softmax attention over a sliding window of recent tokens.
 
-    A token sees the last W tokens of its own document, itself included, under rotary encoding.
-    Shapes as in :func:`mm_rec.ops.window_attention`.
+    A token sees the last W tokens of its own document, itself included, under rotary encoding. Scores are the plain
+    products of queries and keys, whose lengths the caller chooses. Shapes as in :func:`mm_rec.ops.window_attention`.
     """
-    time, head_dim = q.shape[1], q.shape[3]
+    time = q.shape[1]
     window = k.shape[1] - time
     out_dtype = q.dtype
     q, k, v = _wide(q), _wide(k), _wide(v)
     context = torch.arange(window + time, device=q.device)
     here = context[window:]
-    scale = 1 / math.sqrt(head_dim)
-    logits = torch.einsum("bthd,bchd->bhtc", rotate(q, here, rotary_base), rotate(k, context, rotary_base)) * scale
+    logits = torch.einsum("bthd,bchd->bhtc", rotate(q, here, rotary_base), rotate(k, context, rotary_base))
     visible = (context <= here[:, None]) & (context > here[:, None] - window)  # (T, W + T)
     visible = visible & (context >= (here - position)[..., None])  # (B, T, W + T)
     weight = logits.masked_fill(~visible[:, None], -math.inf).softmax(dim=-1)
@@ -276,7 +275,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, rotary_b
 
 
 def delta_keys(k: Tensor, taps: Tensor, position: Tensor) -> Tensor:
-    """Keys under which values are stored: the keys of a token and of those before it, weighted, of length 1.
+    """Keys under which values are found: the keys of a token and of those before it, weighted, of length 1.
 
     key_t = c_t / |c_t| with c_t = sum_j taps[..., j] * k_{t-j} over the tokens of the same document. So a value can be
     found by what stood before it. Shapes as in :func:`mm_rec.ops.delta_keys`.

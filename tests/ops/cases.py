@@ -156,7 +156,8 @@ def window_attention(case: MemoryCase, dtype: torch.dtype) -> Arguments:
     batch, time, window, heads, d, start, resets = case
     random = Random(dtype, "window_attention", batch, time, d)
     q = random.activation(batch, time, heads, d)
-    k, v = (random.activation(batch, window + time, heads, d) for _ in range(2))
+    k = random.activation(batch, window + time, heads, d, scale=d**-0.5)  # as long as the model's keys
+    v = random.activation(batch, window + time, heads, d)
     return q, k, v, positions(batch, time, start, resets), 1000.0
 
 
@@ -196,10 +197,12 @@ def gated_recurrence(shape: tuple[int, int, int, int], loop: bool, state: bool, 
     return (projected, decay_proj, *biases, heads, w_g, *rest)
 
 
-def memory_context(batch: int, time: int, window: int, heads: int, d: int, dtype: torch.dtype) -> Arguments:
+def memory_context(
+    batch: int, time: int, recent: int, window: int, heads: int, d: int, dtype: torch.dtype
+) -> Arguments:
     random = Random(dtype, "memory_context", batch, time, d)
-    rings = (random.activation(batch, window, heads, d) for _ in range(2))
-    return random.activation(batch, time, 3 * heads * d), *rings
+    before = (random.activation(batch, n, heads, d) for n in (recent, window))
+    return random.activation(batch, time, 3 * heads * d), *before
 
 
 def linear_cross_entropy(rows: int, width: int, vocabulary: int, weighted: bool, dtype: torch.dtype) -> Arguments:
@@ -261,6 +264,12 @@ FUSED_CASES: dict[str, dict[str, Builder]] = {
     },
     "memory_context": {
         "x".join(map(str, sizes)): partial(memory_context, *sizes)
-        for sizes in [(1, 1, 4, 1, 6), (2, 9, 6, 3, 16), (3, 70, 128, 2, 64), (1, 5, 8, 2, 80), (2, 3, 4, 1, 256)]
+        for sizes in [
+            (1, 1, 3, 4, 1, 6),
+            (2, 9, 6, 6, 3, 16),
+            (3, 70, 3, 128, 2, 64),
+            (1, 5, 3, 8, 2, 80),
+            (2, 3, 3, 4, 1, 256),
+        ]
     },
 }

@@ -61,7 +61,7 @@ COMPOSITE_CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "linear_branch-without-state": ("linear_branch", linear_branch((1, 5, 6, 3), False, F64)),
     "linear_branch-with-state": ("linear_branch", linear_branch(SHAPE, True, F64)),
     "feed_forward": ("feed_forward", feed_forward((2, 3, 5, 1), F64)),
-    "memory_context": ("memory_context", memory_context(2, 3, 4, 3, 5, F64)),
+    "memory_context": ("memory_context", memory_context(2, 3, 3, 4, 3, 5, F64)),
 }
 """Ops that are made of others, with and without feedback, and a state and resets."""
 
@@ -110,7 +110,9 @@ def test_a_window_as_wide_as_the_chunk_is_causal_attention() -> None:
     out = reference.window_attention(q, k, v, positions(batch, time, [0], set()), base)
     index = torch.arange(window, window + time)
     q, k = (reference.rotate(x, index, base).transpose(1, 2) for x in (q, k[:, window:]))
-    want = torch.nn.functional.scaled_dot_product_attention(q, k, v[:, window:].transpose(1, 2), is_causal=True)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v[:, window:].transpose(1, 2), is_causal=True, scale=1.0
+    )
     assert torch.allclose(out, want.transpose(1, 2))
 
 

@@ -163,8 +163,8 @@ __global__ void __launch_bounds__(kDeltaThreads, kResident)
       multiply_step<true>(dkey, load_left<true>(dproducts, warp_row, j), shared.key, 0, j);
     }
   }
-  store_heads(p.dq + at + warp_row * width, width, tokens - warp_row, 1.0f, x);
-  store_heads(p.dkey + at + warp_row * width, width, tokens - warp_row, 1.0f, dkey);
+  store_heads(p.dq + at + warp_row * width, width, tokens - warp_row, x);
+  store_heads(p.dkey + at + warp_row * width, width, tokens - warp_row, dkey);
   sums.finish(shared.sums, decay, p, extent, b, t0, head, warp_row);
 }
 

@@ -37,14 +37,13 @@ struct RowWords {
   }
 };
 
-// Accumulators of a warp's 16 rows, times `scale`, to rows of heads `stride` apart, if they are among the first `rows`.
-__device__ __forceinline__ void store_heads(bf16* target, int64_t stride, int rows, float scale,
-                                            const Fragments<8>& x) {
+// Accumulators of a warp's 16 rows, to rows of heads `stride` apart, if they are among the first `rows`.
+__device__ __forceinline__ void store_heads(bf16* target, int64_t stride, int rows, const Fragments<8>& x) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     uint32_t words[8];
 #pragma unroll
-    for (int n = 0; n < 8; ++n) words[n] = pack_bf16(scale * x[n][2 * r], scale * x[n][2 * r + 1]);
+    for (int n = 0; n < 8; ++n) words[n] = pack_bf16(x[n][2 * r], x[n][2 * r + 1]);
     exchange_words(words);
     if (fragment_row(2 * r) < rows) RowWords::store(target + fragment_row(2 * r) * stride, words);
   }

@@ -1,4 +1,5 @@
-// memory_context: q, k and v of a chunk from one wide product, q and k normed per head, behind the ring of the tokens before.
+// memory_context: q, k and v of a chunk from one wide product, q and k normed per head; k behind the keys of the few tokens
+// before that the next keys are made of, v behind the values of the window.
 // A group of up to 32 neighbouring lanes works on a head of a token, 8 elements a lane.
 #include "common.cuh"
 #include "launch.cuh"
@@ -9,7 +10,7 @@ namespace {
 constexpr int kThreads = 256, kSize = 8;
 
 struct Sizes {
-  int64_t batch, time, window, heads;
+  int64_t batch, time, recent, window, heads;  // recent: keys before the chunk, at most the window
   int dim;
   int64_t stride;  // between rows (b, t) of qkv
 
@@ -57,18 +58,19 @@ __device__ __forceinline__ float dot(const float (&x)[kSize], const float (&y)[k
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    forward_kernel(const T* __restrict__ qkv, const T* __restrict__ ring_k, const T* __restrict__ ring_v,
+    forward_kernel(const T* __restrict__ qkv, const T* __restrict__ recent, const T* __restrict__ ring_v,
                    T* __restrict__ q, T* __restrict__ k, T* __restrict__ v, const Sizes s, int lanes) {
   const Group group(s, s.context(), lanes);
   const int64_t width = s.heads * s.dim, column = group.head * s.dim + group.at, t = group.token - s.window;
   const int64_t to = (group.b * s.context() + group.token) * width + column;
-  const bool old = t < 0;
-  const int64_t ring = (group.b * s.window + group.token) * width + column;
+  const bool old = t < 0, has_key = t + s.recent >= 0;
   const T* from = qkv + (group.b * s.time + t) * s.stride + column;
+  const T* before_k = recent + (group.b * s.recent + t + s.recent) * width + column;
+  const T* before_v = ring_v + (group.b * s.window + group.token) * width + column;
   float a[kSize], b[kSize], c[kSize];
   load_if(group.real && !old, from, a);
-  load_if(group.real, old ? ring_k + ring : from + width, b);
-  load_if(group.real, old ? ring_v + ring : from + 2 * width, c);
+  load_if(group.real && has_key, old ? before_k : from + width, b);
+  load_if(group.real, old ? before_v : from + 2 * width, c);
   const float norm_q = rsqrtf(group.sum(dot(a, a)) / s.dim + kNormEps);
   const float norm_k = rsqrtf(group.sum(dot(b, b)) / s.dim + kNormEps);
   if (!group.real) return;
@@ -78,7 +80,7 @@ __global__ void __launch_bounds__(kThreads)
     b[i] *= old ? 1.0f : norm_k;
   }
   if (!old) store<kSize>(q + (group.b * s.time + t) * width + column, a);
-  store<kSize>(k + to, b);
+  if (has_key) store<kSize>(k + (group.b * (s.recent + s.time) + t + s.recent) * width + column, b);
   store<kSize>(v + to, c);
 }
 
@@ -97,14 +99,15 @@ __global__ void __launch_bounds__(kThreads)
   const Group group(s, s.time, lanes);
   const int64_t width = s.heads * s.dim, column = group.head * s.dim + group.at;
   const int64_t line = group.b * s.time + group.token;
-  const int64_t context = (group.b * s.context() + s.window + group.token) * width + column;
+  const int64_t key = (group.b * (s.recent + s.time) + s.recent + group.token) * width + column;
+  const int64_t value = (group.b * s.context() + s.window + group.token) * width + column;
   const T* from = qkv + line * s.stride + column;
   float q[kSize], k[kSize], a[kSize], b[kSize], c[kSize];
   load_if(group.real, from, q);
   load_if(group.real, from + width, k);
   load_if(group.real, dq + line * width + column, a);
-  load_if(group.real, dk + context, b);
-  load_if(group.real, dv + context, c);
+  load_if(group.real, dk + key, b);
+  load_if(group.real, dv + value, c);
   norm_gradient(group, s.dim, a, q);
   norm_gradient(group, s.dim, b, k);
   if (!group.real) return;
@@ -121,12 +124,12 @@ int lanes_a_head(int dim) {
 }
 
 template <typename T>
-cudaError_t forward(const void* qkv, const void* ring_k, const void* ring_v, void* q, void* k, void* v, const Sizes& s,
+cudaError_t forward(const void* qkv, const void* recent, const void* ring_v, void* q, void* k, void* v, const Sizes& s,
                     void* stream) {
   const int lanes = lanes_a_head(s.dim);
   const dim3 grid(static_cast<unsigned>(ceil_div(s.batch * s.context() * s.heads * lanes, kThreads)));
   return launch(forward_kernel<T>, grid, dim3(kThreads), 0, stream, static_cast<const T*>(qkv),
-                static_cast<const T*>(ring_k), static_cast<const T*>(ring_v), static_cast<T*>(q), static_cast<T*>(k),
+                static_cast<const T*>(recent), static_cast<const T*>(ring_v), static_cast<T*>(q), static_cast<T*>(k),
                 static_cast<T*>(v), s, lanes);
 }
 
@@ -143,24 +146,24 @@ cudaError_t backward(const void* dq, const void* dk, const void* dv, const void*
 }  // namespace
 }  // namespace mm_rec
 
-// Heads of up to 256 elements, a multiple of 8.
-extern "C" int mm_rec_cuda_memory_context_forward(const void* qkv, int64_t stride, const void* ring_k,
+// Heads of up to 256 elements, a multiple of 8; recent is at most the window.
+extern "C" int mm_rec_cuda_memory_context_forward(const void* qkv, int64_t stride, const void* recent,
                                                   const void* ring_v, int64_t dtype, void* q, void* k, void* v,
                                                   int64_t batch, int64_t time, int64_t heads, int64_t dim,
-                                                  int64_t window, void* stream) {
+                                                  int64_t n_recent, int64_t window, void* stream) {
   using namespace mm_rec;
-  const Sizes s{batch, time, window, heads, static_cast<int>(dim), stride};
-  return dtype == kBFloat16 ? forward<bf16>(qkv, ring_k, ring_v, q, k, v, s, stream)
-                            : forward<float>(qkv, ring_k, ring_v, q, k, v, s, stream);
+  const Sizes s{batch, time, n_recent, window, heads, static_cast<int>(dim), stride};
+  return dtype == kBFloat16 ? forward<bf16>(qkv, recent, ring_v, q, k, v, s, stream)
+                            : forward<float>(qkv, recent, ring_v, q, k, v, s, stream);
 }
 
 // dqkv is contiguous.
 extern "C" int mm_rec_cuda_memory_context_backward(const void* dq, const void* dk, const void* dv, const void* qkv,
                                                    int64_t stride, int64_t dtype, void* dqkv, int64_t batch,
-                                                   int64_t time, int64_t heads, int64_t dim, int64_t window,
-                                                   void* stream) {
+                                                   int64_t time, int64_t heads, int64_t dim, int64_t n_recent,
+                                                   int64_t window, void* stream) {
   using namespace mm_rec;
-  const Sizes s{batch, time, window, heads, static_cast<int>(dim), stride};
+  const Sizes s{batch, time, n_recent, window, heads, static_cast<int>(dim), stride};
   return dtype == kBFloat16 ? backward<bf16>(dq, dk, dv, qkv, dqkv, s, stream)
                             : backward<float>(dq, dk, dv, qkv, dqkv, s, stream);
 }

@@ -48,7 +48,6 @@ struct KeyGradients {
                                       int64_t b, int64_t head, int64_t t0, int64_t next, int64_t origin,
                                       const Seen& seen) {
     const int dim = extent.dim, tokens = static_cast<int>(min(extent.time - t0, int64_t{Plan::kOther}));
-    const float scale = rsqrtf(static_cast<float>(dim));
     if (!Ahead) fetch(p, extent, b, head, t0);
     q.put_rotated(shared.q, tokens, dim, p.in.rotary, static_cast<int>(extent.window + t0 - origin));
     dout.put(shared.dout);
@@ -65,7 +64,7 @@ struct KeyGradients {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = Plan::own_row() + fragment_row(i), column = fragment_column(n, i);
-        const float score = weights[n][i] * (scale * kLog2e);
+        const float score = weights[n][i] * kLog2e;
         weights[n][i] = seen(row, column) ? exp2f(score - shared.lse[column]) : 0.0f;
       }
     }
@@ -77,7 +76,7 @@ struct KeyGradients {
       for (int n = 0; n < Plan::kOther / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          dscores[n][i] = scale * weights[n][i] * (dscores[n][i] - shared.inner[fragment_column(n, i)]);
+          dscores[n][i] = weights[n][i] * (dscores[n][i] - shared.inner[fragment_column(n, i)]);
         }
       }
       multiply<Plan::kSplit, true, Plan::kOther>(dk, dscores, shared.q, 0);

@@ -39,7 +39,6 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
   const AttentionInputs& in = p.in;
   const int64_t b = blockIdx.z, head = blockIdx.y, t0 = static_cast<int64_t>(blockIdx.x) * Plan::kOwn;
   const int dim = extent.dim, window = extent.window, tokens = static_cast<int>(min(extent.time - t0, int64_t{Plan::kOwn}));
-  const float scale = rsqrtf(static_cast<float>(dim));
   const int64_t at = extent.token_at(b, t0, head);
 
   typename Plan::OwnLoads queries, douts;
@@ -69,7 +68,7 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
     for (int n = 0; n < Plan::kOther / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        dscores[n][i] = scale * exp2f(scores[n][i] - lse[i / 2]) * (dscores[n][i] - inner[i / 2]);
+        dscores[n][i] = exp2f(scores[n][i] - lse[i / 2]) * (dscores[n][i] - inner[i / 2]);
       }
     }
     multiply<Plan::kSplit, true, Plan::kOther>(dq, dscores, shared.k, 0);
@@ -97,7 +96,7 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
       for (int i = 0; i < 4; ++i) {
         const int c = c0 + fragment_column(n, i), r = row[i / 2];
         const bool seen = c >= shared.visible.low[r] && c <= window + t0 + r;
-        scores[n][i] = seen ? scores[n][i] * (scale * kLog2e) : -INFINITY;
+        scores[n][i] = seen ? scores[n][i] * kLog2e : -INFINITY;
       }
     }
     add(scores);

@@ -54,7 +54,6 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
   auto& shared = *reinterpret_cast<Shared<Plan>*>(dynamic_shared());
   const int64_t b = blockIdx.z, head = blockIdx.y, t0 = static_cast<int64_t>(blockIdx.x) * Plan::kOwn;
   const int dim = extent.dim, window = extent.window, tokens = static_cast<int>(min(extent.time - t0, int64_t{Plan::kOwn}));
-  const float scale = kLog2e * rsqrtf(static_cast<float>(dim));
   const T* q = static_cast<const T*>(in.q) + extent.token_at(b, t0, head);
 
   // Distances count from the oldest context that the first token could see, t0 + 1.
@@ -89,7 +88,7 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
       for (int i = 0; i < 4; ++i) {
         const int c = c0 + fragment_column(n, i), r = row[i / 2];
         const bool seen = c >= shared.visible.low[r] && c <= window + t0 + r;
-        scores[n][i] = seen ? scores[n][i] * scale : -INFINITY;
+        scores[n][i] = seen ? scores[n][i] * kLog2e : -INFINITY;
       }
     }
     running.add(scores, shared.v);

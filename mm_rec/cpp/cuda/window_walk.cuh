@@ -12,8 +12,6 @@
 namespace mm_rec {
 
 constexpr int kWalkDim = 64, kWalkTile = 64, kWalkWindow = 128, kWalkBehind = kWalkWindow / kWalkTile, kWalkLongest = 32;
-constexpr float kWalkScale = 0.125f;  // 1 / sqrt(kWalkDim)
-constexpr float kBase2 = kWalkScale * kLog2e;  // of scores
 using WalkTile = Tile<kWalkTile, kWalkDim, false>;
 using WalkPlan = AttentionPlan<bf16, kWalkDim>;
 
@@ -117,8 +115,8 @@ __device__ __forceinline__ void walk_back(Fragments<kWalkDim / 8>& x, const Turn
   }
 }
 
-// Accumulators of 16 rows, times `scale`, to rows of heads `stride` apart, if they are among the first `rows`.
-__device__ __forceinline__ void walk_store(bf16* target, int64_t stride, int rows, float scale,
+// Accumulators of 16 rows, to rows of heads `stride` apart, if they are among the first `rows`.
+__device__ __forceinline__ void walk_store(bf16* target, int64_t stride, int rows,
                                            const Fragments<kWalkDim / 8>& x) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -126,7 +124,7 @@ __device__ __forceinline__ void walk_store(bf16* target, int64_t stride, int row
     bf16* to = target + fragment_row(2 * r) * stride + fragment_column(0, 0);
 #pragma unroll
     for (int n = 0; n < kWalkDim / 8; ++n) {
-      *reinterpret_cast<uint32_t*>(to + 8 * n) = pack_bf16(scale * x[n][2 * r], scale * x[n][2 * r + 1]);
+      *reinterpret_cast<uint32_t*>(to + 8 * n) = pack_bf16(x[n][2 * r], x[n][2 * r + 1]);
     }
   }
 }

@@ -112,7 +112,7 @@ __device__ __forceinline__ void read_window(const ForwardShared& shared, const Q
         if (fragment_column(i / 4, i % 4) > fragment_row(i % 4)) scores[kTogether - 1][i / 4][i % 4] = -INFINITY;
       }
     }
-    running.weigh(scores, kBase2);
+    running.weigh(scores);
     running.add(scores, values);
   }
 }
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
           lse[home + Quad::row(i)] = (running.top[i] + __log2f(running.total[i])) / kLog2e;
         }
       }
-      walk_store(out + query, extent.width(), rows, 1.0f, running.sum);
+      walk_store(out + query, extent.width(), rows, running.sum);
     }
     if (!goes_on) return;
     __syncthreads();  // the tile's oldest contexts may be overwritten

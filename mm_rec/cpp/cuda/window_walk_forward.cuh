@@ -119,9 +119,9 @@ struct Running {
       total[r] = 0.0f;
     }
   }
-  // Turn scores, which `scale` brings to base 2, -inf for what is not seen, into weights.
+  // Turn scores, -inf for what is not seen, into weights.
   template <int N>
-  __device__ __forceinline__ void weigh(Fragments<2> (&scores)[N], float scale) {
+  __device__ __forceinline__ void weigh(Fragments<2> (&scores)[N]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float largest = -INFINITY;
@@ -129,7 +129,7 @@ struct Running {
       for (int n = 0; n < 2 * N; ++n) {
         largest = fmaxf(largest, fmaxf(scores[n / 2][n % 2][2 * r], scores[n / 2][n % 2][2 * r + 1]));
       }
-      largest = fmaxf(top[r], scale * group_max<4>(largest));
+      largest = fmaxf(top[r], kLog2e * group_max<4>(largest));
       const float base = largest == -INFINITY ? 0.0f : largest, shrink = exp2f(top[r] - base);
       top[r] = largest;
       total[r] *= shrink;
@@ -143,7 +143,7 @@ struct Running {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float& x = scores[n / 2][n % 2][2 * r + j];
-          x = exp2f(fmaf(x, scale, -base));
+          x = exp2f(fmaf(x, kLog2e, -base));
           total[r] += x;
         }
       }

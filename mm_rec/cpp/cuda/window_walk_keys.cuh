@@ -49,12 +49,12 @@ struct Contexts {
       : runs(runs_), shared(shared_), step(step_), rank(static_cast<int>(threadIdx.x) % kGroup) {
     warp_row = rank / 32 * 16;
   }
-  __device__ __forceinline__ void store(void* gradient, float scale, const Sums64& sums) const {
+  __device__ __forceinline__ void store(void* gradient, const Sums64& sums) const {
     if (!step.owns_contexts(runs)) return;
     const auto& extent = runs.extent;
     const int64_t c0 = static_cast<int64_t>(step.tile) * kWalkTile + warp_row;
     store_heads(static_cast<bf16*>(gradient) + extent.context_at(step.b, c0, step.head), extent.width(),
-                static_cast<int>(min(extent.context() - c0, int64_t{16})), scale, sums);
+                static_cast<int>(min(extent.context() - c0, int64_t{16})), sums);
   }
 };
 
@@ -109,7 +109,7 @@ class Values : Contexts {
       }
     }
   }
-  __device__ __forceinline__ void store() const { Contexts::store(runs.p.dv, 1.0f, dv_); }
+  __device__ __forceinline__ void store() const { Contexts::store(runs.p.dv, dv_); }
 
  private:
   __device__ __forceinline__ void ask_scores(int d) {
@@ -122,7 +122,7 @@ class Values : Contexts {
     for (int n = 0; n < kWalkTile / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        scores_[n][e] = exp2f(fmaf(scores_[n][e], kBase2, e % 2 == 0 ? -lse_[n].x : -lse_[n].y));
+        scores_[n][e] = exp2f(fmaf(scores_[n][e], kLog2e, e % 2 == 0 ? -lse_[n].x : -lse_[n].y));
       }
     }
   }
@@ -209,7 +209,7 @@ class Keys : Contexts {
   }
   __device__ __forceinline__ void store() {
     walk_back(dk_, step.turn(shared), warp_row);
-    Contexts::store(runs.p.dk, kWalkScale, dk_);
+    Contexts::store(runs.p.dk, dk_);
   }
 
  private:

@@ -60,7 +60,7 @@ class Queries {
     const int64_t t0 = static_cast<int64_t>(step.queries(0)) * kWalkTile + warp_row;
     walk_back(dq_[0], step.turn(shared_), warp_row);
     store_heads(static_cast<bf16*>(runs_.p.dq) + extent.token_at(step.b, t0, step.head), extent.width(),
-                static_cast<int>(min(extent.time - t0, int64_t{16})), kWalkScale, dq_[0]);
+                static_cast<int>(min(extent.time - t0, int64_t{16})), dq_[0]);
   }
 
   const Runs& runs_;

@@ -42,7 +42,7 @@ struct StepState {
     const int64_t* position;   // (batch), of the token to read
     const float* h;            // (experts * blocks, batch, width)
     float* h_after;
-    void* ring;                // (experts * memory_blocks, 2, batch, capacity, width), keys and values
+    void* ring;                // (experts * memory_blocks, 3, batch, capacity, width), keys, values and own keys
     int64_t capacity, offset;
     const float* matrix;       // (experts * memory_blocks, batch, heads, d, d)
     float* matrix_after;       // may be matrix
@@ -236,10 +236,10 @@ struct StepWorker {
             if (gate.begin < gate.end) multiply(block.memory_gates, gate, w.stream, norms(), w.wide + gates, wide);
         });
         const int64_t matrices = index * batch * p.width * p.d();
-        T* k = static_cast<T*>(state.ring) + 2 * index * batch * stride + state.offset * p.width;
+        T* k = static_cast<T*>(state.ring) + 3 * index * batch * stride + state.offset * p.width;
         const StepMemory memory{p.heads, p.d(), p.reach, block.key_taps, w.wide + gates, wide, block.memory_gate_bias,
                                 state.matrix + matrices, state.matrix_after + matrices};
-        const StepAttention<T> in{p.heads, p.d(), p.window, p.cosine, p.sine, w.wide, wide, k, k + batch * stride, stride,
+        const StepAttention<T> in{p.heads, p.d(), p.window, p.cosine, p.sine, w.wide, wide, k, k + batch * stride, k + 2 * batch * stride, stride,
                                   state.position, memory};
         const int64_t groups = min64(p.heads, (2 * walk.threads + batch - 1) / batch);  // of a sequence's heads
         walk.share(batch * groups, 1, [&](Share tasks) {

@@ -16,7 +16,7 @@ struct StepAttention {
     const float *cosine, *sine;          // (window, d / 2): of the distance to the key
     const float* qkv;                    // (batch, 3, heads, d), rows qkv_row apart
     int64_t qkv_row;
-    T *k, *v;                            // the first sequence's rings
+    T *k, *v, *own;                      // the first sequence's rings: keys, values, and what keys are made of
     int64_t ring_stride;                 // elements from one sequence's ring to the next
     const int64_t* position;             // (batch)
     StepMemory memory;
@@ -85,13 +85,14 @@ MM_INLINE void step_add_rows(int64_t n, int64_t d, const float* weight, const T*
     }
 }
 
-// The new token's key and value go to the ring, its query, normed, to w.q.
+// The new token's keys and value go to the ring, its query, normed, to w.q.
 template <class T>
 static void step_append(const StepAttention<T>& in, int64_t b, int64_t head, StepAttentionScratch& w) {
     const int64_t d = in.d, row = in.width(), at = in.window * row + b * in.ring_stride + head * d;
     const float* q = in.qkv + b * in.qkv_row + head * d;
-    store_row(d, q + row, in.k + at, inverse_rms(d, q + row));
+    store_row(d, q + row, in.own + at, inverse_rms(d, q + row));
     store_row(d, q + 2 * row, in.v + at);
+    step_key(in.memory, in.position[b], head, in.own + at, row, in.k + at, w.memory);
     float* to = w.q + head * round_up(d, W);
     load_row(d, q, to);
     const vf scale = splat(inverse_rms(d, q));
@@ -106,7 +107,6 @@ static void step_attend(const StepAttention<T>& in, int64_t b, int64_t first, in
     const int64_t d = in.d, row = in.width(), window = in.window, position = in.position[b], pitch = round_up(d, W);
     const int64_t oldest = max64(1, window - position), keys = window + 1 - oldest, score_row = round_up(window, W);
     const T *k = in.k + b * in.ring_stride + oldest * row, *v = in.v + b * in.ring_stride + oldest * row;
-    const float scale = 1.0f / __builtin_sqrtf(float(d));
     for (int64_t head = first; head < end; ++head) step_append(in, b, head, w);
     for (int64_t r = 0; r < keys; r += W)
         for (int64_t head = first; head < end; ++head) {
@@ -116,7 +116,7 @@ static void step_attend(const StepAttention<T>& in, int64_t b, int64_t first, in
                 prefetch_row(key + W * row, d);
                 products[i] = step_window_products(in, w.q + head * pitch, key, keys - 1 - r - i);
             }
-            store(w.scores + head * score_row + r, step_sums(products) * scale);
+            store(w.scores + head * score_row + r, step_sums(products));
         }
     for (int64_t head = first; head < end; ++head) {
         w.total[head] = exponentials(keys, w.scores + head * score_row);
@@ -130,8 +130,7 @@ static void step_attend(const StepAttention<T>& in, int64_t b, int64_t first, in
     for (int64_t head = first; head < end; ++head) {
         float* sum = w.out + head * pitch;
         store_row(d, sum, sum, 1.0f / w.total[head]);
-        step_remember(in.memory, b, position, head, w.q + head * pitch, newest + head * d, value + head * d, row, sum,
-                      w.memory);
+        step_remember(in.memory, b, position, head, w.q + head * pitch, newest + head * d, value + head * d, sum, w.memory);
         store_row(d, sum, out + head * d);
     }
 }

@@ -30,9 +30,9 @@ struct StepMemoryScratch {
           written(parts.take(round_up(d, W))), out(parts.take(round_up(d, W))) {}
 };
 
-// The key under which a token's value is written, from its own at `newest` and those of the tokens before it, `row` apart.
+// The key of a token, from its own at `newest` and those of the tokens before it, `row` apart.
 template <class T>
-static void step_key(const StepMemory& in, int64_t position, int64_t head, const T* newest, int64_t row,
+static void step_key(const StepMemory& in, int64_t position, int64_t head, const T* newest, int64_t row, T* key,
                      StepMemoryScratch& w) {
     const int64_t d = in.d, pitch = round_up(d, W), reach = min64(in.reach, position + 1);
     const float* taps = in.taps + head * d * in.reach;
@@ -45,7 +45,7 @@ static void step_key(const StepMemory& in, int64_t position, int64_t head, const
         squares += x * x;
         store(w.key + i, x);
     }
-    store_row(d, w.key, w.key, 1.0f / __builtin_sqrtf(sum(squares) + NORM_EPS));
+    store_row(d, w.key, key, 1.0f / __builtin_sqrtf(sum(squares) + NORM_EPS));
 }
 
 // What a matrix (d, d) holds under w.key and what q finds in it once it has been written to: both are had in one pass,
@@ -75,11 +75,11 @@ static void step_read_matrix(int64_t d, const float* matrix, float decay, float 
 // out (d) += what a head reads, normed and gated, after it has written the token. q is the query.
 template <class T>
 static void step_remember(const StepMemory& in, int64_t b, int64_t position, int64_t head, const float* q, const T* k,
-                          const T* v, int64_t row, float* out, StepMemoryScratch& w) {
+                          const T* v, float* out, StepMemoryScratch& w) {
     const int64_t d = in.d, at = (b * in.heads + head) * d * d;
     const float* matrix = in.matrix + at;
     float* after = in.matrix_after + at;
-    step_key(in, position, head, k, row, w);
+    load_row(d, k, w.key);
     const float decay = position == 0 ? 0.0f : in.gate(b, head, 1);
     step_read_matrix(d, matrix, decay, in.gate(b, head, 0), q, v, w);
     for (int64_t i = 0; i < d; ++i) {

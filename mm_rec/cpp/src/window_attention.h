@@ -38,15 +38,14 @@ struct AttentionInputs {
     }
 };
 
-// to = x with its two halves rotated by the angles whose cosines and sines are given, times scale. The gradient is
+// to = x with its two halves rotated by the angles whose cosines and sines are given. The gradient is
 // the rotation back: sign = -1. May be in place.
 template <class T>
-MM_INLINE void rotate_row(int64_t d, const float* cosine, const float* sine, float sign, float scale, const float* x,
-                          T* to) {
+MM_INLINE void rotate_row(int64_t d, const float* cosine, const float* sine, float sign, const float* x, T* to) {
     const int64_t half = d / 2;
     for (int64_t i = 0; i < half; i += W) {
         const int64_t left = half - i;
-        const vf c = load(cosine + i, left) * scale, s = load(sine + i, left) * (sign * scale);
+        const vf c = load(cosine + i, left), s = load(sine + i, left) * sign;
         const vf first = load(x + i, left), second = load(x + half + i, left);
         store(to + i, first * c - second * s, left);
         store(to + half + i, first * s + second * c, left);
@@ -111,7 +110,7 @@ struct AttentionScratch {
 
     int64_t pitch, scored;         // scored: rows of scores at most
     Element *k, *v;                // (context + 1, pitch): rotated keys, values, a row of zeros
-    Element* q;                    // (RUN, pitch), rotated and scaled by 1 / sqrt(d)
+    Element* q;                    // (RUN, pitch), rotated
     Element* score_rows;           // (scored, RUN): weights
     Cell *v_pairs, *score_pairs;
     Cell* q_columns;               // (d / depth, RUN)
@@ -152,7 +151,7 @@ static void attention_context(const AttentionInputs<T>& in, int64_t b, int64_t h
     const ContextShape& s = in.shape;
     for (int64_t c = 0; c < s.context(); ++c) {
         load_row(s.d, in.k.at(b, c, s.context(), head, s.d), w.line);
-        rotate_row(s.d, in.cosine + c * (s.d / 2), in.sine + c * (s.d / 2), 1, 1, w.line, w.k + c * w.pitch);
+        rotate_row(s.d, in.cosine + c * (s.d / 2), in.sine + c * (s.d / 2), 1, w.line, w.k + c * w.pitch);
         store_row(s.d, in.v.at(b, c, s.context(), head, s.d), w.v + c * w.pitch);
     }
     memset(w.k + s.context() * w.pitch, 0, w.pitch * sizeof *w.k);
@@ -164,11 +163,10 @@ template <class T>
 static void attention_queries(const AttentionInputs<T>& in, const Run& run, int64_t b, int64_t head,
                               AttentionScratch<T>& w) {
     const ContextShape& s = in.shape;
-    const float scale = 1.0f / __builtin_sqrtf(float(s.d));
     for (int64_t i = 0; i < run.queries(); ++i) {
         const int64_t t = run.begin + i, angle = (s.window + t) * (s.d / 2);
         load_row(s.d, in.q.at(b, t, s.time, head, s.d), w.line);
-        rotate_row(s.d, in.cosine + angle, in.sine + angle, 1, scale, w.line, w.q + i * w.pitch);
+        rotate_row(s.d, in.cosine + angle, in.sine + angle, 1, w.line, w.q + i * w.pitch);
     }
     transpose(run.queries(), w.cells(s.d), w.as_cells(w.q), w.pitch / w.depth, w.q_columns, RUN);
 }

@@ -114,10 +114,9 @@ static void attention_run_backward(const AttentionInputs<T>& in, const Attention
                        w.dscore_pairs + begin / w.depth * RUN + some.begin, 1, RUN,
                        w.k_pairs + (run.key_begin + begin) / w.depth * pitch, pitch, w.dq + some.begin * pitch, pitch);
     });
-    const float scale = 1.0f / __builtin_sqrtf(float(s.d));
     for (int64_t i = 0; i < queries; ++i) {
         const int64_t t = run.begin + i, angle = (s.window + t) * (s.d / 2);
-        rotate_row(s.d, in.cosine + angle, in.sine + angle, -1, scale, w.dq + i * pitch,
+        rotate_row(s.d, in.cosine + angle, in.sine + angle, -1, w.dq + i * pitch,
                    to_dq + ((b * s.time + t) * s.heads + head) * s.d);
     }
 }
@@ -138,7 +137,7 @@ static void attention_task_backward(const AttentionInputs<T>& in, const Attentio
     }
     for (int64_t c = 0; c < s.context(); ++c) {
         const int64_t row = ((b * s.context() + c) * s.heads + head) * s.d;
-        rotate_row(s.d, in.cosine + c * (s.d / 2), in.sine + c * (s.d / 2), -1, 1, w.dk + c * w.pitch, to.dk + row);
+        rotate_row(s.d, in.cosine + c * (s.d / 2), in.sine + c * (s.d / 2), -1, w.dk + c * w.pitch, to.dk + row);
         store_row(s.d, w.dv + c * w.pitch, to.dv + row);
     }
 }

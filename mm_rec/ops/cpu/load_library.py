@@ -18,7 +18,7 @@ from mm_rec.ops.backend import NativeUnavailableError
 __all__ = ["INTERFACE", "LIBRARY_PATH", "CpuLibrary", "openmp_runtimes"]
 
 LIBRARY_PATH = Path(__file__).resolve().parents[2] / "cpp" / CPU_LIBRARY
-INTERFACE = 6  # mm_rec_interface() of mm_rec/cpp/src/level.cpp
+INTERFACE = 7  # mm_rec_interface() of mm_rec/cpp/src/level.cpp
 
 _TYPES: dict[str, Any] = {
     "p": ctypes.c_void_p,

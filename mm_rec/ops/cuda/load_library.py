@@ -17,7 +17,7 @@ __all__ = ["LIBRARY_PATH", "CudaLibrary", "DoesNotFitError", "cuda_library"]
 
 LIBRARY_PATH = Path(__file__).resolve().parents[2] / "cpp" / CUDA_LIBRARY
 _PREFIX = "mm_rec_cuda_"
-_INTERFACE = 3  # mm_rec_cuda_interface() of mm_rec/cpp/cuda/errors.cu
+_INTERFACE = 4  # mm_rec_cuda_interface() of mm_rec/cpp/cuda/errors.cu
 _DOES_NOT_FIT = 20_000  # kDoesNotFit of mm_rec/cpp/cuda/launch.cuh
 
 

@@ -53,16 +53,16 @@ def _rotary_table(window: int, dim: int, base: float, device: torch.device) -> T
     return torch.stack([angle.cos(), angle.sin()], dim=1).float().to(device)
 
 
-def memory_context(qkv: Tensor, ring_k: Tensor, ring_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    ring_k, ring_v = all_dense(ring_k, ring_v)
+def memory_context(qkv: Tensor, recent: Tensor, ring_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    recent, ring_v = all_dense(recent, ring_v)
     qkv, stride = rows_of(qkv)
-    batch, window, heads, dim = ring_k.shape
-    time = qkv.shape[1]
+    batch, window, heads, dim = ring_v.shape
+    time, n_recent = qkv.shape[1], recent.shape[1]
     q = common.empty(qkv, batch, time, heads, dim)
-    k, v = (common.empty(qkv, batch, window + time, heads, dim) for _ in range(2))
+    k, v = (common.empty(qkv, batch, before + time, heads, dim) for before in (n_recent, window))
     cuda_library().call(
-        "memory_context_forward", qkv, qkv, stride, ring_k, ring_v, TYPE_CODES[qkv.dtype], q, k, v, batch, time,
-        heads, dim, window,
+        "memory_context_forward", qkv, qkv, stride, recent, ring_v, TYPE_CODES[qkv.dtype], q, k, v, batch, time,
+        heads, dim, n_recent, window,
     )  # fmt: skip
     return q, k, v
 
@@ -74,7 +74,7 @@ def memory_context_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor) -> 
     dqkv = common.empty(qkv, *qkv.shape)
     cuda_library().call(
         "memory_context_backward", qkv, dq, dk, dv, qkv, stride, TYPE_CODES[qkv.dtype], dqkv, batch, time, heads, dim,
-        dk.shape[1] - time,
+        dk.shape[1] - time, dv.shape[1] - time,
     )  # fmt: skip
     return dqkv
 

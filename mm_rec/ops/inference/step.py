@@ -167,8 +167,9 @@ class StepPlan:
         Args:
             tokens, position: (B,) int64; a token and its place in its document.
             h, h_after: (N, B, D) float32, the recurrences of all blocks before, and where they go; may be the same.
-            ring: (2 M, B, C, H, d) in the activation type, keys and values of all memory blocks. Rows ``offset`` to
-                ``offset`` + W - 1 hold the last W tokens; the new one is written behind them, so C is larger.
+            ring: (3 M, B, C, H, d) in the activation type: of each memory block the keys, the values and the own
+                keys. Rows ``offset`` to ``offset`` + W - 1 hold the last W tokens; the new one is written behind them,
+                so C is larger.
             offset: see ``ring``.
             matrix, matrix_after: (M, B, H, d, d) float32, the long-term memories of all memory blocks before, and where
                 they go; may be the same.
