@@ -1,13 +1,15 @@
 """Rows that train recall, made from the documents of a token store.
 
 Each is a passage of the store's own text into which things are inserted that come again or are asked for later, at all
-distances: facts about made-up keys, lists of pairs, passages of the text itself. The loss counts the text, the answers
-and what is repeated; what nobody could foresee, such as the value of a new fact, does not count.
+distances: facts about made-up keys, lists of pairs, sentences of the text with a word changed, passages as they are.
+The loss counts the text, the answers and what is repeated; what nobody could foresee, such as the value of a new fact,
+does not count.
 """
 
 from __future__ import annotations
 
 import codecs
+import functools
 import heapq
 import itertools
 import random
@@ -29,6 +31,7 @@ LONGEST = 32_768
 SHORTEST = 256  # or a quarter of the longest, if that is less
 LONGEST_SHARE = 1 / 16  # of all rows of a store that one row may be
 NEAREST, SPARSEST = 40, 8  # bytes between insertions: from so many to one such part of the row
+MOST_VERSIONS = 4  # of a sentence, each with another word
 LONGEST_LIST, LIST_SPARES = 24, 200  # pairs, of which there is one for so many bytes of the row at most
 END = 0.4  # share of facts that are asked for again at the row's end
 DECODED_AT_ONCE = 2048  # tokens
@@ -102,7 +105,8 @@ class _Row:
         self._size = size
         self._is_code = domain == "code"
         self._wordings: Wordings = CODE if self._is_code else TEXT
-        self._pieces = _pieces(rng, store, tokenizer, _PIECE["code" if self._is_code else "text"])
+        pieces = functools.partial(_pieces, rng, store, tokenizer, _PIECE["code" if self._is_code else "text"])
+        self._pieces, self._others = pieces(), pieces()  # the row's text, and sentences to be changed
         self._parts: list[Part] = []
         self._bytes = self._bytes_waiting = 0
         self._waiting: list[tuple[int, int, list[Part]]] = []  # place in bytes, order, what to insert there
@@ -110,6 +114,7 @@ class _Row:
         self._used: set[str] = set()
         self._words: list[str] = []
         self._text: list[str] = []  # pieces so far, to be repeated
+        self._versions: list[tuple[str, str, str]] = []  # of a sentence, to be said: what begins it, a word, the rest
 
     def parts(self) -> list[Part]:
         """The row."""
@@ -151,17 +156,49 @@ class _Row:
 
     def _event(self) -> list[Part]:
         """Something new, of which something comes later."""
+        if self._versions:
+            return self._version()
         draw = self._rng.random()
-        if draw < 0.2 and len(self._text) > 2:
+        if draw < 0.15 and len(self._text) > 2:
             self._repeat_passage()
-        if draw < 0.4:
+        if draw < 0.3:
             return self._list()
+        if draw < 0.7 and self._change_sentence():
+            return self._version()
         return self._fact()
 
     def _repeat_passage(self) -> None:
         """The last few pieces of the text come again."""
         passage = "".join(self._text[-self._rng.randint(1, 4) :])
         self._later([Part(self._rng.choice(self._wordings.again), False), Part(passage, True)])
+
+    def _change_sentence(self) -> bool:
+        """Plan some versions of a new sentence, each with a word and a later one changed; False if it has too few."""
+        rng, sentence = self._rng, next(self._others).rstrip()
+        words = [found.span() for found in _WORD.finditer(sentence) if found[0].islower()]
+        if len(words) < 2:
+            return False
+        last = rng.randrange(1, len(words))
+        (key_begin, key_end), (begin, end) = words[rng.randrange(last)], words[last]
+        count = 1 if rng.random() < 0.5 else rng.randint(2, MOST_VERSIONS)
+        is_number = rng.random() < 0.5
+        keys, values = ({self._new(self._word): None for _ in range(count)} for _ in range(2))
+        for key, word in zip(keys, values, strict=True):
+            value = self._value(0) if is_number else word
+            self._versions.append((sentence[:key_begin] + key + sentence[key_end:begin], value, sentence[end:]))
+        return True
+
+    def _version(self) -> list[Part]:
+        """Say the next version of a sentence; its beginning comes again later, and the changed word is the answer."""
+        rng = self._rng
+        before, value, after = self._versions.pop(0)
+        starts = [0, *(found.start() for found in _WORD.finditer(before))]
+        for _ in range(rng.randint(1, 2)):
+            start = starts[rng.randrange(max(len(starts) // 2, 1))]  # half of the beginning stays at least
+            self._later([Part(before[start:], False), Part(value, True), Part(after, True)])
+        if rng.random() < END:
+            self._later([Part(before, False), Part(value, True), Part(after, True)], at_end=True)
+        return [Part(before + value + after, False)]
 
     def _fact(self) -> list[Part]:
         rng, wordings = self._rng, self._wordings

@@ -14,13 +14,27 @@ from pydantic import (
     GetCoreSchemaHandler,
     model_validator,
 )
+from pydantic.config import JsonDict
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from mm_rec.text.message import ROLE_NAMES, TEXT_PARTS, UNREADABLE, Message, MessageError, read_message, without_nulls
 
 __all__ = [
-    "FEW", "INTEGRAL", "MAX_CHOICES", "MAX_MESSAGES", "Messages", "Metadata", "Only", "ResponseMessages", "SessionName",
-    "StopStrings", "Strict", "Text", "TokenIds", "unusable",
+    "FEW",
+    "INTEGRAL",
+    "MAX_CHOICES",
+    "MAX_MESSAGES",
+    "UNKNOWN_IS_NULL",
+    "Messages",
+    "Metadata",
+    "Only",
+    "ResponseMessages",
+    "SessionName",
+    "StopStrings",
+    "Strict",
+    "Text",
+    "TokenIds",
+    "unusable",
 ]  # fmt: skip
 
 MAX_CHOICES = 16
@@ -51,6 +65,10 @@ def _as_integers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+UNKNOWN_IS_NULL: JsonDict = {"additionalProperties": {"type": "null"}}
+"""What the description of a request says of fields that it does not name."""
+
+
 class Strict(BaseModel):
     """Takes JSON values for what they are: "1" is no number, null is absence, and unknown fields are errors."""
 
@@ -58,7 +76,7 @@ class Strict(BaseModel):
         strict=True,
         extra="forbid",
         allow_inf_nan=False,
-        json_schema_extra={"additionalProperties": {"type": "null"}},
+        json_schema_extra={**UNKNOWN_IS_NULL},
     )
 
     @model_validator(mode="before")

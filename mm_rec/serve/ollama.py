@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 from starlette.responses import JSONResponse, Response
 
 from mm_rec.inference.json_constraint import ANY_OBJECT
@@ -15,7 +16,7 @@ from mm_rec.inference.sampling import Sampling
 from mm_rec.serve.answer import respond
 from mm_rec.serve.chat import Wish, answer_conversation, continue_text
 from mm_rec.serve.errors import OLLAMA_ERRORS, ApiError
-from mm_rec.serve.fields import INTEGRAL, Messages, Only, StopStrings, Strict, Text
+from mm_rec.serve.fields import INTEGRAL, UNKNOWN_IS_NULL, Messages, Only, StopStrings, Strict, Text
 from mm_rec.serve.replies import Choice, Names, Usage, json_line
 from mm_rec.serve.service import Service
 from mm_rec.text.message import Message, without_nulls
@@ -102,8 +103,16 @@ class OllamaChatRequest(OllamaRequest):
     tools: Annotated[Any, Only([], advice="this model calls no tools; ask for JSON with format")] = None
 
 
+_RAW_WITH_SYSTEM: JsonDict = {
+    "required": ["raw", "system"],
+    "properties": {"raw": {"const": True}, "system": {"type": "string", "minLength": 1}},
+}
+
+
 class OllamaGenerateRequest(OllamaRequest):
     """Body of POST /api/generate."""
+
+    model_config = ConfigDict(json_schema_extra={**UNKNOWN_IS_NULL, "not": _RAW_WITH_SYSTEM})
 
     prompt: Text | None = Field(None, description="what the user says or, with raw, the text to continue")
     system: Text | None = Field(None, description="the system message before it")
