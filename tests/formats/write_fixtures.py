@@ -41,7 +41,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-COMMIT = "8f2e091"
+COMMIT = "bad334b"
 ENVIRONMENT = {
     "MM_REC_BACKEND": "reference",
     "MM_REC_CPU_LEVEL": "baseline",
