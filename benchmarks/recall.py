@@ -9,8 +9,9 @@
 seed is done when one of its rates has met the bar. After `--seconds` it stops; the same command with the same `--state`
 goes on.
 
-`trained` hides needles in the first set of documents, as `mm-rec eval` does, and reads the long documents of each set
-by the expert of its name twice: with the state carried, and with the long-term memory emptied every 512 tokens.
+`trained` hides needles in the first set of documents, as `mm-rec eval` does. Of each set it makes rows of the kind that
+trains recall and asks the expert of its name for their answers, by the distance at which they were said. And it reads
+the long documents of each set twice: with the state carried, and with the long-term memory emptied every 512 tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -32,6 +35,7 @@ from benchmarks.gpu_ops import commit_of
 from benchmarks.recall_picture import draw
 from mm_rec import ops
 from mm_rec.data.files import BadRows, read_texts
+from mm_rec.data.recall_rows import recall_row
 from mm_rec.evaluation import bits_per_byte
 from mm_rec.evaluation.recall import Haystack, cells, find_needles, state_bytes
 from mm_rec.inference.loading import Loaded, load_model
@@ -41,9 +45,10 @@ from mm_rec.storage.files import write_atomic
 from mm_rec.text.tokenizer import Tokenizer
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "recall.png"
+SHORTEST_ROW, LONGEST_ROW = 256, 16_384  # tokens of rows of the kind that trains recall
 LONG, PAST = 4096, 2048  # tokens that a document has at least, and after which its loss is compared
 CUDA_TOKENS = 2**17  # of a forward pass over documents
-WINDOW_FIELDS = ("k", "v")
+WINDOW_FIELDS = ("k", "v", "own")
 
 
 def machine(device: torch.device, commit: str | None) -> dict[str, Any]:
@@ -153,6 +158,55 @@ def loss_by_position(loaded: Loaded, documents: bits_per_byte.Documents, domain:
     return row
 
 
+class Held(NamedTuple):
+    """Documents as :func:`mm_rec.data.recall_rows.recall_row` takes them."""
+
+    tokens: Sequence[np.ndarray]
+
+    @property
+    def n_documents(self) -> int:
+        return len(self.tokens)
+
+    def document(self, index: int) -> np.ndarray:
+        return self.tokens[index]
+
+
+@torch.inference_mode()
+def answers_inside_rows(loaded: Loaded, documents: bits_per_byte.Documents, domain: str, rows: int) -> list[Any]:
+    """How many answers in rows of up to 16,384 tokens the model has right, every token the likeliest, by distance.
+
+    The distance is that to the place where the answer stood last before.
+    """
+    model, tokenizer = loaded.model, loaded.tokenizer
+    lengths, bytes_a_token = token_sizes(tokenizer), documents.n_bytes / sum(map(len, documents.tokens))
+    edges = [0, *(2**power for power in range(6, 15))]
+    counts = np.zeros((len(edges), 3))  # answers, right ones, nats
+    for index in range(rows):
+        rng = random.Random(f"{domain}/{index}")
+        size = SHORTEST_ROW * (LONGEST_ROW / SHORTEST_ROW) ** rng.random()
+        text, spans = "", []
+        for part in recall_row(rng, Held(documents.tokens), tokenizer, domain, round(size * bytes_a_token)):
+            if part.answers:
+                begin, said = len(text.encode()), len(text[: text.rindex(part.text)].encode())
+                spans.append((begin, begin + len(part.text.encode()), (begin - said) / bytes_a_token))
+            text += part.text
+        ids = tokenizer.encode(text)
+        tokens = torch.tensor([[tokenizer.bos_id, *ids]], device=model.embedding.weight.device)
+        features, _ = model.features(tokens[:, :-1], None, domain)
+        logits = torch.nn.functional.linear(features[0], model.embedding.weight).float()
+        nats = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none").cpu().numpy()
+        right, ends = (logits.argmax(-1) == tokens[0, 1:]).cpu().numpy(), np.cumsum(lengths[ids])
+        for begin, end, distance in spans:
+            chosen = (ends > begin) & (ends <= end)
+            if chosen.any():
+                counts[np.searchsorted(edges, distance, side="right") - 1] += 1, right[chosen].all(), nats[chosen].sum()
+    return [
+        {"from": edge, "answers": int(n), "accuracy": round(hits / n, 3), "nats": round(total / n, 2)}
+        for edge, (n, hits, total) in zip(edges, counts, strict=True)
+        if n
+    ]
+
+
 def run_trained(options: argparse.Namespace) -> None:
     """Measure a trained model; the result is written after each part."""
     loaded = load_model(options.model, device=options.device, precision=options.precision)
@@ -167,6 +221,7 @@ def run_trained(options: argparse.Namespace) -> None:
         "state bytes": {"all experts": state_bytes(model), "one": state_bytes(model, model.config.experts[0])},
         "answers by": domain or "all experts, fused",
         "needles": [],
+        "answers inside rows": {},
         "loss by position": {},
     }
     documents = {}
@@ -187,6 +242,9 @@ def run_trained(options: argparse.Namespace) -> None:
             flush=True,
         )
     for name, one in documents.items():
+        table = found["answers inside rows"][name] = answers_inside_rows(loaded, one, name, options.rows)
+        parts = "  ".join(f"{part['from']} {part['accuracy']:.1%}" for part in table)
+        print(f"{name}: right answers inside rows, by distance from: {parts}", flush=True)
         row = found["loss by position"][name] = loss_by_position(loaded, one, name)
         options.result.write_text(json.dumps(found, indent=1) + "\n")
         carried, emptied = row[f"carried past {PAST}"], row[f"emptied past {PAST}"]
@@ -221,6 +279,7 @@ def main() -> None:
     one.add_argument("--documents", action="append", default=[], metavar="DOMAIN=PATH", help="held out, a file each")
     one.add_argument("--distances", type=int, nargs="*", default=[1024, 4096, 16_384, 65_536])
     one.add_argument("--trials", type=int, default=200)
+    one.add_argument("--rows", type=int, default=120, help="of the kind that trains recall, for each set")
     one.add_argument("--domain", help="that finds the needles, or `all`; if not given what training reached")
     one.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     one.add_argument("--device", default="auto")

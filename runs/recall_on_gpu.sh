@@ -32,7 +32,8 @@ train() {  # train RUNNER RUNS FLAGS... trains stage1, then stage2 with the stat
     shift 2
     for stage in stage1 stage2; do
         $python -m $runner train --stage $stage --preset 100m --checkpoint_dir "$folder" --eval_interval 100000 "$@" \
-            --max_steps "$(eval echo \$steps_$stage)" --batch_size "$(eval echo \$rows_$stage)"
+            --max_steps "$(eval echo \$steps_$stage)" --batch_size "$(eval echo \$rows_$stage)" \
+            --seq_len "$(eval echo \$tokens_$stage)"
     done
 }
 
@@ -60,8 +61,9 @@ needles)
     mkdir -p "$results"
     link "$runs/data/text" "$corpora"/*books.train.*
     link "$runs/data/code" "$corpora"/*code.train.*
-    steps_stage1=${STEPS:-3000} steps_stage2=$((${STEPS:-3000} / 3)) rows_stage1=128 rows_stage2=8
-    train mm_rec.cli "$runs" --data_dir "$runs/data" --recall_share "${SHARE:-0.1}"
+    steps_stage1=${STEPS:-14000} rows_stage1=8 tokens_stage1=2048 # small steps, and rows that reach beyond the window
+    steps_stage2=$((${STEPS:-14000} / 8)) rows_stage2=4 tokens_stage2=8192
+    train mm_rec.cli "$runs" --data_dir "$runs/data" --recall_share "${SHARE:-0.2}"
     held_out benchmarks.recall "$runs" needles
     ;;
 text)
@@ -69,7 +71,8 @@ text)
     mkdir -p "$results"
     link "$runs/data/text" "$corpora"/books.train.*
     link "$runs/data/code" "$corpora"/code.train.*
-    steps_stage1=${STEPS:-1000} steps_stage2=$((${STEPS:-1000} / 8)) rows_stage1=32 rows_stage2=4
+    steps_stage1=${STEPS:-1000} rows_stage1=32 tokens_stage1=512
+    steps_stage2=$((${STEPS:-1000} / 8)) rows_stage2=4 tokens_stage2=8192
     for seed in ${SEEDS:-0 1 2}; do
         set -- --data_dir "$runs/data" --recall_share 0 --seed "$seed"
         train mm_rec.cli "$runs/with_$seed" "$@"

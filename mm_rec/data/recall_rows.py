@@ -15,7 +15,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from mm_rec.data.pack import Document, TokenStore
 from mm_rec.data.recall_wordings import CODE, NOUNS, TEXT, Wordings
 from mm_rec.text.tokenizer import Tokenizer
 
-__all__ = ["LONGEST", "recall_documents"]
+__all__ = ["LONGEST", "Part", "recall_documents", "recall_row"]
 
 LONGEST = 32_768
 """About the most tokens of a row, and so of text between a fact and a question about it."""
@@ -46,10 +46,28 @@ _CONSONANTS, _VOWELS, _LETTERS = "bdfgklmnprstvz", "aeiou", "abcdefghkmnpqrstuvw
 
 
 class Part(NamedTuple):
-    """Some text of a row, and whether the loss counts it."""
+    """Some text of a row.
+
+    Attributes:
+        text: the text.
+        counts: whether the loss counts it.
+        answers: whether it is a value that was said before.
+    """
 
     text: str
     counts: bool
+    answers: bool = False
+
+
+class Documents(Protocol):
+    """What rows are made of; a token store is it."""
+
+    @property
+    def n_documents(self) -> int:
+        """How many there are."""
+
+    def document(self, index: int) -> np.ndarray:
+        """Returns the tokens of one, from BOS."""
 
 
 class Fact(NamedTuple):
@@ -80,13 +98,18 @@ def recall_documents(
     for index in itertools.count():
         rng = random.Random(f"{seed}/{domain}/{index}")
         size = fewest * (most / fewest) ** rng.random()
-        parts = _Row(rng, store, tokenizer, domain, round(size * bytes_per_token)).parts()
+        parts = recall_row(rng, store, tokenizer, domain, round(size * bytes_per_token))
         text = "".join(part.text for part in parts)
         ids = tokenizer.encode(text)
         yield Document([tokenizer.bos_id, *ids], len(text.encode()), [0, *_counted(parts, np.cumsum(lengths[ids]))])
         tokens -= len(ids)
         if tokens <= 0:
             return
+
+
+def recall_row(rng: random.Random, documents: Documents, tokenizer: Tokenizer, domain: str, n_bytes: int) -> list[Part]:
+    """Returns one row of about ``n_bytes`` bytes; all that is drawn comes from ``rng``."""
+    return _Row(rng, documents, tokenizer, domain, n_bytes).parts()
 
 
 def _counted(parts: list[Part], ends: np.ndarray) -> list[int]:
@@ -100,7 +123,7 @@ def _counted(parts: list[Part], ends: np.ndarray) -> list[int]:
 class _Row:
     """One row while it is made: text goes in piece by piece, and what is due goes between."""
 
-    def __init__(self, rng: random.Random, store: TokenStore, tokenizer: Tokenizer, domain: str, size: int) -> None:
+    def __init__(self, rng: random.Random, store: Documents, tokenizer: Tokenizer, domain: str, size: int) -> None:
         self._rng = rng
         self._size = size
         self._is_code = domain == "code"
@@ -195,9 +218,9 @@ class _Row:
         starts = [0, *(found.start() for found in _WORD.finditer(before))]
         for _ in range(rng.randint(1, 2)):
             start = starts[rng.randrange(max(len(starts) // 2, 1))]  # half of the beginning stays at least
-            self._later([Part(before[start:], False), Part(value, True), Part(after, True)])
+            self._later([Part(before[start:], False), Part(value, True, True), Part(after, True)])
         if rng.random() < END:
-            self._later([Part(before, False), Part(value, True), Part(after, True)], at_end=True)
+            self._later([Part(before, False), Part(value, True, True), Part(after, True)], at_end=True)
         return [Part(before + value + after, False)]
 
     def _fact(self) -> list[Part]:
@@ -294,11 +317,11 @@ def _filled(template: str, fact: Fact, counts: bool) -> list[Part]:
     filled = [text.format(noun=fact.noun, key=fact.key) for text in texts]
     parts = [Part(filled[0], False)]
     for text in filled[1:]:
-        parts += [Part(fact.value, counts), Part(text, False)]
+        parts += [Part(fact.value, counts, counts), Part(text, False)]
     return parts
 
 
-def _pieces(rng: random.Random, store: TokenStore, tokenizer: Tokenizer, piece: re.Pattern[str]) -> Iterator[str]:
+def _pieces(rng: random.Random, store: Documents, tokenizer: Tokenizer, piece: re.Pattern[str]) -> Iterator[str]:
     """Sentences or lines of documents of the store without end: each document from a random place on."""
     while True:
         document = store.document(rng.randrange(store.n_documents))[1:]

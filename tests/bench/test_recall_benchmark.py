@@ -43,7 +43,7 @@ def test_emptying_leaves_window_and_recurrence():
             fields = before.memory._asdict()
             for field, value in fields.items():
                 found = getattr(after.memory, field)
-                assert torch.equal(found, value if field in ("k", "v") else torch.zeros_like(value))
+                assert torch.equal(found, value if field in ("k", "v", "own") else torch.zeros_like(value))
                 assert value.any()
             assert len(fields) > 2
 
@@ -54,10 +54,13 @@ def test_a_trained_model_is_measured_and_drawn(model, tmp_path, monkeypatch, cap
     documents.write_text("\n".join(map(json.dumps, [*texts, "too short"])))
     result, picture = tmp_path / "trained.json", tmp_path / "picture.png"
     options = ["--documents", f"text={documents}", "--device", "cpu", "--precision", "fp32", "--distances", "100"]
-    command = ["recall", "trained", "--model", str(model), *options, "--trials", "2", "--result", str(result)]
+    command = ["recall", "trained", "--model", str(model), *options, "--trials", "2", "--rows", "3", "--result", str(result)]
     monkeypatch.setattr("sys.argv", command)
     recall.main()
     found = json.loads(result.read_text())
+    inside = found["answers inside rows"]["text"]
+    assert sum(part["answers"] for part in inside) > 20
+    assert all(0 <= part["accuracy"] <= 1 < part["nats"] for part in inside)  # the model has learned nothing
     assert [cell["kind"] for cell in found["needles"]][:2] == ["pass key", "number"]
     row = found["loss by position"]["text"]
     assert row["documents"] == 2
