@@ -54,7 +54,8 @@ def test_a_trained_model_is_measured_and_drawn(model, tmp_path, monkeypatch, cap
     documents.write_text("\n".join(map(json.dumps, [*texts, "too short"])))
     result, picture = tmp_path / "trained.json", tmp_path / "picture.png"
     options = ["--documents", f"text={documents}", "--device", "cpu", "--precision", "fp32", "--distances", "100"]
-    command = ["recall", "trained", "--model", str(model), *options, "--trials", "2", "--rows", "3", "--result", str(result)]
+    command = ["recall", "trained", "--model", str(model), *options, "--result", str(result)]
+    command += ["--trials", "2", "--rows", "3"]
     monkeypatch.setattr("sys.argv", command)
     recall.main()
     found = json.loads(result.read_text())
