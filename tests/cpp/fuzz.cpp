@@ -412,7 +412,7 @@ static void fuzz_step(Source& from) {
     for (int64_t b = 0; b < batch; ++b) tokens.data[b] = int64_t(from.values() % p.vocabulary) - (wild && b == 0);
     Floats h(from, n), h_after(from, n), logits(from, batch * p.vocabulary);
     const Scratch scratch(step_scratch(p, batch, threads));
-    Block<T> ring(from, memories * 2 * batch * capacity * p.width);
+    Block<T> ring(from, memories * 3 * batch * capacity * p.width);
     const int64_t matrices = memories * batch * p.width * (p.width / p.heads);
     Floats matrix(from, matrices), matrix_after(from, matrices);
     const StepState state{position,        h,      in_place ? h.data : h_after.data, ring, capacity, offset, matrix,
