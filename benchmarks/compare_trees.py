@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--shapes", nargs="+", default=["1x256", "2x512"])
-    parser.add_argument("--measure", nargs="+", choices=KINDS, default=KINDS[:3])
+    parser.add_argument("--measure", nargs="+", choices=KINDS, default=("parts", "train", "generate"))
     parser.add_argument("--commits", nargs=2, metavar="HASH", help="before and after, where a copy has no git")
     parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--output", type=Path, default=HERE / "benchmarks" / "results" / "compare_trees.json")

@@ -35,7 +35,7 @@ from benchmarks.gpu_ops import commit_of
 from benchmarks.recall_picture import draw
 from mm_rec import ops
 from mm_rec.data.files import BadRows, read_texts
-from mm_rec.data.recall_rows import recall_row
+from mm_rec.data.recall_rows import part_of_tokens, recall_row
 from mm_rec.evaluation import bits_per_byte
 from mm_rec.evaluation.recall import Haystack, cells, find_needles, state_bytes
 from mm_rec.inference.loading import Loaded, load_model
@@ -184,20 +184,21 @@ def answers_inside_rows(loaded: Loaded, documents: bits_per_byte.Documents, doma
     for index in range(rows):
         rng = random.Random(f"{domain}/{index}")
         size = SHORTEST_ROW * (LONGEST_ROW / SHORTEST_ROW) ** rng.random()
-        text, spans = "", []
-        for part in recall_row(rng, Held(documents.tokens), tokenizer, domain, round(size * bytes_a_token)):
+        row = recall_row(rng, Held(documents.tokens), tokenizer, domain, round(size * bytes_a_token))
+        text, distances = "", {}  # of the answers, by their part
+        for place, part in enumerate(row):
             if part.answers:
-                begin, said = len(text.encode()), len(text[: text.rindex(part.text)].encode())
-                spans.append((begin, begin + len(part.text.encode()), (begin - said) / bytes_a_token))
+                distances[place] = len(text[text.rindex(part.text) :].encode()) / bytes_a_token
             text += part.text
         ids = tokenizer.encode(text)
         tokens = torch.tensor([[tokenizer.bos_id, *ids]], device=model.embedding.weight.device)
         features, _ = model.features(tokens[:, :-1], None, domain)
         logits = torch.nn.functional.linear(features[0], model.embedding.weight).float()
         nats = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none").cpu().numpy()
-        right, ends = (logits.argmax(-1) == tokens[0, 1:]).cpu().numpy(), np.cumsum(lengths[ids])
-        for begin, end, distance in spans:
-            chosen = (ends > begin) & (ends <= end)
+        right = (logits.argmax(-1) == tokens[0, 1:]).cpu().numpy()
+        place_of = part_of_tokens(row, np.cumsum(lengths[ids]))
+        for place, distance in distances.items():
+            chosen = place_of == place
             if chosen.any():
                 counts[np.searchsorted(edges, distance, side="right") - 1] += 1, right[chosen].all(), nats[chosen].sum()
     return [

@@ -14,7 +14,7 @@ import heapq
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -23,7 +23,7 @@ from mm_rec.data.pack import Document, TokenStore
 from mm_rec.data.recall_wordings import CODE, NOUNS, TEXT, Wordings
 from mm_rec.text.tokenizer import Tokenizer
 
-__all__ = ["LONGEST", "Part", "recall_documents", "recall_row"]
+__all__ = ["LONGEST", "Part", "part_of_tokens", "recall_documents", "recall_row"]
 
 LONGEST = 32_768
 """About the most tokens of a row, and so of text between a fact and a question about it."""
@@ -112,11 +112,16 @@ def recall_row(rng: random.Random, documents: Documents, tokenizer: Tokenizer, d
     return _Row(rng, documents, tokenizer, domain, n_bytes).parts()
 
 
-def _counted(parts: list[Part], ends: np.ndarray) -> list[int]:
-    """For each token, by the byte at which it ends, whether that byte is of a part that counts."""
+def part_of_tokens(parts: Sequence[Part], ends: np.ndarray) -> np.ndarray:
+    """Returns the index of the part that each token is of: the one with the byte at which the token ends."""
     bounds = np.cumsum([len(part.text.encode()) for part in parts])
+    return np.searchsorted(bounds, ends)
+
+
+def _counted(parts: list[Part], ends: np.ndarray) -> list[int]:
+    """For each token, whether it is of a part that counts."""
     counts = np.array([part.counts for part in parts], dtype=int)
-    chosen: list[int] = counts[np.searchsorted(bounds, ends)].tolist()
+    chosen: list[int] = counts[part_of_tokens(parts, ends)].tolist()
     return chosen
 
 
@@ -205,7 +210,7 @@ class _Row:
         (key_begin, key_end), (begin, end) = words[rng.randrange(last)], words[last]
         count = 1 if rng.random() < 0.5 else rng.randint(2, MOST_VERSIONS)
         is_number = rng.random() < 0.5
-        keys, values = ({self._new(self._word): None for _ in range(count)} for _ in range(2))
+        keys, values = ([self._new(self._word) for _ in range(count)] for _ in range(2))
         for key, word in zip(keys, values, strict=True):
             value = self._value(0) if is_number else word
             self._versions.append((sentence[:key_begin] + key + sentence[key_end:begin], value, sentence[end:]))

@@ -278,10 +278,12 @@ class _Stream:
 
     def _issue(self, position: Tensor) -> ModelState:
         """Returns the state as views of this memory."""
-        rings, n_own = self.ring.narrow(2, self.offset, self.config.window), KEY_TAPS - 1
-        own = rings[2::3].narrow(2, self.config.window - n_own, n_own)
+        rows = iter(self.ring.narrow(2, self.offset, self.config.window).unbind(0))
         h, matrices = self._views
-        memories = map(MemoryState, rings[::3].unbind(0), rings[1::3].unbind(0), own.unbind(0), matrices)
+        memories = (
+            MemoryState(k, v, own[:, 1 - KEY_TAPS :], matrix)
+            for k, v, own, matrix in zip(rows, rows, rows, matrices, strict=True)
+        )
         self._issued = [
             BlockState(x, next(memories) if has else None) for x, has in zip(h, self._has_memory, strict=True)
         ]

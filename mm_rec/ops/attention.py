@@ -50,7 +50,7 @@ differentiable(_attention, _WindowAttention)
 def window_attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, rotary_base: float = 1000.0) -> Tensor:
     """Softmax attention of each token over the last W tokens of its document.
 
-    Defined by :func:`mm_rec.ops.reference.window_attention`.
+    Defined by :func:`mm_rec.ops.reference.window_attention`. Scores are the plain products of queries and keys.
 
     Args:
         q: (B, T, H, d), un-rotated, d even.

@@ -1,4 +1,4 @@
-"""The long-term memory: a matrix per head, written by the gated delta rule; formulas in :mod:`mm_rec.ops.reference`."""
+"""Keys, and a matrix per head that the gated delta rule writes; formulas in :mod:`mm_rec.ops.reference`."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ differentiable(_delta_rule, _DeltaRule)
 
 
 def delta_keys(k: Tensor, taps: Tensor, position: Tensor) -> Tensor:
-    """Keys of the long-term memory, made of the keys of a token and of those before it.
+    """Keys of both memories, made of the own keys of a token and of those before it.
 
     Defined by :func:`mm_rec.ops.reference.delta_keys`.
 
     Args:
-        k: (B, W + T, H, d): keys of the last W tokens, oldest first, then of the chunk.
-        taps: (H, d, J), the weight of the key j tokens back, J at most W + 1.
+        k: (B, R + T, H, d): own keys of the last R tokens, oldest first, then of the chunk.
+        taps: (H, d, J), the weight of the own key j tokens back, J at most R + 1.
         position: (B, T) int64, position of each token of the chunk in its document.
 
     Returns:

@@ -20,21 +20,8 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from mm_rec.text.message import ROLE_NAMES, TEXT_PARTS, UNREADABLE, Message, MessageError, read_message, without_nulls
 
 __all__ = [
-    "FEW",
-    "INTEGRAL",
-    "MAX_CHOICES",
-    "MAX_MESSAGES",
-    "UNKNOWN_IS_NULL",
-    "Messages",
-    "Metadata",
-    "Only",
-    "ResponseMessages",
-    "SessionName",
-    "StopStrings",
-    "Strict",
-    "Text",
-    "TokenIds",
-    "unusable",
+    "FEW", "INTEGRAL", "MAX_CHOICES", "MAX_MESSAGES", "UNKNOWN_IS_NULL", "Messages", "Metadata", "Only",
+    "ResponseMessages", "SessionName", "StopStrings", "Strict", "Text", "TokenIds", "unusable",
 ]  # fmt: skip
 
 MAX_CHOICES = 16
@@ -76,7 +63,7 @@ class Strict(BaseModel):
         strict=True,
         extra="forbid",
         allow_inf_nan=False,
-        json_schema_extra={**UNKNOWN_IS_NULL},
+        json_schema_extra=UNKNOWN_IS_NULL,
     )
 
     @model_validator(mode="before")

@@ -9,7 +9,7 @@ import pytest
 from mm_rec.data.pack import Document, write_store
 from mm_rec.data.prepare import prepare
 from mm_rec.data.prepare_recall import add_recall_rows
-from mm_rec.data.recall_rows import LONGEST, Part, _counted, _Row, recall_documents
+from mm_rec.data.recall_rows import LONGEST, Part, _counted, recall_documents, recall_row
 from mm_rec.data.synthetic import write_synthetic
 from mm_rec.errors import UserError
 from mm_rec.formats import VERSIONS
@@ -28,7 +28,7 @@ def test_what_counts_is_text_of_the_store_or_was_in_the_row_before(data, domain)
     own = "\n".join(tokenizer.decode(store.document(index)) for index in range(store.n_documents))
     answers = said = 0
     for trial in range(40):
-        parts = _Row(random.Random(trial), store, tokenizer, domain, 3000).parts()
+        parts = recall_row(random.Random(trial), store, tokenizer, domain, 3000)
         before = ""
         for text, counts, answers_it in parts:
             is_own = all(line.strip() in own for line in text.splitlines())

@@ -1,4 +1,4 @@
-// Keys of the long-term memory: the keys of a token and of those before it in its document, weighted and brought to
+// Keys of both memories: the own keys of a token and of those before it in its document, weighted and brought to
 // length 1 (defined in mm_rec/ops/reference.py).
 #pragma once
 

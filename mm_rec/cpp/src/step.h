@@ -239,7 +239,8 @@ struct StepWorker {
         T* k = static_cast<T*>(state.ring) + 3 * index * batch * stride + state.offset * p.width;
         const StepMemory memory{p.heads, p.d(), p.reach, block.key_taps, w.wide + gates, wide, block.memory_gate_bias,
                                 state.matrix + matrices, state.matrix_after + matrices};
-        const StepAttention<T> in{p.heads, p.d(), p.window, p.cosine, p.sine, w.wide, wide, k, k + batch * stride, k + 2 * batch * stride, stride,
+        T *v = k + batch * stride, *own_keys = v + batch * stride;
+        const StepAttention<T> in{p.heads, p.d(), p.window, p.cosine, p.sine, w.wide, wide, k, v, own_keys, stride,
                                   state.position, memory};
         const int64_t groups = min64(p.heads, (2 * walk.threads + batch - 1) / batch);  // of a sequence's heads
         walk.share(batch * groups, 1, [&](Share tasks) {

@@ -130,7 +130,8 @@ static void step_attend(const StepAttention<T>& in, int64_t b, int64_t first, in
     for (int64_t head = first; head < end; ++head) {
         float* sum = w.out + head * pitch;
         store_row(d, sum, sum, 1.0f / w.total[head]);
-        step_remember(in.memory, b, position, head, w.q + head * pitch, newest + head * d, value + head * d, sum, w.memory);
+        step_remember(in.memory, b, position, head, w.q + head * pitch, newest + head * d, value + head * d, sum,
+                      w.memory);
         store_row(d, sum, out + head * d);
     }
 }

@@ -38,8 +38,8 @@ struct AttentionInputs {
     }
 };
 
-// to = x with its two halves rotated by the angles whose cosines and sines are given. The gradient is
-// the rotation back: sign = -1. May be in place.
+// to = x with its two halves rotated by the angles whose cosines and sines are given. The gradient is the rotation
+// back: sign = -1. May be in place.
 template <class T>
 MM_INLINE void rotate_row(int64_t d, const float* cosine, const float* sine, float sign, const float* x, T* to) {
     const int64_t half = d / 2;
