@@ -42,6 +42,7 @@ class Stage:
         cpu, gpu: default sizes.
         conversations: the data are conversations, in which only answers count, and all experts learn from them.
         recall_share: part of the tokens that are rows made to train recall, if the user does not say.
+        time_share: of the stage, where several stages share a time; only its ratio to the others' counts.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Stage:
     gpu: Sizes
     conversations: bool = False
     recall_share: float = 0.0
+    time_share: float = 1.0
 
     def sizes(self, device_type: str) -> Sizes:
         """The defaults for a ``torch.device`` type."""
@@ -76,6 +78,7 @@ STAGES: dict[str, Stage] = {
             follows=None,
             cpu=Sizes(batch_size=2, seq_len=512, steps=1000, checkpoint_interval=50),
             gpu=Sizes(batch_size=8, seq_len=512, steps=10_000, checkpoint_interval=200),
+            time_share=8.0,
         ),
         Stage(
             name="stage2",

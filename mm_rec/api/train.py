@@ -20,6 +20,7 @@ from mm_rec.options import from_values
 from mm_rec.regular_file import read_regular
 from mm_rec.storage.run_folder import METRICS
 from mm_rec.training.load_data import load_data
+from mm_rec.training.minutes import choose_preset
 from mm_rec.training.ranks import broadcast_path
 from mm_rec.training.run_stages import train_stages
 from mm_rec.training.settings import TrainSettings
@@ -74,8 +75,8 @@ def train(data: Texts | Mapping[str, Texts] | None = None, *, quiet: bool = Fals
             as strings; or by domain any of the last two and folders, as in ``{"text": "book.txt", "code": programs}``.
             None takes ``data_dir``, ``use_synthetic`` or ``download_data`` from the settings.
         quiet: print nothing.
-        settings: the settings of ``mm-rec train`` by name, such as ``preset="small"``, ``max_steps=200``,
-            ``stage="stage1"``, ``checkpoint_dir="checkpoints"``.
+        settings: the settings of ``mm-rec train`` by name, such as ``minutes=10``, ``preset="small"``,
+            ``max_steps=200``, ``stage="stage1"``, ``checkpoint_dir="checkpoints"``.
 
     Raises:
         UserError: if a setting is unknown, or something does not fit: the data, the memory, the disk, an earlier run.
@@ -99,6 +100,7 @@ def train(data: Texts | Mapping[str, Texts] | None = None, *, quiet: bool = Fals
             if data is not None:
                 folder = data_folder(data, chosen.checkpoint_dir / "data") if processes.is_rank_zero() else Path()
                 chosen = dataclasses.replace(chosen, data_dir=broadcast_path(folder))
+            chosen = choose_preset(chosen, console)
             checkpoint = train_stages(chosen, load_data(chosen, console), guard, console)
     except Interrupted as stop:
         if stop.exit_code == 128 + signal.SIGINT:

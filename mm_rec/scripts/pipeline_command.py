@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from mm_rec.options import Option, add_arguments, from_arguments
 from mm_rec.program import Parser, run_program, say
-from mm_rec.stages import FINETUNING
-from mm_rec.training.settings import TrainSettings
+from mm_rec.stages import FINETUNING, PRETRAINING
+from mm_rec.training.settings import TrainSettings, share_of_time
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +30,7 @@ Settings of single stages go into a file:
 
 examples:
   mm-rec pipeline --data_dir ./data --checkpoint_dir ./checkpoints
+  mm-rec pipeline --minutes 60 --data_dir ./data
   mm-rec pipeline --config pipeline.yaml --instruct_data alpaca.jsonl --chat_data ./my_chats
 """
 
@@ -62,23 +63,32 @@ def run(settings: PipelineSettings) -> int:
     from mm_rec.machine.signals import SignalGuard
     from mm_rec.training.finetune import conversations_of, finetune
     from mm_rec.training.load_data import load_data
+    from mm_rec.training.minutes import choose_preset
     from mm_rec.training.run_stages import train_stages
 
     named = {"instruct": settings.instruct_data, "chat": settings.chat_data}
     conversations = {task: conversations_of(task, named[task], settings.data_dir) for task in FINETUNING}
     with SignalGuard() as guard, processes.process_group(settings.device):
         console = processes.make_console()
-        path = train_stages(settings, load_data(settings, console), guard, console)
+        settings = choose_preset(settings, console)
+        path = train_stages(_timed(settings, PRETRAINING), load_data(settings, console), guard, console)
         if processes.is_rank_zero():
             _write_transcript("pretrain", path, settings, console)
         for task in FINETUNING:
             guard.check()
-            path = finetune(
-                dataclasses.replace(settings, stage=task, init_from=path), conversations[task], guard, console
-            )
+            one = dataclasses.replace(_timed(settings, (task,)), stage=task, init_from=path)
+            path = finetune(one, conversations[task], guard, console)
             if processes.is_rank_zero():
                 _write_transcript(task, path, settings, console)
     return 0
+
+
+def _timed(settings: PipelineSettings, stages: tuple[str, ...]) -> PipelineSettings:
+    """The settings for some stages, which take their part of the time."""
+    if settings.minutes is None:
+        return settings
+    minutes = share_of_time(settings.minutes, stages, (*PRETRAINING, *FINETUNING))
+    return dataclasses.replace(settings, minutes=minutes)
 
 
 def _write_transcript(phase: str, path: Path, settings: TrainSettings, console: Console) -> None:

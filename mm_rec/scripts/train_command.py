@@ -15,6 +15,7 @@ STAGE_HELP = "\n".join(["stages:", *(f"  {name:8}{STAGES[name].summary}" for nam
 EPILOG = """
 examples:
   {prog} --stage stage1 --data_dir ./data --checkpoint_dir ./checkpoints
+  {prog} --minutes 30 --data_dir ./data         as much as can be learned in half an hour
   {prog} --stage all --download_data
   {prog} --use_synthetic --max_samples 10        a quick test of the machinery
   {prog} --config run.yaml --max_steps 2000      a settings file; flags win over it
@@ -64,10 +65,12 @@ def train(settings: TrainSettings, samples: Mapping[str, int]) -> int:
     from mm_rec.data.download_data import Request
     from mm_rec.machine.signals import SignalGuard
     from mm_rec.training.load_data import load_data
+    from mm_rec.training.minutes import choose_preset
     from mm_rec.training.run_stages import train_stages
 
     with SignalGuard() as guard, processes.process_group(settings.device):
         console = processes.make_console()
+        settings = choose_preset(settings, console)
         path = train_stages(settings, load_data(settings, console, Request(dict(samples))), guard, console)
         run = path.parent.parent
         say(

@@ -34,6 +34,8 @@ __all__ = ["LOCK", "METRICS", "Run", "RunFolder"]
 
 METRICS, LOSS_LOG = RECORDS
 TIMING, EVENTS, LOCK = "timing.jsonl", "events.log", "run.lock"
+LENGTHS = "lengths"
+"""Key of the configuration: how many steps a run with a time budget was given, and when."""
 
 
 class Run(Protocol):
@@ -68,6 +70,9 @@ class Run(Protocol):
 
     def log_timing(self, step: int, **values: Any) -> None:
         """Record what differs from run to run."""
+
+    def note_length(self, step: int, steps: int, seconds: float) -> None:
+        """Note that after ``step`` steps, ``seconds`` into its time, the run was given ``steps`` steps in all."""
 
     def event(self, message: str) -> None:
         """Record what happened, with the time."""
@@ -182,6 +187,22 @@ class RunFolder:
         if self.config.get(COMPLETED) != step:
             self.config[COMPLETED] = step
             write_config(self.path, self.config)
+
+    @property
+    def lengths(self) -> list[tuple[int, int, float]]:
+        """What :meth:`note_length` has noted, in order."""
+        return [(int(step), int(steps), float(seconds)) for step, steps, seconds in self.config.get(LENGTHS) or ()]
+
+    def note_length(self, step: int, steps: int, seconds: float) -> None:
+        """Note how many steps a run with a time budget is given, on the disk before it depends on it.
+
+        Args:
+            step: the steps that are done.
+            steps: how many there are to be in all.
+            seconds: how much of the time is used.
+        """
+        self.config[LENGTHS] = [*(self.config.get(LENGTHS) or ()), [step, steps, round(seconds, 3)]]
+        write_config(self.path, self.config)
 
     def _sync_records(self, folder: Path) -> dict[str, int]:
         """Flush the records to the disk; their sizes in bytes."""

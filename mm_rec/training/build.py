@@ -22,6 +22,7 @@ from mm_rec.storage.run_folder import Run
 from mm_rec.system import keep_freed_memory
 from mm_rec.training.ddp import ReplicatedAdamW
 from mm_rec.training.lora import LoraAdamW
+from mm_rec.training.pace import Pace
 from mm_rec.training.plan import Plan
 from mm_rec.training.ranks import StageStart
 from mm_rec.training.runtime import Runtime
@@ -42,6 +43,7 @@ def build_trainer(
     run: Run,
     guard: SignalGuard,
     console: Console,
+    pace: Pace | None = None,
 ) -> Trainer:
     """Returns a trainer at step 0 with the weights of ``start``; :meth:`Trainer.restore` then takes a checkpoint.
 
@@ -53,6 +55,7 @@ def build_trainer(
         run: the run folder, owned.
         guard: tells of signals.
         console: where to print.
+        pace: the clock of the stage, if the plan has a time for it.
     """
     keep_freed_memory()
     model, optimizer = _model_and_optimizer(start.config, plan, runtime, device)
@@ -79,6 +82,7 @@ def build_trainer(
             more=data.recall,
         ),
         even_batches=EvenBatches(data.train, **sizes) if plan.fusion_steps else None,
+        pace=pace,
         valid={name: documents for name, documents in valid.items() if documents.tokens},
         bytes_per_token=_bytes_per_token(data),
         tokenizer=data.tokenizer,

@@ -65,11 +65,15 @@ class Meter:
 
 
 class ProgressLine:
-    """The line of a run. Messages scroll above it."""
+    """The line of a run. Messages scroll above it.
+
+    Attributes:
+        steps: how many there are to be in all; may change on the way.
+    """
 
     def __init__(self, console: Console, steps: int, first_step: int, meter: Meter) -> None:
         self._console = console
-        self._steps = steps
+        self.steps = steps
         self._first_step = first_step
         self._meter = meter
         self._recent: deque[StepReport] = deque(maxlen=WINDOW)
@@ -95,41 +99,49 @@ class ProgressLine:
         """Print a line or more above the live line."""
         say(self._console, text)
 
-    def update(self, report: StepReport) -> tuple[float, int]:
-        """Show a step; returns what the meter read."""
+    def update(self, report: StepReport, seconds_left: float | None = None) -> tuple[float, int]:
+        """Show a step; returns what the meter read.
+
+        Args:
+            report: the step.
+            seconds_left: of the run; None if that follows from its speed so far.
+        """
+        if seconds_left is None:
+            done = report.step - self._first_step + 1
+            seconds_left = (time.monotonic() - self._start) / done * max(0, self.steps - report.step)
         self._recent.append(report)
         cpu, memory = self._meter.read()
         if self._live is not None:
-            self._live.update(self._row(report, cpu, memory))
+            self._live.update(self._row(report, seconds_left, cpu, memory))
             return cpu, memory
         now = time.monotonic()
-        if report.step in (self._first_step, self._steps) or now - self._last_plain >= PLAIN_INTERVAL_SECONDS:
+        if report.step in (self._first_step, self.steps) or now - self._last_plain >= PLAIN_INTERVAL_SECONDS:
             self._last_plain = now
-            self.message(f"step {report.step:>6}/{self._steps}  {'  '.join(self._figures(report, cpu, memory))}")
+            self.message(
+                f"step {report.step:>6}/{self.steps}  {'  '.join(self._figures(report, seconds_left, cpu, memory))}"
+            )
         return cpu, memory
 
-    def _figures(self, report: StepReport, cpu: float, memory: int) -> list[str]:
+    def _figures(self, report: StepReport, seconds_left: float, cpu: float, memory: int) -> list[str]:
         count = len(self._recent)
         seconds = sum(one.seconds for one in self._recent)
-        done = report.step - self._first_step + 1
-        left = (time.monotonic() - self._start) / done * max(0, self._steps - report.step)
         return [
             f"loss {sum(one.loss for one in self._recent) / count:.3f}",
             f"{sum(one.bits_per_byte for one in self._recent) / count:.3f} bits/byte",
             f"{sum(one.tokens for one in self._recent) / max(seconds, 1e-9):,.0f} tokens/s",
-            f"left {describe_seconds(left)}",
+            f"left {describe_seconds(max(0.0, seconds_left))}",
             f"CPU {cpu:.0f}%",
             f"memory {format_bytes(memory)}",
             f"grad {report.grad_norm:.2f}",
             f"lr {report.rate:.1e}",
         ]
 
-    def _row(self, report: StepReport, cpu: float, memory: int) -> Table:
+    def _row(self, report: StepReport, seconds_left: float, cpu: float, memory: int) -> Table:
         grid = Table.grid(padding=(0, 1))
-        figures = "  ".join(self._figures(report, cpu, memory))
+        figures = "  ".join(self._figures(report, seconds_left, cpu, memory))
         grid.add_row(
-            Text(f"{report.step}/{self._steps}", style="bold"),
-            ProgressBar(total=self._steps, completed=report.step, width=16),
+            Text(f"{report.step}/{self.steps}", style="bold"),
+            ProgressBar(total=self.steps, completed=report.step, width=16),
             Text(figures),
         )
         return grid

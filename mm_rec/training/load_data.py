@@ -42,7 +42,7 @@ def load_data(settings: TrainSettings, console: Console, request: Request | None
             _download_missing(folder, settings.max_samples, request or Request({}), tell)
     return prepare(
         folder,
-        settings.vocab_size or PRESETS[settings.preset].vocab_size,
+        settings.vocab_size or PRESETS[settings.preset_name].vocab_size,
         max_samples=settings.max_samples,
         filters=not settings.use_synthetic,
         skip_bad=settings.skip_bad,

@@ -7,7 +7,7 @@ every rank builds the same trainer; after it the path of the final checkpoint.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -41,12 +41,14 @@ class StageStart:
         weights: the weights to start from, by parameter name; None for new ones.
         checkpoint: the checkpoint of this run to go on from; None before its first.
         finished: the final checkpoint if nothing is left to do, else None.
+        lengths: how many steps a run with a time budget was given so far, as in :meth:`RunFolder.lengths`.
     """
 
     config: ModelConfig
     weights: Mapping[str, Tensor] | None = None
     checkpoint: Checkpoint | None = None
     finished: Path | None = None
+    lengths: Sequence[tuple[int, int, float]] = ()
 
 
 def broadcast_start(start: StageStart | None) -> StageStart:
@@ -56,13 +58,18 @@ def broadcast_start(start: StageStart | None) -> StageStart:
         return start
     message = {}
     if start is not None:
-        message = {"config": start.config.to_dict(), "finished": str(start.finished) if start.finished else None}
+        message = {
+            "config": start.config.to_dict(),
+            "finished": str(start.finished) if start.finished else None,
+            "lengths": list(start.lengths),
+        }
     message = processes.broadcast_json(message)
     return StageStart(
         ModelConfig.from_dict(message["config"]),
         processes.broadcast_tensors(None if start is None else start.weights),
         _broadcast_checkpoint(None if start is None else start.checkpoint),
         Path(message["finished"]) if message["finished"] else None,
+        [(step, steps, seconds) for step, steps, seconds in message["lengths"]],
     )
 
 
@@ -140,6 +147,9 @@ class NoRunFolder:
         """Do nothing: rank 0 writes the records."""
 
     def log_timing(self, step: int, **values: Any) -> None:
+        """Do nothing: rank 0 writes the records."""
+
+    def note_length(self, step: int, steps: int, seconds: float) -> None:
         """Do nothing: rank 0 writes the records."""
 
     def event(self, message: str) -> None:

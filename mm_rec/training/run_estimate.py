@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from dataclasses import dataclass
 
@@ -104,14 +105,22 @@ def announce(console: Console, trainer: Trainer, data: Prepared, estimate: RunEs
         + (f", rows that train recall {recall:,} tokens ({recall / total:.1%})" if recall else ""),
         f"  steps   {plan.steps} of {plan.accumulation} x {plan.batch_size} x {plan.seq_len} tokens "
         f"({passes:.1f} passes over the data), {steps} to go, learning rate {plan.rate:.1e}",
-        f"  time    about {describe_seconds(steps * seconds)} ({seconds:.2f} s a step, "
-        f"{plan.tokens_per_step / seconds:,.0f} tokens/s), saves and validation on top",
+        f"  time    {_describe_time(trainer, steps * seconds)} ({seconds:.2f} s a step, "
+        f"{plan.tokens_per_step / seconds:,.0f} tokens/s)",
         f"  memory  about {format_bytes(estimate.memory)} of {format_bytes(estimate.available)} free",
         f"  disk    {format_bytes(checkpoint_bytes(estimate.parameters))} a checkpoint, {plan.keep_checkpoints} kept, "
         f"{format_bytes(free_bytes(trainer.run.path))} free",
         f"  run     {trainer.run.path}",
     ):
         say(console, line)
+
+
+def _describe_time(trainer: Trainer, seconds: float) -> str:
+    """What the steps that are left take, or when the time for them is over."""
+    if trainer.pace is None:
+        return f"about {describe_seconds(seconds)}, saves and validation on top"
+    end = datetime.datetime.now() + datetime.timedelta(seconds=trainer.pace.left)
+    return f"{describe_seconds(trainer.pace.seconds)} as asked, until {end:%H:%M:%S}"
 
 
 def _seconds_per_step(trainer: Trainer, parameters: int) -> float:

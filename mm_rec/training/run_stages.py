@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,9 +27,10 @@ from mm_rec.storage.run_folder import Run, RunFolder
 from mm_rec.training.build import build_trainer
 from mm_rec.training.estimate import check_disk, check_memory, checkpoint_bytes, count_parameters, with_margin
 from mm_rec.training.initial_weights import StartingPoint, find_starting_point
+from mm_rec.training.pace import Pace
 from mm_rec.training.plan import Plan, make_plan
 from mm_rec.training.ranks import NoRunFolder, StageStart, broadcast_path, broadcast_start
-from mm_rec.training.run_estimate import announce, estimate_run
+from mm_rec.training.run_estimate import RunEstimate, announce, estimate_run
 from mm_rec.training.runtime import (
     Runtime,
     agree_on_runtime,
@@ -38,6 +41,9 @@ from mm_rec.training.runtime import (
 from mm_rec.training.settings import TrainSettings
 
 __all__ = ["train_stages"]
+
+Lengths = Sequence[tuple[int, int, float]]
+"""What was decided about the length of a run with a time budget, as :attr:`RunFolder.lengths` has it."""
 
 
 def train_stages(settings: TrainSettings, data: Prepared, guard: SignalGuard, console: Console) -> Path:
@@ -63,14 +69,17 @@ def train_stages(settings: TrainSettings, data: Prepared, guard: SignalGuard, co
 
 def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, console: Console) -> Path:
     """Train one stage, or find it finished; returns its final checkpoint."""
+    started = time.monotonic()
     device = select_device(settings.device)
-    plan = make_plan(settings, device.type, sum(store.n_tokens for store in data.train.values()))
+    plan_of = functools.partial(_plan, settings, device, data)
+    plan = plan_of()
     data = _with_recall_rows(settings, plan, data, console)
     processes.check_rows(plan.batch_size)
     point = find_starting_point(settings, plan, data, device) if processes.is_rank_zero() else None
     available = memory_of_process(device)  # before anything of the run is loaded
     with NoRunFolder() if point is None else _open_run(settings, plan, point, console) as run:
-        start = broadcast_start(None if point is None else _read_start(run, plan, point))
+        start = broadcast_start(None if point is None else _read_start(run, plan_of, point))
+        plan = plan_of(start.lengths)
         if start.finished is not None:
             say(
                 console,
@@ -79,18 +88,44 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
             return start.finished
         runtime = _choose_runtime(settings, start, run, device, available)
         _check_room(plan, start.config, runtime, run, available)
-        trainer = build_trainer(settings, plan, start, data, runtime, device, run, guard, console)
+        pace = None
+        if plan.minutes is not None:
+            pace = Pace(60 * plan.minutes, start.lengths[-1][2] if start.lengths else 0.0, started)
+        trainer = build_trainer(settings, plan, start, data, runtime, device, run, guard, console, pace)
         if start.checkpoint is not None:
             trainer.restore(start.checkpoint)
-        saved = start.checkpoint.trainer if start.checkpoint else None
+        saved, lengths = start.checkpoint.trainer if start.checkpoint else None, start.lengths
         del start, point  # the weights that they hold are in the model
-        announce(console, trainer, data, estimate_run(trainer, settings.gradient_checkpointing, available))
+        estimate = estimate_run(trainer, settings.gradient_checkpointing, available)
+        first = None
+        if pace is not None and not lengths:
+            first = _first_length(pace, estimate)
+            trainer.plan = plan_of([first])
+        announce(console, trainer, data, estimate)
         if isinstance(run, RunFolder):  # nothing that cannot be undone comes before all that can refuse
             cut_back(run, saved)
+            if first is not None:
+                run.note_length(*first)
         path = trainer.fit()
     path = broadcast_path(path)
     say(console, f"{settings.stage}: {trainer.progress.step} steps done, saved in {path}")
     return path
+
+
+def _plan(settings: TrainSettings, device: torch.device, data: Prepared, lengths: Lengths = ()) -> Plan:
+    """The plan of a stage, with what was decided about its length."""
+    tokens = sum(store.n_tokens for store in data.train.values())
+    if not lengths:
+        return make_plan(settings, device.type, tokens)
+    (_, steps, _), *later = lengths
+    plan = make_plan(settings, device.type, tokens, fitting_steps=steps)
+    return plan.with_revisions((step, steps) for step, steps, _ in later)
+
+
+def _first_length(pace: Pace, estimate: RunEstimate) -> tuple[int, int, float]:
+    """How many steps fit into the time, before the first; rank 0 decides for all."""
+    steps = max(1, int(pace.left / estimate.seconds_per_step))
+    return 0, processes.broadcast_json(steps), pace.used
 
 
 def _with_recall_rows(settings: TrainSettings, plan: Plan, data: Prepared, console: Console) -> Prepared:
@@ -114,12 +149,12 @@ def _open_run(settings: TrainSettings, plan: Plan, point: StartingPoint, console
     )
 
 
-def _read_start(run: Run, plan: Plan, point: StartingPoint) -> StageStart:
+def _read_start(run: Run, plan_of: Callable[[Lengths], Plan], point: StartingPoint) -> StageStart:
     """What rank 0 finds in its run folder: a finished run, a checkpoint, or nothing yet."""
     assert isinstance(run, RunFolder), "rank 0 owns the run folder"
-    if finished := _finished(run, plan):
+    if finished := _finished(run, plan_of(run.lengths)):
         return StageStart(point.config, finished=finished)
-    return StageStart(point.config, point.weights, find_newest(run))
+    return StageStart(point.config, point.weights, find_newest(run), lengths=run.lengths)
 
 
 def _finished(run: Run, plan: Plan) -> Path | None:

@@ -1,10 +1,14 @@
-"""The learning rate of every step, and the betas of AdamW for steps of any size."""
+"""The learning rate of every step, and the betas of AdamW for steps of any size.
+
+The length of a run with a time budget is revised on the way; a :class:`Length` is what has been decided so far.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-__all__ = ["PEAK_RATE", "betas", "learning_rate"]
+__all__ = ["PEAK_RATE", "Length", "betas", "learning_rate", "warmup_steps"]
 
 PEAK_RATE = 2e-3
 """Peak learning rate of AdamW in stage1, from 1k to 65k tokens a step, with the betas below (measured: docs/LOG.md)."""
@@ -32,16 +36,72 @@ def betas(tokens_per_step: int) -> tuple[float, float]:
     return first, min(second, LONGEST_SECOND_BETA)
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
+@dataclass(frozen=True)
+class Length:
+    """How many steps a schedule has, as it was decided at its beginning and after some of its steps.
+
+    Attributes:
+        revisions: pairs (s, n) with rising s: after step s the schedule was given n steps in all. The first is (0, n).
+    """
+
+    revisions: tuple[tuple[int, int], ...]
+
+    @property
+    def steps(self) -> int:
+        """The number of steps, as it was decided last."""
+        return self.revisions[-1][1]
+
+    @property
+    def revised_at(self) -> int:
+        """The step after which the number of steps was decided last."""
+        return self.revisions[-1][0]
+
+    def revised(self, step: int, steps: int) -> Length:
+        """Returns the length with ``steps`` steps in all, decided after step ``step``."""
+        if not self.revised_at < step <= steps:
+            raise ValueError(f"step {step} of {steps} cannot follow a decision after step {self.revised_at}")
+        return Length((*self.revisions, (step, steps)))
+
+    def share(self, step: int, first: int) -> float:
+        """Returns which share of the steps after step ``first`` is done after ``step``, from 0 to 1.
+
+        At each revision what is left is shared out anew among the steps that are left, so the share never jumps.
+
+        >>> length = Length(((0, 100),)).revised(50, 150)
+        >>> length.share(50, 0), length.share(100, 0), length.share(150, 0)
+        (0.5, 0.75, 1.0)
+        """
+        share, begin, steps = 0.0, first, self.revisions[0][1]
+        for at, revised in self.revisions[1:]:
+            if at >= step:
+                break
+            if at > begin:
+                share += (1 - share) * (at - begin) / max(steps - begin, at - begin, 1)
+                begin = at
+            steps = revised
+        return share + (1 - share) * min(max(step - begin, 0) / max(steps - begin, 1), 1.0)
+
+
+def warmup_steps(steps: int) -> int:
+    """Returns the steps of the linear warm-up: a twentieth of all, at most 200."""
+    return max(1, min(200, steps // 20))
+
+
+def learning_rate(step: int, steps: int, peak: float, share: float | None = None) -> float:
     """Returns the rate of optimizer step ``step`` (from 1) of ``steps``: short linear warm-up, then cosine to a tenth.
 
-    The warm-up takes a twentieth of the steps, at most 200.
+    Args:
+        step: the step.
+        steps: the length of the schedule, as it was decided at the beginning.
+        peak: the highest rate.
+        share: how much of what follows the warm-up is done, if that does not follow from ``steps``.
 
     >>> learning_rate(50, 1000, 1.0), round(learning_rate(1000, 1000, 1.0), 6)
     (1.0, 0.1)
     """
-    warmup = max(1, min(200, steps // 20))
+    warmup = warmup_steps(steps)
     if step <= warmup:
         return peak * step / warmup
-    share = min((step - warmup) / max(steps - warmup, 1), 1.0)
+    if share is None:
+        share = min((step - warmup) / max(steps - warmup, 1), 1.0)
     return peak * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * share)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,10 +12,10 @@ from typing import Annotated, Any
 from mm_rec.config import DEFAULT_PRESET, PRESETS, ModelConfig
 from mm_rec.errors import UserError
 from mm_rec.options import Option
-from mm_rec.stages import PRETRAINING, Stage
+from mm_rec.stages import PRETRAINING, STAGES, Stage
 from mm_rec.text.tokenizer import MIN_VOCAB_SIZE
 
-__all__ = ["MODEL_SHAPE", "TrainSettings", "step_cap"]
+__all__ = ["MODEL_SHAPE", "TrainSettings", "share_of_time", "step_cap"]
 
 MODEL_SHAPE = (
     "vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "gate_every", "window", "rotary_base"
@@ -36,7 +36,20 @@ class TrainSettings:
     """What a training command takes. None means: derived from the preset, the stage, the device and the data."""
 
     stage: Annotated[str, Option("what to train", choices=(*PRETRAINING, "all"))] = "stage1"
-    preset: Annotated[str, Option("size of the model", choices=tuple(PRESETS), shared=True)] = DEFAULT_PRESET
+    preset: Annotated[
+        str | None,
+        Option(
+            f"size of the model; if not given {DEFAULT_PRESET}, or with --minutes the one that learns most in the time",
+            choices=tuple(PRESETS),
+            shared=True,
+        ),
+    ] = None
+    minutes: Annotated[
+        float | None,
+        Option(
+            "time that the stages may take together, in place of --max_steps", minimum=0.1, maximum=1e6, shared=True
+        ),
+    ] = None
     vocab_size: Annotated[int | None, _size("tokens of the tokenizer at most", minimum=MIN_VOCAB_SIZE)] = None
     d_model: Annotated[int | None, _size("width of the model")] = None
     n_heads: Annotated[int | None, _size("heads, into which the width is split")] = None
@@ -117,11 +130,18 @@ class TrainSettings:
     def for_stage(self, name: str) -> TrainSettings:
         """The settings of one stage: what its section of the file says wins over the rest of the file."""
         values = {**self.stages.get(name, {}), "stage": name, "stages": {}}
+        if self.minutes is not None:
+            values["minutes"] = share_of_time(self.minutes, (name,), self.stage_names())
         return dataclasses.replace(self, **values)
 
     def model_shape(self) -> dict[str, Any]:
         """Returns the fields of :class:`ModelConfig` that were set, by name."""
         return {name: value for name in MODEL_SHAPE if (value := getattr(self, name)) is not None}
+
+    @property
+    def preset_name(self) -> str:
+        """The preset that was set, else the default."""
+        return self.preset or DEFAULT_PRESET
 
     def model_config(self, vocab_size: int | None = None) -> ModelConfig:
         """Returns the shape of a new model: the preset with what was set beside it.
@@ -138,9 +158,19 @@ class TrainSettings:
         if vocab_size is not None:
             shape["vocab_size"] = vocab_size
         try:
-            return ModelConfig.preset(self.preset, **shape)
+            return ModelConfig.preset(self.preset_name, **shape)
         except ValueError as error:
             raise UserError(f"these sizes do not make a model: {error}") from None
+
+
+def share_of_time(minutes: float, stages: Iterable[str], among: Iterable[str]) -> float:
+    """Returns the part of ``minutes`` that some of the stages take that share it.
+
+    >>> share_of_time(10.0, ["stage1"], ["stage1", "stage2", "stage3"])
+    8.0
+    """
+    shares = {name: STAGES[name].time_share for name in among}
+    return minutes * sum(shares[name] for name in stages) / sum(shares.values())
 
 
 def step_cap() -> int | None:

@@ -39,6 +39,7 @@ from mm_rec.text.tokenizer import Tokenizer
 from mm_rec.training.console import Meter, ProgressLine, StepReport
 from mm_rec.training.cuda_graphs import GraphedPass, run_pass
 from mm_rec.training.estimate import memory_remedy
+from mm_rec.training.pace import Pace
 from mm_rec.training.plan import Plan
 from mm_rec.training.plots import draw_losses
 from mm_rec.training.progress import TrainingProgress
@@ -72,6 +73,7 @@ class Trainer:
         guard: tells of signals.
         console: to print on.
         board: for TensorBoard, if the user wants it.
+        pace: decides how many steps there are, if the plan has a time for them.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Trainer:
         console: Console,
         board: Board | None = None,
         even_batches: EvenBatches | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self.plan = plan
         self.model = model
@@ -104,6 +107,7 @@ class Trainer:
         self.guard = guard
         self.console = console
         self.board = board
+        self.pace = pace
         self.device = model.embedding.weight.device
         self.progress = TrainingProgress()
         self.carried: dict[str, ModelState] = {}
@@ -168,30 +172,55 @@ class Trainer:
         return self._save()
 
     def _loop(self, line: ProgressLine) -> None:
-        plan = self.plan
+        if self.pace is not None:
+            self.pace.start(self.progress.step)
         while True:
+            plan = self.plan  # its length may have been revised
             last = self.progress.step >= plan.last_step
             evaluate_now = last or self.progress.step % plan.eval_interval == 0
             # Saved first: a failed evaluation loses nothing, and one that was stopped is done again from its start.
             if evaluate_now or self.progress.step % plan.checkpoint_interval == 0:
-                self._save()
+                with self._pausing("save"):
+                    self._save()
             if evaluate_now and (processes.is_rank_zero() or self._sharded):  # all have to help with a sharded model
-                self._evaluate(line)
+                with self._pausing("validate"):
+                    self._evaluate(line)
                 if self.progress.step > 0:
-                    self._sample(line)
+                    with self._pausing("sample"):
+                        self._sample(line)
                 if self.progress.step > 0 and processes.is_rank_zero():
                     title = f"{plan.stage.name}: {self.run.path}"
-                    draw_losses(self.run.path / METRICS, self.run.path / "loss.png", title)
+                    with self._pausing("draw"):
+                        draw_losses(self.run.path / METRICS, self.run.path / "loss.png", title)
             if last:
                 return
             processes.check_signals(self.guard)
             report = self._take_step()
             if report is not None:
                 self._show(report, line)
+            if self.pace is not None:
+                self._decide_length(self.pace, line)
+
+    def _pausing(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.pace is None else self.pace.pausing(what)
+
+    def _decide_length(self, pace: Pace, line: ProgressLine) -> None:
+        """Fit the steps that are left into the time that is left, if it is time to; rank 0 decides for all."""
+        step, plan = self.progress.step, self.plan
+        if step <= plan.length.revised_at:  # steps that are done once more follow what was decided then
+            return
+        validations = max(1, math.ceil((plan.steps - step) / plan.eval_interval))
+        decided = pace.decide(step, plan.steps, validations) if processes.is_rank_zero() else None
+        steps = processes.all_max(decided or 0)
+        if steps in (0, plan.steps):
+            return
+        self.run.note_length(step, steps, pace.used)
+        self.plan = plan.with_revisions([(step, steps)])
+        line.steps = self.plan.last_step
 
     def _show(self, report: StepReport, line: ProgressLine) -> None:
         """What depends on the clock, and so stays out of the records: the line, timing.jsonl, TensorBoard."""
-        cpu, memory = line.update(report)
+        cpu, memory = line.update(report, None if self.pace is None else self.pace.left)
         self.run.log_timing(report.step, seconds=report.seconds, cpu_percent=cpu, memory_bytes=memory)
         if self.board is not None:
             values = {"loss": report.loss, "bits_per_byte": report.bits_per_byte, "grad_norm": report.grad_norm}
