@@ -7,10 +7,12 @@
 #
 # CORPORA holds books.train, code.train, more.books.train, more.code.train, books.valid and code.valid (.jsonl.xz, one JSON
 # string a line). RUNS gets the runs, RESULTS a JSON file each. The same command goes on where it was stopped.
-# PYTHON names the interpreter if it is not the one in .venv; STEPS and SEEDS change how long it takes.
+# PYTHON names the interpreter if it is not the one in .venv; STEPS and SEEDS change how long it takes. RUNNER changes the
+# memory: RUNNER="benchmarks.kept_pairs --pairs 128" keeps exact pairs in place of a matrix.
 set -eu
 
 python=${PYTHON:-$(dirname "$0")/../.venv/bin/python}
+runner=${RUNNER:-}
 part=$1
 shift
 
@@ -24,7 +26,7 @@ link() {  # link FOLDER FILES... puts links to files into a folder
 mqar() {  # mqar NAME FLAGS... learns one task
     name=$1
     shift
-    $python -m benchmarks.recall mqar --state "$results/$name.state" --result "$results/$name.json" "$@"
+    $python -m $runner benchmarks.recall mqar --state "$results/$name.state" --result "$results/$name.json" "$@"
 }
 
 train() {  # train RUNNER RUNS FLAGS... trains stage1, then stage2 with the state carried
@@ -63,8 +65,8 @@ needles)
     link "$runs/data/code" "$corpora"/*code.train.*
     steps_stage1=${STEPS:-14000} rows_stage1=8 tokens_stage1=2048 # small steps, and rows that reach beyond the window
     steps_stage2=$((${STEPS:-14000} / 8)) rows_stage2=4 tokens_stage2=8192
-    train mm_rec.cli "$runs" --data_dir "$runs/data" --recall_share "${SHARE:-0.2}"
-    held_out benchmarks.recall "$runs" needles
+    train "$runner mm_rec.cli" "$runs" --data_dir "$runs/data" --recall_share "${SHARE:-0.2}"
+    held_out "$runner benchmarks.recall" "$runs" needles
     ;;
 text)
     corpora=$(cd "$1" && pwd) runs=$2 results=$3
