@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_rec.errors import UserError
+from mm_rec.regular_file import open_regular
 from mm_rec.storage import checkpoint, files
 from mm_rec.storage.checkpoint import Checkpoint, CheckpointError, Event
 from mm_rec.storage.lock import Lock
@@ -196,8 +197,10 @@ def _create(
             name = checkpoint.checkpoint_name(source.trainer["step"])  # whatever the user has named it
             shutil.copytree(source.path, folder / CHECKPOINTS / name, copy_function=_link_or_copy)
             for name in RECORDS:
-                with contextlib.suppress(FileNotFoundError):
-                    shutil.copyfile(source.path.parent.parent / name, folder / name)
+                record = source.path.parent.parent / name
+                if record.exists():
+                    with open_regular(record) as file, open(folder / name, "xb") as copy:
+                        shutil.copyfileobj(file, copy)
     run = RunFolder(path, on_event)
     run.event(f"new run {path}: {why}")
     return run
