@@ -60,6 +60,7 @@ def run(settings: PipelineSettings) -> int:
     """Run the pipeline; returns the exit code."""
     from mm_rec import processes
     from mm_rec.machine.signals import SignalGuard
+    from mm_rec.training.check_settings import check_settings
     from mm_rec.training.finetune import conversations_of, finetune
     from mm_rec.training.load_data import load_data
     from mm_rec.training.run_stages import train_stages
@@ -67,6 +68,7 @@ def run(settings: PipelineSettings) -> int:
     named = {"instruct": settings.instruct_data, "chat": settings.chat_data}
     conversations = {task: conversations_of(task, named[task], settings.data_dir) for task in FINETUNING}
     with SignalGuard() as guard, processes.process_group(settings.device):
+        check_settings(settings, (*settings.stage_names(), *FINETUNING))
         console = processes.make_console()
         path = train_stages(settings, load_data(settings, console), guard, console)
         if processes.is_rank_zero():
