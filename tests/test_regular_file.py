@@ -19,6 +19,7 @@ from mm_rec.data.pack import Document, TokenStore, write_store
 from mm_rec.errors import UserError
 from mm_rec.inference import session_file
 from mm_rec.regular_file import append_regular, open_regular, read_regular
+from mm_rec.scripts.doctor_command import check_run
 from mm_rec.scripts.sampling_options import read_json_schema
 from mm_rec.storage.adapter import read_adapter
 from mm_rec.storage.files import read_manifest
@@ -126,6 +127,9 @@ def test_a_pipe_in_a_run_folder_is_refused_in_one_line(name: str, read: bool, tm
     with pytest.raises(UserError, match=str(path)) as error, open_run(tmp_path, "stage1", {"lr": 0.1}) as run:
         _train(run)
     assert "\n" not in str(error.value)
+    assert [finding.text for finding in check_run(path.parent) if finding.level == "broken"] == [
+        f"{path} is a pipe, a device or a folder, not a file; move it away"
+    ]
     if reader is not None:
         os.close(reader)
     path.unlink()

@@ -145,8 +145,8 @@ def cut_back(run: RunFolder, trainer: Mapping[str, Any] | None) -> None:
     To be called once nothing else can refuse to train: records are cut, and later checkpoints, which are damaged, are
     set aside under another name.
     """
-    with files.reporting_errors(run.path):
-        for folder in (run.checkpoints, run.samples):
+    for folder in (run.checkpoints, run.samples):
+        with files.reporting_errors(folder):
             folder.mkdir(exist_ok=True)
     completed = run.config.get(COMPLETED)
     if completed is not None and not (run.checkpoints / checkpoint.checkpoint_name(completed)).exists():

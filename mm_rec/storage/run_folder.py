@@ -31,7 +31,7 @@ from mm_rec.storage.checkpoint import Event
 from mm_rec.storage.lock import Lock
 from mm_rec.storage.run_config import CHECKPOINTS, COMPLETED, RECORDS, read_config, what_is_wrong, write_config
 
-__all__ = ["LOCK", "METRICS", "Run", "RunFolder"]
+__all__ = ["EVENTS", "LOCK", "METRICS", "TIMING", "Run", "RunFolder"]
 
 METRICS, LOSS_LOG = RECORDS
 TIMING, EVENTS, LOCK = "timing.jsonl", "events.log", "run.lock"
