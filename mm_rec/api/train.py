@@ -19,6 +19,7 @@ from mm_rec.machine.signals import Interrupted, SignalGuard
 from mm_rec.options import from_values
 from mm_rec.regular_file import read_regular
 from mm_rec.storage.run_folder import METRICS
+from mm_rec.training.check_settings import check_settings
 from mm_rec.training.load_data import load_data
 from mm_rec.training.minutes import choose_preset
 from mm_rec.training.ranks import broadcast_path
@@ -97,6 +98,7 @@ def train(data: Texts | Mapping[str, Texts] | None = None, *, quiet: bool = Fals
     try:
         with SignalGuard(ends_process=False) as guard, processes.process_group(chosen.device, lasting=True):
             console = Console(quiet=True) if quiet else processes.make_console()
+            check_settings(chosen, chosen.stage_names())
             if data is not None:
                 folder = data_folder(data, chosen.checkpoint_dir / "data") if processes.is_rank_zero() else Path()
                 chosen = dataclasses.replace(chosen, data_dir=broadcast_path(folder))

@@ -21,7 +21,7 @@ from mm_rec.storage import checkpoint
 from mm_rec.storage.adapter import ADAPTER_FOLDER, merged, read_adapter
 from mm_rec.storage.files import format_bytes
 from mm_rec.storage.resume import require_checkpoints
-from mm_rec.storage.run_config import CHECKPOINTS, list_runs, require_configs
+from mm_rec.storage.run_config import CHECKPOINTS, COMPLETED, list_runs, require_configs
 from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = ["Loaded", "find_checkpoint", "load_model"]
@@ -62,24 +62,32 @@ class Loaded(NamedTuple):
 def find_checkpoint(path: Path) -> Path:
     """Returns the checkpoint at ``path``: a checkpoint, a run folder (its newest valid one) or a folder of runs.
 
-    In a folder of runs it is the newest valid one of the newest run of the last stage that has completed one. Each
-    damaged one that is passed over is a warning.
+    In a folder of runs it is the newest valid one of the newest run of the last stage that has completed one. A run
+    that was stopped before its first step is taken only if there is no other. Each damaged checkpoint, and each such
+    run, that is passed over is a warning.
 
     Raises:
         UserError: if there is none, or a later run has lost its checkpoints or its configuration.
     """
     if not path.is_dir():
         raise UserError(f"there is no folder {path}; name a checkpoint, a run folder or a folder of runs")
+    untrained: list[Path] = []
     for stage in reversed(STAGES):
         for entry in reversed(list_runs(path, stage)):
             require_configs([entry])
             _, run, config = entry
-            newest = checkpoint.newest_valid(run / CHECKPOINTS, _warn) if config is not None else None
-            if newest is not None:
-                return newest
-            if config is not None:
+            if config is None:
+                continue
+            newest = checkpoint.newest_valid(run / CHECKPOINTS, _warn)
+            if newest is None:
                 require_checkpoints(run, config)
-    return checkpoint.resolve(path, _warn)
+            elif checkpoint.checkpoint_step(newest) == 0 and not config.get(COMPLETED):
+                untrained.append(newest)
+            else:
+                for one in untrained:
+                    _warn(f"passed over {one.parent.parent}, which was stopped before its first step")
+                return newest
+    return untrained[0] if untrained else checkpoint.resolve(path, _warn)
 
 
 def _warn(message: str) -> None:

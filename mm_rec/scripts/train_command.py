@@ -64,11 +64,13 @@ def train(settings: TrainSettings, samples: Mapping[str, int]) -> int:
     from mm_rec import processes
     from mm_rec.data.download_data import Request
     from mm_rec.machine.signals import SignalGuard
+    from mm_rec.training.check_settings import check_settings
     from mm_rec.training.load_data import load_data
     from mm_rec.training.minutes import choose_preset
     from mm_rec.training.run_stages import train_stages
 
     with SignalGuard() as guard, processes.process_group(settings.device):
+        check_settings(settings, settings.stage_names())
         console = processes.make_console()
         settings = choose_preset(settings, console)
         path = train_stages(settings, load_data(settings, console, Request(dict(samples))), guard, console)

@@ -139,7 +139,7 @@ def sync_descriptor(descriptor: int) -> None:
 
 def sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # whatever stands there, without waiting for a pipe
     try:
         sync_descriptor(descriptor)
     finally:

@@ -19,7 +19,7 @@ from mm_rec.training.plan import Plan
 from mm_rec.training.runtime import choose_runtime
 from mm_rec.training.settings import TrainSettings, step_cap
 
-__all__ = ["StartingPoint", "find_starting_point", "starting_checkpoint"]
+__all__ = ["StartingPoint", "find_run_before", "find_starting_point", "starting_checkpoint"]
 
 
 class StartingPoint(NamedTuple):
@@ -106,26 +106,44 @@ def _load_weights(settings: TrainSettings, data: Prepared) -> _Weights | None:
     return _Weights(path, found.config, found.weights, found.sha256)
 
 
-def _final_checkpoint(root: Path, stage: str, following: str) -> Path:
-    """The final checkpoint of the newest run of ``stage``; an error if that run is not finished."""
+def find_run_before(root: Path, stage: str, following: str) -> Path:
+    """Returns the newest run of ``stage``, from whose weights the stage ``following`` starts.
+
+    Raises:
+        UserError: if there is none, or one that cannot be told.
+    """
     found = list_runs(root, stage) if root.is_dir() else []
     require_configs(found)
     runs = [path for _, path, config in found if config is not None]
-    command = f"mm-rec finetune --task {stage}" if STAGES[stage].conversations else f"mm-rec train --stage {stage}"
     if not runs:
         raise UserError(
-            f"{following} starts from a trained {stage} and there is none in {root}; run `{command}` first, "
+            f"{following} starts from a trained {stage} and there is none in {root}; run `{_command(stage)}` first, "
             "or name a checkpoint with --init_from"
         )
-    newest = checkpoint.load_newest(runs[-1] / "checkpoints")
-    done = newest.trainer["step"] if newest else 0
-    steps = min(newest.trainer["steps"], step_cap() or newest.trainer["steps"]) if newest else 1
-    if newest is None or done < steps:
+    return runs[-1]
+
+
+def _final_checkpoint(root: Path, stage: str, following: str) -> Path:
+    """The final checkpoint of the newest run of ``stage``; an error if that run is not finished."""
+    run = find_run_before(root, stage, following)
+    newest = checkpoint.load_newest(run / "checkpoints")
+    if newest is None:
         raise UserError(
-            f"{runs[-1]} is not finished ({done} of {steps} steps); go on with `{command}`, "
-            f"or start {following} from what is there with --init_from {runs[-1]}"
+            f"{run} has no checkpoint yet; go on with `{_command(stage)}`, "
+            f"or name the checkpoint that {following} starts from with --init_from"
+        )
+    done, steps = newest.trainer["step"], min(newest.trainer["steps"], step_cap() or newest.trainer["steps"])
+    if done < steps:
+        raise UserError(
+            f"{run} is not finished ({done} of {steps} steps); go on with `{_command(stage)}`, "
+            f"or start {following} from what is there with --init_from {run}"
         )
     return newest.path
+
+
+def _command(stage: str) -> str:
+    """The command that trains a stage."""
+    return f"mm-rec finetune --task {stage}" if STAGES[stage].conversations else f"mm-rec train --stage {stage}"
 
 
 def _model_config(settings: TrainSettings, data: Prepared, start: _Weights | None) -> ModelConfig:

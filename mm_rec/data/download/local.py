@@ -81,7 +81,8 @@ def _write(data_dir: Path, name: str, texts: Iterable[str], entry: dict[str, Any
     with reporting_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with part.open("wb") as file:
+            part.unlink(missing_ok=True)
+            with part.open("xb") as file:
                 for text in texts:
                     file.write(json.dumps(text, ensure_ascii=False).encode() + b"\n")
                     count += 1
