@@ -33,6 +33,16 @@ def test_library_has_every_level_and_nothing_else() -> None:
     assert all(name.startswith("mm_rec_") for name in names)
 
 
+@pytest.mark.native
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+def test_the_library_runs_with_an_older_glibc() -> None:
+    """With that of manylinux_2_28 and newer ones, whichever it was built with."""
+    listed = subprocess.run(["nm", "-D", str(CpuLibrary().path)], check=True, capture_output=True, text=True).stdout
+    versions = {tuple(map(int, found.split("."))) for found in re.findall(r"@GLIBC_([\d.]+)", listed)}
+    assert versions
+    assert max(versions) <= (2, 28)
+
+
 def test_the_library_counts_levels_as_the_build_lists_them() -> None:
     source = (build.HERE / "src" / "level.cpp").read_text()
     listed = re.search(r"// Index into \{(.*?)\}", source)
