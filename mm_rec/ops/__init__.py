@@ -10,7 +10,6 @@ from mm_rec.ops import cpu, cuda, reference
 from mm_rec.ops.attention import window_attention
 from mm_rec.ops.backend import DeviceStatus, NativeUnavailableError, Status, register, status, use_backend
 from mm_rec.ops.branches import feed_forward, linear_branch
-from mm_rec.ops.cpu.load_library import INTERFACE as CPU_INTERFACE
 from mm_rec.ops.delta_rule import delta_keys, delta_rule
 from mm_rec.ops.gated_recurrence import gated_recurrence
 from mm_rec.ops.linear import linear, matmul
@@ -25,7 +24,6 @@ from mm_rec.ops.reference import rotate
 from mm_rec.ops.scan import scan
 
 __all__ = [
-    "CPU_INTERFACE",
     "DeviceStatus",
     "NativeUnavailableError",
     "Status",

@@ -99,7 +99,8 @@ def check_installation() -> list[Finding]:
     findings = [Finding("ok", f"compilers, which only building kernels needs: {found}")]
     for extra, missing in installation.missing_of_extras().items():
         if missing:
-            text = f"extra {extra} is not installed: {', '.join(missing)}; pip install {' '.join(missing)}"
+            quoted = " ".join(f'"{one}"' for one in missing)
+            text = f"extra {extra} is not installed; what is missing of it: pip install {quoted}"
             findings.append(Finding("note", text))
         else:
             findings.append(Finding("ok", f"extra {extra} is installed"))

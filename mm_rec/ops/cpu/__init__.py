@@ -24,7 +24,7 @@ def load() -> Native:
     """Load the library and return its kernels, by op name.
 
     Raises:
-        NativeUnavailableError: the library is missing or broken.
+        NativeUnavailableError: the library cannot be used.
     """
     library = CpuLibrary()
     common.call = call = library.call
