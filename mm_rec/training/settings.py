@@ -131,7 +131,8 @@ class TrainSettings:
         """The settings of one stage: what its section of the file says wins over the rest of the file."""
         values = {**self.stages.get(name, {}), "stage": name, "stages": {}}
         if self.minutes is not None:
-            values["minutes"] = share_of_time(self.minutes, (name,), self.stage_names())
+            names = self.stage_names()
+            values["minutes"] = share_of_time(self.minutes, (name,), names if name in names else (name,))
         return dataclasses.replace(self, **values)
 
     def model_shape(self) -> dict[str, Any]:
