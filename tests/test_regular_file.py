@@ -12,6 +12,7 @@ import pytest
 
 from mm_rec.data.blocks import BlockArray
 from mm_rec.data.conversations import find_conversations, read_conversations
+from mm_rec.data.documents.folder import find_documents
 from mm_rec.data.files import BadRows, find_files, read_texts
 from mm_rec.data.manifest import read_manifest as read_download_manifest
 from mm_rec.data.pack import Document, TokenStore, write_store
@@ -64,10 +65,11 @@ READERS: dict[str, Callable[[Path], object]] = {
     "session.safetensors": session_file.read,
     "a.json": find_conversations,
     "b.json": lambda path: list(read_conversations(path, BadRows())),
-    **{f"a{ending}": find_files for ending in (".txt", ".jsonl", ".parquet")},
+    **{f"a{ending}": find_documents for ending in (".txt", ".pdf", ".jsonl")},
+    **{f"c{ending}": find_files for ending in (".jsonl", ".parquet")},
     **{
         f"b{ending}": lambda path: list(read_texts(path, BadRows()))
-        for ending in (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
+        for ending in (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
     },
 }
 
@@ -96,5 +98,6 @@ def test_a_pipe_in_a_token_store_is_refused_in_one_line(name: str, tmp_path: Pat
 def test_folders_are_searched_for_regular_files(tmp_path: Path) -> None:
     for name in ("a.txt", "a.jsonl", "a.json"):
         os.mkfifo(tmp_path / name)
+    assert [one.why for one in find_documents(tmp_path).left_out] == ["a pipe or a device"] * 3
     (tmp_path / "b.jsonl").write_text("")
     assert find_files(tmp_path) == find_conversations(tmp_path) == [tmp_path / "b.jsonl"]

@@ -87,7 +87,18 @@ def starting_checkpoint(settings: TrainSettings) -> Path | None:
     before = STAGES[settings.stage].follows
     if settings.init_from is not None:
         return checkpoint.resolve(settings.init_from, _refuse)
+    if before is not None and STAGES[before].fuses and _has_one_expert(settings.checkpoint_dir, before):
+        before = STAGES[before].follows
     return _final_checkpoint(settings.checkpoint_dir, before, settings.stage) if before else None
+
+
+def _has_one_expert(root: Path, stage: str) -> bool:
+    """Whether what stands before ``stage`` has one expert, so that there is nothing to fuse."""
+    before = STAGES[stage].follows
+    if before is None or not root.is_dir() or list_runs(root, stage):
+        return False
+    runs = [config for _, _, config in list_runs(root, before) if config is not None]
+    return bool(runs) and len(runs[-1]["identity"]["model"]["experts"]) == 1
 
 
 def _refuse(passed_over: str) -> None:
@@ -131,7 +142,7 @@ def _final_checkpoint(root: Path, stage: str, following: str) -> Path:
 def _model_config(settings: TrainSettings, data: Prepared, start: _Weights | None) -> ModelConfig:
     """The shape of the weights if there are any, else that of the settings with the vocabulary of the tokenizer."""
     if start is None:
-        config = settings.model_config(data.tokenizer.padded_vocab_size)
+        config = settings.model_config(data.tokenizer.padded_vocab_size, tuple(data.train))
     else:
         config = start.config
         _check_shape(settings, config, f"{settings.stage} starts from {start.path},")
