@@ -114,7 +114,6 @@ def write_word(path: Path, text: Paragraphs, number: int, language: str) -> None
     import docx
 
     document = docx.Document()
-    document.add_heading(text[0][:60])
     for one in text:
         document.add_paragraph(one)
     document.save(str(path))

@@ -33,7 +33,9 @@ class DomainFiles:
     found: Found
 
 
-def find_domains(data_dir: Path, domains: Sequence[str], tell: Callable[[str], None]) -> dict[str, DomainFiles]:
+def find_domains(
+    data_dir: Path, domains: Sequence[str], skip: Sequence[Path], tell: Callable[[str], None]
+) -> dict[str, DomainFiles]:
     """The documents of each domain that has some in ``data_dir``."""
     if not data_dir.is_dir():
         raise UserError(f"there is no data folder {data_dir}; {_HOW_TO_GET_DATA.format(data_dir)}")
@@ -53,17 +55,19 @@ def find_domains(data_dir: Path, domains: Sequence[str], tell: Callable[[str], N
             )
         return found
     not_documents = [data_dir / name for name in (MANIFEST, *_OTHER_FOLDERS, *domains)]
-    whole = find_documents(data_dir, skip=not_documents)
+    whole = find_documents(data_dir, skip=[*not_documents, *skip])
     if not whole.files:
         raise UserError(f"there is no data in {data_dir}; {_HOW_TO_GET_DATA.format(data_dir)}")
     return {domains[0]: DomainFiles(data_dir, whole)}
 
 
-def find_named(folders: Mapping[str, Path], tell: Callable[[str], None]) -> dict[str, DomainFiles]:
+def find_named(
+    folders: Mapping[str, Path], skip: Sequence[Path], tell: Callable[[str], None]
+) -> dict[str, DomainFiles]:
     """The documents of each domain in the file or folder that is named for it."""
     found = {}
     for name, path in folders.items():
-        one = find_documents(path, programs_only=name == "code", skip=[path / "prepared"])
+        one = find_documents(path, programs_only=name == "code", skip=[path / "prepared", *skip])
         if not one.files:
             tell_account(name, Account({}, one.left_out, []), True, tell)
             raise UserError(f"there is no file that can be read in {path}; what is read are {readable_endings()}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,9 @@ from mm_rec.data.held_out import VALID_BYTES, VALID_SHARE, take_within
 from mm_rec.errors import UserError
 
 __all__ = ["Survey", "survey_domain"]
+
+PROGRESS_SECONDS = 10.0
+"""Between two lines about how far the reading is."""
 
 
 @dataclass
@@ -99,7 +103,14 @@ class Survey:
         return all(_cut(text, budget))
 
 
-def survey_domain(name: str, documents: Documents, *, max_samples: int | None = None, filters: bool = True) -> Survey:
+def survey_domain(
+    name: str,
+    documents: Documents,
+    *,
+    max_samples: int | None = None,
+    filters: bool = True,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Survey:
     """Read the documents of the domain ``name`` for the first time, filter them and choose what is held out.
 
     Args:
@@ -107,15 +118,20 @@ def survey_domain(name: str, documents: Documents, *, max_samples: int | None = 
         documents: those of the data files.
         max_samples: stop after so many documents that are used.
         filters: leave out documents of low quality and near-duplicates.
+        tell: takes a line from time to time.
 
     Raises:
         UserError: for a bad row too many, or if too little is left.
     """
     survey = Survey(documents)
     duplicates = NearDuplicates()
+    told = time.monotonic()
     with closing(documents.read()) as read:
         for number, (text, path, is_program) in enumerate(read):
             survey.read += 1
+            if time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                tell(f"{name}: {survey.read:,} documents so far, at {path}")
             problem = quality_problem(text, "code" if is_program else name) if filters else None
             if problem is None and filters and duplicates.add(text):
                 problem = "near-duplicate"

@@ -49,6 +49,7 @@ def prepare(
     domains: Sequence[str] = DOMAINS,
     folders: Mapping[str, Path] | None = None,
     cache: Path | None = None,
+    skip: Sequence[Path] = (),
     name_left_out: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Prepared:
@@ -68,6 +69,7 @@ def prepare(
         domains: names of the folders.
         folders: a file or folder of documents for each domain, in place of those in ``data_dir``.
         cache: where the result goes if ``folders`` are given or ``data_dir`` cannot be written to.
+        skip: files and folders that are no documents, as the program's own.
         name_left_out: tell the name of everything that is left out.
         progress: takes a line about each thing that is done.
 
@@ -77,7 +79,7 @@ def prepare(
     data_dir = Path(data_dir)
     tell = progress or (lambda line: None)
     options = options or ReadOptions()
-    found = find_domains(data_dir, domains, tell) if folders is None else find_named(folders, tell)
+    found = find_domains(data_dir, domains, skip, tell) if folders is None else find_named(folders, skip, tell)
     files = {name: one.found.paths for name, one in found.items()}
     root = choose_root(data_dir, cache, tell) if folders is None else cache or data_dir / "prepared"
 
@@ -114,7 +116,7 @@ def prepare(
                 tell(f"{name}: reading {some_names([file.name for file in paths])}")
                 documents = Documents(paths, parser, options)
                 try:
-                    surveys[name] = survey_domain(name, documents, max_samples=max_samples, filters=filters)
+                    surveys[name] = survey_domain(name, documents, max_samples=max_samples, filters=filters, tell=tell)
                 except UserError:
                     left_out = [*found[name].found.left_out, *documents.left_out.values()]
                     tell_account(name, Account(count_kinds(documents), left_out, []), name_left_out, tell)

@@ -50,6 +50,7 @@ def load_data(settings: TrainSettings, console: Console, request: Request | None
         options=read_options(settings.encoding, settings.columns, settings.skip_bad),
         folders=folders or None,
         cache=settings.checkpoint_dir / "prepared",
+        skip=[settings.checkpoint_dir],
         name_left_out=settings.list,
         progress=tell,
     )

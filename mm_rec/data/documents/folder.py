@@ -71,6 +71,12 @@ def walk(root: Path, skip: Collection[Path] = ()) -> Iterator[tuple[Path, str | 
     Each folder is visited once, however many links lead to it, so that links in a circle come to an end.
     """
     seen: set[tuple[int, int]] = set()
+    skipped = {one.resolve() for one in skip}
+    skipped_names = {one.name for one in skipped}
+
+    def is_wanted(path: Path) -> bool:
+        return path.name not in skipped_names or path.resolve() not in skipped
+
     for folder, folders, names in os.walk(root, followlinks=True):
         here = os.stat(folder)
         if (here.st_dev, here.st_ino) in seen:
@@ -78,11 +84,11 @@ def walk(root: Path, skip: Collection[Path] = ()) -> Iterator[tuple[Path, str | 
             continue
         seen.add((here.st_dev, here.st_ino))
         place = Path(folder)
-        folders[:] = sorted(name for name in folders if place / name not in skip)
+        folders[:] = sorted(name for name in folders if is_wanted(place / name))
         is_hidden = any(part.startswith(".") for part in place.relative_to(root).parts)
         for name in sorted(names):
             path = place / name
-            if path not in skip:
+            if is_wanted(path):
                 yield path, _problem(path, is_hidden or name.startswith("."))
 
 

@@ -106,7 +106,10 @@ class Parser:
         return count
 
     def _answers(self, path: Path, kind: Kind) -> Iterator[dict[str, Any]]:
-        seconds = SECONDS + SECONDS_A_MEGABYTE * path.stat().st_size / 1e6
+        try:
+            seconds = SECONDS + SECONDS_A_MEGABYTE * path.stat().st_size / 1e6
+        except OSError as error:
+            raise LeftOutError(f"cannot be opened ({(error.strerror or str(error)).lower()})") from None
         request = {"path": str(path.absolute()), "kind": kind.name, "seconds": seconds, **self._settings}
         process = self._start_process()
         assert process.stdin is not None

@@ -65,6 +65,8 @@ def _answer(request: dict[str, object], answers: IO[str]) -> None:
         answer = {"left_out": "nested too deeply"}
     except ModuleNotFoundError as error:
         answer = {"left_out": f"its reader misses the package {error.name}"}
+    except OSError as error:
+        answer = {"left_out": f"cannot be opened ({(error.strerror or str(error)).lower()})"}
     except Exception as error:  # of a library that a damaged file has led astray
         reason = "needs too much memory" if is_out_of_memory(error) else f"damaged ({type(error).__name__})"
         answer = {"left_out": reason}

@@ -88,6 +88,19 @@ def test_linked_folders_are_read_once_and_circles_end(tmp_path: Path) -> None:
     assert names == ["file.txt", "near.txt", "again/far.txt"]
 
 
+def test_what_the_program_writes_itself_is_no_document(docs: Path, tmp_path: Path) -> None:
+    runs = docs / "runs"
+    (runs / "stage1" / "samples").mkdir(parents=True)
+    (runs / "stage1" / "samples" / "1.txt").write_text("what the model said")
+    (docs / "up").symlink_to(runs / "stage1")
+    for place in (runs, docs / "sub" / ".." / "runs"):
+        assert runs / "stage1" / "samples" / "1.txt" not in find_documents(docs, skip=[place]).paths
+    (docs / "up").unlink()
+    first = prepare(tmp_path, 512, folders={"text": docs}, cache=runs / "prepared", skip=[runs])
+    assert first.path.parent == runs / "prepared"
+    assert prepare(tmp_path, 512, folders={"text": docs}, cache=runs / "prepared", skip=[runs]).path == first.path
+
+
 def test_a_missing_extra_is_one_line_with_the_command(
     docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
