@@ -17,6 +17,10 @@ __all__ = [
 PACKAGE = "mm-rec"
 EXTRA_OF = {
     "datasets": "train",
+    "charset_normalizer": "documents",
+    "pypdfium2": "documents",
+    "python_calamine": "documents",
+    "striprtf": "documents",
     "huggingface_hub": "train",
     "matplotlib": "train",
     "pyarrow": "train",

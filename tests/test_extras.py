@@ -54,7 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_package_of_an_extra_is_known() -> None:
     for name, extra in EXTRA_OF.items():
         assert name in names(PROJECT["optional-dependencies"][extra])
-    extras = [PROJECT["optional-dependencies"][extra] for extra in ("train", "json", "hf", "tensorboard")]
+    extras = [PROJECT["optional-dependencies"][extra] for extra in ("train", "documents", "json", "hf", "tensorboard")]
     listed = set().union(*map(names, extras))
     assert listed == {name for name, extra in EXTRA_OF.items() if extra != "eval"}
     assert not names(PROJECT["dependencies"]) & EXTRA_OF.keys()

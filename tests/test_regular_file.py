@@ -12,6 +12,8 @@ import pytest
 
 from mm_rec.data.blocks import BlockArray
 from mm_rec.data.conversations import find_conversations, read_conversations
+from mm_rec.data.documents.folder import find_documents
+from mm_rec.data.documents.reading import ReadOptions
 from mm_rec.data.download.local import take_own
 from mm_rec.data.files import BadRows, find_files, read_texts
 from mm_rec.data.manifest import read_manifest as read_download_manifest
@@ -78,10 +80,11 @@ READERS: dict[str, Callable[[Path], object]] = {
     "session.safetensors": session_file.read,
     "a.json": find_conversations,
     "b.json": lambda path: list(read_conversations(path, BadRows())),
-    **{f"a{ending}": find_files for ending in (".txt", ".jsonl", ".parquet")},
+    **{f"a{ending}": find_documents for ending in (".txt", ".pdf", ".jsonl")},
+    **{f"c{ending}": find_files for ending in (".jsonl", ".parquet")},
     **{
         f"b{ending}": lambda path: list(read_texts(path, BadRows()))
-        for ending in (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
+        for ending in (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
     },
 }
 
@@ -146,12 +149,13 @@ def test_own_data_are_copied_where_a_pipe_stands(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("a text of mine")
     (tmp_path / "data" / "text").mkdir(parents=True)
     os.mkfifo(tmp_path / "data" / "text" / ".own.jsonl.part")
-    target = take_own("text", tmp_path / "mine.txt", 0, tmp_path / "data", lambda line: None)
+    target = take_own("text", tmp_path / "mine.txt", ReadOptions(), tmp_path / "data", lambda line: None)
     assert target.read_text() == '"a text of mine"\n'
 
 
 def test_folders_are_searched_for_regular_files(tmp_path: Path) -> None:
     for name in ("a.txt", "a.jsonl", "a.json"):
         os.mkfifo(tmp_path / name)
+    assert [one.why for one in find_documents(tmp_path).left_out] == ["a pipe or a device"] * 3
     (tmp_path / "b.jsonl").write_text("")
     assert find_files(tmp_path) == find_conversations(tmp_path) == [tmp_path / "b.jsonl"]

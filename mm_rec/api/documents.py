@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_rec.config import DOMAINS
+from mm_rec.data.documents.reading import ReadOptions
 from mm_rec.data.download.local import take_own
 from mm_rec.errors import UserError
 from mm_rec.storage.files import reporting_errors, write_atomic
@@ -50,7 +51,7 @@ def data_folder(data: Texts | Mapping[str, Texts], root: Path) -> Path:
     with Lock(folder / ".lock", wait=True):  # another process may want the same
         for name, one in domains.items():
             if isinstance(one, str | Path):
-                take_own(name, Path(one), 0, folder, lambda line: None)
+                take_own(name, Path(one), ReadOptions(), folder, lambda line: None)
             else:
                 (folder / name).mkdir(exist_ok=True)
                 write_atomic(folder / name / "texts.jsonl", contents[name].encode())

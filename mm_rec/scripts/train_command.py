@@ -17,6 +17,8 @@ examples:
   {prog} --stage stage1 --data_dir ./data --checkpoint_dir ./checkpoints
   {prog} --minutes 30 --data_dir ./data         as much as can be learned in half an hour
   {prog} --stage all --download_data
+  {prog} --stage all --text_dir ./documents      on documents of your own alone, of any kind
+  {prog} --stage all --domain law=./law --domain medicine=./medicine
   {prog} --use_synthetic --max_samples 10        a quick test of the machinery
   {prog} --config run.yaml --max_steps 2000      a settings file; flags win over it
 

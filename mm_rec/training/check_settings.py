@@ -8,7 +8,7 @@ from mm_rec import ops, processes
 from mm_rec.errors import UserError
 from mm_rec.machine.device import check_threads, select_device
 from mm_rec.stages import STAGES
-from mm_rec.training.initial_weights import find_run_before
+from mm_rec.training.initial_weights import require_run_before
 from mm_rec.training.plan import make_plan
 from mm_rec.training.settings import TrainSettings
 
@@ -30,11 +30,10 @@ def check_settings(settings: TrainSettings, stages: Sequence[str]) -> None:
         processes.check_rows(plan.batch_size)
     first = settings.for_stage(stages[0])
     named = first.resume_from or first.init_from
-    before = STAGES[first.stage].follows
     if named is not None:
         if not named.exists():
             raise UserError(f"there is no {named}; name a run folder or a checkpoint")
-    elif before is not None:
-        find_run_before(first.checkpoint_dir, before, first.stage)
+    elif STAGES[first.stage].follows is not None:
+        require_run_before(first.checkpoint_dir, first.stage)
     else:
         first.model_config()

@@ -94,10 +94,11 @@ def announce(console: Console, trainer: Trainer, data: Prepared, estimate: RunEs
     passes = plan.steps * plan.tokens_per_step / total
     adapters = "" if plan.lora_rank is None else f"; trained are adapters of rank {plan.lora_rank}"
     several = f"{runtime.processes} processes ({runtime.parallel}) of " if runtime.parallel else ""
+    experts = "1 expert" if len(config.experts) == 1 else f"{len(config.experts)} experts"
     checkpointing = ", gradient checkpointing" if trainer.model.gradient_checkpointing else ""
     for line in (
         f"{plan.stage.name}: {plan.stage.summary}",
-        f"  model   {estimate.parameters / 1e6:.1f}M parameters: {len(config.experts)} experts of {config.n_layers} "
+        f"  model   {estimate.parameters / 1e6:.1f}M parameters: {experts} of {config.n_layers} "
         f"blocks, {config.d_model} wide, vocabulary {config.vocab_size:,}{adapters}",
         f"  runs    on {trainer.device}, {runtime.precision}, {several}{runtime.threads} threads, "
         f"{runtime.ops} kernels{checkpointing}",

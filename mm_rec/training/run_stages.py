@@ -20,13 +20,14 @@ from mm_rec.errors import UserError
 from mm_rec.machine.device import select_device
 from mm_rec.machine.signals import SignalGuard
 from mm_rec.program import say
+from mm_rec.stages import STAGES
 from mm_rec.storage import checkpoint
 from mm_rec.storage.resume import cut_back, find_newest, open_run
 from mm_rec.storage.run_config import differences
 from mm_rec.storage.run_folder import Run, RunFolder
 from mm_rec.training.build import build_trainer
 from mm_rec.training.estimate import check_disk, check_memory, checkpoint_bytes, count_parameters, with_margin
-from mm_rec.training.initial_weights import StartingPoint, find_starting_point
+from mm_rec.training.initial_weights import StartingPoint, find_starting_point, starting_checkpoint
 from mm_rec.training.pace import Pace
 from mm_rec.training.plan import Plan, make_plan
 from mm_rec.training.ranks import NoRunFolder, StageStart, broadcast_path, broadcast_start
@@ -59,12 +60,29 @@ def train_stages(settings: TrainSettings, data: Prepared, guard: SignalGuard, co
         Interrupted: after a signal, with everything saved.
     """
     first, *others = settings.stage_names()
-    path = _run_stage(settings.for_stage(first), data, guard, console)
+    path = _run_or_skip(settings.for_stage(first), data, guard, console)
     for name in others:
         guard.check()
         following = dataclasses.replace(settings.for_stage(name), init_from=path, resume_from=None)
-        path = _run_stage(following, data, guard, console)
+        path = _run_or_skip(following, data, guard, console)
     return path
+
+
+def _run_or_skip(settings: TrainSettings, data: Prepared, guard: SignalGuard, console: Console) -> Path:
+    """Train one stage, or pass over it if it fuses experts and the model has one; returns the final checkpoint."""
+    if STAGES[settings.stage].fuses and settings.resume_from is None:
+        path = _checkpoint_of_one_expert(settings) if processes.is_rank_zero() else None
+        skipped = processes.broadcast_json(None if path is None else str(path))
+        if skipped is not None:
+            say(console, f"{settings.stage} is skipped: the model has one domain, so there is nothing to fuse")
+            return Path(skipped)
+    return _run_stage(settings, data, guard, console)
+
+
+def _checkpoint_of_one_expert(settings: TrainSettings) -> Path | None:
+    """The checkpoint that the stage starts from, if its model has a single expert; else None."""
+    path = starting_checkpoint(settings)
+    return path if path is not None and len(checkpoint.read_config(path).experts) == 1 else None
 
 
 def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, console: Console) -> Path:
