@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mm_rec import cli
+from mm_rec import cli, errors
 from mm_rec.config import PRESETS
 from mm_rec.errors import EXTRA_OF, MissingPackageError, find_missing_package, install_command, requirements_of
 from mm_rec.model import MMRecModel
@@ -143,8 +143,16 @@ def test_a_command_where_no_package_is_installed(monkeypatch: pytest.MonkeyPatch
 def test_no_text_installs_the_package_by_its_name() -> None:
     """Under its name alone an index may have something else."""
     named = re.compile(r"""pip install ['"`]?mm[-_]rec""")
-    texts = [*(ROOT / "mm_rec").rglob("*.py"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]
+    texts = [*Path(errors.__file__).parent.rglob("*.py"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]
     assert not [path for path in texts if named.search(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("name", ["Containerfile", "runs/Containerfile"])
+def test_a_container_can_train(name: str) -> None:
+    content = (ROOT / name).read_text(encoding="utf-8")
+    installs = [line for line in content.splitlines() if "/pip install" in line and re.search(r"/src|\.whl", line)]
+    assert installs
+    assert all("[train]" in line for line in installs)
 
 
 def test_demo_is_make_demo() -> None:

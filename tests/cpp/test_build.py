@@ -183,7 +183,7 @@ def test_the_command_says_what_is_missing(
 def test_setup_builds_nothing_else() -> None:
     result = subprocess.run(
         [sys.executable, "setup.py", "install"],
-        cwd=ROOT / "mm_rec" / "cpp",
+        cwd=build.HERE,
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
