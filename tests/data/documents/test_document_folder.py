@@ -130,18 +130,6 @@ def test_programs_are_judged_as_programs_and_stay_whole(tmp_path: Path) -> None:
     assert [one.why for one in only.left_out] == ["no program"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to root")
-def test_a_folder_that_cannot_be_written_to_is_used(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "a.txt").write_text("\n".join(PROSE))
-    data.chmod(0o500)
-    told: list[str] = []
-    prepared = prepare(data, 512, cache=tmp_path / "cache", progress=told.append)
-    assert told[0] == f"nothing can be written into {data}, so the prepared data go to {tmp_path / 'cache'}"
-    assert prepared.path.parent == tmp_path / "cache"
-
-
 def test_where_nothing_can_be_written_the_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "data"
     data.mkdir()

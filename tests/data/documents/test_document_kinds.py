@@ -11,6 +11,7 @@ import document_files as write
 import pytest
 from document_files import PARAGRAPHS
 
+from mm_rec.data.documents import parsing
 from mm_rec.data.documents.encoding import decode, find_encoding
 from mm_rec.data.documents.kinds import LeftOutError, kind_of
 from mm_rec.data.documents.parsing import Parser
@@ -195,6 +196,21 @@ def test_a_text_is_read_whole_or_not_at_all(tmp_path: Path, content: bytes) -> N
         (tmp_path / name).write_bytes(content)
         with pytest.raises(LeftOutError, match="zero bytes in it, so it is no text"):
             read(tmp_path / name)
+
+
+def test_a_file_that_takes_too_long_is_left_out_and_the_next_one_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = kind_of(Path("a.html"))
+    assert kind is not None
+    long, short = write.html(tmp_path / "a.html", PARAGRAPHS * 20_000), write.html(tmp_path / "b.html", PARAGRAPHS)
+    with Parser() as parser:
+        with monkeypatch.context() as patch:
+            patch.setattr(parsing, "SECONDS", 0.01)
+            patch.setattr(parsing, "SECONDS_A_MEGABYTE", 0.0)
+            with pytest.raises(LeftOutError, match="takes longer than 0 s"):
+                list(parser.texts(long, kind))
+        assert [paragraphs(text) for text in parser.texts(short, kind)] == [PARAGRAPHS]
 
 
 def test_a_long_text_is_cut_at_lines_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
