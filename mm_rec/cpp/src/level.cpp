@@ -12,7 +12,7 @@
 #include "export.h"
 
 // Raised with every change of the C interface, so that an old library is told from a broken one.
-MM_PUBLIC int mm_rec_interface() { return 7; }
+MM_PUBLIC int mm_rec_interface() { return 8; }
 
 #if defined(__x86_64__)
 
