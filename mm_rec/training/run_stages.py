@@ -26,7 +26,14 @@ from mm_rec.storage.resume import cut_back, find_newest, open_run
 from mm_rec.storage.run_config import differences
 from mm_rec.storage.run_folder import Run, RunFolder
 from mm_rec.training.build import build_trainer
-from mm_rec.training.estimate import check_disk, check_memory, checkpoint_bytes, count_parameters, with_margin
+from mm_rec.training.estimate import (
+    check_disk,
+    check_memory,
+    checkpoint_bytes,
+    count_orthogonalized,
+    count_parameters,
+    with_margin,
+)
 from mm_rec.training.initial_weights import StartingPoint, find_starting_point, starting_checkpoint
 from mm_rec.training.pace import Pace
 from mm_rec.training.plan import Plan, make_plan
@@ -104,7 +111,7 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
                 f"{settings.stage} is finished: {start.finished}; more --max_steps continue it, --fresh starts anew",
             )
             return start.finished
-        runtime = _choose_runtime(settings, start, run, device, available)
+        runtime = _choose_runtime(settings, plan, start, run, device, available)
         _check_room(plan, start.config, runtime, run, available)
         pace = None
         if plan.minutes is not None:
@@ -184,12 +191,12 @@ def _finished(run: Run, plan: Plan) -> Path | None:
 
 
 def _choose_runtime(
-    settings: TrainSettings, start: StageStart, run: Run, device: torch.device, available: int
+    settings: TrainSettings, plan: Plan, start: StageStart, run: Run, device: torch.device, available: int
 ) -> Runtime:
     """How to run the stage; what differs from the run's last checkpoint is recorded."""
     before = start.checkpoint.trainer["runtime"] if start.checkpoint else {}
     chosen = choose_runtime(settings, device, before)
-    runtime = agree_on_runtime(chosen, settings, start.config, available)
+    runtime = agree_on_runtime(chosen, settings, plan, start.config, available)
     if runtime.sharded and settings.lora is not None:
         raise UserError("--lora needs the whole model in each process; use --parallel ddp, or leave --lora out")
     if before and (changes := differences(before, runtime.to_dict())):
@@ -200,8 +207,10 @@ def _choose_runtime(
 def _check_room(plan: Plan, config: ModelConfig, runtime: Runtime, run: Run, available: int) -> None:
     """Refuse what cannot fit before anything is built: the model with its optimizer, and the checkpoints."""
     remedy = "try a smaller --preset" + (", or more processes" if runtime.sharded else "")
-    needed = with_margin(model_and_optimizer_bytes(config, runtime, lora=plan.lora_rank is not None), 0)
+    needed = with_margin(model_and_optimizer_bytes(config, runtime, plan), 0)
     check_memory(needed, available, f"that is the model and its optimizer alone: {remedy}")
     if processes.is_rank_zero():
         saved = len(checkpoint.list_checkpoints(run.checkpoints))
-        check_disk(run.path, checkpoint_bytes(count_parameters(config)), plan.keep_checkpoints, saved)
+        orthogonalized = count_orthogonalized(config) if plan.muon else 0
+        n_bytes = checkpoint_bytes(count_parameters(config), orthogonalized)
+        check_disk(run.path, n_bytes, plan.keep_checkpoints, saved)

@@ -14,6 +14,7 @@ from mm_rec.errors import UserError
 from mm_rec.options import Option
 from mm_rec.stages import PRETRAINING, STAGES, Stage
 from mm_rec.text.tokenizer import MIN_VOCAB_SIZE
+from mm_rec.training.schedule import OPTIMIZERS
 
 __all__ = ["MODEL_SHAPE", "TrainSettings", "share_of_time", "step_cap"]
 
@@ -98,6 +99,14 @@ class TrainSettings:
     accumulation: Annotated[int, Option("micro-batches of an optimizer step", minimum=1)] = 1
     max_steps: Annotated[int | None, Option("optimizer steps of a stage", minimum=1)] = None
     lr: Annotated[float | None, Option("peak learning rate of stage1; later stages take their share", minimum=0)] = None
+    optimizer: Annotated[
+        str,
+        Option(
+            "adamw; muon, which learns more from the same tokens and takes longer for a step; auto: muon where a step "
+            "reads so many tokens that it pays",
+            choices=("auto", *OPTIMIZERS),
+        ),
+    ] = "auto"
     weight_decay: Annotated[float, Option("decay of matrices, times the learning rate", minimum=0)] = 0.1
     clip: Annotated[float, Option("largest norm of the gradient", minimum=0)] = 1.0
     seed: Annotated[

@@ -57,9 +57,13 @@ _SIGNATURES = {
     "delta_rule_backward": ("i nnnnn p pnn pnn pnn pp pnn pp ppp ppp i", "i"),
     "cross_entropy": ("i nn p p p p i i", "i"),
     "adamw_many": ("n p ppp pp p p i", "-"),
+    "muon_momentum": ("n p pp p p i f f i", "-"),
+    "muon_step": ("n p p p i p p i", "-"),
     "sum_of_squares": ("n p p p i", "d"),
     "tile_product": ("i nnn pni pni pn i i", "i"),
     "vector_product": ("i nnn pni pni pn i i", "i"),
+    "tile_orthogonalize": ("n p p p n p n i", "i"),
+    "vector_orthogonalize": ("n p p p n p n i", "i"),
     "step_scratch": ("p n i", "n"),
     "step": ("p p n p p p i", "i"),
     "pack_layout": ("nn p p p i", "n"),
@@ -67,6 +71,7 @@ _SIGNATURES = {
     "sample_scratch": ("n i", "n"),
     "sample": ("nn pn p p p i", "-"),
 }
+OF_TILES = ("tile_product", "tile_orthogonalize")
 
 
 class CpuLibrary:
@@ -120,7 +125,7 @@ class CpuLibrary:
 
 def _compiled_for(name: str, level: str) -> str:
     """Returns the level whose function runs at ``level``: amx has its own matrix products, the rest is avx512bf16."""
-    return "avx512bf16" if level == "amx" and name != "tile_product" else level
+    return "avx512bf16" if level == "amx" and name not in OF_TILES else level
 
 
 def _wants_openmp() -> bool:
