@@ -20,8 +20,9 @@
 #include "export.h"
 
 // glibc 2.34 moved these functions to another of its libraries, under a new version. By the version that they had, which
-// it keeps, what is built with a new glibc also runs with an old one.
-#if defined(__GLIBC__) && !defined(__SANITIZE_THREAD__)
+// it keeps, a library that is built with a new glibc also runs with an old one. Programs, which the tests link with
+// sanitizers or as a whole, take what their linker finds.
+#if defined(__GLIBC__) && defined(MM_SOURCES)
 #if defined(__x86_64__)
 #define MM_OLD_VERSION(name) __asm__(".symver " #name "," #name "@GLIBC_2.2.5")
 #elif defined(__aarch64__)
