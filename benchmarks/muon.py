@@ -3,10 +3,11 @@
     python -m benchmarks.muon --presets small 100m --shapes 2x512 4x512 8x512 16x512
 
 Two models of each preset, one with either optimizer, take steps of random tokens in turn, one expert as in stage 1; the
-medians count. ``price`` is how much longer a step with Muon takes. With ``--products`` it also times the polar factor
-of one matrix of each shape of the `100m` preset. Seconds are the clock's or, with one thread, those of the processor,
-which other work on the machine changes less. What the update gains is measured by `benchmarks.quality`, with
-``--steps`` and ``--optimizers``.
+medians count. ``price`` is how much longer a step with Muon takes; ``price_in_operations`` what it would be if all
+products ran at one rate and nothing else took time, which no other work on the machine changes. With ``--products`` it
+also times the polar factor of one matrix of each shape of the `100m` preset. Seconds are the clock's or, with one
+thread, those of the processor, which other work on the machine changes less. What the update gains is measured by
+`benchmarks.quality`, with ``--steps`` and ``--optimizers``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mm_rec.bench.machine import describe_machine
 from mm_rec.config import PRESETS
 from mm_rec.machine.device import apply_precision, select_precision
 from mm_rec.model import MMRecModel
-from mm_rec.optim import AdamW, Muon
+from mm_rec.optim import AdamW, Muon, is_orthogonalized
 from mm_rec.training.schedule import OPTIMIZERS, betas, muon_rate_factor
 
 RESULT = Path(__file__).parent / "results" / "muon.json"
@@ -53,6 +54,21 @@ class Contestant(NamedTuple):
         return middle - start, clock() - middle
 
 
+def price_in_operations(preset: str, tokens: int) -> float:
+    """Operations of the polar factors of one expert over those of a step's pass."""
+    config = PRESETS[preset]
+    with torch.device("meta"):
+        named = dict(MMRecModel(config).named_parameters())
+    of_expert = {name: one for name, one in named.items() if name.startswith(f"experts.{config.experts[0]}.")}
+    weights = named["embedding.weight"].numel() + sum(one.numel() for one in of_expert.values() if one.ndim == 2)
+    update = 0
+    for name, one in of_expert.items():
+        if is_orthogonalized(name):
+            n, m = sorted(one.shape)
+            update += 2 * n * n * (3 * m + 5 * n)  # four steps, two at a time; symmetric products count half
+    return update / (6 * weights * tokens)
+
+
 def measure(preset: str, shape: str, precision: str, rounds: int) -> dict[str, Any]:
     """Steps of both optimizers in turn."""
     batch, length = (int(part) for part in shape.split("x"))
@@ -75,6 +91,7 @@ def measure(preset: str, shape: str, precision: str, rounds: int) -> dict[str, A
     row |= {"rounds": rounds, "pass_seconds": round(passes, 5)}
     for name, seconds in updates.items():
         row[name] = {"update_seconds": round(seconds, 5), "share_of_step": round(seconds / (passes + seconds), 4)}
+    row["price_in_operations"] = round(price_in_operations(preset, batch * length), 4)
     row["price"] = round((updates["muon"] - updates["adamw"]) / (passes + updates["adamw"]), 4)
     return row
 
