@@ -6,9 +6,12 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import uvicorn
+from fastapi.testclient import TestClient
 from rich.console import Console
 from small_runs import content, settings, train
 
@@ -52,8 +55,19 @@ def folders(root: Path, names: list[str]) -> list[Path]:
     return made
 
 
+def ask_twice(app: Any) -> list[int]:
+    """The status of a request of a session and of the next one, which goes on with it."""
+    with TestClient(app, base_url="http://localhost") as client:
+        name = client.get("/v1/models").json()["data"][0]["id"]
+        hello = {"role": "user", "content": "Hello"}
+        body = {"model": name, "messages": [hello], "max_tokens": 3, "session": "one"}
+        return [client.post("/v1/chat/completions", json=body).status_code for _ in range(2)]
+
+
 @pytest.mark.parametrize("names", [["text"], ["law", "code"], ["a", "b", "c", "d"]], ids=["one", "two", "four"])
-def test_the_whole_way(tmp_path: Path, names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_way(
+    tmp_path: Path, names: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs, where = tmp_path / "runs", zip(names, folders(tmp_path, names), strict=True)
     flags = [f"--{name}_dir={path}" if name in ("text", "code") else f"--domain={name}={path}" for name, path in where]
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
@@ -73,6 +87,14 @@ def test_the_whole_way(tmp_path: Path, names: list[str], capsys: pytest.CaptureF
     model = ["--model", str(runs / "chat"), "--device", "cpu"]
     for domain in ([], ["--domain", names[0]], ["--domain", "all"]):
         assert main(["generate", *model, "--prompt", "The ", "--max_new_tokens", "4", *domain]) == 0
+    talk = ["chat", *model, "--session", str(tmp_path / "talk"), "--max_new_tokens", "4"]
+    for command in (talk, [*talk, "--resume"]):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))
+        assert main(command) == 0
+    answers: list[int] = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: answers.extend(ask_twice(server.config.app)))
+    assert main(["serve", *model, "--port", "0", "--session_dir", str(tmp_path / "sessions")]) == 0
+    assert answers == [200, 200]
     evaluated = ["eval", *model, "--output", str(tmp_path / "report"), "--distances", "none", "--max_bytes", "300"]
     assert main([*evaluated, "--documents", f"mine={tmp_path / f'documents of {names[0]}'}"]) == 0
     scores = json.loads((tmp_path / "report" / "results.json").read_text())["bits_per_byte"]["mine"]

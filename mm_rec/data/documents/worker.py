@@ -44,7 +44,7 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="surrogatepass", newline="\n")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no answer
     system.limit_memory(MEMORY_BYTES)
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+    with open(os.devnull, "wb") as nowhere:
         for line in sys.stdin.buffer:
             request = json.loads(line)
             # Ends the process from a thread of its own, even while a library holds the interpreter.
