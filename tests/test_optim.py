@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
+from optimizer_cases import backend, parameters_of
 from torch import Tensor, nn
 
-from mm_rec import ops
 from mm_rec.optim import AdamW, check_shapes, is_decayed
+
+__all__ = ["backend"]  # the fixture: each test runs with both back ends
 
 SHAPES = {
     "embedding.weight": (37, 8),
@@ -20,19 +22,7 @@ SHAPES = {
 }
 
 
-@pytest.fixture(autouse=True, params=["native", "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test runs with the kernels and with their definition."""
-    with ops.use_backend(request.param):
-        yield
-
-
-def make_parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype if len(shape) == 2 else torch.float32))
-        for name, shape in SHAPES.items()
-    }
+make_parameters = functools.partial(parameters_of, SHAPES)
 
 
 def gradients(step: int, scale: float = 1.0) -> dict[str, Tensor]:

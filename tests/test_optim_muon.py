@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
+from optimizer_cases import backend, parameters_of
 from torch import Tensor, nn
 
 from mm_rec import ops, optim
@@ -14,6 +15,8 @@ from mm_rec.config import PRESETS
 from mm_rec.model import MMRecModel
 from mm_rec.ops.reference import orthogonalize
 from mm_rec.optim import AdamW, Muon, is_orthogonalized
+
+__all__ = ["backend"]  # the fixture: each test runs with both back ends
 
 BLOCK = "experts.text.blocks.0."
 SHAPES = {
@@ -28,19 +31,7 @@ MATRICES = [name for name in SHAPES if name.rpartition(".")[2] in ("ffn_up", "ff
 MUON = Muon(0.5)
 
 
-@pytest.fixture(autouse=True, params=["native", "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test runs with the kernels and with their definition."""
-    with ops.use_backend(request.param):
-        yield
-
-
-def make_parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype if len(shape) == 2 else torch.float32))
-        for name, shape in SHAPES.items()
-    }
+make_parameters = functools.partial(parameters_of, SHAPES)
 
 
 def set_gradients(parameters: dict[str, nn.Parameter], step: int) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["check_context", "check_float", "check_shape", "check_start", "check_type", "one_type"]
+__all__ = ["check_context", "check_float", "check_like", "check_shape", "check_start", "check_type", "one_type"]
 
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
@@ -46,6 +46,17 @@ def check_type(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype,
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
     if x.device != like.device:
         raise ValueError(f"{name} is on {x.device}, the other arguments on {like.device}")
+
+
+def check_like(name: str, x: Tensor, dtype: torch.dtype, like: Tensor) -> None:
+    """``x`` must be a contiguous tensor of exactly ``dtype`` with the shape and on the device of ``like``.
+
+    It is cheap where all is well, since every step of training checks every tensor of a model and its optimizer.
+    """
+    if x.dtype != dtype or x.shape != like.shape or x.device != like.device:
+        check_type(name, x, like.shape, dtype, like)
+    if not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
 
 
 def check_context(name: str, x: Tensor, position: Tensor) -> int:

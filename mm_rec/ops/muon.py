@@ -12,6 +12,7 @@ from torch import Tensor
 from mm_rec.ops import reference
 from mm_rec.ops.backend import expect, kernel, runs_native
 from mm_rec.ops.checks import check_float, check_type
+from mm_rec.ops.optimizer import check_update
 
 __all__ = ["MuonUpdate", "Orthogonalize", "muon_", "muon_scale", "orthogonalize_"]
 
@@ -51,16 +52,7 @@ class MuonUpdate:
     def __post_init__(self) -> None:
         if self.master.dim() != 2:
             raise ValueError(f"master must be a matrix, got shape {tuple(self.master.shape)}")
-        self._check("master", self.master, torch.float32)
-        self._check("m", self.m, torch.float32)
-        self._check("grad", self.grad, torch.bfloat16 if self.grad.dtype == torch.bfloat16 else torch.float32)
-        if self.param_out is not None:
-            self._check("param_out", self.param_out, torch.bfloat16)
-
-    def _check(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
-        check_type(name, x, self.master.shape, dtype, self.master)
-        if not x.is_contiguous():
-            raise ValueError(f"{name} must be contiguous")
+        check_update(self.master, self.grad, self.param_out, m=self.m)
 
     @property
     def weights(self) -> Tensor:

@@ -10,13 +10,26 @@ import torch
 from torch import Tensor
 
 from mm_rec.ops.backend import expect, kernel, runs_native
-from mm_rec.ops.checks import check_type
+from mm_rec.ops.checks import check_like, check_type
 
-__all__ = ["Update", "Updates", "adamw_", "sum_of_squares"]
+__all__ = ["Update", "Updates", "adamw_", "check_update", "sum_of_squares"]
 
 # Both work in place and outside autograd, so they are called directly and not registered with PyTorch. The kernel of
 # adamw_ takes the updates and returns a function that runs them, which takes the other arguments.
 expect("adamw_", "sum_of_squares")
+
+
+def check_update(master: Tensor, grad: Tensor, param_out: Tensor | None, **state: Tensor) -> None:
+    """Checks what every update has: float32 weights and state, a gradient, perhaps weights of the model in bfloat16.
+
+    Raises:
+        TypeError, ValueError: one has the wrong type, shape or layout; the message names it.
+    """
+    for name, x in {"master": master, **state}.items():
+        check_like(name, x, torch.float32, master)
+    check_like("grad", grad, torch.bfloat16 if grad.dtype == torch.bfloat16 else torch.float32, master)
+    if param_out is not None:
+        check_like("param_out", param_out, torch.bfloat16, master)
 
 
 @dataclass(frozen=True)
@@ -42,22 +55,9 @@ class Update:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        self._check("master", self.master, torch.float32)
-        self._check("m", self.m, torch.float32)
-        self._check("v", self.v, torch.float32)
-        self._check("grad", self.grad, torch.bfloat16 if self.grad.dtype == torch.bfloat16 else torch.float32)
-        if self.param_out is not None:
-            self._check("param_out", self.param_out, torch.bfloat16)
+        check_update(self.master, self.grad, self.param_out, m=self.m, v=self.v)
         if self.step.dtype != torch.float32 or self.step.shape or self.step.device != self.master.device:
             check_type("step", self.step, torch.Size(), torch.float32, self.master)
-
-    def _check(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
-        """Cheap where all is well, since every step of training makes an update of every tensor of a model."""
-        like = self.master
-        if x.dtype != dtype or x.shape != like.shape or x.device != like.device:
-            check_type(name, x, like.shape, dtype, like)
-        if not x.is_contiguous():
-            raise ValueError(f"{name} must be contiguous")
 
     @property
     def weights(self) -> Tensor:

@@ -65,14 +65,14 @@ def _choose(settings: TrainSettings, console: Console) -> str:
     names = ("minutes", "stage", "batch_size", "seq_len", "accumulation", "device", "precision", "threads")
     asked = {name: getattr(settings, name) for name in names}
     path = settings.checkpoint_dir / CHOICES
-    choices = [] if settings.fresh else _read(path)
+    choices = _read(path)
     for choice in choices:
-        if choice["asked"] == asked:
+        if choice["asked"] == asked and not settings.fresh:
             return str(choice["preset"])
     candidates = _measure(settings)
     best = min(candidates, key=lambda one: sum(one.bits))
     _tell(settings, candidates, best, console)
-    kept = [choice for choice in _read(path) if choice["asked"] != asked]
+    kept = [choice for choice in choices if choice["asked"] != asked]
     with reporting_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, (json.dumps([*kept, {"asked": asked, "preset": best.preset}], indent=1) + "\n").encode())

@@ -40,6 +40,8 @@ def check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+    # What damage makes `zipfile` raise: offsets before the file's start are a ValueError, a version of the format that
+    # it does not know is a NotImplementedError.
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         raise LeftOutError("damaged: not the archive that its kind is") from None
     if any(entry.flag_bits & 1 for entry in entries):
