@@ -17,7 +17,7 @@ from mm_rec.ops.loss import linear_cross_entropy
 from mm_rec.ops.mdi import mdi
 from mm_rec.ops.memory_context import memory_context
 from mm_rec.ops.mix_memories import mix_memories
-from mm_rec.ops.muon import MuonUpdate, muon_, muon_scale, orthogonalize_
+from mm_rec.ops.muon import MuonUpdate, muon_, muon_scale, orthogonalize_, orthogonalize_work
 from mm_rec.ops.norm import add_rms_norm, readout, relu_squared, rms_norm
 from mm_rec.ops.optimizer import Update, Updates, adamw_, sum_of_squares
 from mm_rec.ops.recurrence import recurrence
@@ -47,6 +47,7 @@ __all__ = [
     "muon_",
     "muon_scale",
     "orthogonalize_",
+    "orthogonalize_work",
     "readout",
     "recurrence",
     "reference",

@@ -14,7 +14,7 @@ from mm_rec.ops.backend import expect, kernel, runs_native
 from mm_rec.ops.checks import check_float, check_type
 from mm_rec.ops.optimizer import check_update
 
-__all__ = ["MuonUpdate", "Orthogonalize", "muon_", "muon_scale", "orthogonalize_"]
+__all__ = ["MuonUpdate", "Orthogonalize", "muon_", "muon_scale", "orthogonalize_", "orthogonalize_work"]
 
 # Both work in place and outside autograd, so they are called directly and not registered with PyTorch.
 expect("muon_", "orthogonalize_")
@@ -61,6 +61,11 @@ class MuonUpdate:
 
 
 Orthogonalize = Callable[[list[Tensor]], None]
+
+
+def orthogonalize_work(matrix: Tensor) -> int:
+    """Returns what the time that :func:`orthogonalize_` takes for a matrix grows with, to share matrices out by."""
+    return min(matrix.shape) ** 2 * max(matrix.shape)
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ class ReplicatedAdamW(AdamW):
 
     def _orthogonalize(self, slots: list[ParameterSlot], matrices: list[Tensor]) -> None:
         """As in :class:`AdamW`, each process its share of the matrices."""
-        shares = _deal([min(x.shape) ** 2 * max(x.shape) for x in matrices], processes.world_size())
+        shares = _deal([ops.orthogonalize_work(x) for x in matrices], processes.world_size())
         ops.orthogonalize_([matrices[index] for index in shares[processes.rank()]])
         sizes = [sum(matrices[index].numel() for index in share) for share in shares]
         own = matrices[0].new_zeros(max(sizes))  # messages are of one length

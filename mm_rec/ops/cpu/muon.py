@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mm_rec.ops.cpu import common
 from mm_rec.ops.cpu.common import TYPE_CODES, check, pointers, sizes_of, types_of
-from mm_rec.ops.muon import MuonUpdate, Orthogonalize
+from mm_rec.ops.muon import MuonUpdate, Orthogonalize, orthogonalize_work
 from mm_rec.ops.polar import RESTART, orthogonalize_stacked_
 from mm_rec.ops.reference import POLAR_POLYNOMIALS
 
@@ -42,7 +42,9 @@ def orthogonalize_(matrices: Sequence[Tensor]) -> None:
             matrix.copy_(wide)
     if _polar_factors is None or not narrow:
         return
-    narrow.sort(key=_work, reverse=True)  # the largest first, so that threads are through at about the same time
+    narrow.sort(
+        key=orthogonalize_work, reverse=True
+    )  # the largest first, so that threads are through at about the same time
     rows, columns = ((ctypes.c_int64 * len(narrow))(*[x.shape[axis] for x in narrow]) for axis in (0, 1))
     check(
         _polar_factors(
@@ -50,11 +52,6 @@ def orthogonalize_(matrices: Sequence[Tensor]) -> None:
             (ctypes.c_float * len(_COEFFICIENTS))(*_COEFFICIENTS), RESTART, torch.get_num_threads(),
         )
     )  # fmt: skip
-
-
-def _work(matrix: Tensor) -> int:
-    """Returns what the time of a matrix grows with."""
-    return min(matrix.shape) ** 2 * max(matrix.shape)
 
 
 def muon_(
