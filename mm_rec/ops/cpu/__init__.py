@@ -11,7 +11,7 @@ from typing import Any
 
 from mm_rec.cpp.build import LEVELS
 from mm_rec.ops.backend import Native
-from mm_rec.ops.cpu import attention, branches, common, delta_rule, loss, matmul, norm, optimizer, sequence
+from mm_rec.ops.cpu import attention, branches, common, delta_rule, loss, matmul, norm, optimizer, retained, sequence
 from mm_rec.ops.cpu.load_library import CpuLibrary
 
 __all__ = ["load"]
@@ -28,7 +28,7 @@ def load() -> Native:
     """
     library = CpuLibrary()
     common.call = call = library.call
-    modules = (sequence, norm, attention, delta_rule, loss, optimizer, branches)
+    modules = (sequence, norm, attention, retained, delta_rule, loss, optimizer, branches)
     kernels: dict[str, Callable[..., Any]] = {
         kernel.__name__: kernel for module in modules for kernel in module.KERNELS
     }
