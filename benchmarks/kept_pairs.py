@@ -137,9 +137,8 @@ def _read(
     far = far + F.logsigmoid(chosen(scores[..., None])).transpose(-1, -2)
     logits = torch.cat([near.masked_fill(~seen, -math.inf), far.masked_fill(~read, -math.inf)], dim=-1)
     near_weight, far_weight = logits.softmax(-1).nan_to_num().split([window + CHUNK, _pairs], dim=-1)
-    out = near_weight @ by_chunk(values[:, :, _pairs:]) + far_weight @ chosen(values)
-    out = out.view(rows, heads, chunks * CHUNK, d)[:, :, :time].transpose(1, 2)
-    return out  # type: ignore[no-any-return]
+    out: Tensor = near_weight @ by_chunk(values[:, :, _pairs:]) + far_weight @ chosen(values)
+    return out.view(rows, heads, chunks * CHUNK, d)[:, :, :time].transpose(1, 2)
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

@@ -4,6 +4,10 @@ Both get the same data, tokenizer, batch and number of CPU minutes, and each the
 runs alternate. What counts is bits per byte on held-out documents.
 
     python -m benchmarks.quality --corpora DIR
+    python -m benchmarks.quality --corpora DIR --batch_size 8 --steps 366 --rates_gpt2 --optimizers adamw muon
+
+With ``--steps`` every run takes as many steps, so that optimizers are compared at equal tokens whatever else the
+machine has to do.
 
 Runs on other cores of one machine may go side by side, one learning rate a call; rows of several results can be put
 into one file (``--picture RESULT`` draws such a file alone). DIR holds ``books`` and ``code`` as ``NAME.train.jsonl``
@@ -39,9 +43,9 @@ from mm_rec.data.pack import Document, TokenStore, write_store
 from mm_rec.evaluation.bits_per_byte import evaluate, select_documents
 from mm_rec.machine.device import apply_precision, select_precision
 from mm_rec.model import MMRecModel
-from mm_rec.optim import AdamW
+from mm_rec.optim import AdamW, Muon
 from mm_rec.text.tokenizer import Tokenizer, train_tokenizer
-from mm_rec.training.schedule import betas, learning_rate
+from mm_rec.training.schedule import OPTIMIZERS, betas, learning_rate, muon_rate_factor
 
 RESULT = Path(__file__).parent / "results" / "quality.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "quality.png"
@@ -111,10 +115,12 @@ class Contestant(ABC):
 class MMRec(Contestant):
     """The `small` preset as the product trains it in stage 1."""
 
-    def __init__(self, vocabulary: int, precision: str, betas: tuple[float, float]) -> None:
+    def __init__(self, vocabulary: int, precision: str, per_step: int, optimizer: str) -> None:
         self.model: MMRecModel = MMRecModel(ModelConfig.preset("small", vocab_size=vocabulary))
         apply_precision(self.model, precision)
-        self.optimizer = AdamW(self.model.named_parameters(), betas=betas, weight_decay=WEIGHT_DECAY)
+        muon = Muon(muon_rate_factor(per_step)) if optimizer == "muon" else None
+        parameters = self.model.named_parameters()
+        self.optimizer = AdamW(parameters, betas=betas(per_step), weight_decay=WEIGHT_DECAY, muon=muon)
 
     def learn(self, batch: Batch, rate: float) -> Tensor:
         output, _ = self.model(
@@ -133,7 +139,7 @@ class MMRec(Contestant):
 class GPT2(Contestant):
     """GPT-2 of transformers: six layers of 384, the shape that this size is usually given."""
 
-    def __init__(self, vocabulary: int, precision: str, betas: tuple[float, float]) -> None:
+    def __init__(self, vocabulary: int, precision: str, per_step: int, optimizer: str) -> None:
         from transformers import GPT2Config, GPT2LMHeadModel
 
         torch.manual_seed(0)
@@ -144,7 +150,7 @@ class GPT2(Contestant):
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         vectors = [p for p in self.model.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, betas=betas(per_step), fused=True)
 
     def logits(self, tokens: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
@@ -196,10 +202,17 @@ CONTESTANTS = {"small": MMRec, "gpt2": GPT2}
 
 
 def train_and_score(
-    name: str, rate: float, data: Data, batch_size: int, cpu_seconds: float, precision: str
+    name: str,
+    optimizer: str,
+    rate: float,
+    data: Data,
+    batch_size: int,
+    cpu_seconds: float,
+    most_steps: int | None,
+    precision: str,
 ) -> dict[str, Any]:
-    """Train one model for ``cpu_seconds`` of processor time, then score it."""
-    contestant = CONTESTANTS[name](data.tokenizer.padded_vocab_size, precision, betas(batch_size * CONTEXT))
+    """Train one model for ``cpu_seconds`` of processor time, or for so many steps, then score it."""
+    contestant = CONTESTANTS[name](data.tokenizer.padded_vocab_size, precision, batch_size * CONTEXT, optimizer)
     batches = Batches(data.train, batch_size=batch_size, seq_len=CONTEXT, seed=0, layout="windows")
     bits_of_a_nat = sum(map(len, (one.tokens for one in data.train.values()))) / math.log(2)
     bits_of_a_nat /= sum(int(one.n_bytes.sum()) for one in data.train.values())
@@ -208,22 +221,25 @@ def train_and_score(
     drawn = 0
     wall = time.perf_counter()
     start = time.process_time()
-    while used < cpu_seconds:
-        share = int(used / cpu_seconds * 10_000) + 1  # the schedule follows the clock, not a number of steps
+    done = 0.0
+    while done < 1:
+        share = int(done * 10_000) + 1  # the schedule follows the clock, or the number of steps if there is one
         losses.append(contestant.learn(batches.micro_batch(steps), learning_rate(share, 10_000, rate)))
         steps += 1
         used = time.process_time() - start
-        if used >= cpu_seconds * (len(curve) + 1) / CURVE_POINTS:
+        done = steps / most_steps if most_steps else used / cpu_seconds
+        if done >= (len(curve) + 1) / CURVE_POINTS:
             bits = float(torch.stack(losses[drawn:]).mean()) * bits_of_a_nat
             curve.append((round(used, 1), steps * batch_size * CONTEXT, round(bits, 4)))
             drawn = len(losses)
         if steps % 100 == 0:
             recent = torch.stack(losses[-50:]).mean()
-            print(f"  {name} {rate:g} step {steps:5d} loss {recent:.3f} {used:6.0f} CPU s", flush=True)
+            print(f"  {name} {optimizer} {rate:g} step {steps:5d} loss {recent:.3f} {used:6.0f} CPU s", flush=True)
     wall = time.perf_counter() - wall
     scores = {DOMAINS[d]: round(contestant.bits_per_byte(d, store), 4) for d, store in data.valid.items()}
     return {
         "model": name,
+        "optimizer": optimizer,
         "parameters": sum(p.numel() for p in contestant.model.parameters()),
         "learning_rate": rate,
         "steps": steps,
@@ -266,7 +282,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpora", type=Path, metavar="DIR")
     parser.add_argument("--minutes", type=float, default=5.0, help="of all threads together, per run")
+    parser.add_argument("--steps", type=int, help="steps of a run, in place of its minutes")
     parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw"], help="of MM-Rec")
     parser.add_argument("--rates_small", type=float, nargs="*", default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--rates_gpt2", type=float, nargs="*", default=[5e-4, 1e-3, 2e-3])
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
@@ -283,17 +301,21 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("name the folder of --corpora")
     precision = select_precision(options.precision, torch.device("cpu"))
     cpu_seconds = options.minutes * 60 * torch.get_num_threads()
-    runs = {"small": options.rates_small, "gpt2": options.rates_gpt2}
-    turns = itertools.zip_longest(*([(name, rate) for rate in rates] for name, rates in runs.items()))
+    runs = {("small", optimizer): options.rates_small for optimizer in options.optimizers}
+    runs["gpt2", "adamw"] = options.rates_gpt2
+    turns = itertools.zip_longest(*([(*run, rate) for rate in rates] for run, rates in runs.items()))
     order = [run for turn in turns for run in turn if run is not None]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(options.corpora, options.prepared or Path(folder))
-        for name, rate in order:
-            rows.append(train_and_score(name, rate, data, options.batch_size, cpu_seconds, precision))
+        for name, optimizer, rate in order:
+            rows.append(
+                train_and_score(name, optimizer, rate, data, options.batch_size, cpu_seconds, options.steps, precision)
+            )
             print(json.dumps(rows[-1]), flush=True)
     settings = {
-        "minutes": options.minutes,
+        "minutes": None if options.steps else options.minutes,
+        "steps": options.steps,
         "threads": torch.get_num_threads(),
         "batch": [options.batch_size, CONTEXT],
         "precision": precision,
@@ -306,12 +328,12 @@ def main(argv: list[str] | None = None) -> int:
     options.output.write_text(json.dumps(result, indent=2) + "\n")
     if options.output == RESULT:
         draw(result, PICTURE)
-    print(f"\n{'model':6} {'parameters':>11} {'rate':>7} {'tokens':>9} {'books':>7} {'code':>7}")
+    print(f"\n{'model':6} {'optimizer':9} {'parameters':>11} {'rate':>7} {'tokens':>9} {'books':>7} {'code':>7}")
     for row in sorted(rows, key=lambda row: sum(row["bits_per_byte"].values())):
         bits = row["bits_per_byte"]
         print(
-            f"{row['model']:6} {row['parameters']:11,} {row['learning_rate']:7g} {row['tokens']:9,}"
-            f" {bits['books']:7.4f} {bits['code']:7.4f}"
+            f"{row['model']:6} {row['optimizer']:9} {row['parameters']:11,} {row['learning_rate']:7g}"
+            f" {row['tokens']:9,} {bits['books']:7.4f} {bits['code']:7.4f}"
         )
     return 0
 

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from mm_rec.errors import UserError
+
 __all__ = [
     "DEFAULT_PRESET",
     "DOMAINS",
@@ -16,6 +18,7 @@ __all__ = [
     "PRESETS",
     "WEIGHTS",
     "ModelConfig",
+    "check_expert_name",
 ]
 
 FLOAT32_MATRICES = ("w_g", "key_taps")
@@ -43,9 +46,23 @@ MAX_BLOCKS = 2000
 """Of all experts together."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_NAMES = "names of 1 to 64 letters, digits, - and _"
+_TAKEN = ("all", "fused", "mixed", "auto")
+"""Names that stand for all experts, or for none."""
 
 DOMAINS = ("text", "code")
 """Kinds of text, each of which has an expert and a data folder of its name."""
+
+
+def check_expert_name(name: str) -> None:
+    """Raise UserError if an expert of a new model can't have that name.
+
+    PyTorch keeps the experts as attributes of a module, so that names of its own are taken.
+    """
+    from torch.nn import ModuleDict  # not at the top, so that --help is quick
+
+    if not _NAME.fullmatch(name) or name in _TAKEN or hasattr(ModuleDict, name) or hasattr(ModuleDict(), name):
+        raise UserError(f"a domain can't have the name {name!r:.80}; take another of {_NAMES}")
 
 
 @dataclass(frozen=True)
@@ -88,7 +105,7 @@ class ModelConfig:
             raise ValueError(f"window must be at least {KEY_TAPS - 1}, got {self.window}")
         names = self.experts
         if not isinstance(names, tuple) or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
-            raise ValueError(f"experts must be names of 1 to 64 letters, digits, - and _, got {names!r:.80}")
+            raise ValueError(f"experts must be {_NAMES}, got {names!r:.80}")
         if len(names) * self.n_layers > MAX_BLOCKS:
             raise ValueError(f"a model has at most {MAX_BLOCKS:,} blocks, got {len(names)} experts of {self.n_layers}")
         if not names or len(set(names)) != len(names):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 __all__ = [
     "EXTRA_OF",
+    "PACKAGE",
     "MissingPackageError",
     "SettingError",
     "UserError",
     "find_missing_package",
     "install_command",
     "is_out_of_memory",
+    "requirements_of",
 ]
 
+PACKAGE = "mm-rec"
 EXTRA_OF = {
     "datasets": "train",
+    "charset_normalizer": "documents",
+    "pypdfium2": "documents",
+    "python_calamine": "documents",
+    "striprtf": "documents",
     "huggingface_hub": "train",
     "matplotlib": "train",
     "pyarrow": "train",
@@ -60,33 +65,34 @@ def find_missing_package(error: ImportError, what: str = "this") -> MissingPacka
 
 
 def install_command(extra: str) -> str:
-    """Returns the command that adds an extra of this package to the environment.
+    """Returns the command that adds what an extra of this package needs to the environment.
 
-    It takes the package from where it was installed from, which pip has noted (PEP 610), or from its sources, never by
-    its name alone from an index: under that name an index may have something else. The double quotes are those of
-    every shell.
+    It names the packages of the extra and never this one: what it was installed from may be gone, and under its name an
+    index may have something else. The double quotes are those of every shell.
     """
-    import json  # these two are slow to import, and --help needs neither
+    return " ".join(["pip install", *(f'"{one}"' for one in requirements_of(extra))])
+
+
+def requirements_of(extra: str) -> list[str]:
+    """Returns what an extra of this package requires, as pip takes it: ``["pyarrow>=17", "rich>=13.7"]``."""
+    import re  # these two are slow to import, and --help needs neither
     from importlib import metadata
 
     try:
-        noted = metadata.distribution("mm-rec").read_text("direct_url.json")
+        lines = metadata.requires(PACKAGE) or []
     except metadata.PackageNotFoundError:
-        noted = None
-    origin = json.loads(noted or "{}")
-    url, sources = str(origin.get("url", "")), Path(__file__).parents[1]
-    if "vcs_info" in origin:
-        url = f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}"
-    if url.startswith("file:"):
-        from urllib.request import url2pathname
-
-        editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
-        return f'pip install {editable}"{url2pathname(url.removeprefix("file://"))}[{extra}]"'
-    if url:
-        return f'pip install "mm-rec[{extra}] @ {url}"'
-    if (sources / "pyproject.toml").is_file():
-        return f'pip install -e "{sources}[{extra}]"'
-    return f'pip install "PLACE[{extra}]", where PLACE is the file, folder or address that MM-Rec was installed from'
+        lines = []
+    found: set[str] = set()
+    for line in lines:  # like: mm-rec[hf]>=1; extra == "eval"
+        requirement, _, condition = line.partition(";")
+        if not re.search(rf"\bextra == ['\"]{extra}['\"]", condition):
+            continue
+        if own := re.match(rf"{PACKAGE}\[([^]]*)\]", requirement):
+            found.update(*(requirements_of(name.strip()) for name in own[1].split(",")))
+        else:
+            found.add(requirement.strip())
+    # sources that are used without an installation, or one of an older version, tell nothing of it
+    return sorted(found or (name for name, of in EXTRA_OF.items() if of == extra))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -29,6 +29,8 @@ VERSIONS = {
     # names the folder, so that one of another number is not opened but made anew beside it
     "documents": 4,
     "conversations": 2,
+    # what the readers make of files of other kinds than JSONL and Parquet: part of that identity if there are some
+    "document readers": 1,
     # the same of a folder of rows that train recall
     "recall rows": 2,
     # one split of prepared data; written in index.json

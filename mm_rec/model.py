@@ -166,7 +166,7 @@ class MMRecModel(nn.Module):
         Args:
             tokens: (B, T) int64, T at least 1.
             state: what the rows have seen so far; None for nothing.
-            domain: the expert to run; None runs all and fuses them.
+            domain: the expert to run; None runs all and fuses them, if there are several.
             reset: (B, T) bool, True where a token is the first of a document; None for nowhere.
             targets: (B, T) int64; if given, the loss is returned in place of logits.
             weight: (B, T) float32, of each target in the loss; None means 1 / (B T).
@@ -227,5 +227,5 @@ class MMRecModel(nn.Module):
                 gradient_checkpointing=self.gradient_checkpointing,
             )
             outputs.append(y)
-        y = outputs[0] if domain is not None else self.fusion(outputs)
+        y = outputs[0] if len(outputs) == 1 else self.fusion(outputs)
         return y, head, ModelState(position[:, -1] + 1, after)

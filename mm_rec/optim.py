@@ -1,14 +1,17 @@
-"""AdamW with float32 masters, clipping and gradient accumulation in one step.
+"""AdamW with float32 masters, clipping and gradient accumulation in one step, and Muon for the blocks' matrices.
 
 Decoupled weight decay as in Loshchilov and Hutter, arXiv 1711.05101. What differs from ``torch.optim.AdamW``:
 parameters may be bfloat16 while their master weights, moments and summed gradients stay float32; the global
 norm is clipped inside the step; a step whose norm is not finite leaves everything as it was, without a host
 synchronisation on CUDA; and the state goes in and out as flat, named tensors.
+
+Each parameter has a rule. Where :class:`Muon` is given, the large matrices of the blocks take orthogonalised updates
+(:func:`mm_rec.ops.muon_`), whose only state is the momentum, and everything else takes AdamW's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +19,48 @@ from torch import Tensor, nn
 
 from mm_rec import ops
 
-__all__ = ["AdamW", "ParameterSlot", "check_shapes", "is_decayed"]
+__all__ = [
+    "ELEMENTS_AT_ONCE",
+    "MOMENTUM",
+    "AdamW",
+    "Muon",
+    "ParameterSlot",
+    "check_shapes",
+    "is_decayed",
+    "is_orthogonalized",
+]
+
+MOMENTUM = 0.95
+"""Of Muon; 0.9 does as well, and 0.98 is worse by 0.01 bits per byte (measured: docs/LOG.md)."""
+
+ELEMENTS_AT_ONCE = 2**25
+"""Elements of the matrices that are orthogonalised in one go, which takes memory for each of them."""
+
+ORTHOGONALIZED = frozenset({"in_proj", "decay_proj", "out_proj", "qkv_proj", "attention_out", "ffn_up", "ffn_down"})
+"""Matrices of a block that take orthogonalised updates: all through which its width goes. The embedding, the fusion,
+the gates of the memory (a few rows, each for itself) and what acts on float32 states do not."""
+
+
+def is_orthogonalized(name: str) -> bool:
+    """Whether the parameter ``name`` of a model takes orthogonalised updates where Muon is used.
+
+    >>> is_orthogonalized("experts.text.blocks.0.ffn_up"), is_orthogonalized("embedding.weight")
+    (True, False)
+    """
+    return name.startswith("experts.") and name.rpartition(".")[2] in ORTHOGONALIZED
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Orthogonalised updates for the matrices that :func:`is_orthogonalized` names.
+
+    Attributes:
+        rate_factor: their learning rate over AdamW's.
+        momentum: of their gradients.
+    """
+
+    rate_factor: float
+    momentum: float = MOMENTUM
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
@@ -26,17 +70,25 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
 
 @dataclass
 class ParameterSlot:
-    """One parameter and all that the optimizer keeps for it; ``total`` is the gradient summed so far."""
+    """One parameter and all that the optimizer keeps for it; ``total`` is the gradient summed so far.
+
+    A parameter that is ``orthogonalized`` has no second moment and no step count.
+    """
 
     name: str
     parameter: nn.Parameter
     master: Tensor
     exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: Tensor
+    exp_avg_sq: Tensor | None
+    step: Tensor | None
     decayed: bool
     total: Tensor | None = None
     buffer: Tensor | None = None
+
+    @property
+    def orthogonalized(self) -> bool:
+        """Whether the update is orthogonalised; AdamW's otherwise."""
+        return self.exp_avg_sq is None
 
     @property
     def own(self) -> Tensor:
@@ -74,7 +126,7 @@ class ParameterSlot:
 
 
 class AdamW:
-    """AdamW over named parameters, on any device.
+    """AdamW over named parameters, or Muon for some and AdamW for the others, on any device.
 
     A parameter that got no gradient since the last step is not touched: no decay, no change of its moments,
     and its own step count (which sets its bias correction) stands still.
@@ -84,6 +136,7 @@ class AdamW:
             parameters are their own masters.
         betas, eps, weight_decay: of AdamW.
         decayed: says by name and parameter whether weight decay applies.
+        muon: how the matrices of the blocks are updated; None for as everything else.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -101,16 +154,21 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         decayed: Callable[[str, Tensor], bool] = is_decayed,
+        muon: Muon | None = None,
     ) -> None:
-        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.betas, self.eps, self.weight_decay, self.muon = betas, eps, weight_decay, muon
         self._slots: list[ParameterSlot] = []
         self._norm: Tensor | None = None  # of the gradients as they are, and the updates that they make
         self._updates: ops.Updates | None = None
         for name, parameter in named_parameters:
             master = _own(parameter.detach()).float()  # the parameter itself if it is float32
-            step = torch.zeros((), dtype=torch.float32, device=master.device)
-            moments = torch.zeros_like(master), torch.zeros_like(master)
-            self._slots.append(ParameterSlot(name, parameter, master, *moments, step, decayed(name, parameter)))
+            second = step = None
+            if muon is None or not is_orthogonalized(name):
+                second, step = torch.zeros_like(master), master.new_zeros(())
+            slot = ParameterSlot(
+                name, parameter, master, torch.zeros_like(master), second, step, decayed(name, parameter)
+            )
+            self._slots.append(slot)
         if not self._slots:
             raise ValueError("there are no parameters to optimize")
 
@@ -147,7 +205,8 @@ class AdamW:
         if self._norm is None:
             active = self._active()
             self._norm = self._total_norm(active) if active else self._slots[0].master.new_zeros(())
-            self._updates = ops.Updates([self._update(slot) for slot in active]) if active else None
+            updates = [self._update(slot) for slot in active if not slot.orthogonalized]
+            self._updates = ops.Updates(updates) if updates else None
         return self._norm
 
     def _total_norm(self, slots: list[ParameterSlot]) -> Tensor:
@@ -159,7 +218,7 @@ class AdamW:
         """Clip, update and clear the gradients (the accumulated ones and what ``.grad`` still holds).
 
         Args:
-            lr: learning rate of this step.
+            lr: learning rate of this step; that of orthogonalised matrices follows from it.
             max_norm: the gradient is scaled down to this global norm if it is larger; 0 never clips.
 
         Returns:
@@ -170,19 +229,50 @@ class AdamW:
         if self._updates is not None:
             beta1, beta2 = self.betas
             ops.adamw_(self._updates, norm, lr=lr, beta1=beta1, beta2=beta2, eps=self.eps, max_norm=max_norm)
+        for slots in _portions([slot for slot in self._active() if slot.orthogonalized]):
+            self._muon_step(slots, norm, lr, max_norm)
         self.zero_grad()
         return norm
+
+    def _muon_step(self, slots: list[ParameterSlot], norm: Tensor, lr: float, max_norm: float) -> None:
+        assert self.muon is not None, "without it no parameter is orthogonalised"
+        ops.muon_(
+            [self._muon_update(slot) for slot in slots],
+            norm,
+            lr=lr * self.muon.rate_factor,
+            momentum=self.muon.momentum,
+            max_norm=max_norm,
+            orthogonalize=lambda matrices: self._orthogonalize(slots, matrices),
+        )
+
+    def _orthogonalize(self, slots: list[ParameterSlot], matrices: list[Tensor]) -> None:
+        """Replace what this process holds of the matrices of ``slots`` by the same of their polar factors."""
+        ops.orthogonalize_(matrices)
 
     def _active(self) -> list[ParameterSlot]:
         return [slot for slot in self._slots if slot.total is not None]
 
     def _update(self, slot: ParameterSlot) -> ops.Update:
-        out = slot.own if slot.has_own_master else None
-        decay = self.weight_decay if slot.decayed else 0.0
+        assert slot.exp_avg_sq is not None, "AdamW keeps a second moment"
+        assert slot.step is not None, "and counts its steps"
+        out, decay = self._target(slot)
         return ops.Update(slot.master, slot.exp_avg, slot.exp_avg_sq, slot.gradient, out, slot.step, decay)
 
+    def _muon_update(self, slot: ParameterSlot) -> ops.MuonUpdate:
+        rows, columns = slot.parameter.shape  # of the whole, of which this process may hold a part
+        out, decay = self._target(slot)
+        scale = ops.muon_scale(rows, columns)
+        return ops.MuonUpdate(slot.master, slot.exp_avg, slot.gradient, out, scale, decay)
+
+    def _target(self, slot: ParameterSlot) -> tuple[Tensor | None, float]:
+        """The weights of lower precision that an update sets beside the master, if any, and its weight decay."""
+        return slot.own if slot.has_own_master else None, self.weight_decay if slot.decayed else 0.0
+
     def state_tensors(self) -> dict[str, Tensor]:
-        """Moments and step counts by name (``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``), not copied."""
+        """Moments and step counts by name, not copied.
+
+        ``exp_avg.NAME`` of every parameter; ``exp_avg_sq.NAME`` and ``step.NAME`` of those that AdamW updates.
+        """
         return {name: self._whole(slot, held) for name, (slot, held) in self._state().items()}
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
@@ -200,9 +290,10 @@ class AdamW:
 
     def _state(self) -> dict[str, tuple[ParameterSlot, Tensor]]:
         return {
-            f"{kind}.{slot.name}": (slot, getattr(slot, kind))
+            f"{kind}.{slot.name}": (slot, held)
             for slot in self._slots
             for kind in ("exp_avg", "exp_avg_sq", "step")
+            if (held := getattr(slot, kind)) is not None
         }
 
     def _masters(self) -> dict[str, tuple[ParameterSlot, Tensor]]:
@@ -242,6 +333,20 @@ def _own(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that this process holds; a plain tensor as it is."""
     own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return own
+
+
+def _portions(slots: list[ParameterSlot]) -> Iterator[list[ParameterSlot]]:
+    """Split ``slots``, in order, into lists of at most ELEMENTS_AT_ONCE elements, or of one matrix that has more."""
+    portion: list[ParameterSlot] = []
+    elements = 0
+    for slot in slots:
+        if portion and elements + slot.parameter.numel() > ELEMENTS_AT_ONCE:
+            yield portion
+            portion, elements = [], 0
+        portion.append(slot)
+        elements += slot.parameter.numel()
+    if portion:
+        yield portion
 
 
 @torch.no_grad()

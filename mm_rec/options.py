@@ -72,6 +72,11 @@ def add_arguments(
         default = (defaults or {}).get(name, getattr(cls, name, None))
         if option.section or name in without:
             continue
+        if _kind(hint) is dict:
+            group.add_argument(
+                f"--{name}", action="append", default=argparse.SUPPRESS, metavar="NAME=PATH", help=option.help
+            )
+            continue
         if hint is bool:
             group.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=option.help)
             continue
@@ -159,12 +164,14 @@ def _kind(hint: Any) -> type:
     """The one type of an annotation such as ``int`` or ``int | None``."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kind: type = next(one for one in kinds if one is not types.NoneType)
-    return kind
+    return typing.get_origin(kind) or kind
 
 
 def _convert(where: str, value: Any, hint: Any, option: Option) -> Any:
     """``value`` as the type of its setting; a value that does not fit is an error that says what does."""
     kind = _kind(hint)
+    if kind is dict:
+        return _named_paths(where, value)
     if value is None and isinstance(hint, types.UnionType):
         return None
     try:
@@ -184,6 +191,18 @@ def _convert(where: str, value: Any, hint: Any, option: Option) -> Any:
     if option.choices and converted not in option.choices:
         raise UserError(f"{where} must be one of {', '.join(option.choices)}, got {_shown(value)}")
     return converted
+
+
+def _named_paths(where: str, value: Any) -> dict[str, Path]:
+    """Paths by name: a list of ``NAME=PATH`` as flags give it, or a mapping as in a file."""
+    if isinstance(value, list):
+        pairs = [str(one).partition("=") for one in value]
+        if any(not name or not path for name, _, path in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
+            raise UserError(f"{where} must be NAME=PATH, each name once, got {_shown(value)}")
+        return {name: Path(path) for name, _, path in pairs}
+    if not isinstance(value, dict) or not all(isinstance(one, str | Path) and one for one in value.values()):
+        raise UserError(f"{where} must hold a path under each name, got {_shown(value)}")
+    return {str(name): Path(path) for name, path in value.items()}
 
 
 def _shown(value: Any) -> str:

@@ -30,6 +30,7 @@ from mm_rec.machine.signals import Interrupted, SignalGuard
 
 __all__ = [
     "BroadcastTensors",
+    "all_gather",
     "all_max",
     "all_mean_",
     "broadcast_json",
@@ -42,6 +43,7 @@ __all__ = [
     "make_console",
     "own_rows",
     "process_group",
+    "rank",
     "rank_zero_first",
     "world_size",
 ]
@@ -89,6 +91,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Returns the number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def local_world_size() -> int:
     """Returns the number of processes on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
@@ -133,6 +140,16 @@ def all_mean_(values: Tensor) -> Tensor:
         dist.all_reduce(values)  # gloo, which serves the CPU, has no mean
         values /= world_size()
     return values
+
+
+def all_gather(own: Tensor) -> list[Tensor]:
+    """Returns the tensors that the processes pass, in the order of their ranks; all are of one shape and type."""
+    if world_size() == 1:
+        return [own]
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    # As bytes, since not every back end knows every type.
+    dist.all_gather([part.view(torch.uint8) for part in parts], own.view(torch.uint8))
+    return parts
 
 
 def broadcast_json(value: Any) -> Any:

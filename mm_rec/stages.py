@@ -59,6 +59,11 @@ class Stage:
     recall_share: float = 0.0
     time_share: float = 1.0
 
+    @property
+    def fuses(self) -> bool:
+        """Whether it teaches several experts to work as one, which a model of one expert has no use for."""
+        return self.mixed and not self.conversations
+
     def sizes(self, device_type: str) -> Sizes:
         """The defaults for a ``torch.device`` type."""
         return self.cpu if device_type == "cpu" else self.gpu

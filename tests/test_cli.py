@@ -149,10 +149,13 @@ def test_from_training_to_text(
     assert main(["generate", "--model", "runs"]) == 2
     assert "the prompt has more than 6 characters" in capsys.readouterr().err
     monkeypatch.setattr("mm_rec.scripts.generate_command.MOST_CHARACTERS", 10**6)
-    assert (
-        main(["generate", "--model", "runs", "--prompt", "Ada had", "--max_new_tokens", "20", "--domain", "code"]) == 0
-    )
-    assert capsys.readouterr().out != texts[0]
+    by_expert = []
+    for name in ("text", "code"):
+        by_prompt = ["--prompt", "Ada had", "--max_new_tokens", "20", "--domain", name]
+        assert main(["generate", "--model", "runs", *by_prompt]) == 0
+        by_expert.append(capsys.readouterr().out)
+    assert by_expert[0] != by_expert[1]
+    assert texts[0] in by_expert
     Path("schema.json").write_text(json.dumps({"type": "array", "items": {"type": "boolean"}, "maxItems": 3}))
     assert main(["generate", "--model", "runs", "--prompt", "Ada had", "--json_schema", "schema.json"]) == 0
     assert all(isinstance(one, bool) for one in json.loads(capsys.readouterr().out.removeprefix("Ada had")))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.metadata
-import json
 import os
 import re
 import subprocess
@@ -16,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from mm_rec import cli
+from mm_rec import cli, errors
 from mm_rec.config import PRESETS
-from mm_rec.errors import EXTRA_OF, MissingPackageError, find_missing_package, install_command
+from mm_rec.errors import EXTRA_OF, MissingPackageError, find_missing_package, install_command, requirements_of
 from mm_rec.model import MMRecModel
 from mm_rec.storage import checkpoint
 from mm_rec.text.tokenizer import train_tokenizer
@@ -55,7 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_package_of_an_extra_is_known() -> None:
     for name, extra in EXTRA_OF.items():
         assert name in names(PROJECT["optional-dependencies"][extra])
-    extras = [PROJECT["optional-dependencies"][extra] for extra in ("train", "json", "hf", "tensorboard")]
+    extras = [PROJECT["optional-dependencies"][extra] for extra in ("train", "documents", "json", "hf", "tensorboard")]
     listed = set().union(*map(names, extras))
     assert listed == {name for name, extra in EXTRA_OF.items() if extra != "eval"}
     assert not names(PROJECT["dependencies"]) & EXTRA_OF.keys()
@@ -113,7 +112,7 @@ except ImportError as error:
     assert len(said) == len(commands) + 1
     names = ["mm-rec train", "mm-rec demo", "mm-rec data", "mm-rec eval", "mm_rec.train"]
     for line, name in zip(said, names, strict=True):
-        assert re.fullmatch(rf'error: {name} needs the package \w+; install it with: pip install .*\[train\]"', line)
+        assert re.fullmatch(rf'error: {name} needs the package \w+; install it with: pip install ("[\w>=.]+" ?)+', line)
 
 
 def test_other_imports_that_fail_are_bugs() -> None:
@@ -122,42 +121,38 @@ def test_other_imports_that_fail_are_bugs() -> None:
     assert isinstance(find_missing_package(ModuleNotFoundError(name="rich.console")), MissingPackageError)
 
 
-@pytest.mark.parametrize(
-    ("origin", "command"),
-    [
-        ({"url": "file:///src/mm%20rec", "dir_info": {"editable": True}}, 'pip install -e "/src/mm rec[hf]"'),
-        ({"url": "file:///src/mm_rec.whl", "archive_info": {}}, 'pip install "/src/mm_rec.whl[hf]"'),
-        (
-            {"url": "https://example.org/mm.git", "vcs_info": {"vcs": "git", "commit_id": "12ab"}},
-            'pip install "mm-rec[hf] @ git+https://example.org/mm.git@12ab"',
-        ),
-        ({"url": "https://example.org/m.whl", "archive_info": {}}, 'pip install "mm-rec[hf] @ https://example.org/m.whl"'),
-        (None, f'pip install -e "{ROOT}[hf]"'),
-    ],
-)  # fmt: skip
-def test_an_extra_is_installed_from_where_the_package_is_from(
-    origin: object, command: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Noted:
-        def read_text(self, name: str) -> str | None:
-            return json.dumps(origin) if origin and name == "direct_url.json" else None
-
-    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Noted())
-    assert install_command("hf") == command
+def test_a_command_names_what_the_extra_requires(monkeypatch: pytest.MonkeyPatch) -> None:
+    extras = PROJECT["optional-dependencies"]
+    lines = [f"{one}; extra == '{extra}'" for extra, required in extras.items() for one in required]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: [*PROJECT["dependencies"], *lines])
+    for extra in ("train", "json", "hf", "tensorboard"):
+        assert requirements_of(extra) == sorted(extras[extra])
+    assert requirements_of("eval") == sorted([*extras["train"], *extras["hf"], "lm-eval[hf]>=0.4.13"])
+    assert install_command("json") == 'pip install "llguidance>=1.9"'
 
 
-def test_no_command_names_the_package_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under its name alone an index may have something else."""
-
-    def nowhere(name: str) -> object:
+def test_a_command_where_no_package_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(name: str) -> list[str]:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(importlib.metadata, "distribution", nowhere)
-    monkeypatch.setattr("mm_rec.errors.__file__", "/lib/python/mm_rec/errors.py")
-    assert install_command("train").startswith('pip install "PLACE[train]", where PLACE is')
+    monkeypatch.setattr(importlib.metadata, "requires", nowhere)
+    assert install_command("eval") == 'pip install "lm_eval"'
+    assert requirements_of("train") == ["datasets", "huggingface_hub", "matplotlib", "pyarrow", "rich"]
+
+
+def test_no_text_installs_the_package_by_its_name() -> None:
+    """Under its name alone an index may have something else."""
     named = re.compile(r"""pip install ['"`]?mm[-_]rec""")
-    wrong = [path for path in (ROOT / "mm_rec").rglob("*.py") if named.search(path.read_text(encoding="utf-8"))]
-    assert wrong == [ROOT / "mm_rec" / "errors.py"]  # which adds the address
+    texts = [*Path(errors.__file__).parent.rglob("*.py"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]
+    assert not [path for path in texts if named.search(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("name", ["Containerfile", "runs/Containerfile"])
+def test_a_container_can_train(name: str) -> None:
+    content = (ROOT / name).read_text(encoding="utf-8")
+    installs = [line for line in content.splitlines() if "/pip install" in line and re.search(r"/src|\.whl", line)]
+    assert installs
+    assert all("[train]" in line for line in installs)
 
 
 def test_demo_is_make_demo() -> None:

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import mm_rec
+
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "mm_rec"
+PACKAGE = Path(mm_rec.__file__).parent  # of the checkout or, where a wheel is tested, of the installation
 SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh"}
 
 
 def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 

@@ -22,6 +22,7 @@ SHORT = {
     "train": QUICK,
     "finetune": QUICK[2:],
     "eval": ["--distances", "0", "--trials", "1"],
+    "serve": ["--port", "0"],  # another program may have the usual one
     "bench": ["--preset", "tiny", "--shapes", "1x32", "--rounds", "1"],
 }
 ROOT = Path(__file__).parents[1]

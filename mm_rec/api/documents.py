@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mm_rec.config import DOMAINS
+from mm_rec.config import DOMAINS, check_expert_name
+from mm_rec.data.documents.reading import ReadOptions
 from mm_rec.data.download.local import take_own
 from mm_rec.errors import UserError
 from mm_rec.storage.files import reporting_errors, write_atomic
@@ -29,15 +30,14 @@ def data_folder(data: Texts | Mapping[str, Texts], root: Path) -> Path:
         root: where to make a folder for anything else, named by a hash of the texts, or of the paths.
 
     Raises:
-        UserError: if there is no such path, domain or document.
+        UserError: if there is no such path or document, or a domain can't have that name.
         TypeError: if what is given for a domain is neither a path nor documents.
     """
     if isinstance(data, str | Path) and _existing(data).is_dir():
         return Path(data)
     domains = dict(data) if isinstance(data, Mapping) else {DOMAINS[0]: data}
-    unknown = [name for name in domains if name not in DOMAINS]
-    if unknown:
-        raise UserError(f"there is no domain {unknown[0]!r}; data are of {' or '.join(DOMAINS)}")
+    for name in domains:
+        check_expert_name(name)
     if not domains:
         raise UserError("there are no documents: the dict of domains is empty")
     contents = {
@@ -50,7 +50,7 @@ def data_folder(data: Texts | Mapping[str, Texts], root: Path) -> Path:
     with Lock(folder / ".lock", wait=True):  # another process may want the same
         for name, one in domains.items():
             if isinstance(one, str | Path):
-                take_own(name, Path(one), 0, folder, lambda line: None)
+                take_own(name, Path(one), ReadOptions(), folder, lambda line: None)
             else:
                 (folder / name).mkdir(exist_ok=True)
                 write_atomic(folder / name / "texts.jsonl", contents[name].encode())

@@ -78,9 +78,10 @@ def load(
 class Model:
     """A trained model with its tokenizer; :func:`load` makes one.
 
-    A method's ``domain`` is the name of an expert, or "all" to fuse them; None takes the default: all once fusion is
-    trained, the first expert before. Sampling keywords are those of :class:`mm_rec.inference.sampling.Sampling`:
-    ``max_new_tokens``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``, ``stop`` and ``seed``.
+    A method's ``domain`` is the name of an expert, or "all" to fuse them; None takes the default: all once fusion
+    is trained; before, the expert that reads the prompt in the fewest bits, or the first one where there is no
+    prompt. Sampling keywords are those of :class:`mm_rec.inference.sampling.Sampling`: ``max_new_tokens``,
+    ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``, ``stop`` and ``seed``.
 
     Attributes:
         module: the PyTorch module.
@@ -149,7 +150,7 @@ class Model:
                 print(piece, end="", flush=True)
         """
         settings = Sampling.from_options(sampling)
-        chosen = self._loaded.choose_domain(domain)
+        chosen = self._loaded.choose_domain(domain, prompt)
         return generate(self.module, self.tokenizer, prompt, settings, chosen, json_schema)
 
     def chat(

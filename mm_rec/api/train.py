@@ -14,11 +14,13 @@ from rich.console import Console
 from mm_rec import processes
 from mm_rec.api.documents import Texts, data_folder
 from mm_rec.api.model import Model, load
+from mm_rec.config import DOMAINS
 from mm_rec.errors import UserError
 from mm_rec.machine.signals import Interrupted, SignalGuard
 from mm_rec.options import from_values
 from mm_rec.regular_file import read_regular
 from mm_rec.storage.run_folder import METRICS
+from mm_rec.training.check_settings import check_settings
 from mm_rec.training.load_data import load_data
 from mm_rec.training.minutes import choose_preset
 from mm_rec.training.ranks import broadcast_path
@@ -26,6 +28,8 @@ from mm_rec.training.run_stages import train_stages
 from mm_rec.training.settings import TrainSettings
 
 __all__ = ["TrainedRun", "train"]
+
+_DATA_SETTINGS = ("data_dir", "text_dir", "code_dir", "domain", "use_synthetic", "download_data")
 
 
 class TrainedRun:
@@ -72,8 +76,9 @@ def train(data: Texts | Mapping[str, Texts] | None = None, *, quiet: bool = Fals
 
     Args:
         data: what to train on: a data folder (with folders ``text`` and ``code``, or files of text); a file; documents
-            as strings; or by domain any of the last two and folders, as in ``{"text": "book.txt", "code": programs}``.
-            None takes ``data_dir``, ``use_synthetic`` or ``download_data`` from the settings.
+            as strings; or by domain any of the last two and folders, as in ``{"text": "book.txt", "code": programs}``
+            or ``{"law": "law/", "medicine": "medicine/"}``. Each domain gets an expert of its own.
+            None takes what the settings name: ``data_dir``, ``text_dir``, ``domain``, ``use_synthetic`` and the like.
         quiet: print nothing.
         settings: the settings of ``mm-rec train`` by name, such as ``minutes=10``, ``preset="small"``,
             ``max_steps=200``, ``stage="stage1"``, ``checkpoint_dir="checkpoints"``.
@@ -91,15 +96,18 @@ def train(data: Texts | Mapping[str, Texts] | None = None, *, quiet: bool = Fals
         2
     """
     chosen = from_values(TrainSettings, settings)
-    others = [name for name in ("data_dir", "use_synthetic", "download_data") if settings.get(name)]
+    others = [name for name in _DATA_SETTINGS if settings.get(name)]
     if data is not None and others:
         raise UserError(f"data and {others[0]} both say what to train on; leave one of them out")
     try:
         with SignalGuard(ends_process=False) as guard, processes.process_group(chosen.device, lasting=True):
             console = Console(quiet=True) if quiet else processes.make_console()
+            check_settings(chosen, chosen.stage_names())
             if data is not None:
                 folder = data_folder(data, chosen.checkpoint_dir / "data") if processes.is_rank_zero() else Path()
                 chosen = dataclasses.replace(chosen, data_dir=broadcast_path(folder))
+                if isinstance(data, Mapping) and not set(data) <= set(DOMAINS):
+                    chosen = dataclasses.replace(chosen, domain={name: chosen.data_dir / name for name in data})
             chosen = choose_preset(chosen, console)
             checkpoint = train_stages(chosen, load_data(chosen, console), guard, console)
     except Interrupted as stop:

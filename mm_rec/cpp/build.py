@@ -6,6 +6,7 @@ standard library alone: it also runs before anything is installed.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -18,7 +19,8 @@ from pathlib import Path
 
 __all__ = [
     "CPU_LIBRARY", "CUDA_LIBRARY", "LEVELS", "REBUILD", "REBUILD_CUDA", "BuildError",
-    "build_all", "build_cpu", "build_cuda", "cpu_compiler", "cuda_compiler", "library_name", "main",
+    "build_all", "build_cpu", "build_cuda", "cpu_compiler", "cuda_compiler", "hash_of_sources", "library_name",
+    "main",
 ]  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
@@ -43,6 +45,7 @@ LEVELS = tuple(LEVEL_FLAGS)
 """From the oldest processors to the newest; mm_rec_best_level() of src/level.cpp is an index into this list."""
 SOURCES = ("kernels.cpp", "step.cpp", "products.cpp")
 SHARED_SOURCES = ("level.cpp", "parallel.cpp")  # compiled once, for the oldest processor
+SOURCES_OF = {"cpu": ("src", (".cpp", ".h")), "cuda": ("cuda", (".cu", ".cuh"))}
 ONLY_SOURCES = {"amx": ("products.cpp",)}  # everything else of this level is that of the one before
 
 COMPILERS = ["clang-cl", "clang++", "g++"] if sys.platform == "win32" else ["g++", "c++", "clang++"]
@@ -71,6 +74,24 @@ CUDA_ARCHITECTURES = "80 90"
 ones. MM_REC_CUDA_ARCHITECTURES names others, or fewer for a shorter build."""
 OLDEST_CUDA = (12, 1)  # the first whose kernels take more than 4 kB of parameters
 HOPPER_SOURCES = ("window_walk_backward.cu",)  # with instructions that only capability 9.0 has, which "90a" stands for
+
+
+def hash_of_sources(kernels: str) -> int:
+    """Returns 64 bits of a hash of the sources of the "cpu" or "cuda" kernels and of the flags to compile them.
+
+    A library carries the one that it was built from, so that it is never used with the Python code of another version.
+    """
+    folder, endings = SOURCES_OF[kernels]
+    flags = [COMPILE_FLAGS, LEVEL_FLAGS] if kernels == "cpu" else CUDA_FLAGS
+    found = hashlib.sha256(repr(flags).encode())
+    for path in sorted((HERE / folder).iterdir(), key=lambda path: path.name):
+        if path.suffix in endings:
+            found.update(f"\0{path.name}\0".encode() + path.read_bytes())
+    return int.from_bytes(found.digest()[:8], "big")
+
+
+def _sources_flag(kernels: str) -> str:
+    return f"-DMM_SOURCES={hash_of_sources(kernels):#x}u"
 
 
 class BuildError(RuntimeError):
@@ -124,7 +145,7 @@ def build_cpu(folder: Path = HERE) -> Path:
     compiler = cpu_compiler()
     target = _run([*compiler, "-dumpmachine"]).strip()
     system, flags, link = _system_flags(compiler, target)
-    command = [*compiler, *COMPILE_FLAGS, *flags]
+    command = [*compiler, *COMPILE_FLAGS, _sources_flag("cpu"), *flags]
     jobs = [(command, HERE / "src" / source) for source in SHARED_SOURCES]
     for level in LEVELS if target.startswith(("x86_64", "amd64")) else LEVELS[:1]:
         of_level = [*command, f"-DMM_LEVEL={level}", *LEVEL_FLAGS[level]]
@@ -175,7 +196,7 @@ def build_cuda(folder: Path = HERE) -> Path:
     if release and (int(release[1]), int(release[2])) < OLDEST_CUDA:
         raise BuildError(f"{compiler} is of CUDA {release[1]}.{release[2]}; the kernels need CUDA 12.1 or newer")
     target = folder / CUDA_LIBRARY
-    command = [compiler, *CUDA_FLAGS]
+    command = [compiler, *CUDA_FLAGS, _sources_flag("cuda")]
     jobs = [([*command, *_architecture_flags(source.name)], source) for source in sorted((HERE / "cuda").glob("*.cu"))]
     _build(jobs, [*command, *_architecture_flags(), "-shared"], [], target)
     return target

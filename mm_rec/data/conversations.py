@@ -59,9 +59,9 @@ def find_conversations(path: Path) -> list[Path]:
         files = sorted([*find_files(path), *lists])
     else:
         files = [path] if path.name.lower().endswith(".json") and path.is_file() else find_files(path)
-    files = [file for file in files if not file.name.lower().endswith(".txt") and file.name != MANIFEST]
+    files = [file for file in files if file.name != MANIFEST]
     if not files:
-        kinds = ", ".join(suffix for suffix in (".json", *SUFFIXES) if suffix != ".txt")
+        kinds = ", ".join([".json", *SUFFIXES])
         raise UserError(f"there are no conversations in {path}; they are read from {kinds}")
     return files
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from mm_rec.config import DOMAINS
+from mm_rec.data.documents.reading import ReadOptions, read_options
 from mm_rec.data.download.fetch import fetch
 from mm_rec.data.download.hub import UnreachableError
 from mm_rec.data.download.local import take_builtin, take_own
@@ -38,9 +39,12 @@ examples:
   {prog} --text_dir ~/books --no_code
 
 The hub is the one of HF_ENDPOINT, if that is set; gated sets need HF_TOKEN. Files come as one JSON string a line, e.g.
-data/text/wikitext.jsonl and data/code/code.jsonl, with data/manifest.json beside them. Files of your own
-(.txt, .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.xz, .parquet) may also be put into data/text and data/code by hand;
---code_dir takes programs (.py, .c, .rs and the like) as well."""
+data/text/wikitext.jsonl and data/code/code.jsonl, with data/manifest.json beside them.
+
+Documents of your own are text, Markdown, HTML, PDF, Word, OpenDocument, PowerPoint, EPUB, RTF, CSV, spreadsheets,
+JSON, JSONL (plain, .gz, .zst, .xz), Parquet, notebooks and source code; PDF, RTF and spreadsheets need the extra
+documents. They may also be put into data/text by hand, programs into data/code, and `mm-rec train --text_dir` trains on
+a folder as it is. What is not read is counted by its kind."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ class Request:
         sources: names of sources; none takes the defaults for text and code.
         text, code: whether the defaults, or ``builtin``, are taken for text and for code.
         text_dir, code_dir: the user's own files, in place of the defaults.
-        skip_bad: how many bad rows of those files to leave out before it is an error.
+        reading: how those files are to be read.
+        name_left_out: tell the name of every one of them that is not read.
     """
 
     samples: dict[str, int]
@@ -61,7 +66,8 @@ class Request:
     code: bool = True
     text_dir: Path | None = None
     code_dir: Path | None = None
-    skip_bad: int = 0
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    name_left_out: bool = False
 
 
 def download(
@@ -87,7 +93,8 @@ def download(
     tell = tell or (lambda line: None)
     own = {kind: path for kind, path in (("text", request.text_dir), ("code", request.code_dir)) if path is not None}
     kinds = [kind for kind, wanted in (("text", request.text), ("code", request.code)) if wanted]
-    names = request.sources or [name for name in DEFAULT_SOURCES if find_source(name).kind in set(kinds) - set(own)]
+    # Who brings documents wants to train on these alone: the defaults are for those who bring none.
+    names = request.sources or [name for name in DEFAULT_SOURCES if not own and find_source(name).kind in kinds]
     sources = [find_source(name) for name in names if name != BUILTIN]
     if not names and not own:
         raise UserError("nothing to download: leave out --no_code or --no_wikitext, or name a --source")
@@ -95,7 +102,10 @@ def download(
         data_dir.mkdir(parents=True, exist_ok=True)
     lock = Lock(data_dir / ".lock")
     try:
-        files = [take_own(kind, path, request.skip_bad, data_dir, tell) for kind, path in own.items()]
+        files = [
+            take_own(kind, path, request.reading, data_dir, tell, name_left_out=request.name_left_out)
+            for kind, path in own.items()
+        ]
         if BUILTIN in names:
             files += [take_builtin(kind, request.samples.get(kind), data_dir, tell) for kind in kinds]
         for source in sources:
@@ -134,6 +144,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip_bad", type=positive_int, default=0, metavar="N", help="leave out up to N bad rows of them"
     )
+    parser.add_argument("--encoding", metavar="NAME", help="encoding of their text, such as cp1254; else found out")
+    parser.add_argument(
+        "--columns", metavar="NAMES", help="columns of their tables and JSON that hold the text, such as title,body"
+    )
+    parser.add_argument("--list", action="store_true", help="name every file that is left out, and why")
 
 
 def read_arguments(options: argparse.Namespace) -> Request:
@@ -147,7 +162,8 @@ def read_arguments(options: argparse.Namespace) -> Request:
         code=not options.no_code,
         text_dir=options.text_dir,
         code_dir=options.code_dir,
-        skip_bad=options.skip_bad,
+        reading=read_options(options.encoding, options.columns, options.skip_bad),
+        name_left_out=options.list,
     )
 
 

@@ -1,7 +1,8 @@
-"""Reading data files: ``.txt``, ``.jsonl`` (plain, gzip, zstd or xz) and ``.parquet``.
+"""Reading files of rows: ``.jsonl`` (plain, gzip, zstd or xz) and ``.parquet``, whose rows are documents.
 
-A JSONL row is a JSON string, or an object whose text is in the field ``text``, ``content`` or ``code``. Whatever is
-wrong with a row or a file is an error that names file and line; with ``--skip_bad`` it is counted instead, up to a cap.
+A JSONL row is a JSON string, or an object whose text is in the field ``text``, ``content`` or ``code``, or in chosen
+ones. Whatever is wrong with a row or a file is an error that names file and line; with ``--skip_bad`` it is counted
+instead, up to a cap. All other kinds of files are read by :mod:`mm_rec.data.documents`.
 """
 
 from __future__ import annotations
@@ -35,13 +36,11 @@ __all__ = [
 ]
 
 COMPRESSED = (".jsonl.gz", ".jsonl.zst", ".jsonl.xz")
-SUFFIXES = (".txt", ".jsonl", *COMPRESSED, ".parquet")
+SUFFIXES = (".jsonl", *COMPRESSED, ".parquet")
 TEXT_FIELDS = ("text", "content", "code")
 
 MAX_ROW_BYTES = 64_000_000
 """A longer line is no document but a file without line breaks; it is not read into memory."""
-
-_TEXT_PIECE = 4_000_000  # characters: a .txt file is one document, unless it is longer than this
 
 
 @dataclass
@@ -68,41 +67,33 @@ class Row(NamedTuple):
     value: Any
 
 
-def find_files(path: Path, plain: Sequence[str] = ()) -> list[Path]:
-    """The data files at ``path``: itself, or those in the folder and its subfolders, in the order of their names.
-
-    ``plain`` are further endings, of files that :func:`read_texts` reads as it does ``.txt``.
+def find_files(path: Path) -> list[Path]:
+    """The files of rows at ``path``: itself, or those in the folder and its subfolders, in the order of their names.
 
     Raises UserError if there is nothing at ``path`` or if it is a file of another kind.
     """
-
-    def fits(file: Path) -> bool:
-        return _suffix(file) is not None or file.name.lower().endswith(tuple(plain))
-
     if path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file() and fits(file)]
+        files = [file for file in path.rglob("*") if file.is_file() and _suffix(file) is not None]
         return sorted(file for file in files if not any(p.startswith(".") for p in file.relative_to(path).parts))
     if not path.exists():
         raise UserError(f"there is no file or folder {path}")
     if not path.is_file():
         raise UserError(f"{path} is a pipe or a device; write what comes out of it to a file")
-    if not fits(path):
-        raise UserError(f"{path} is none of the kinds of files that can be read: {', '.join([*SUFFIXES, *plain])}")
+    if _suffix(path) is None:
+        raise UserError(f"{path} is none of the kinds of files that can be read: {', '.join(SUFFIXES)}")
     return [path]
 
 
-def read_texts(path: Path, bad: BadRows) -> Iterator[str]:
-    """The documents of one data file, as strings that have a UTF-8 form and no NUL."""
-    if _suffix(path) in (".txt", None):
-        yield from _read_plain(path, bad)
-        return
-    for row in read_rows(path, bad, TEXT_FIELDS):
+def read_texts(path: Path, bad: BadRows, columns: Sequence[str] = ()) -> Iterator[str]:
+    """The documents of one file of rows, as strings that have a UTF-8 form and no NUL.
+
+    With ``columns`` a document is what stands in these, an empty line between them.
+    """
+    for row in read_rows(path, bad, columns or TEXT_FIELDS):
         text = row.value
         if isinstance(text, dict):
-            texts = {name: text[name] for name in TEXT_FIELDS if isinstance(text.get(name), str)}
-            name = first_filled(texts, TEXT_FIELDS)
-            text = None if name is None else texts[name]
-            problem = f"the object has no string in a field {', '.join(TEXT_FIELDS)}"
+            text = _text_of(text, columns)
+            problem = f"the object has no string in a field {', '.join(columns or TEXT_FIELDS)}"
         else:
             problem = f"a string or an object is needed, not {_kind(text)}"
         if not isinstance(text, str):
@@ -113,6 +104,15 @@ def read_texts(path: Path, bad: BadRows) -> Iterator[str]:
             bad.report(path, row.line, "the text has a lone surrogate, half of a character")
         else:
             yield text
+
+
+def _text_of(row: dict[str, Any], columns: Sequence[str]) -> str | None:
+    """The text of a row: what stands in all of ``columns``, or in the first of TEXT_FIELDS that holds something."""
+    texts = {name: row[name] for name in columns or TEXT_FIELDS if isinstance(row.get(name), str)}
+    if columns:
+        return "\n\n".join(filter(str.strip, texts.values())) if texts else None
+    name = first_filled(texts, TEXT_FIELDS)
+    return None if name is None else texts[name]
 
 
 def read_rows(path: Path, bad: BadRows, fields: Sequence[str] = ()) -> Iterator[Row]:
@@ -190,23 +190,6 @@ def _open(path: Path) -> IO[bytes]:
             return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
         case _:
             return path.open("rb")
-
-
-def _read_plain(path: Path, bad: BadRows) -> Iterator[str]:
-    """A text file as one document; a very long one as several, cut at a line."""
-    lines: list[str] = []
-    size = 0
-    for line, text in _read_lines(path, bad):
-        if "\0" in text:
-            bad.report(path, line, "the line has a NUL character")
-            continue
-        lines.append(text)
-        size += len(text)
-        if size >= _TEXT_PIECE:
-            yield "".join(lines)
-            lines, size = [], 0
-    if lines:
-        yield "".join(lines)
 
 
 def _read_parquet(path: Path, bad: BadRows, fields: Sequence[str]) -> Iterator[Row]:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mm_rec.data.files import BadRows, read_texts
+from mm_rec.data.documents.folder import LeftOut
+from mm_rec.data.documents.kinds import kind_of
+from mm_rec.data.documents.reading import Documents
 from mm_rec.data.filters import NearDuplicates, quality_problem
 from mm_rec.data.held_out import VALID_BYTES, VALID_SHARE, take_within
 from mm_rec.errors import UserError
 
 __all__ = ["Survey", "survey_domain"]
+
+PROGRESS_SECONDS = 10.0
+"""Between two lines about how far the reading is."""
 
 
 @dataclass
@@ -21,21 +28,19 @@ class Survey:
     """What is known of a domain after its documents were read once. Texts are not kept but read again.
 
     Attributes:
-        files: the data files, in the order of reading.
-        skip_bad: how many rows that cannot be read are left out before it is an error.
+        documents: reads the data files, in the same order each time.
         read: how many documents were read.
-        bad_rows: file, line and fault of each row that was left out.
         dropped: how many documents the filters left out, by reason.
+        dropped_of: the same, by file and reason.
         kept: hash and bytes of each document that is used, by its number in the order of reading.
         valid: numbers of the held-out documents.
         cut: number of a document of which only the end is held out, and about how many bytes of it.
     """
 
-    files: list[Path]
-    skip_bad: int = 0
+    documents: Documents
     read: int = 0
-    bad_rows: list[str] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
+    dropped_of: Counter[tuple[Path, str]] = field(default_factory=Counter)
     kept: dict[int, tuple[int, int]] = field(default_factory=dict)
     valid: set[int] = field(default_factory=set)
     cut: tuple[int, int] | None = None
@@ -44,6 +49,14 @@ class Survey:
     def n_bytes(self) -> int:
         """Bytes of the documents that are used."""
         return sum(size for _, size in self.kept.values())
+
+    def dropped_by_file(self) -> list[LeftOut]:
+        """Returns the files of which the filters left documents out."""
+        return [
+            LeftOut(path, kind.name, why, count)
+            for (path, why), count in self.dropped_of.items()
+            if (kind := kind_of(path)) is not None
+        ]
 
     def train_texts(self, max_bytes: int | None = None) -> Iterator[str]:
         """The training documents; with ``max_bytes`` a selection of about that size, the same for the same texts."""
@@ -71,9 +84,9 @@ class Survey:
 
     def _texts(self, numbers: set[int]) -> Iterator[tuple[int, str]]:
         last = max(numbers, default=-1)
-        for number, text in enumerate(_read(self.files, BadRows(self.skip_bad))):
+        for number, document in enumerate(self.documents.read()):
             if number in numbers:
-                yield number, text
+                yield number, document.text
             if number >= last:
                 return
 
@@ -91,48 +104,52 @@ class Survey:
 
 
 def survey_domain(
-    name: str, files: list[Path], *, max_samples: int | None = None, filters: bool = True, skip_bad: int = 0
+    name: str,
+    documents: Documents,
+    *,
+    max_samples: int | None = None,
+    filters: bool = True,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Survey:
     """Read the documents of the domain ``name`` for the first time, filter them and choose what is held out.
 
     Args:
-        name: ``code`` has filters of its own.
-        files: the data files.
+        name: ``code`` has filters of its own, which programs have in every domain.
+        documents: those of the data files.
         max_samples: stop after so many documents that are used.
         filters: leave out documents of low quality and near-duplicates.
-        skip_bad: leave out so many rows that cannot be read.
+        tell: takes a line from time to time.
 
     Raises:
         UserError: for a bad row too many, or if too little is left.
     """
-    survey = Survey(files, skip_bad)
-    bad = BadRows(skip_bad)
+    survey = Survey(documents)
     duplicates = NearDuplicates()
-    for number, text in enumerate(_read(files, bad)):
-        survey.read += 1
-        problem = quality_problem(text, name) if filters else None
-        if problem is None and filters and duplicates.add(text):
-            problem = "near-duplicate"
-        if problem is not None or not text:
-            survey.dropped[problem or "empty"] += 1
-            continue
-        content = text.encode()
-        survey.kept[number] = (int.from_bytes(hashlib.sha256(content).digest()[:8], "big"), len(content))
-        if len(survey.kept) == max_samples:
-            break
-    survey.bad_rows = bad.found
+    told = time.monotonic()
+    with closing(documents.read()) as read:
+        for number, (text, path, is_program) in enumerate(read):
+            survey.read += 1
+            if time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                tell(f"{name}: {survey.read:,} documents so far, at {path}")
+            problem = quality_problem(text, "code" if is_program else name) if filters else None
+            if problem is None and filters and duplicates.add(text):
+                problem = "near-duplicate"
+            if problem is not None or not text:
+                survey.dropped[problem or "empty"] += 1
+                survey.dropped_of[path, problem or "empty"] += 1
+                continue
+            content = text.encode()
+            survey.kept[number] = (int.from_bytes(hashlib.sha256(content).digest()[:8], "big"), len(content))
+            if len(survey.kept) == max_samples:
+                break
     if not survey.kept or not survey.split():
         dropped = "".join(f", {count} {reason}" for reason, count in survey.dropped.items())
         raise UserError(
             f"there is too little {name} data: {len(survey.kept)} of {survey.read} documents can be used{dropped}; "
-            f"{files[0].parent} needs more or longer ones"
+            f"{documents.files[0].parent} needs more or longer ones"
         )
     return survey
-
-
-def _read(files: list[Path], bad: BadRows) -> Iterator[str]:
-    for file in files:
-        yield from read_texts(file, bad)
 
 
 def _cut(text: str, tail_bytes: int) -> tuple[str, str]:

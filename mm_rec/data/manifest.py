@@ -12,7 +12,7 @@ from mm_rec.formats import KEY, VERSIONS, is_current
 from mm_rec.regular_file import read_regular
 from mm_rec.storage.files import write_atomic
 
-__all__ = ["MANIFEST", "check_files", "read_manifest", "record_file", "require_unchanged"]
+__all__ = ["MANIFEST", "check_files", "hash_files", "read_manifest", "record_file", "require_unchanged"]
 
 MANIFEST = "manifest.json"
 
@@ -44,33 +44,42 @@ def record_file(data_dir: Path, name: str, entry: dict[str, Any]) -> None:
     write_atomic(data_dir / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
 
 
+def hash_files(home: Path, files: list[Path]) -> dict[str, str]:
+    """Returns the SHA-256 of each file by its path relative to the folder ``home``.
+
+    Raises UserError for a file that cannot be read.
+    """
+    found = {}
+    for file in files:
+        try:
+            found[file.relative_to(home).as_posix()] = file_sha256(file)
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    return found
+
+
 def check_files(data_dir: Path, files: list[Path]) -> dict[str, str]:
     """SHA-256 of each file by its path relative to ``data_dir``.
 
     Raises UserError for a file that is not what the manifest says. Files that it does not name are the user's own.
     """
-    entries = read_manifest(data_dir)
-    found = {}
-    for file in files:
-        name = file.relative_to(data_dir).as_posix()
-        try:
-            found[name] = file_sha256(file)
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
-        if name in entries and found[name] != entries[name]["sha256"]:
+    entries, found = read_manifest(data_dir), hash_files(data_dir, files)
+    for name, sha256 in found.items():
+        if name in entries and sha256 != entries[name]["sha256"]:
             raise UserError(
-                f"{file} is not what was downloaded (its SHA-256 differs from the one in {data_dir / MANIFEST}); "
-                "delete it and download it again, or, if you changed it on purpose, give it another name"
+                f"{data_dir / name} is not what was downloaded (its SHA-256 differs from the one in "
+                f"{data_dir / MANIFEST}); delete it and download it again, or, if you changed it on purpose, give it "
+                "another name"
             )
     return found
 
 
-def require_unchanged(data_dir: Path, files: list[Path], before: dict[str, str]) -> None:
-    """Raise UserError if a file is not what it was when :func:`check_files` returned ``before``.
+def require_unchanged(home: Path, files: list[Path], before: dict[str, str]) -> None:
+    """Raise UserError if a file is not what it was when :func:`hash_files` or :func:`check_files` returned ``before``.
 
     To be called after the files were read for what is kept under the name of their hashes.
     """
-    now = check_files(data_dir, files)
+    now = hash_files(home, files)
     for name, sha256 in before.items():
         if now[name] != sha256:
-            raise UserError(f"{data_dir / name} was changed while it was read; run the same command again")
+            raise UserError(f"{home / name} was changed while it was read; run the same command again")

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-from mm_rec.data.files import COMPRESSED, BadRows, read_texts
+from mm_rec.data.documents.kinds import LeftOutError, kind_of
+from mm_rec.data.documents.reading import ReadOptions, texts_without_parsing
+from mm_rec.data.files import COMPRESSED
 from mm_rec.data.filters import NearDuplicates, quality_problem
 from mm_rec.errors import UserError
 from mm_rec.machine.device import available_memory
@@ -22,8 +24,8 @@ __all__ = ["PreparationEstimate", "estimate_preparation"]
 SAMPLE_DOCUMENTS, SAMPLE_SECONDS = 200, 0.3
 """Looked at of each domain, whichever comes first."""
 
-UNPACKED_TIMES = {**dict.fromkeys(COMPRESSED, 4.0), ".parquet": 2.5}
-"""Text in a file of each kind, as a multiple of its size; 1 where there is none."""
+COMPRESSED_TIMES = 4.0
+"""Text in a compressed file, as a multiple of its size; other kinds have theirs in their table."""
 
 KEPT_BYTES = 250
 """Memory for what is known of a document beside its signature."""
@@ -82,7 +84,11 @@ class PreparationEstimate:
 
 
 def estimate_preparation(
-    files: Mapping[str, Sequence[Path]], *, max_samples: int | None, filters: bool
+    files: Mapping[str, Sequence[Path]],
+    *,
+    max_samples: int | None,
+    filters: bool,
+    options: ReadOptions | None = None,
 ) -> PreparationEstimate:
     """Returns what preparing the data files of each domain will take.
 
@@ -90,12 +96,13 @@ def estimate_preparation(
         files: by domain.
         max_samples: documents of each domain at most.
         filters: near-duplicates are looked for, which takes most of the memory and time.
+        options: how the files are to be read; None for the usual way.
     """
     n_bytes = documents = 0
     seconds = 0.0
     for name, paths in files.items():
         there = int(sum(path.stat().st_size * _unpacked_times(path) for path in paths))
-        size, rate = _look(name, paths, filters)
+        size, rate = _look(name, paths, filters, options or ReadOptions())
         count = max(1, int(there / max(size, SHORTEST_BYTES if filters else 1)))
         if max_samples is not None and max_samples < count:
             there, count = there * max_samples // count, max_samples
@@ -107,11 +114,14 @@ def estimate_preparation(
     return PreparationEstimate(n_bytes, documents, seconds, memory, int(4 * n_bytes / BYTES_A_TOKEN) + 16 * documents)
 
 
-def _look(name: str, paths: Sequence[Path], filters: bool) -> tuple[float, float]:
-    """The mean size of the first documents in bytes, empty ones left out, and seconds a byte that the filters take."""
+def _look(name: str, paths: Sequence[Path], filters: bool, options: ReadOptions) -> tuple[float, float]:
+    """The mean size of the first documents in bytes, empty ones left out, and seconds a byte that the filters take.
+
+    Files that need parsing are not looked at.
+    """
     duplicates, start = NearDuplicates(), time.monotonic()
     count = size = 0
-    texts = itertools.chain.from_iterable(read_texts(path, BadRows()) for path in paths)
+    texts = itertools.chain.from_iterable(texts_without_parsing(path, options) for path in paths)
     try:
         for text in itertools.islice(filter(str.strip, texts), SAMPLE_DOCUMENTS):
             count, size = count + 1, size + len(text.encode())
@@ -119,7 +129,7 @@ def _look(name: str, paths: Sequence[Path], filters: bool) -> tuple[float, float
                 duplicates.add(text)
             if time.monotonic() > start + SAMPLE_SECONDS:
                 break
-    except UserError:  # a bad row, after which a sample need not look; the pass over all of them says which
+    except (UserError, LeftOutError):  # after which a sample need not look; the pass over all of them says which
         pass
     if not count:
         return TYPICAL_BYTES, 0.0
@@ -127,7 +137,8 @@ def _look(name: str, paths: Sequence[Path], filters: bool) -> tuple[float, float
 
 
 def _unpacked_times(path: Path) -> float:
-    return next((times for suffix, times in UNPACKED_TIMES.items() if path.name.lower().endswith(suffix)), 1.0)
+    kind = kind_of(path)
+    return COMPRESSED_TIMES if path.name.lower().endswith(COMPRESSED) else kind.unpacks_to if kind is not None else 1.0
 
 
 def _describe_time(seconds: float) -> str:

@@ -1,22 +1,26 @@
 """From documents on disk to a tokenizer and token stores, made once and used again.
 
-``data_dir/text`` and ``data_dir/code`` hold data files (:mod:`mm_rec.data.files`). What is made of them lies in
-``data_dir/prepared/HASH``, where HASH stands for the contents of the files and all settings below, so that a folder
-is used again exactly if it would come out the same. Documents are read three times, to filter and split them, to
-train the tokenizer and to write tokens, so that memory holds a few kilobytes of each, not its text.
+``data_dir/text`` and ``data_dir/code`` hold documents of any kind (:mod:`mm_rec.data.documents`), or other folders are
+named for the domains. What is made of them lies in ``data_dir/prepared/HASH``, where HASH stands for the contents of
+the files and all settings below, so that a folder is used again exactly if it would come out the same. Documents are
+read three times, to filter and split them, to train the tokenizer and to write tokens, so that memory holds a few
+kilobytes of each, not its text; what needs parsing is parsed once, and its text kept on the disk meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from mm_rec.config import DOMAINS
-from mm_rec.data.files import find_files
+from mm_rec.data.documents.account import Account, count_kinds, read_account, relative, tell_account, write_account
+from mm_rec.data.documents.parsing import Parser
+from mm_rec.data.documents.reading import Documents, ReadOptions
+from mm_rec.data.domain_files import choose_root, find_domains, find_named
 from mm_rec.data.first_pass import Survey, survey_domain
-from mm_rec.data.manifest import check_files, require_unchanged
+from mm_rec.data.manifest import check_files, hash_files, require_unchanged
 from mm_rec.data.pack import Document, write_store
 from mm_rec.data.preparation_estimate import estimate_preparation
 from mm_rec.data.prepared import Prepared, make_once, tell_bad_rows, write_report
@@ -41,24 +45,32 @@ def prepare(
     max_samples: int | None = None,
     tokenizer: Tokenizer | None = None,
     filters: bool = True,
-    skip_bad: int = 0,
+    options: ReadOptions | None = None,
     domains: Sequence[str] = DOMAINS,
+    folders: Mapping[str, Path] | None = None,
+    cache: Path | None = None,
+    skip: Sequence[Path] = (),
+    name_left_out: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Prepared:
-    """Filter, split and tokenize the data in ``data_dir``, or open what an earlier call made of the same.
+    """Filter, split and tokenize documents, or open what an earlier call made of the same.
 
     Of each domain about 3% of the bytes, at most 256 KiB, are held out for validation: whole documents, chosen by
     the hash of their text, or, if the first of them is larger than that, its end. Two processes may call this at
     once; the second waits.
 
     Args:
-        data_dir: has a folder for each domain; or data files, which then are the first domain.
+        data_dir: has a folder for each domain; or documents, which then are the first domain.
         vocab_size: upper bound for the tokenizer to train; little text makes it smaller, an entry per 1,280 bytes.
         max_samples: use the first so many documents of each domain that pass the filters.
         tokenizer: use this one instead of training one.
         filters: leave out documents of low quality and near-duplicates.
-        skip_bad: leave out so many rows that cannot be read before giving up.
+        options: how files are to be read; None for the usual way.
         domains: names of the folders.
+        folders: a file or folder of documents for each domain, in place of those in ``data_dir``.
+        cache: where the result goes if ``folders`` are given or ``data_dir`` cannot be written to.
+        skip: files and folders that are no documents, as the program's own.
+        name_left_out: tell the name of everything that is left out.
         progress: takes a line about each thing that is done.
 
     Raises:
@@ -66,11 +78,13 @@ def prepare(
     """
     data_dir = Path(data_dir)
     tell = progress or (lambda line: None)
-    files = _find(data_dir, domains, tell)
-    root = data_dir / "prepared"
+    options = options or ReadOptions()
+    found = find_domains(data_dir, domains, skip, tell) if folders is None else find_named(folders, skip, tell)
+    files = {name: one.found.paths for name, one in found.items()}
+    root = choose_root(data_dir, cache, tell) if folders is None else cache or data_dir / "prepared"
 
     def announce() -> None:
-        estimate = estimate_preparation(files, max_samples=max_samples, filters=filters)
+        estimate = estimate_preparation(files, max_samples=max_samples, filters=filters, options=options)
         tell(estimate.describe())
         estimate.check(root)
 
@@ -80,33 +94,54 @@ def prepare(
     size = sum(path.stat().st_size for paths in files.values() for path in paths)
     if size > _LARGE_BYTES:
         tell(f"hashing {format_bytes(size)} of data files")
-    hashes = {name: check_files(data_dir, paths) for name, paths in files.items()}
+    hash_them = check_files if folders is None else hash_files  # a manifest is that of downloads into a data folder
+    hashes = {name: hash_them(one.home, one.found.paths) for name, one in found.items()}
     settings = {
         KEY: VERSIONS["documents"],
         "files": hashes,
         "tokenizer": vocab_size if tokenizer is None else tokenizer.sha256,
         "max_samples": max_samples,
         "filters": filters,
-        "skip_bad": skip_bad,
+        "skip_bad": options.skip_bad,
     }
+    if options.columns or any(kind.how != "rows" for one in found.values() for _, kind in one.found.files):
+        settings["reading"] = [VERSIONS["document readers"], options.encoding, options.columns]
 
     def make(path: Path) -> None:
         if not is_first:
             announce()
-        surveys = {}
-        for name, paths in files.items():
-            tell(f"{name}: reading {some_names([file.name for file in paths])}")
-            surveys[name] = survey_domain(name, paths, max_samples=max_samples, filters=filters, skip_bad=skip_bad)
-            tell_bad_rows(surveys[name].bad_rows, tell)
-        with atomic_folder(path, sum(survey.n_bytes for survey in surveys.values())) as folder:
-            _make(folder, surveys, vocab_size, tokenizer, tell)
+        with Parser(root, options.encoding, options.columns) as parser:
+            surveys = {}
             for name, paths in files.items():
-                require_unchanged(data_dir, paths, hashes[name])
+                tell(f"{name}: reading {some_names([file.name for file in paths])}")
+                documents = Documents(paths, parser, options)
+                try:
+                    surveys[name] = survey_domain(name, documents, max_samples=max_samples, filters=filters, tell=tell)
+                except UserError:
+                    left_out = [*found[name].found.left_out, *documents.left_out.values()]
+                    tell_account(name, Account(count_kinds(documents), left_out, []), name_left_out, tell)
+                    raise
+                tell_bad_rows(documents.bad_rows, tell)
+            with atomic_folder(path, sum(survey.n_bytes for survey in surveys.values())) as folder:
+                write_account(folder, {name: _account(survey, found[name].home) for name, survey in surveys.items()})
+                _make(folder, surveys, vocab_size, tokenizer, tell)
+                for name, one in found.items():
+                    require_unchanged(one.home, one.found.paths, hashes[name])
 
     prepared = make_once(root, settings, make, tell)
+    noted = read_account(prepared.path)
+    for name, one in found.items():
+        account = noted.get(name, Account({}, [], []))
+        unreadable = relative(one.found.left_out, one.home)
+        tell_account(name, account._replace(files=[*unreadable, *account.files]), name_left_out, tell)
     for line in describe(prepared.report):
         tell(line)
     return prepared
+
+
+def _account(survey: Survey, home: Path) -> Account:
+    files = relative(survey.documents.left_out.values(), home)
+    return Account(count_kinds(survey.documents), files, relative(survey.dropped_by_file(), home))
 
 
 def describe(report: dict[str, Any]) -> list[str]:
@@ -122,29 +157,6 @@ def describe(report: dict[str, Any]) -> list[str]:
             f"{train['bytes'] / train['tokens']:.2f} bytes a token"
         )
     return lines
-
-
-def _find(data_dir: Path, domains: Sequence[str], tell: Callable[[str], None]) -> dict[str, list[Path]]:
-    """The data files of each domain that has some."""
-    if not data_dir.is_dir():
-        raise UserError(f"there is no data folder {data_dir}; {_HOW_TO_GET_DATA.format(data_dir)}")
-    found = {name: find_files(data_dir / name) for name in domains if (data_dir / name).is_dir()}
-    found = {name: files for name, files in found.items() if files}
-    loose = [file for file in find_files(data_dir) if file.parent == data_dir]
-    if not found and loose:
-        found = {domains[0]: loose}
-    elif loose:
-        names = some_names([file.name for file in loose])
-        tell(f"not used, because they lie beside {' and '.join(found)}: {names}; move them into one of these folders")
-    if not found:
-        raise UserError(f"there is no data in {data_dir}; {_HOW_TO_GET_DATA.format(data_dir)}")
-    return found
-
-
-_HOW_TO_GET_DATA = (
-    "get some with `python3 -m mm_rec.data.download_data --output_dir {}`, train with --download_data, put your own "
-    "files into its folders text and code, or try --use_synthetic"
-)
 
 
 def _make(
@@ -166,7 +178,7 @@ def _make(
         tell(f"{name}: writing tokens")
         entry = entries[name] = {
             "read": survey.read,
-            "bad_rows": len(survey.bad_rows),
+            "bad_rows": len(survey.documents.bad_rows),
             "dropped": dict(survey.dropped.most_common()),
             "kept": len(survey.kept),
         }

@@ -21,10 +21,13 @@ from mm_rec.storage import checkpoint
 from mm_rec.storage.adapter import ADAPTER_FOLDER, merged, read_adapter
 from mm_rec.storage.files import format_bytes
 from mm_rec.storage.resume import require_checkpoints
-from mm_rec.storage.run_config import CHECKPOINTS, list_runs, require_configs
+from mm_rec.storage.run_config import CHECKPOINTS, COMPLETED, list_runs, require_configs
 from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = ["Loaded", "find_checkpoint", "load_model"]
+
+ROUTED_TOKENS = 1024
+"""Of a prompt, by which the expert that answers it is chosen."""
 
 
 class Loaded(NamedTuple):
@@ -34,7 +37,7 @@ class Loaded(NamedTuple):
         model: in its precision, on its device.
         tokenizer: the one it was trained with.
         domain: what to pass as ``domain`` if the user names none: None, which fuses the experts, once fusion
-            is trained, else the first expert.
+            is trained, else the first expert; :meth:`choose_domain` knows better where there is a prompt.
         path: the checkpoint.
         weights: of :data:`mm_rec.config.WEIGHTS`, as they were loaded.
     """
@@ -45,41 +48,63 @@ class Loaded(NamedTuple):
     path: Path
     weights: str
 
-    def choose_domain(self, requested: str | None) -> str | None:
+    def choose_domain(self, requested: str | None, prompt: str = "") -> str | None:
         """Returns the domain that a user asks for: an expert, None (all fused) for ``all``, the default for None.
+
+        Where no fusion is trained yet, the default for a prompt is the expert that reads it in the fewest bits.
 
         Raises:
             UserError: if there is no such expert.
         """
         experts = self.model.config.experts
         if requested is None:
-            return self.domain
+            is_fused = self.domain != experts[0] or bool(self.model.fusion.gate.any())
+            return self.domain if is_fused or len(experts) == 1 or not prompt else self._best_expert(prompt)
         if requested not in (*experts, "all"):
             raise UserError(f"there is no expert {requested!r}; use --domain {', '.join(experts)} or all")
         return None if requested == "all" else requested
+
+    @torch.no_grad()
+    def _best_expert(self, prompt: str) -> str:
+        """The expert that reads the first ROUTED_TOKENS of a prompt in the fewest bits; of equal ones the first."""
+        ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)][: ROUTED_TOKENS + 1]
+        tokens = torch.tensor([ids], device=self.model.embedding.weight.device)
+        losses = {
+            name: self.model(tokens[:, :-1], None, name, targets=tokens[:, 1:])[0].loss.item()
+            for name in self.model.config.experts
+        }
+        return min(losses, key=losses.__getitem__)
 
 
 def find_checkpoint(path: Path) -> Path:
     """Returns the checkpoint at ``path``: a checkpoint, a run folder (its newest valid one) or a folder of runs.
 
-    In a folder of runs it is the newest valid one of the newest run of the last stage that has completed one. Each
-    damaged one that is passed over is a warning.
+    In a folder of runs it is the newest valid one of the newest run of the last stage that has completed one. A run
+    that was stopped before its first step is taken only if there is no other. Each damaged checkpoint, and each such
+    run, that is passed over is a warning.
 
     Raises:
         UserError: if there is none, or a later run has lost its checkpoints or its configuration.
     """
     if not path.is_dir():
         raise UserError(f"there is no folder {path}; name a checkpoint, a run folder or a folder of runs")
+    untrained: list[Path] = []
     for stage in reversed(STAGES):
         for entry in reversed(list_runs(path, stage)):
             require_configs([entry])
             _, run, config = entry
-            newest = checkpoint.newest_valid(run / CHECKPOINTS, _warn) if config is not None else None
-            if newest is not None:
-                return newest
-            if config is not None:
+            if config is None:
+                continue
+            newest = checkpoint.newest_valid(run / CHECKPOINTS, _warn)
+            if newest is None:
                 require_checkpoints(run, config)
-    return checkpoint.resolve(path, _warn)
+            elif checkpoint.checkpoint_step(newest) == 0 and not config.get(COMPLETED):
+                untrained.append(newest)
+            else:
+                for one in untrained:
+                    _warn(f"passed over {one.parent.parent}, which was stopped before its first step")
+                return newest
+    return untrained[0] if untrained else checkpoint.resolve(path, _warn)
 
 
 def _warn(message: str) -> None:

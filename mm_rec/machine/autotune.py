@@ -20,6 +20,7 @@ import psutil
 import torch
 
 from mm_rec import ops
+from mm_rec.cpp.build import hash_of_sources
 from mm_rec.regular_file import read_regular
 from mm_rec.storage.files import write_atomic
 from mm_rec.system import cores
@@ -88,7 +89,7 @@ def _machine(candidates: list[int], has_bf16: bool) -> str:
     """What a choice holds for."""
     facts: dict[str, Any] = {"cores": cores(), "threads": candidates, "bf16": has_bf16, "torch": torch.__version__}
     facts["capability"] = torch.backends.cpu.get_cpu_capability()
-    facts["kernels"] = [ops.status()["cpu"].level, ops.CPU_INTERFACE]
+    facts["kernels"] = [ops.status()["cpu"].level, hash_of_sources("cpu")]
     facts |= {name: os.environ[name] for name in MACHINE_VARIABLES if os.environ.get(name)}
     return json.dumps(facts, sort_keys=True)
 

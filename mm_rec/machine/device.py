@@ -17,6 +17,7 @@ __all__ = [
     "apply_precision",
     "available_memory",
     "changes_precision",
+    "check_threads",
     "default_threads",
     "has_fast_bf16",
     "select_device",
@@ -72,12 +73,17 @@ def set_threads(requested: int | None) -> int:
     if requested is None and not threads_are_given():
         requested = tune(has_fast_bf16(torch.device("cpu"))).threads
     threads = torch.get_num_threads() if requested is None else requested
-    most = max(FEW_THREADS, THREADS_A_CORE * cores())
-    if threads > most:  # the libraries crash where the system gives them no more
-        raise UserError(f"{threads} threads are too many for the {cores()} cores here; use {most} at most")
+    check_threads(threads)
     if requested is not None:
         torch.set_num_threads(requested)
     return threads
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse more threads than this machine runs; raises UserError. None, for as many as pay, is never too many."""
+    most = max(FEW_THREADS, THREADS_A_CORE * cores())
+    if threads is not None and threads > most:  # the libraries crash where the system gives them no more
+        raise UserError(f"{threads} threads are too many for the {cores()} cores here; use {most} at most")
 
 
 def default_threads(processes: int) -> int:

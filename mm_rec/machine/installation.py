@@ -10,10 +10,9 @@ import urllib.request
 from importlib.metadata import PackageNotFoundError, distribution
 
 from mm_rec.cpp.build import BuildError, cpu_compiler, cuda_compiler
+from mm_rec.errors import PACKAGE, requirements_of
 
 __all__ = ["compilers", "hub_address", "missing_of_extras", "reach"]
-
-PACKAGE = "mm-rec"
 
 
 def compilers() -> dict[str, str | None]:
@@ -26,7 +25,7 @@ def compilers() -> dict[str, str | None]:
 
 
 def missing_of_extras() -> dict[str, list[str]]:
-    """Returns, for each extra of the package, those of its packages that are missing; nothing if it is not installed.
+    """Returns, for each extra of the package, which of its requirements are missing; nothing if it is not installed.
 
     ``dev`` is left out: it is for work on the package itself.
     """
@@ -34,29 +33,15 @@ def missing_of_extras() -> dict[str, list[str]]:
         metadata = distribution(PACKAGE)
     except PackageNotFoundError:
         return {}
-    names = metadata.metadata.get_all("Provides-Extra") or []
-    requirements = metadata.requires or []
-    return {name: sorted(_missing(name, requirements)) for name in names if name != "dev"}
+    names = [name for name in metadata.metadata.get_all("Provides-Extra") or [] if name != "dev"]
+    return {name: [one for one in requirements_of(name) if not _is_installed(one)] for name in names}
 
 
-def _missing(extra: str, requirements: list[str]) -> set[str]:
-    """Returns what is missing of one extra, of lines like ``mm-rec[hf]>=1; extra == "eval"``."""
-    found: set[str] = set()
-    for line in requirements:
-        if not re.search(rf"\bextra == ['\"]{extra}['\"]", line):
-            continue
-        parts = re.match(r"([\w.-]+)(?:\[([\w., -]*)\])?", line)
-        assert parts is not None, line
-        if parts[1] == PACKAGE:
-            found.update(*(_missing(name.strip(), requirements) for name in parts[2].split(",")))
-        elif not _is_installed(parts[1]):
-            found.add(parts[1])
-    return found
-
-
-def _is_installed(name: str) -> bool:
+def _is_installed(requirement: str) -> bool:
+    name = re.match(r"[\w.-]+", requirement)
+    assert name is not None, requirement
     try:
-        distribution(name)
+        distribution(name[0])
     except PackageNotFoundError:
         return False
     return True

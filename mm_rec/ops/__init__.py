@@ -10,7 +10,6 @@ from mm_rec.ops import cpu, cuda, reference
 from mm_rec.ops.attention import window_attention
 from mm_rec.ops.backend import DeviceStatus, NativeUnavailableError, Status, register, status, use_backend
 from mm_rec.ops.branches import feed_forward, linear_branch
-from mm_rec.ops.cpu.load_library import INTERFACE as CPU_INTERFACE
 from mm_rec.ops.delta_rule import delta_keys, delta_rule
 from mm_rec.ops.gated_recurrence import gated_recurrence
 from mm_rec.ops.linear import linear, matmul
@@ -18,6 +17,7 @@ from mm_rec.ops.loss import linear_cross_entropy
 from mm_rec.ops.mdi import mdi
 from mm_rec.ops.memory_context import memory_context
 from mm_rec.ops.mix_memories import mix_memories
+from mm_rec.ops.muon import MuonUpdate, muon_, muon_scale, orthogonalize_
 from mm_rec.ops.norm import add_rms_norm, readout, relu_squared, rms_norm
 from mm_rec.ops.optimizer import Update, Updates, adamw_, sum_of_squares
 from mm_rec.ops.recurrence import recurrence
@@ -25,8 +25,8 @@ from mm_rec.ops.reference import rotate
 from mm_rec.ops.scan import scan
 
 __all__ = [
-    "CPU_INTERFACE",
     "DeviceStatus",
+    "MuonUpdate",
     "NativeUnavailableError",
     "Status",
     "Update",
@@ -44,6 +44,9 @@ __all__ = [
     "mdi",
     "memory_context",
     "mix_memories",
+    "muon_",
+    "muon_scale",
+    "orthogonalize_",
     "readout",
     "recurrence",
     "reference",

@@ -131,6 +131,7 @@ class Conversation:
         self.locks = locks
         self.interactive = interactive
         self.json_schema: dict[str, Any] | None = None
+        self._copies: set[Path] = set()  # files that this conversation has made and may replace
 
     def run(self) -> None:
         """Talk until the input ends or /quit."""
@@ -192,6 +193,8 @@ class Conversation:
                 if target is None:
                     raise UserError("there is no --session; use /save FILE")
                 same = self.path is not None and target.resolve() == self.path.resolve()
+                if not same and target.exists() and target.resolve() not in self._copies:
+                    raise UserError(f"{target} is there already; name another file")
                 self._save(target, self.owned if same else None)
             case "fork":
                 if path is None:
@@ -218,6 +221,7 @@ class Conversation:
 
     def _save(self, path: Path, owned: Lock | None) -> None:
         self.session.save(path, owned=owned)
+        self._copies.add(path.resolve())
         print(f"saved in {path}, {path.stat().st_size:,} bytes")
 
 

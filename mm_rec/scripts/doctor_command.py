@@ -32,7 +32,7 @@ from mm_rec.storage.run_config import (
     versions,
     what_is_wrong,
 )
-from mm_rec.storage.run_folder import LOCK
+from mm_rec.storage.run_folder import EVENTS, LOCK, TIMING
 
 __all__ = ["Finding", "check_data", "check_installation", "check_machine", "check_prepared", "check_run", "main"]
 
@@ -99,7 +99,8 @@ def check_installation() -> list[Finding]:
     findings = [Finding("ok", f"compilers, which only building kernels needs: {found}")]
     for extra, missing in installation.missing_of_extras().items():
         if missing:
-            text = f"extra {extra} is not installed: {', '.join(missing)}; pip install {' '.join(missing)}"
+            quoted = " ".join(f'"{one}"' for one in missing)
+            text = f"extra {extra} is not installed; what is missing of it: pip install {quoted}"
             findings.append(Finding("note", text))
         else:
             findings.append(Finding("ok", f"extra {extra} is installed"))
@@ -201,10 +202,13 @@ def _check_checkpoints(run: Path, config: Config) -> tuple[Checkpoint | None, li
 
 
 def _check_records(run: Path, newest: Checkpoint | None) -> Iterable[Finding]:
-    """Whether the records reach as far as the newest checkpoint says."""
+    """Whether what training adds to are files, and the records reach as far as the newest checkpoint says."""
     sizes = newest.trainer.get("run", {}).get("records", {}) if newest else {}
-    for name in RECORDS:
+    for name in (*RECORDS, TIMING, EVENTS, LOCK):
         path = run / name
+        if path.exists() and not path.is_file():
+            yield Finding("broken", f"{path} is a pipe, a device or a folder, not a file; move it away")
+            continue
         size = path.stat().st_size if path.exists() else 0
         if size < sizes.get(name, 0):
             yield Finding("note", f"{path} has lost its end: {size} of {sizes[name]} bytes; training is not affected")

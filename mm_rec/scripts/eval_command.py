@@ -172,7 +172,8 @@ def _costs(
         return (time.monotonic() - start) / ids.numel()
 
     # Each expert reads every document, and all of them once more to be fused.
-    of_documents = 2 * len(experts) * sum(len(tokens) for one in documents.values() for tokens in one.tokens)
+    readings = 2 * len(experts) if len(experts) > 1 else 1
+    of_documents = readings * sum(len(tokens) for one in documents.values() for tokens in one.tokens)
     of_needles = trials * sum(map(recall.row_tokens, distances))
     rows, tokens = recall.piece_of(trials, device)
     chunk = bits_per_byte.CHUNK
@@ -225,7 +226,7 @@ def _read(
     for name, one in documents.items():
         sizes = bytes_by_position(one, token_bytes)
         measured.bits_per_byte[name], measured.by_position[name] = {}, {}
-        for reader in (*experts, None):
+        for reader in (*experts, None) if len(experts) > 1 else experts:
             runs = 1 if reader else len(experts)
             score = evaluate(loaded.model, one, reader, progress=partial(_times, progress, runs))
             measured.bits_per_byte[name][reader or "fused"] = score.bits_per_byte
@@ -264,11 +265,12 @@ def _facts(loaded: Loaded, domain: str | None) -> dict[str, str]:
     config, weight = loaded.model.config, loaded.model.embedding.weight
     precision = "bf16" if weight.dtype == torch.bfloat16 else "fp32"
     count = sum(parameter.numel() for parameter in loaded.model.parameters())
+    experts = "1 expert" if len(config.experts) == 1 else f"{len(config.experts)} experts"
     whole, one = state_bytes(loaded.model), state_bytes(loaded.model, config.experts[0])
     return {
         "checkpoint": str(loaded.path),
         "parameters": f"{count / 1e6:.1f} million",
-        "shape": f"{len(config.experts)} experts of {config.n_layers} blocks, {config.d_model} wide",
+        "shape": f"{experts} of {config.n_layers} blocks, {config.d_model} wide",
         "vocabulary": f"{loaded.tokenizer.vocab_size:,} tokens",
         "answers by": domain or "all experts, fused",
         "precision": precision + (", int8" if loaded.weights == "int8" else ""),
@@ -281,15 +283,20 @@ def _read_documents(path: Path, loaded: Loaded, max_bytes: int | None, skip_bad:
     """The documents at ``path`` as tokens, of each no more than a part if there is a cap."""
     import numpy as np
 
-    from mm_rec.data.files import BadRows, find_files, read_texts
+    from mm_rec.data.documents.account import count_kinds, table
+    from mm_rec.data.documents.folder import find_documents
+    from mm_rec.data.documents.parsing import Parser
+    from mm_rec.data.documents.reading import Documents as Reader
+    from mm_rec.data.documents.reading import ReadOptions
     from mm_rec.data.pack import Document, write_store
     from mm_rec.evaluation.bits_per_byte import select_documents
 
     tokenizer = loaded.tokenizer
-    bad = BadRows(skip_bad)
-    texts = (text for file in find_files(path) for text in read_texts(file, bad) if text)
-    documents = (Document([tokenizer.bos_id, *tokenizer.encode(text)], len(text.encode())) for text in texts)
-    with tempfile.TemporaryDirectory() as folder:
+    found = find_documents(path)
+    with tempfile.TemporaryDirectory() as folder, Parser(Path(folder)) as parser:
+        reader = Reader(found.paths, parser, ReadOptions(skip_bad=skip_bad))
+        texts = (document.text for document in reader.read() if document.text)
+        documents = (Document([tokenizer.bos_id, *tokenizer.encode(text)], len(text.encode())) for text in texts)
         try:
             store = write_store(Path(folder) / "documents", documents, vocab_size=tokenizer.vocab_size)
         except ValueError as error:
@@ -297,8 +304,10 @@ def _read_documents(path: Path, loaded: Loaded, max_bytes: int | None, skip_bad:
         token_bytes = np.array([len(one) for one in tokenizer.token_bytes])
         chosen = select_documents(store, token_bytes, max_bytes)
         del store  # whose folder can't be removed on Windows while it is open
-    if bad.found:
-        print(f"{path}: {len(bad.found)} bad rows left out, the first: {bad.found[0]}")
+    for line in table(str(path), count_kinds(reader), [*found.left_out, *reader.left_out.values()], []):
+        print(line)
+    if reader.bad_rows:
+        print(f"{path}: {len(reader.bad_rows)} bad rows left out, the first: {reader.bad_rows[0]}")
     if not chosen.tokens:
         raise UserError(f"--max_bytes {max_bytes} leaves nothing of the documents in {path}")
     return chosen

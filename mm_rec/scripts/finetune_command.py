@@ -28,7 +28,10 @@ examples:
   mm-rec finetune --task instruct --data alpaca.jsonl --init_from ./checkpoints/stage1
 """
 
-NOT_HERE = ("stage", "preset", *MODEL_SHAPE, "download_data", "use_synthetic", "recall_share")
+NOT_HERE = (
+    "stage", "preset", *MODEL_SHAPE, "download_data", "use_synthetic", "recall_share", "text_dir", "code_dir", "domain",
+    "encoding", "columns", "list",
+)  # fmt: skip
 """Settings of pre-training that the model brings along or that mean nothing to conversations."""
 
 

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True, help="checkpoint, run folder or folder of runs")
     parser.add_argument("--prompt", help="text to continue; read from standard input if not given and not a terminal")
     add_adapter_argument(parser)
-    add_domain_argument(parser)
+    add_domain_argument(parser, "all once fusion is trained, else the one that reads the prompt in the fewest bits")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: CUDA if it is there")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="type of the matrices")
     add_weights_argument(parser)
@@ -56,7 +56,7 @@ def _generate(options: argparse.Namespace) -> int:
         weights=options.weights,
         adapter=options.adapter,
     )
-    domain = loaded.choose_domain(options.domain)
+    domain = loaded.choose_domain(options.domain, prompt)
     pieces = generate(loaded.model, loaded.tokenizer, prompt, sampling, domain, schema)
     sys.stdout.write(prompt + next(pieces, ""))  # what can't be drawn is refused before anything is written
     for piece in pieces:

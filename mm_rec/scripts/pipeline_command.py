@@ -61,6 +61,7 @@ def run(settings: PipelineSettings) -> int:
     """Run the pipeline; returns the exit code."""
     from mm_rec import processes
     from mm_rec.machine.signals import SignalGuard
+    from mm_rec.training.check_settings import check_settings
     from mm_rec.training.finetune import conversations_of, finetune
     from mm_rec.training.load_data import load_data
     from mm_rec.training.minutes import choose_preset
@@ -69,6 +70,7 @@ def run(settings: PipelineSettings) -> int:
     named = {"instruct": settings.instruct_data, "chat": settings.chat_data}
     conversations = {task: conversations_of(task, named[task], settings.data_dir) for task in FINETUNING}
     with SignalGuard() as guard, processes.process_group(settings.device):
+        check_settings(settings, (*settings.stage_names(), *FINETUNING))
         console = processes.make_console()
         settings = choose_preset(settings, console)
         path = train_stages(_timed(settings, PRETRAINING), load_data(settings, console), guard, console)

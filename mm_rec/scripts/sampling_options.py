@@ -85,9 +85,9 @@ def read_json_schema(path: Path | None) -> dict[str, Any] | None:
     return schema
 
 
-def add_domain_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--domain``, for ``Loaded.choose_domain``."""
-    parser.add_argument("--domain", help="the expert to use, or `all` to fuse them (default: what training reached)")
+def add_domain_argument(parser: argparse.ArgumentParser, default: str = "what training reached") -> None:
+    """Add ``--domain``, for ``Loaded.choose_domain``, whose choice without it is ``default`` in words."""
+    parser.add_argument("--domain", help=f"the expert to use, or `all` to fuse them (default: {default})")
 
 
 def add_adapter_argument(parser: argparse.ArgumentParser) -> None:

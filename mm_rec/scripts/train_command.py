@@ -17,6 +17,8 @@ examples:
   {prog} --stage stage1 --data_dir ./data --checkpoint_dir ./checkpoints
   {prog} --minutes 30 --data_dir ./data         as much as can be learned in half an hour
   {prog} --stage all --download_data
+  {prog} --stage all --text_dir ./documents      on documents of your own alone, of any kind
+  {prog} --stage all --domain law=./law --domain medicine=./medicine
   {prog} --use_synthetic --max_samples 10        a quick test of the machinery
   {prog} --config run.yaml --max_steps 2000      a settings file; flags win over it
 
@@ -64,11 +66,13 @@ def train(settings: TrainSettings, samples: Mapping[str, int]) -> int:
     from mm_rec import processes
     from mm_rec.data.download_data import Request
     from mm_rec.machine.signals import SignalGuard
+    from mm_rec.training.check_settings import check_settings
     from mm_rec.training.load_data import load_data
     from mm_rec.training.minutes import choose_preset
     from mm_rec.training.run_stages import train_stages
 
     with SignalGuard() as guard, processes.process_group(settings.device):
+        check_settings(settings, settings.stage_names())
         console = processes.make_console()
         settings = choose_preset(settings, console)
         path = train_stages(settings, load_data(settings, console, Request(dict(samples))), guard, console)

@@ -50,6 +50,7 @@ __all__ = [
     "load_newest",
     "newest_valid",
     "prune",
+    "read_config",
     "resolve",
     "save",
     "set_aside",
@@ -214,6 +215,17 @@ def _load_saved_by_transformers(path: Path, weights_only: bool) -> Checkpoint:
     weights, sha256 = hf_folder.read_saved_weights(path)
     domain = _default_domain(path, values, config, weights)
     return Checkpoint(path, sha256, config, weights, {}, {}, {}, tokenizer, domain)
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Returns the shape of the model in a checkpoint, without a look at anything else of it.
+
+    Raises:
+        CheckpointError: if ``config.json`` is damaged.
+    """
+    file = path / "config.json"
+    with _reading(file):
+        return _model_config(path, _parse_json(file, "model", read_regular(file)))
 
 
 def _model_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:

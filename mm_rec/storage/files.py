@@ -24,7 +24,7 @@ from typing import Any
 from mm_rec import system
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS
-from mm_rec.regular_file import open_regular, read_regular
+from mm_rec.regular_file import NotRegularError, open_regular, read_regular
 
 __all__ = [
     "MANIFEST",
@@ -255,6 +255,10 @@ def reporting_errors(path: Path, n_bytes: int = 0) -> Iterator[None]:
     """Turn an error of the disk while writing ``path`` into a StorageError."""
     try:
         yield
+    except NotRegularError as error:
+        raise StorageError(
+            f"cannot use {error.filename}: it is a pipe, a device or another thing that is no file; move it away"
+        ) from error
     except OSError as error:
         if error.errno not in _REMEDIES:
             raise

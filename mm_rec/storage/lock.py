@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Self
 
 from mm_rec import system
 from mm_rec.errors import UserError
-from mm_rec.regular_file import read_regular
+from mm_rec.regular_file import NEVER_WAIT, NotRegularError, read_regular
 from mm_rec.storage import files
 
 __all__ = ["Lock", "owner_of"]
@@ -138,7 +139,9 @@ class Lock:
 
     def _own_file(self) -> None:
         while True:
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | NEVER_WAIT, 0o666)
+            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+                raise NotRegularError(self._path)
             try:
                 self._acquire(self._file)
             except OSError as error:
@@ -189,7 +192,7 @@ def owner_of(path: Path, *, folder: bool = True) -> str | None:
     """Returns who owns the lock file ``path``, or its ``folder``, at this moment, in words; None if nobody does."""
     for one in (path, path.parent) if folder else (path,):
         with contextlib.suppress(OSError):
-            descriptor = os.open(one, os.O_RDONLY)
+            descriptor = os.open(one, os.O_RDONLY | NEVER_WAIT)
             try:
                 if not system.try_lock(descriptor, shared=True):
                     return _describe(_content(path)) or _holder(descriptor)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_rec.errors import UserError
+from mm_rec.regular_file import open_regular
 from mm_rec.storage import checkpoint, files
 from mm_rec.storage.checkpoint import Checkpoint, CheckpointError, Event
 from mm_rec.storage.lock import Lock
@@ -144,8 +145,8 @@ def cut_back(run: RunFolder, trainer: Mapping[str, Any] | None) -> None:
     To be called once nothing else can refuse to train: records are cut, and later checkpoints, which are damaged, are
     set aside under another name.
     """
-    with files.reporting_errors(run.path):
-        for folder in (run.checkpoints, run.samples):
+    for folder in (run.checkpoints, run.samples):
+        with files.reporting_errors(folder):
             folder.mkdir(exist_ok=True)
     completed = run.config.get(COMPLETED)
     if completed is not None and not (run.checkpoints / checkpoint.checkpoint_name(completed)).exists():
@@ -196,8 +197,10 @@ def _create(
             name = checkpoint.checkpoint_name(source.trainer["step"])  # whatever the user has named it
             shutil.copytree(source.path, folder / CHECKPOINTS / name, copy_function=_link_or_copy)
             for name in RECORDS:
-                with contextlib.suppress(FileNotFoundError):
-                    shutil.copyfile(source.path.parent.parent / name, folder / name)
+                record = source.path.parent.parent / name
+                if record.exists():
+                    with open_regular(record) as file, open(folder / name, "xb") as copy:
+                        shutil.copyfileobj(file, copy)
     run = RunFolder(path, on_event)
     run.event(f"new run {path}: {why}")
     return run

@@ -25,12 +25,13 @@ from typing import Any, Protocol, Self
 
 from mm_rec import system
 from mm_rec.errors import UserError
+from mm_rec.regular_file import append_regular
 from mm_rec.storage import checkpoint, files
 from mm_rec.storage.checkpoint import Event
 from mm_rec.storage.lock import Lock
 from mm_rec.storage.run_config import CHECKPOINTS, COMPLETED, RECORDS, read_config, what_is_wrong, write_config
 
-__all__ = ["LOCK", "METRICS", "Run", "RunFolder"]
+__all__ = ["EVENTS", "LOCK", "METRICS", "TIMING", "Run", "RunFolder"]
 
 METRICS, LOSS_LOG = RECORDS
 TIMING, EVENTS, LOCK = "timing.jsonl", "events.log", "run.lock"
@@ -146,7 +147,7 @@ class RunFolder:
         path = self.path / name
         self._written.pop(name, None)
         with files.reporting_errors(path):
-            path.touch()
+            append_regular(path).close()
             if path.stat().st_size < size:
                 self.event(f"{path.name} has lost its end: {size} bytes were written, {path.stat().st_size} are there")
             else:
@@ -232,13 +233,11 @@ class RunFolder:
 
     def _append(self, name: str, line: str) -> None:
         def write(folder: Path) -> None:
-            with (
-                files.reporting_errors(folder / name),
-                open(folder / name, "a", encoding="utf-8", newline="\n") as file,
-            ):
+            content = f"{line}\n".encode()
+            with files.reporting_errors(folder / name), append_regular(folder / name) as file:
                 start = file.tell()
-                file.write(line + "\n")
-            lost, self._written[name] = self._written.get(name, 0) - start, start + len(line.encode()) + 1
+                file.write(content)
+            lost, self._written[name] = self._written.get(name, 0) - start, start + len(content)
             if lost > 0:
                 self.event(f"{folder / name} was removed or cut while it was written; {lost:,} bytes are missing")
 

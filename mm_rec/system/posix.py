@@ -25,6 +25,7 @@ __all__ = [
     "cores",
     "exit_code",
     "is_in_use",
+    "limit_memory",
     "lock_holder",
     "name_problem",
     "open_files_limit",
@@ -139,7 +140,7 @@ def sync_descriptor(descriptor: int) -> None:
 
 def sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # whatever stands there, without waiting for a pipe
     try:
         sync_descriptor(descriptor)
     finally:
@@ -183,6 +184,14 @@ def address_space_left() -> int | None:
     import psutil  # not at the top, so that --help is quick
 
     return limit - int(psutil.Process().memory_info().vms)
+
+
+def limit_memory(n_bytes: int) -> None:
+    """Let this process have no more than so many bytes of addresses from now on, where the system can see to that."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = n_bytes if hard == resource.RLIM_INFINITY else min(n_bytes, hard)
+    with contextlib.suppress(ValueError, OSError):  # macOS refuses a limit below what is mapped
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def cores() -> int:

@@ -33,6 +33,7 @@ __all__ = [
     "cores",
     "exit_code",
     "is_in_use",
+    "limit_memory",
     "lock_holder",
     "name_problem",
     "open_files_limit",
@@ -244,6 +245,10 @@ def open_files_limit() -> int | None:
 def address_space_left() -> int | None:
     """Returns the bytes that the limit on addresses (``ulimit -v``) leaves to this process; None for no limit."""
     return None
+
+
+def limit_memory(n_bytes: int) -> None:
+    """Do nothing: Windows sets no such limit from inside a process, so its parent has to watch it."""
 
 
 def cores() -> int:

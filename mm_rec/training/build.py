@@ -120,7 +120,7 @@ def _model_and_optimizer(
             betas=plan.betas,
             weight_decay=plan.weight_decay,
         )
-    return model, kind(model.named_parameters(), betas=plan.betas, weight_decay=plan.weight_decay)
+    return model, kind(model.named_parameters(), betas=plan.betas, weight_decay=plan.weight_decay, muon=plan.muon)
 
 
 def _initial_weights(start: StageStart, seed: int) -> Mapping[str, Tensor] | None:

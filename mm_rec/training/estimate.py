@@ -13,12 +13,14 @@ from mm_rec.blocks.mm_rec_block import MMRecBlock
 from mm_rec.config import ModelConfig
 from mm_rec.errors import UserError
 from mm_rec.model import MMRecModel
+from mm_rec.optim import ELEMENTS_AT_ONCE, is_orthogonalized
 from mm_rec.storage.files import format_bytes, free_bytes
 
 __all__ = [
     "check_disk",
     "check_memory",
     "checkpoint_bytes",
+    "count_orthogonalized",
     "count_parameters",
     "measure_activations",
     "measure_checkpointed",
@@ -45,35 +47,54 @@ def count_parameters(config: ModelConfig) -> int:
         return sum(parameter.numel() for parameter in MMRecModel(config).parameters())
 
 
-def training_bytes(parameters: int, precision: str, *, replicated: bool = False, lora: bool = False) -> int:
-    """Bytes that weights, gradients and AdamW's state take.
+@functools.cache
+def count_orthogonalized(config: ModelConfig) -> int:
+    """Returns the number of parameters whose updates are orthogonalised where Muon is used."""
+    with torch.device("meta"):
+        named = MMRecModel(config).named_parameters()
+        return sum(parameter.numel() for name, parameter in named if is_orthogonalized(name))
+
+
+def training_bytes(
+    parameters: int, precision: str, *, orthogonalized: int = 0, replicated: bool = False, lora: bool = False
+) -> int:
+    """Bytes that weights, gradients and the optimizer's state take.
 
     Float32 takes 4 for the weight, 4 for the gradient and 8 for the moments; bfloat16 takes 2, 2 and 8, and
-    4 each for the master weight and the widened gradient. Where the model is ``replicated``, whole in each of several
-    processes, the message by which they average gradients takes 4. Where ``lora`` adapters are trained, there are the
-    weight, its gradient and in float32 the weight that the adapters change.
+    4 each for the master weight and the widened gradient. The parameters that are ``orthogonalized`` have one moment;
+    those that are updated at a time also have a direction in bfloat16 and, on GPUs, the gradient in float32. Where the
+    model is ``replicated``, whole in each of several processes, the message by which they average gradients takes 4.
+    Where ``lora`` adapters are trained, there are the weight, its gradient and in float32 the weight that the adapters
+    change.
     """
     if lora:
         return parameters * (8 if precision == "bf16" else 12)
-    return parameters * ((20 if precision == "bf16" else 16) + (4 if replicated else 0))
+    each = (20 if precision == "bf16" else 16) + (4 if replicated else 0)
+    return parameters * each - 4 * orthogonalized + 6 * min(orthogonalized, ELEMENTS_AT_ONCE)
 
 
-def sharded_bytes(config: ModelConfig, precision: str, processes: int) -> int:
+def sharded_bytes(config: ModelConfig, precision: str, processes: int, *, muon: bool = False) -> int:
     """Bytes that a process takes of what :func:`training_bytes` counts, if FSDP spreads it over all processes.
 
-    On top of its part it has two units (blocks, or the embedding) whole at a time, each with its gradient.
+    On top of its part it has two units (blocks, or the embedding) whole at a time, each with its gradient. With Muon an
+    update has in their place as many whole matrices as there are processes.
     """
     with torch.device("meta"):
         model = MMRecModel(config)
     sizes = [sum(p.numel() for p in one.parameters()) for one in model.modules() if isinstance(one, MMRecBlock)]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     largest = max(*sizes, parameters - sum(sizes))
-    return training_bytes(parameters, precision) // processes + 4 * largest * (2 if precision == "bf16" else 4)
+    orthogonalized = count_orthogonalized(config) if muon else 0
+    own = training_bytes(parameters, precision, orthogonalized=orthogonalized) // processes
+    return own + 4 * largest * (2 if precision == "bf16" else 4)
 
 
-def checkpoint_bytes(parameters: int) -> int:
-    """Bytes of a checkpoint: weights and two moments in float32, and a tokenizer of a few megabytes."""
-    return 12 * parameters + 4_000_000
+def checkpoint_bytes(parameters: int, orthogonalized: int = 0) -> int:
+    """Bytes of a checkpoint: weights and two moments in float32, and a tokenizer of a few megabytes.
+
+    The parameters that are ``orthogonalized`` have one moment.
+    """
+    return 12 * parameters - 4 * orthogonalized + 4_000_000
 
 
 def measure_activations(model: MMRecModel, domain: str | None) -> float:

@@ -12,6 +12,7 @@ from mm_rec.machine.signals import SignalGuard
 from mm_rec.program import say
 from mm_rec.storage import checkpoint
 from mm_rec.text.tokenizer import Tokenizer
+from mm_rec.training.check_settings import check_settings
 from mm_rec.training.initial_weights import starting_checkpoint
 from mm_rec.training.run_stages import train_stages
 from mm_rec.training.settings import TrainSettings
@@ -48,6 +49,7 @@ def finetune(settings: TrainSettings, conversations: Path, guard: SignalGuard, c
         UserError: if something does not fit: the data, the memory, the disk or an earlier run.
         Interrupted: after a signal, with everything saved.
     """
+    check_settings(settings, [settings.stage])
     one = settings.for_stage(settings.stage)
     start = checkpoint.resolve(one.resume_from) if one.resume_from else starting_checkpoint(one)
     assert start is not None, "fine-tuning follows another stage"

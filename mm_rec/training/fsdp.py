@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mm_rec import processes
+from mm_rec import ops, processes
 from mm_rec.blocks.mm_rec_block import MMRecBlock
 from mm_rec.config import ModelConfig
 from mm_rec.machine.device import apply_precision, changes_precision
@@ -87,6 +87,18 @@ class ShardedAdamW(AdamW):
                 squares[index] = super()._total_norm(some).double().square()
         dist.all_reduce(squares[0])
         return (squares[0] + squares[1]).sqrt().float()
+
+    def _orthogonalize(self, slots: list[ParameterSlot], matrices: list[Tensor]) -> None:
+        """As in :class:`AdamW`: of as many matrices as there are processes, each gathers all and makes one."""
+        count, rank = processes.world_size(), processes.rank()
+        for begin in range(0, len(slots), count):
+            some = slots[begin : begin + count]
+            parts = matrices[begin : begin + count]
+            wholes = [_like(slot.parameter, part).full_tensor() for slot, part in zip(some, parts, strict=True)]
+            ops.orthogonalize_(wholes[rank : rank + 1])
+            for source, (slot, part, whole) in enumerate(zip(some, parts, wholes, strict=True)):
+                dist.broadcast(whole.view(torch.uint8), source)
+                part.copy_(self._part(slot, whole))
 
     def _whole(self, slot: ParameterSlot, held: Tensor) -> Tensor:
         """Gathered on the device, one tensor at a time, and kept by the first process only."""

@@ -19,7 +19,7 @@ from mm_rec.training.plan import Plan
 from mm_rec.training.runtime import choose_runtime
 from mm_rec.training.settings import TrainSettings, step_cap
 
-__all__ = ["StartingPoint", "find_starting_point", "starting_checkpoint"]
+__all__ = ["StartingPoint", "find_starting_point", "require_run_before", "starting_checkpoint"]
 
 
 class StartingPoint(NamedTuple):
@@ -84,10 +84,27 @@ def starting_checkpoint(settings: TrainSettings) -> Path | None:
     Raises:
         UserError: if there is no such checkpoint, or the stage before is not finished.
     """
-    before = STAGES[settings.stage].follows
     if settings.init_from is not None:
         return checkpoint.resolve(settings.init_from, _refuse)
+    before = _stage_before(settings.checkpoint_dir, settings.stage)
     return _final_checkpoint(settings.checkpoint_dir, before, settings.stage) if before else None
+
+
+def _stage_before(root: Path, stage: str) -> str | None:
+    """The stage whose weights ``stage`` starts from. One that fuses experts is passed over where there is only one."""
+    before = STAGES[stage].follows
+    if before is not None and STAGES[before].fuses and _has_one_expert(root, before):
+        return STAGES[before].follows
+    return before
+
+
+def _has_one_expert(root: Path, stage: str) -> bool:
+    """Whether what stands before ``stage`` has one expert, so that there is nothing to fuse."""
+    before = STAGES[stage].follows
+    if before is None or not root.is_dir() or list_runs(root, stage):
+        return False
+    runs = [config for _, _, config in list_runs(root, before) if config is not None]
+    return bool(runs) and len(runs[-1]["identity"]["model"]["experts"]) == 1
 
 
 def _refuse(passed_over: str) -> None:
@@ -106,32 +123,53 @@ def _load_weights(settings: TrainSettings, data: Prepared) -> _Weights | None:
     return _Weights(path, found.config, found.weights, found.sha256)
 
 
-def _final_checkpoint(root: Path, stage: str, following: str) -> Path:
-    """The final checkpoint of the newest run of ``stage``; an error if that run is not finished."""
+def require_run_before(root: Path, stage: str) -> None:
+    """Refuse a ``stage`` that starts from another of which there is no run in ``root``, or one that cannot be told."""
+    before = _stage_before(root, stage)
+    if before is not None:
+        _newest_run(root, before, stage)
+
+
+def _newest_run(root: Path, stage: str, following: str) -> Path:
+    """The newest run of ``stage``, from whose weights the stage ``following`` starts; an error if there is none."""
     found = list_runs(root, stage) if root.is_dir() else []
     require_configs(found)
     runs = [path for _, path, config in found if config is not None]
-    command = f"mm-rec finetune --task {stage}" if STAGES[stage].conversations else f"mm-rec train --stage {stage}"
     if not runs:
         raise UserError(
-            f"{following} starts from a trained {stage} and there is none in {root}; run `{command}` first, "
+            f"{following} starts from a trained {stage} and there is none in {root}; run `{_command(stage)}` first, "
             "or name a checkpoint with --init_from"
         )
-    newest = checkpoint.load_newest(runs[-1] / "checkpoints")
-    done = newest.trainer["step"] if newest else 0
-    steps = min(newest.trainer["steps"], step_cap() or newest.trainer["steps"]) if newest else 1
-    if newest is None or done < steps:
+    return runs[-1]
+
+
+def _final_checkpoint(root: Path, stage: str, following: str) -> Path:
+    """The final checkpoint of the newest run of ``stage``; an error if that run is not finished."""
+    run = _newest_run(root, stage, following)
+    newest = checkpoint.load_newest(run / "checkpoints")
+    if newest is None:
         raise UserError(
-            f"{runs[-1]} is not finished ({done} of {steps} steps); go on with `{command}`, "
-            f"or start {following} from what is there with --init_from {runs[-1]}"
+            f"{run} has no checkpoint yet; go on with `{_command(stage)}`, "
+            f"or name the checkpoint that {following} starts from with --init_from"
+        )
+    done, steps = newest.trainer["step"], min(newest.trainer["steps"], step_cap() or newest.trainer["steps"])
+    if done < steps:
+        raise UserError(
+            f"{run} is not finished ({done} of {steps} steps); go on with `{_command(stage)}`, "
+            f"or start {following} from what is there with --init_from {run}"
         )
     return newest.path
+
+
+def _command(stage: str) -> str:
+    """The command that trains a stage."""
+    return f"mm-rec finetune --task {stage}" if STAGES[stage].conversations else f"mm-rec train --stage {stage}"
 
 
 def _model_config(settings: TrainSettings, data: Prepared, start: _Weights | None) -> ModelConfig:
     """The shape of the weights if there are any, else that of the settings with the vocabulary of the tokenizer."""
     if start is None:
-        config = settings.model_config(data.tokenizer.padded_vocab_size)
+        config = settings.model_config(data.tokenizer.padded_vocab_size, tuple(data.train))
     else:
         config = start.config
         _check_shape(settings, config, f"{settings.stage} starts from {start.path},")

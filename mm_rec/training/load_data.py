@@ -11,8 +11,9 @@ from rich.console import Console
 
 from mm_rec import processes
 from mm_rec.config import DOMAINS, PRESETS
+from mm_rec.data.documents.folder import find_documents
+from mm_rec.data.documents.reading import read_options
 from mm_rec.data.download_data import Request, download
-from mm_rec.data.files import find_files
 from mm_rec.data.prepare import prepare
 from mm_rec.data.prepared import Prepared
 from mm_rec.data.synthetic import DEFAULT_SAMPLES, write_synthetic
@@ -35,6 +36,7 @@ def load_data(settings: TrainSettings, console: Console, request: Request | None
     """
     tell = functools.partial(say, console)
     folder = settings.data_dir / "synthetic" if settings.use_synthetic else settings.data_dir
+    folders = settings.domain_folders()
     with processes.rank_zero_first():
         if settings.use_synthetic:
             write_synthetic(folder, settings.max_samples or DEFAULT_SAMPLES)
@@ -45,14 +47,18 @@ def load_data(settings: TrainSettings, console: Console, request: Request | None
         settings.vocab_size or PRESETS[settings.preset_name].vocab_size,
         max_samples=settings.max_samples,
         filters=not settings.use_synthetic,
-        skip_bad=settings.skip_bad,
+        options=read_options(settings.encoding, settings.columns, settings.skip_bad),
+        folders=folders or None,
+        cache=settings.checkpoint_dir / "prepared",
+        skip=[settings.checkpoint_dir],
+        name_left_out=settings.list,
         progress=tell,
     )
 
 
 def _download_missing(folder: Path, max_samples: int | None, request: Request, tell: Callable[[str], None]) -> None:
     """Download the domains that have no data file yet; without a network the builtin data take their place."""
-    there = {name: (folder / name).is_dir() and bool(find_files(folder / name)) for name in DOMAINS}
+    there = {name: (folder / name).is_dir() and bool(find_documents(folder / name).files) for name in DOMAINS}
     if all(there.values()):
         tell(f"the data in {folder} is there already")
         return

@@ -8,8 +8,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mm_rec.errors import UserError
+from mm_rec.optim import Muon
 from mm_rec.stages import STAGES, Stage
-from mm_rec.training.schedule import PEAK_RATE, Length, betas, learning_rate, warmup_steps
+from mm_rec.training.schedule import (
+    PEAK_RATE,
+    Length,
+    betas,
+    choose_optimizer,
+    learning_rate,
+    muon_rate_factor,
+    warmup_steps,
+)
 from mm_rec.training.settings import TrainSettings, step_cap
 
 __all__ = ["Plan", "make_plan"]
@@ -46,6 +55,7 @@ class Plan:
         weight_decay, clip: of the optimizer.
         seed: of weights, data order and samples.
         checkpoint_interval, keep_checkpoints, eval_interval, valid_bytes: when and how much to save and validate.
+        optimizer: one of :data:`mm_rec.training.schedule.OPTIMIZERS`.
         lora_rank, lora_alpha: of the adapters that are trained in place of the weights; None trains the weights.
         minutes: the time that the stage may take; None if its steps decide.
     """
@@ -65,6 +75,7 @@ class Plan:
     keep_checkpoints: int
     eval_interval: int
     valid_bytes: int
+    optimizer: str = "adamw"
     lora_rank: int | None = None
     lora_alpha: float | None = None
     minutes: float | None = None
@@ -93,8 +104,13 @@ class Plan:
 
     @property
     def betas(self) -> tuple[float, float]:
-        """Of AdamW."""
+        """The betas of AdamW."""
         return betas(self.tokens_per_step)
+
+    @property
+    def muon(self) -> Muon | None:
+        """How the matrices of the blocks are updated; None for by AdamW, as everything else."""
+        return Muon(muon_rate_factor(self.tokens_per_step)) if self.optimizer == "muon" else None
 
     @property
     def fusion_steps(self) -> int:
@@ -115,6 +131,8 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What decides the result, apart from data, model and device."""
         names = ["batch_size", "seq_len", "accumulation", "rate", "weight_decay", "clip", "seed"]
+        if self.optimizer != "adamw":  # which runs had before there was a choice
+            names += ["optimizer"]
         if self.lora_rank is not None:
             names += ["lora_rank", "lora_alpha"]
         if self.minutes is not None:
@@ -166,6 +184,9 @@ def make_plan(
         )
     if settings.lora is not None and settings.lr is None:
         rate *= LORA_RATE_FACTOR
+    if settings.lora is not None and settings.optimizer == "muon":
+        raise UserError("--lora trains adapters, which AdamW updates; leave --optimizer muon out, or --lora")
+    optimizer = "adamw" if settings.lora is not None else settings.optimizer
     return Plan(
         stage=stage,
         batch_size=batch_size,
@@ -182,6 +203,7 @@ def make_plan(
         keep_checkpoints=settings.keep_checkpoints,
         eval_interval=settings.eval_interval or between_validations,
         valid_bytes=settings.valid_bytes,
+        optimizer=choose_optimizer(optimizer, device_type, tokens_per_step),
         lora_rank=settings.lora,
         lora_alpha=None if settings.lora is None else _alpha(settings, settings.lora),
         minutes=settings.minutes,

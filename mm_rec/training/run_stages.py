@@ -20,13 +20,21 @@ from mm_rec.errors import UserError
 from mm_rec.machine.device import select_device
 from mm_rec.machine.signals import SignalGuard
 from mm_rec.program import say
+from mm_rec.stages import STAGES
 from mm_rec.storage import checkpoint
 from mm_rec.storage.resume import cut_back, find_newest, open_run
 from mm_rec.storage.run_config import differences
 from mm_rec.storage.run_folder import Run, RunFolder
 from mm_rec.training.build import build_trainer
-from mm_rec.training.estimate import check_disk, check_memory, checkpoint_bytes, count_parameters, with_margin
-from mm_rec.training.initial_weights import StartingPoint, find_starting_point
+from mm_rec.training.estimate import (
+    check_disk,
+    check_memory,
+    checkpoint_bytes,
+    count_orthogonalized,
+    count_parameters,
+    with_margin,
+)
+from mm_rec.training.initial_weights import StartingPoint, find_starting_point, starting_checkpoint
 from mm_rec.training.pace import Pace
 from mm_rec.training.plan import Plan, make_plan
 from mm_rec.training.ranks import NoRunFolder, StageStart, broadcast_path, broadcast_start
@@ -59,12 +67,29 @@ def train_stages(settings: TrainSettings, data: Prepared, guard: SignalGuard, co
         Interrupted: after a signal, with everything saved.
     """
     first, *others = settings.stage_names()
-    path = _run_stage(settings.for_stage(first), data, guard, console)
+    path = _run_or_skip(settings.for_stage(first), data, guard, console)
     for name in others:
         guard.check()
         following = dataclasses.replace(settings.for_stage(name), init_from=path, resume_from=None)
-        path = _run_stage(following, data, guard, console)
+        path = _run_or_skip(following, data, guard, console)
     return path
+
+
+def _run_or_skip(settings: TrainSettings, data: Prepared, guard: SignalGuard, console: Console) -> Path:
+    """Train one stage, or pass over it if it fuses experts and the model has one; returns the final checkpoint."""
+    if STAGES[settings.stage].fuses and settings.resume_from is None:
+        path = _checkpoint_of_one_expert(settings) if processes.is_rank_zero() else None
+        skipped = processes.broadcast_json(None if path is None else str(path))
+        if skipped is not None:
+            say(console, f"{settings.stage} is skipped: the model has one domain, so there is nothing to fuse")
+            return Path(skipped)
+    return _run_stage(settings, data, guard, console)
+
+
+def _checkpoint_of_one_expert(settings: TrainSettings) -> Path | None:
+    """The checkpoint that the stage starts from, if its model has a single expert; else None."""
+    path = starting_checkpoint(settings)
+    return path if path is not None and len(checkpoint.read_config(path).experts) == 1 else None
 
 
 def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, console: Console) -> Path:
@@ -86,7 +111,7 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
                 f"{settings.stage} is finished: {start.finished}; more --max_steps continue it, --fresh starts anew",
             )
             return start.finished
-        runtime = _choose_runtime(settings, start, run, device, available)
+        runtime = _choose_runtime(settings, plan, start, run, device, available)
         _check_room(plan, start.config, runtime, run, available)
         pace = None
         if plan.minutes is not None:
@@ -166,12 +191,12 @@ def _finished(run: Run, plan: Plan) -> Path | None:
 
 
 def _choose_runtime(
-    settings: TrainSettings, start: StageStart, run: Run, device: torch.device, available: int
+    settings: TrainSettings, plan: Plan, start: StageStart, run: Run, device: torch.device, available: int
 ) -> Runtime:
     """How to run the stage; what differs from the run's last checkpoint is recorded."""
     before = start.checkpoint.trainer["runtime"] if start.checkpoint else {}
     chosen = choose_runtime(settings, device, before)
-    runtime = agree_on_runtime(chosen, settings, start.config, available)
+    runtime = agree_on_runtime(chosen, settings, plan, start.config, available)
     if runtime.sharded and settings.lora is not None:
         raise UserError("--lora needs the whole model in each process; use --parallel ddp, or leave --lora out")
     if before and (changes := differences(before, runtime.to_dict())):
@@ -182,8 +207,10 @@ def _choose_runtime(
 def _check_room(plan: Plan, config: ModelConfig, runtime: Runtime, run: Run, available: int) -> None:
     """Refuse what cannot fit before anything is built: the model with its optimizer, and the checkpoints."""
     remedy = "try a smaller --preset" + (", or more processes" if runtime.sharded else "")
-    needed = with_margin(model_and_optimizer_bytes(config, runtime, lora=plan.lora_rank is not None), 0)
+    needed = with_margin(model_and_optimizer_bytes(config, runtime, plan), 0)
     check_memory(needed, available, f"that is the model and its optimizer alone: {remedy}")
     if processes.is_rank_zero():
         saved = len(checkpoint.list_checkpoints(run.checkpoints))
-        check_disk(run.path, checkpoint_bytes(count_parameters(config)), plan.keep_checkpoints, saved)
+        orthogonalized = count_orthogonalized(config) if plan.muon else 0
+        n_bytes = checkpoint_bytes(count_parameters(config), orthogonalized)
+        check_disk(run.path, n_bytes, plan.keep_checkpoints, saved)

@@ -11,7 +11,14 @@ import torch
 from mm_rec import ops, processes
 from mm_rec.config import ModelConfig
 from mm_rec.machine.device import available_memory, default_threads, select_precision, set_threads
-from mm_rec.training.estimate import count_parameters, sharded_bytes, training_bytes, with_margin
+from mm_rec.training.estimate import (
+    count_orthogonalized,
+    count_parameters,
+    sharded_bytes,
+    training_bytes,
+    with_margin,
+)
+from mm_rec.training.plan import Plan
 from mm_rec.training.settings import TrainSettings
 
 __all__ = ["Runtime", "agree_on_runtime", "choose_runtime", "memory_of_process", "model_and_optimizer_bytes"]
@@ -71,7 +78,9 @@ def choose_runtime(settings: TrainSettings, device: torch.device, before: Mappin
     )
 
 
-def agree_on_runtime(runtime: Runtime, settings: TrainSettings, config: ModelConfig, available: int) -> Runtime:
+def agree_on_runtime(
+    runtime: Runtime, settings: TrainSettings, plan: Plan, config: ModelConfig, available: int
+) -> Runtime:
     """Returns the runtime on which all processes agree: the precision of rank 0, and FSDP if it has to be.
 
     With ``--parallel auto`` that is FSDP if the run had it, or if the whole model does not fit into the ``available``
@@ -81,18 +90,24 @@ def agree_on_runtime(runtime: Runtime, settings: TrainSettings, config: ModelCon
     if processes.world_size() == 1:
         return runtime
     whole = replace(runtime, parallel="ddp")
-    too_large = with_margin(model_and_optimizer_bytes(config, whole, lora=settings.lora is not None), 0) > available
+    too_large = with_margin(model_and_optimizer_bytes(config, whole, plan), 0) > available
     some_too_large = bool(processes.all_max(int(too_large)))
     if settings.parallel == "auto":
         return replace(runtime, parallel="fsdp" if some_too_large or runtime.sharded else "ddp")
     return runtime
 
 
-def model_and_optimizer_bytes(config: ModelConfig, runtime: Runtime, *, lora: bool = False) -> int:
-    """Returns the bytes that weights, gradients and AdamW's state take in one process."""
+def model_and_optimizer_bytes(config: ModelConfig, runtime: Runtime, plan: Plan) -> int:
+    """Returns the bytes that weights, gradients and the optimizer's state take in one process."""
     if runtime.sharded:
-        return sharded_bytes(config, runtime.precision, runtime.processes)
-    return training_bytes(count_parameters(config), runtime.precision, replicated=runtime.processes > 1, lora=lora)
+        return sharded_bytes(config, runtime.precision, runtime.processes, muon=plan.muon is not None)
+    return training_bytes(
+        count_parameters(config),
+        runtime.precision,
+        orthogonalized=count_orthogonalized(config) if plan.muon else 0,
+        replicated=runtime.processes > 1,
+        lora=plan.lora_rank is not None,
+    )
 
 
 def memory_of_process(device: torch.device) -> int:

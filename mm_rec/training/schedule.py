@@ -1,4 +1,4 @@
-"""The learning rate of every step, and the betas of AdamW for steps of any size.
+"""The learning rate of every step, and what else of the optimizer follows from the size of a step.
 
 The length of a run with a time budget is revised on the way; a :class:`Length` is what has been decided so far.
 """
@@ -8,7 +8,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["PEAK_RATE", "Length", "betas", "learning_rate", "warmup_steps"]
+__all__ = [
+    "MUON_TOKENS", "OPTIMIZERS", "PEAK_RATE", "Length", "betas", "choose_optimizer", "learning_rate",
+    "muon_rate_factor", "warmup_steps",
+]  # fmt: skip
+
+OPTIMIZERS = ("adamw", "muon")
+"""AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest."""
+
+MUON_TOKENS = 4096
+"""Tokens of a step on a CPU from which Muon learns more in the same time.
+
+Its update costs the same whatever a step reads, and lowers the bits per byte of a given number of tokens at every
+size of a step. From 4k tokens on the gain is worth more than the time (measured: docs/LOG.md).
+"""
+
+MUON_RATE_TOKENS = 4096
+MUON_FEWEST, MUON_MOST = 1024, 16_384
 
 PEAK_RATE = 2e-3
 """Peak learning rate of AdamW in stage1, from 1k to 65k tokens a step, with the betas below (measured: docs/LOG.md)."""
@@ -105,3 +121,28 @@ def learning_rate(step: int, steps: int, peak: float, share: float | None = None
     if share is None:
         share = min((step - warmup) / max(steps - warmup, 1), 1.0)
     return peak * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def choose_optimizer(wanted: str, device_type: str, tokens_per_step: int) -> str:
+    """Returns the one of :data:`OPTIMIZERS` that is wanted, or for ``auto`` the one that suits the size of a step.
+
+    On a GPU ``auto`` is AdamW, since the price of Muon has not been measured there.
+
+    >>> choose_optimizer("auto", "cpu", 1024), choose_optimizer("auto", "cpu", 4096)
+    ('adamw', 'muon')
+    """
+    if wanted != "auto":
+        return wanted
+    return "muon" if device_type == "cpu" and tokens_per_step >= MUON_TOKENS else "adamw"
+
+
+def muon_rate_factor(tokens_per_step: int) -> float:
+    """Returns the learning rate of orthogonalised matrices over that of AdamW.
+
+    With :data:`PEAK_RATE` for the rest, 1e-3, 2e-3 and 4e-3 were best at 1k, 4k and 16k tokens a step: the rate grows
+    with the root of the tokens. Beyond what was measured it stays.
+
+    >>> muon_rate_factor(1024), muon_rate_factor(4096), muon_rate_factor(65_536)
+    (0.5, 1.0, 2.0)
+    """
+    return math.sqrt(min(max(tokens_per_step, MUON_FEWEST), MUON_MOST) / MUON_RATE_TOKENS)

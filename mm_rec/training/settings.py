@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from mm_rec.config import DEFAULT_PRESET, PRESETS, ModelConfig
+from mm_rec.config import DEFAULT_PRESET, DOMAINS, PRESETS, ModelConfig, check_expert_name
 from mm_rec.errors import UserError
 from mm_rec.options import Option
 from mm_rec.stages import PRETRAINING, STAGES, Stage
 from mm_rec.text.tokenizer import MIN_VOCAB_SIZE
+from mm_rec.training.schedule import OPTIMIZERS
 
 __all__ = ["MODEL_SHAPE", "TrainSettings", "share_of_time", "step_cap"]
 
@@ -58,13 +59,32 @@ class TrainSettings:
     gate_every: Annotated[int | None, _size("every how many blocks one is a memory block, which attends")] = None
     window: Annotated[int | None, _size("tokens of short-term memory", minimum=2)] = None
     rotary_base: Annotated[float | None, _size("base of the rotary encoding inside the window", maximum=1e9)] = None
-    data_dir: Annotated[Path, Option("folder with text/*.jsonl and code/*.jsonl", shared=True)] = Path("data")
+    data_dir: Annotated[
+        Path, Option("folder with the folders text and code, or with documents of your own", shared=True)
+    ] = Path("data")
+    text_dir: Annotated[
+        Path | None, Option("file or folder of documents of your own to train on, in place of --data_dir", shared=True)
+    ] = None
+    code_dir: Annotated[Path | None, Option("the same for programs, which get an expert of their own", shared=True)] = (
+        None
+    )
+    domain: Annotated[
+        dict[str, Path],
+        Option("the same for a domain of any name, which gets an expert of its own; may be given often", shared=True),
+    ] = field(default_factory=dict)
     download_data: Annotated[bool, Option("download data into --data_dir if none is there", shared=True)] = False
     use_synthetic: Annotated[bool, Option("made-up data for a quick test, nothing is downloaded", shared=True)] = False
     max_samples: Annotated[int | None, Option("documents of each domain to use", minimum=1, shared=True)] = None
     skip_bad: Annotated[
         int, Option("rows that cannot be read to leave out before giving up", minimum=0, shared=True)
     ] = 0
+    encoding: Annotated[
+        str | None, Option("encoding of your text files, such as cp1254; found out if not given", shared=True)
+    ] = None
+    columns: Annotated[
+        str | None, Option("columns of tables and JSON that hold the text, such as title,body", shared=True)
+    ] = None
+    list: Annotated[bool, Option("name every document that is left out, and why", shared=True)] = False
     checkpoint_dir: Annotated[Path, Option("folder of run folders")] = Path("checkpoints_cpu")
     recall_share: Annotated[
         float | None,
@@ -79,6 +99,14 @@ class TrainSettings:
     accumulation: Annotated[int, Option("micro-batches of an optimizer step", minimum=1)] = 1
     max_steps: Annotated[int | None, Option("optimizer steps of a stage", minimum=1)] = None
     lr: Annotated[float | None, Option("peak learning rate of stage1; later stages take their share", minimum=0)] = None
+    optimizer: Annotated[
+        str,
+        Option(
+            "adamw; muon, which learns more from the same tokens and takes longer for a step; auto: muon where a step "
+            "reads so many tokens that it pays",
+            choices=("auto", *OPTIMIZERS),
+        ),
+    ] = "auto"
     weight_decay: Annotated[float, Option("decay of matrices, times the learning rate", minimum=0)] = 0.1
     clip: Annotated[float, Option("largest norm of the gradient", minimum=0)] = 1.0
     seed: Annotated[
@@ -131,8 +159,26 @@ class TrainSettings:
         """The settings of one stage: what its section of the file says wins over the rest of the file."""
         values = {**self.stages.get(name, {}), "stage": name, "stages": {}}
         if self.minutes is not None:
-            values["minutes"] = share_of_time(self.minutes, (name,), self.stage_names())
+            names = self.stage_names()
+            values["minutes"] = share_of_time(self.minutes, (name,), names if name in names else (name,))
         return dataclasses.replace(self, **values)
+
+    def domain_folders(self) -> dict[str, Path]:
+        """Returns the user's own file or folder for each domain that one is named for.
+
+        Raises:
+            UserError: if a name can't be that of an expert or is given twice, or other data are asked for as well.
+        """
+        own = {name: path for name, path in (("text", self.text_dir), ("code", self.code_dir)) if path is not None}
+        for name, path in self.domain.items():
+            if name in own:
+                raise UserError(f"the domain {name} is named twice, as --{name}_dir and as --domain {name}={path}")
+            check_expert_name(name)
+        own |= self.domain
+        for name, is_set in (("use_synthetic", self.use_synthetic), ("download_data", self.download_data)):
+            if own and is_set:
+                raise UserError(f"--{name} and folders of your own both say what to train on; leave one of them out")
+        return own
 
     def model_shape(self) -> dict[str, Any]:
         """Returns the fields of :class:`ModelConfig` that were set, by name."""
@@ -143,11 +189,12 @@ class TrainSettings:
         """The preset that was set, else the default."""
         return self.preset or DEFAULT_PRESET
 
-    def model_config(self, vocab_size: int | None = None) -> ModelConfig:
+    def model_config(self, vocab_size: int | None = None, experts: tuple[str, ...] = DOMAINS) -> ModelConfig:
         """Returns the shape of a new model: the preset with what was set beside it.
 
         Args:
             vocab_size: rows of the embedding; those of the settings if None.
+            experts: names of the experts, one for each domain.
 
         Raises:
             UserError: if the sizes do not fit together.
@@ -158,7 +205,7 @@ class TrainSettings:
         if vocab_size is not None:
             shape["vocab_size"] = vocab_size
         try:
-            return ModelConfig.preset(self.preset_name, **shape)
+            return ModelConfig.preset(self.preset_name, experts=experts, **shape)
         except ValueError as error:
             raise UserError(f"these sizes do not make a model: {error}") from None
 

@@ -117,9 +117,19 @@ class Trainer:
         self._between = guard.check if processes.world_size() == 1 else _do_nothing
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of this stage."""
+        """Go on from a checkpoint of this stage.
+
+        Raises:
+            UserError: if it has the state of another optimizer.
+        """
         self.optimizer.load_master_tensors(checkpoint.weights)
-        self.optimizer.load_state_tensors(checkpoint.optimizer)
+        try:
+            self.optimizer.load_state_tensors(checkpoint.optimizer)
+        except ValueError as error:
+            raise UserError(
+                f"{checkpoint.path} was trained by another optimizer ({error}); train on by the same --optimizer, or "
+                "start from its weights with --init_from"
+            ) from None
         self.progress = TrainingProgress(**checkpoint.trainer["position"])
         self.carried = self._carried_in(checkpoint)
 

@@ -85,6 +85,11 @@ def test_a_file_a_folder_and_domains(tmp_path: Path, as_text: bool) -> None:
     assert len({run.folder, alone.folder, mixed.folder}) == 3
 
 
+def test_domains_have_any_name() -> None:
+    run = mm_rec.train({"law": TEXTS, "code": PROGRAMS}, quiet=True, **QUICK)
+    assert sorted(run.model.domains) == ["code", "law"]
+
+
 def test_settings_name_the_data_without_an_argument() -> None:
     run = mm_rec.train(use_synthetic=True, max_samples=12, quiet=True, **QUICK)
     assert run.metrics[-1]["step"] == 2
@@ -96,7 +101,7 @@ def test_settings_name_the_data_without_an_argument() -> None:
         ("no such folder", {}, "no file or folder 'no such folder'; documents as strings are given as a list"),
         ("", {}, "no file or folder ''"),
         ({"code": "nowhere"}, {}, "no file or folder 'nowhere'"),
-        ({"law": TEXTS}, {}, "no domain 'law'; data are of text or code"),
+        ({"all": TEXTS}, {}, "a domain can't have the name 'all'"),
         ({}, {}, "no documents: the dict of domains is empty"),
         ([], {}, "no documents of text: the list is empty"),
         (["short", "too"], {}, "too little text data"),

@@ -20,12 +20,11 @@
 #include "mdi.h"
 #include "norm.h"
 #include "optimizer.h"
+#include "orthogonalize.h"
 #include "recurrence_backward.h"
 #include "sample.h"
 #include "scan.h"
 #include "step.h"
-#include "tile_product.h"
-#include "vector_product.h"
 #include "window_attention_backward.h"
 
 using namespace mm_rec::MM_LEVEL;
@@ -254,6 +253,14 @@ static void fuzz_optimizer(Source& from) {
     }
     adamw({count, sizes, master, m, v, grad, types, out, settings}, threads);
     sum_of_squares(count, grad, sizes, types, threads);
+    const bool half = from.flag();  // is what Muon makes of the moments bfloat16? It is as long as `out`, or as `v`
+    void* directions[3];
+    for (int64_t k = 0; k < count; ++k)
+        directions[k] = half ? static_cast<void*>(tensors[k].out.data) : static_cast<void*>(tensors[k].v.data);
+    muon_momentum(count, sizes, m, grad, types, directions, half, {0.95f, 1.0f}, threads);
+    const MuonStep steps[3] = {{1.0f, 0.1f}, {0.9f, 0.0f}, {0.5f, 1.0f}};
+    bf16* none[3] = {};
+    muon_step(count, sizes, master, directions, half, half ? none : out, steps, threads);
 }
 
 // Positions as documents make them, or anything at all.
@@ -491,7 +498,7 @@ static void fuzz_product(Source& from, F run) {
     memcpy(d.data, c.data, c.n * sizeof(T));
     const bool add = from.flag();
     run(ProductOperand{a, rows, depth, a.row, a_last}, ProductOperand{b, columns, depth, b.row, b_last},
-        ProductResult<T>{c, c.row, add}, ProductResult<T>{d, d.row, add});
+        ProductResult<T>{c, c.row, add ? c.data : nullptr}, ProductResult<T>{d, d.row, add ? d.data : nullptr});
     if (memcmp(c.data, d.data, c.n * sizeof(T))) abort();
 }
 
@@ -513,12 +520,38 @@ static void fuzz_vector_product(Source& from) {
     });
 }
 
+// Matrices of any shape; what comes out is the same whatever the number of threads.
+template <class Machine>
+static void fuzz_orthogonalize(Source& from) {
+    const int64_t count = from.number(1, 3);
+    const int threads = threads_of(from);
+    const PolarStep steps[5] = {{8.2f, -22.9f, 16.4f}, {4.1f, -2.9f, 0.5f}, {3.9f, -2.8f, 0.5f}, {3.3f, -2.4f, 0.5f},
+                                {2.3f, -1.6f, 0.4f}};
+    const PolarSteps how{steps, from.number(1, 5), from.number(1, 5)};
+    Block<int64_t> rows(from, count), columns(from, count);
+    std::vector<std::unique_ptr<Block<bf16>>> blocks;
+    bf16 *data[2][3];
+    for (int64_t k = 0; k < count; ++k) {
+        rows.data[k] = from.number(1, from.flag() ? 40 : 140);
+        columns.data[k] = from.number(1, from.flag() ? 40 : 140);
+        for (auto& copy : data) {
+            blocks.push_back(std::make_unique<Block<bf16>>(from, rows.data[k] * columns.data[k]));
+            copy[k] = *blocks.back();
+        }
+        memcpy(data[1][k], data[0][k], blocks.back()->n * sizeof(bf16));
+    }
+    for (int copy = 0; copy < 2; ++copy)
+        if (!orthogonalize<Machine>(count, data[copy], rows, columns, how, copy ? threads : 1)) abort();
+    for (int64_t k = 0; k < count; ++k)
+        if (memcmp(data[0][k], data[1][k], rows.data[k] * columns.data[k] * sizeof(bf16))) abort();
+}
+
 extern "C" int mm_rec_best_level();  // of level.cpp
 
 // Asking for the best level also asks Linux for the tile registers of AMX.
 extern "C" int LLVMFuzzerInitialize(int*, char***) { return mm_rec_best_level() < 0; }
 
-constexpr int64_t CASES = 29;
+constexpr int64_t CASES = 31;
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Source from{data, size};
@@ -552,6 +585,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         case 26: fuzz_delta_keys<bf16>(from); break;
         case 27: fuzz_delta_rule<float>(from); break;
         case 28: fuzz_delta_rule<bf16>(from); break;
+        case 29: fuzz_orthogonalize<TileMachine>(from); break;
+        case 30: fuzz_orthogonalize<VectorMachine>(from); break;
     }
     return 0;
 }

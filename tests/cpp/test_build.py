@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from mm_rec.cpp import build
 from mm_rec.cpp.build import LEVELS
-from mm_rec.ops.cpu.load_library import INTERFACE, CpuLibrary
+from mm_rec.ops.cpu.load_library import CpuLibrary
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,6 +34,16 @@ def test_library_has_every_level_and_nothing_else() -> None:
     assert all(name.startswith("mm_rec_") for name in names)
 
 
+@pytest.mark.native
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+def test_the_library_runs_with_an_older_glibc() -> None:
+    """With that of manylinux_2_28 and newer ones, whichever it was built with."""
+    listed = subprocess.run(["nm", "-D", str(CpuLibrary().path)], check=True, capture_output=True, text=True).stdout
+    versions = {tuple(map(int, found.split("."))) for found in re.findall(r"@GLIBC_([\d.]+)", listed)}
+    assert versions
+    assert max(versions) <= (2, 28)
+
+
 def test_the_library_counts_levels_as_the_build_lists_them() -> None:
     source = (build.HERE / "src" / "level.cpp").read_text()
     listed = re.search(r"// Index into \{(.*?)\}", source)
@@ -44,10 +55,32 @@ def test_the_library_counts_levels_as_the_build_lists_them() -> None:
 
 
 @pytest.mark.slow
-def test_build_by_hand(tmp_path: Path) -> None:
+def test_build_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One level alone: the library that all other tests use has them all."""
+    monkeypatch.setattr(build, "LEVELS", LEVELS[:1])
     library = build.build_cpu(tmp_path)
-    assert ctypes.CDLL(str(library)).mm_rec_interface() == INTERFACE
     assert list(tmp_path.iterdir()) == [library]
+    loaded = ctypes.CDLL(str(library))
+    loaded.mm_rec_sources.restype = ctypes.c_uint64
+    assert loaded.mm_rec_sources() == build.hash_of_sources("cpu")
+    assert loaded[f"mm_rec_scan_forward_{LEVELS[0]}"]
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "cuda"])
+def test_every_source_and_flag_is_in_the_hash(kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(build.HERE, tmp_path / "cpp", ignore=shutil.ignore_patterns("*.so"))
+    monkeypatch.setattr(build, "HERE", tmp_path / "cpp")
+    folder, endings = build.SOURCES_OF[kernels]
+    sources = [path for path in (tmp_path / "cpp" / folder).iterdir() if path.suffix in endings]
+    (tmp_path / "cpp" / folder / "kernels.o").touch()  # is no source
+    found = {build.hash_of_sources(kernels)}
+    for changed, path in enumerate(sources):
+        path.write_bytes(path.read_bytes() + b"\n")
+        found.add(build.hash_of_sources(kernels))
+        assert len(found) == changed + 2, path
+    flags = "COMPILE_FLAGS" if kernels == "cpu" else "CUDA_FLAGS"
+    monkeypatch.setattr(build, flags, [*getattr(build, flags), "-ffast-math"])
+    assert build.hash_of_sources(kernels) not in found
 
 
 def test_no_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +189,7 @@ def test_the_command_says_what_is_missing(
 def test_setup_builds_nothing_else() -> None:
     result = subprocess.run(
         [sys.executable, "setup.py", "install"],
-        cwd=ROOT / "mm_rec" / "cpp",
+        cwd=build.HERE,
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},

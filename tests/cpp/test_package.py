@@ -30,7 +30,7 @@ def tree(tmp_path: Path) -> Path:
     """A copy of what is built from, with what earlier builds and other work left in it."""
     copy = tmp_path / "tree"
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "mm_rec", copy / "mm_rec", ignore=ignored)
+    shutil.copytree(HERE.parent, copy / "mm_rec", ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
     for folder in ("lib", f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"):

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from mm_rec.data import download_data
+from mm_rec.data.documents.reading import ReadOptions
 from mm_rec.data.download import builtin
 from mm_rec.data.download.sources import DEFAULT_SOURCES, SOURCES, describe_sources, find_source
 from mm_rec.data.download_data import Request, download, main
@@ -150,10 +151,10 @@ def test_own_files(tmp_path, fetched):
         download(data, Request({}, text_dir=own))
     assert not list(data.rglob("*.jsonl")) + list(data.rglob(".own*"))
     told = []
-    download(data, Request({}, text_dir=own, skip_bad=1), tell=told.append)
+    download(data, Request({}, text_dir=own, reading=ReadOptions(skip_bad=1)), tell=told.append)
     lines = (data / "text" / "own.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == ["A text of my own.\n", "Another one."]
-    assert fetched == [("python", 2000)]
+    assert fetched == []  # on documents of one's own alone
     assert any("1 bad rows left out" in line for line in told)
 
 
@@ -163,8 +164,12 @@ def test_own_code_is_a_folder_of_programs(tmp_path, fetched):
     (tmp_path / "src" / "notes.md").write_text("no program\n")
     download(tmp_path / "data", Request({}, code_dir=tmp_path / "src", text=False))
     assert list(read_texts(tmp_path / "data" / "code" / "own.jsonl", BadRows())) == ["print(1)\n"]
-    with pytest.raises(UserError, match=r"no data file in .*; what is read are \.txt"):
-        download(tmp_path / "data", Request({}, text_dir=tmp_path / "src", code=False))
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"1")
+    told = []
+    with pytest.raises(UserError, match=r"no document in .*; what is read are \.txt"):
+        download(tmp_path / "data", Request({}, text_dir=tmp_path / "pictures", code=False), tell=told.append)
+    assert told[0].endswith("1 files, 0 read and 1 left out")
 
 
 @pytest.mark.parametrize("source", ["own", "builtin"])
@@ -185,7 +190,7 @@ def test_a_file_put_there_by_hand_is_not_overwritten(tmp_path, fetched, source):
 
 def test_own_files_that_are_not_there(tmp_path, fetched):
     (tmp_path / "empty").mkdir()
-    for path, message in (("none", "no file or folder"), ("empty", "no data file")):
+    for path, message in (("none", "no file or folder"), ("empty", "no document in")):
         with pytest.raises(UserError, match=message):
             download(tmp_path / "data", Request({}, code_dir=tmp_path / path, text=False))
 

@@ -53,11 +53,6 @@ def test_each_row_has_its_own_column_of_text(tmp_path):
         assert texts(tmp_path / name) == [f"text {i}" for i in range(9)] + ["first"]
 
 
-def test_a_text_file_is_one_document(tmp_path):
-    (tmp_path / "a.txt").write_bytes("\ufeffOne.\r\n\r\nZwei: ä\r\n".encode())
-    assert texts(tmp_path / "a.txt") == ["One.\n\nZwei: ä\n"]
-
-
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_the_text_is_the_first_field_that_holds_something(tmp_path, name):
     rows = [
@@ -73,27 +68,21 @@ def test_the_text_is_the_first_field_that_holds_something(tmp_path, name):
     assert texts(tmp_path / name) == ["one", "two", "three", ""]
 
 
-def test_a_long_text_file_is_cut_at_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_TEXT_PIECE", 10)
-    (tmp_path / "a.txt").write_text("123456\n123456\nabc\n")
-    assert texts(tmp_path / "a.txt") == ["123456\n123456\n", "abc\n"]
-
-
 def test_byte_order_mark_crlf_and_blank_lines_do_no_harm(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf"one"\r\n\r\n  \n"two"')
     assert texts(tmp_path / "a.jsonl") == ["one", "two"]
 
 
 def test_find_files(tmp_path):
-    for name in ("b.txt", "sub/a.jsonl.gz", "sub/c.parquet", "notes.md", ".hidden/x.txt", ".x.txt"):
+    for name in ("b.jsonl", "sub/a.jsonl.gz", "sub/c.parquet", "notes.md", ".hidden/x.jsonl", ".x.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     assert [str(path.relative_to(tmp_path)) for path in find_files(tmp_path)] == [
-        "b.txt",
+        "b.jsonl",
         "sub/a.jsonl.gz",
         "sub/c.parquet",
     ]
-    assert find_files(tmp_path / "b.txt") == [tmp_path / "b.txt"]
+    assert find_files(tmp_path / "b.jsonl") == [tmp_path / "b.jsonl"]
     with pytest.raises(UserError, match="no file or folder"):
         find_files(tmp_path / "none")
     with pytest.raises(UserError, match=r"notes\.md.*\.jsonl\.xz"):
@@ -152,13 +141,6 @@ def test_a_line_as_long_as_the_limit_is_read(tmp_path, monkeypatch):
     assert texts(tmp_path / "a.jsonl") == ["1234567", "1"]
 
 
-def test_nul_in_a_text_file(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"one\ntwo\x00\nthree\n")
-    with pytest.raises(UserError, match=r"a\.txt:2: .*NUL"):
-        texts(tmp_path / "a.txt")
-    assert texts(tmp_path / "a.txt", cap=1) == ["one\nthree\n"]
-
-
 def test_more_bad_rows_than_the_cap_are_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_text('"a"\n' + "bad\n" * 3)
     assert texts(tmp_path / "a.jsonl", cap=3) == ["a"]
@@ -189,14 +171,12 @@ def test_a_parquet_file_that_breaks_off_or_lacks_text(tmp_path):
         texts(path)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet", ".txt"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet"])
 def test_random_damage_never_does_more_than_raise_an_error(tmp_path, suffix):
     chance = random.Random(17)
     path = tmp_path / f"a{suffix}"
     if suffix == ".parquet":
         pq.write_table(pa.table({"text": TEXTS * 20}), path)
-    elif suffix == ".txt":
-        path.write_text("\n".join(TEXTS))
     else:
         write_jsonl(path, TEXTS * 20)
     whole = path.read_bytes()

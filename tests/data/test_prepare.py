@@ -6,6 +6,8 @@ import pytest
 
 from mm_rec.data import first_pass as survey_module
 from mm_rec.data import prepared as prepared_module
+from mm_rec.data.documents.parsing import Parser
+from mm_rec.data.documents.reading import Documents, ReadOptions
 from mm_rec.data.first_pass import survey_domain
 from mm_rec.data.prepare import describe, prepare
 from mm_rec.data.synthetic import synthetic_code, synthetic_text, write_synthetic
@@ -22,6 +24,10 @@ def write(path, documents):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(document) + "\n" for document in documents))
     return path
+
+
+def documents_of(path):
+    return Documents([path], Parser(), ReadOptions())
 
 
 def decoded(prepared, split, name):
@@ -127,7 +133,7 @@ def test_what_is_held_out_is_capped_and_chosen_by_content(tmp_path, monkeypatch)
     shuffled = random.Random(1).sample(documents, len(documents))
     held_out = []
     for i, order in enumerate((documents, shuffled)):
-        survey = survey_domain("text", [write(tmp_path / f"{i}.jsonl", order)])
+        survey = survey_domain("text", documents_of(write(tmp_path / f"{i}.jsonl", order)))
         held_out.append(sorted(survey.valid_texts()))
         assert 1000 < sum(len(text) for text in held_out[-1]) <= 2000
     assert held_out[0] == held_out[1]
@@ -135,7 +141,7 @@ def test_what_is_held_out_is_capped_and_chosen_by_content(tmp_path, monkeypatch)
 
 def test_the_tokenizer_sample_is_capped_and_takes_from_everywhere(tmp_path):
     documents = synthetic_text(300)
-    survey = survey_domain("text", [write(tmp_path / "a.jsonl", documents)], filters=False)
+    survey = survey_domain("text", documents_of(write(tmp_path / "a.jsonl", documents)), filters=False)
     sample = list(survey.train_texts(20_000))
     assert 20_000 <= sum(len(text) for text in sample) < 22_000
     places = [documents.index(text) for text in sample]
@@ -149,7 +155,7 @@ def test_bad_rows_are_an_error_or_counted(data_dir):
         file.write("no JSON\n")
     with pytest.raises(UserError, match=r"synthetic\.jsonl:61: not valid JSON"):
         prepare(data_dir, 512)
-    assert prepare(data_dir, 512, skip_bad=1).report["domains"]["text"]["bad_rows"] == 1
+    assert prepare(data_dir, 512, options=ReadOptions(skip_bad=1)).report["domains"]["text"]["bad_rows"] == 1
     assert not list((data_dir / "prepared").glob(".tmp-*"))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from changing import OF_A_RUN, elsewhere
-from pipeline_workloads import Pipeline
+from pipeline_workloads import shared_pipeline
 from tiny_runs import STEPS, When, as_argument, clear, difference, result
 from workload import Trial, workload
 
@@ -77,7 +77,7 @@ class Absence:
     """The undisturbed run, and runs that were killed in each step."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.pipeline = folder, Pipeline(folder)
+        self.folder, self.pipeline = folder, shared_pipeline()
         self.pipeline.undisturbed(STAGE)
         self._killed: dict[int, Path] = {}
 
@@ -93,7 +93,7 @@ class Absence:
         return self._killed[step]
 
     def check(self, run: Path, kind: str) -> None:
-        whole = end_of(self.folder / "whole" / STAGE, kind)
+        whole = end_of(self.pipeline.folder / "whole" / STAGE, kind)
         assert difference(end_of(run, kind), whole) == [], kind
 
     def go_on(self, root: Path, kind: str, sound: Path) -> None:

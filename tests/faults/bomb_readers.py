@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 from mm_rec.data.conversations import read_conversations
+from mm_rec.data.documents.reading import read_plain
 from mm_rec.data.files import BadRows, read_rows, read_texts
 from mm_rec.storage.yaml_file import read_yaml
 from mm_rec.text.tokenizer import train_tokenizer
 
-READERS = {"texts": read_texts, "rows": read_rows, "conversations": read_conversations}
+
+def read_any_texts(path: Path, bad: BadRows) -> Iterator[str]:
+    return read_plain(path) if path.suffix == ".txt" else read_texts(path, bad)
+
+
+READERS = {"texts": read_any_texts, "rows": read_rows, "conversations": read_conversations}
 ADDRESS_BYTES = 6 << 30
 """For the process: what asks for more fails, and nothing happens to the machine."""
 
@@ -28,8 +35,8 @@ def read(path: str, reader: str, cap: int) -> int:
         if reader == "yaml":
             read_yaml(Path(path))
         elif reader == "tokenizer":
-            tokenizer = train_tokenizer(read_texts(Path(path), BadRows(cap)), 1024)
-            for text in read_texts(Path(path), BadRows(cap)):
+            tokenizer = train_tokenizer(read_any_texts(Path(path), BadRows(cap)), 1024)
+            for text in read_any_texts(Path(path), BadRows(cap)):
                 assert tokenizer.decode(tokenizer.encode(text)) == text
         else:
             for _ in READERS[reader](Path(path), BadRows(cap)):

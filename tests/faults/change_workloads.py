@@ -10,7 +10,7 @@ from pathlib import Path
 import talking
 from absence_workloads import end_of, one_line
 from changing import IN_PLACE
-from pipeline_workloads import Pipeline
+from pipeline_workloads import shared_pipeline
 from supervisor import Supervisor
 from tiny_runs import clear, difference
 from workload import Trial, workload
@@ -58,7 +58,7 @@ def changed_under_a_server(folder: Path) -> Iterator[Trial]:
 @workload(22, "a file of prepared data, sources or starting weights truncated, overwritten, replaced or removed under "
           "a training", unit="changes", quick=2, soak=50)  # fmt: skip
 def changed_under_a_training(folder: Path) -> Iterator[Trial]:
-    pipeline = Pipeline(folder)
+    pipeline = shared_pipeline()
 
     def trial(seed: int) -> str:
         rng, stage = random.Random(seed), STAGES[seed % len(STAGES)]
@@ -71,7 +71,7 @@ def changed_under_a_training(folder: Path) -> Iterator[Trial]:
             shutil.copytree(source, start)
             changes["init_from"] = start
         if stage == "instruct":
-            shutil.copytree(folder / "whole" / "prepared", root / "prepared")
+            shutil.copytree(pipeline.folder / "whole" / "prepared", root / "prepared")
         path = rng.choice(files_read(data, root, start, stage))
         sound, kind = path.read_bytes(), rng.choice(list(IN_PLACE))
         what = rng.choice(list(MOMENTS))
@@ -90,7 +90,7 @@ def changed_under_a_training(folder: Path) -> Iterator[Trial]:
             again = pipeline.supervisor.run("tiny_runs.run", command=command)
             assert again.status == 0, again.log
         # A run that ends so has saved the step that it had come to: one checkpoint more.
-        assert difference(end_of(root / stage), end_of(folder / "whole" / stage)) == [], (path, kind, what)
+        assert difference(end_of(root / stage), end_of(pipeline.folder / "whole" / stage)) == [], (path, kind, what)
         clear(base)
         return f"{path.name} {kind}: {outcome}"
 

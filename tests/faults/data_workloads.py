@@ -99,7 +99,6 @@ def damaged_files(folder: Path) -> Iterator[Trial]:
     for suffix, compress in COMPRESS.items():
         (folder / f"a{suffix}").write_bytes(compress(rows))
     pq.write_table(pa.table({"text": texts}), folder / "a.parquet", write_page_checksum=True)
-    (folder / "a.txt").write_text("\n".join(texts))
     files = sorted(folder.iterdir())
     sound = {path: path.read_bytes() for path in files}
     for path in files:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline_workloads import Pipeline
+from pipeline_workloads import shared_pipeline
 from tiny_runs import clear
 from workload import Trial, workload
 
@@ -25,7 +25,7 @@ def estimate(log: str) -> float:
 @workload(12, "a limit on memory (RLIMIT_AS) of 25, 50, 75% and random shares of what the run takes", unit="limits",
           quick=3, soak=60, idle=["enough: it ran"])  # fmt: skip
 def little_memory(folder: Path) -> Iterator[Trial]:
-    pipeline = Pipeline(folder)
+    pipeline = shared_pipeline()
     command = pipeline.command("stage1", folder / "free", **SIZES)
     free = pipeline.supervisor.run("tiny_runs.run", command=command)
     assert free.status == 0, free.log

@@ -5,9 +5,12 @@ Every stage is trained once undisturbed; whatever happens to it afterwards has t
 
 from __future__ import annotations
 
+import atexit
+import functools
 import random
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -82,6 +85,14 @@ class Pipeline:
         assert [path.name for path in root.glob(f"{stage}*")] == [stage]
 
 
+@functools.cache
+def shared_pipeline() -> Pipeline:
+    """The pipeline of this process: its undisturbed runs serve all workloads, which change copies alone."""
+    folder = Path(tempfile.mkdtemp(prefix="pipeline-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Pipeline(folder)
+
+
 def read_batches(path: Path) -> dict[str, str]:
     """Hashes of batches by step and part; asserts that a batch that was read twice was the same."""
     batches: dict[str, str] = {}
@@ -114,7 +125,7 @@ def random_kill(rng: random.Random, seconds: float) -> When:
 @workload(1, "kill -9 at random instants, half of them in saves and evaluations", unit="runs", quick=5, soak=200,
           idle=["came out byte for byte"])  # fmt: skip
 def killed_commands(folder: Path) -> Iterator[Trial]:
-    pipeline = Pipeline(folder)
+    pipeline = shared_pipeline()
 
     def trial(seed: int) -> Mapping[str, int]:
         rng, stage = random.Random(seed), STAGES[seed % len(STAGES)]
@@ -174,7 +185,7 @@ DEADLINE = 10.0
     unit="signals", quick=4, soak=100 * len(PHASES),
 )  # fmt: skip
 def signalled_commands(folder: Path) -> Iterator[Trial]:
-    pipeline = Pipeline(folder)
+    pipeline = shared_pipeline()
 
     def trial(seed: int) -> str:
         rng, phase = random.Random(seed), list(PHASES)[seed % len(PHASES)]
@@ -210,7 +221,7 @@ def check_stop(child: Child, when: When) -> None:
 @workload(11, "NaN or Inf in loss or gradient, or a spike, in random steps; killed and resumed", unit="runs",
           quick=2, soak=100)  # fmt: skip
 def spoiled_losses(folder: Path) -> Iterator[Trial]:
-    pipeline = Pipeline(folder)
+    pipeline = shared_pipeline()
 
     def trial(seed: int) -> str:
         rng, stage = random.Random(seed), STAGES[seed % len(STAGES)]
@@ -265,7 +276,7 @@ NOTHING_TO_CHANGE = "fine-tuning takes the tokenizer of the model: nothing to ch
     unit="resumes", quick=3, soak=len(CHANGES) * len(STAGES), idle=[NOTHING_TO_CHANGE],
 )  # fmt: skip
 def changed_resumes(folder: Path) -> Iterator[Trial]:
-    pipeline = Pipeline(folder)
+    pipeline = shared_pipeline()
     others = {"data": folder / "other_data", "tokenizer": folder / "other_tokenizer"}
     for path, documents in zip(others.values(), (13, 30), strict=True):
         write_data(path, documents)
@@ -284,7 +295,7 @@ def changed_resumes(folder: Path) -> Iterator[Trial]:
         whole = pipeline.undisturbed(stage)
         root = folder / f"changed{seed}"
         (root / stage).parent.mkdir()
-        shutil.copytree(folder / "whole" / stage, root / stage)
+        shutil.copytree(pipeline.folder / "whole" / stage, root / stage)
         resume = {"resume_from": root / stage, "max_steps": STEPS + 2, **CHANGES[name]}
         data = others.get(name)
         environment = {"MM_REC_CPU_LEVEL": "baseline"} if name == "ops" else {}

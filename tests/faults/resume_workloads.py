@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline_workloads import Pipeline
+from pipeline_workloads import shared_pipeline
 from tiny_runs import STAGES, clear, difference, result
 from workload import Complete, Trial, workload
 
@@ -26,7 +26,7 @@ CASES = [(stage, parts, step) for stage in STAGES for parts in ACCUMULATIONS for
 def resumed_at_every_step(folder: Path) -> Iterator[Trial]:
     cases = random.Random(0).sample(CASES, len(CASES))
     whole: dict[tuple[str, int], dict[str, bytes]] = {}
-    pipeline = Pipeline(folder)
+    pipeline = shared_pipeline()
 
     def run(stage: str, parts: int, root: Path, interval: int) -> str:
         sizes = {"seq_len": 80, "max_steps": STEPS, "accumulation": parts, "keep_checkpoints": 1000}

@@ -36,6 +36,7 @@ MODULES = {
     "connection_workloads": (23,),
     "forged_session_workloads": (24,),
     "bomb_workloads": (25,),
+    "document_workloads": (25,),
     "stranger_workloads": (26,),
     "setting_workloads": (27,),
 }

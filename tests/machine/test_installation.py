@@ -5,7 +5,9 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import distribution
 
 import pytest
 
@@ -47,17 +49,23 @@ def test_what_is_wrong_is_said(address: str, monkeypatch: pytest.MonkeyPatch) ->
     assert installation.reach(address)
 
 
-def test_extras_name_what_is_missing() -> None:
-    requirements = [
-        "torch>=2.10",
-        'lm-eval[hf]>=0.4; extra == "eval"',
-        'mm-rec[hf]; extra == "eval"',
-        'no-such-package-of-ours>=5.0; extra == "hf"',
-        'pytest>=8; extra == "hf"',
-    ]
-    assert installation._missing("hf", requirements) == {"no-such-package-of-ours"}
-    assert "no-such-package-of-ours" in installation._missing("eval", requirements)
-    assert installation._missing("json", requirements) == set()
+def test_extras_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Installed:
+        metadata = Message()
+
+    for name in ("hf", "eval", "json", "dev"):
+        Installed.metadata["Provides-Extra"] = name
+    needed = {
+        "hf": ["no-such-package-of-ours>=5.0", "pytest>=8"],
+        "eval": ["pytest[no-such]>=8", "nor-this"],
+        "json": [],
+    }
+    monkeypatch.setattr(
+        installation, "distribution", lambda name: Installed() if name == "mm-rec" else distribution(name)
+    )
+    monkeypatch.setattr(installation, "requirements_of", needed.__getitem__)
+    expected = {"hf": ["no-such-package-of-ours>=5.0"], "eval": ["nor-this"], "json": []}
+    assert installation.missing_of_extras() == expected
 
 
 def test_a_missing_compiler_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:

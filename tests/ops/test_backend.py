@@ -10,17 +10,21 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from mm_rec import ops
-from mm_rec.cpp.build import LEVELS
+from mm_rec.cpp.build import LEVELS, hash_of_sources
 from mm_rec.ops import backend, reference
 from mm_rec.ops.backend import NativeUnavailableError
 from mm_rec.ops.cpu import load_library as library
 from mm_rec.ops.cpu.load_library import CpuLibrary
+from mm_rec.ops.cuda import load_library as cuda_library
 
 from .cases import CASES
 
@@ -204,9 +208,24 @@ def test_without_a_library(content: bytes | None, reason: str, tmp_path: Path, m
 
 @pytest.mark.native
 def test_library_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "INTERFACE", library.INTERFACE + 1)
-    with pytest.raises(NativeUnavailableError, match="has interface"):
+    monkeypatch.setattr(library, "hash_of_sources", lambda kernels: 0)
+    with pytest.raises(NativeUnavailableError, match=r"from other sources .* python -m mm_rec\.cpp\.build$"):
         CpuLibrary()
+
+
+@pytest.mark.parametrize(("built_from", "refused"), [(0, True), (hash_of_sources("cuda"), False)])
+def test_cuda_library_of_another_version(
+    built_from: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played = SimpleNamespace(mm_rec_cuda_error_string=Mock(), mm_rec_cuda_sources=Mock(return_value=built_from))
+    monkeypatch.setattr(cuda_library.ctypes, "CDLL", lambda path: played)
+    (tmp_path / "library.so").touch()
+    with (
+        pytest.raises(NativeUnavailableError, match=r"from other sources .* python -m mm_rec\.cpp\.build cuda$")
+        if refused
+        else nullcontext()
+    ):
+        cuda_library.CudaLibrary(tmp_path / "library.so")
 
 
 def test_importing_loads_nothing() -> None:

@@ -97,7 +97,7 @@ def test_flags_of_a_resumed_session_win(talk, tmp_path: Path) -> None:
 
 def test_commands(talk, tmp_path: Path) -> None:
     kept, copy, branch = (tmp_path / name for name in ("kept", "copy", "branch"))
-    out, _ = talk(f"One\n/save {copy}\n/fork {branch}\nTwo\n/save\n/help\n", "--session", kept)
+    out, _ = talk(f"/save {copy}\nOne\n/save {copy}\n/fork {branch}\nTwo\n/save\n/help\n", "--session", kept)
     size = kept.stat().st_size
     assert f"saved in {copy}, {size:,} bytes" in out
     assert f"saved in {branch}, {size:,} bytes" in out
@@ -133,7 +133,8 @@ def test_no_session_is_overwritten(talk, tmp_path: Path) -> None:
     talk("One\n", "--session", file)
     before = file.read_bytes()
     assert "go on with --resume or name another file" in talk("One\n", "--session", file, code=2)[1]
-    assert "is there already" in talk(f"One\n/fork {file}\n", code=2)[1]
+    for command in ("save", "fork"):
+        assert "is there already" in talk(f"One\n/{command} {file}\n", code=2)[1]
     assert file.read_bytes() == before
 
 
@@ -182,9 +183,10 @@ def test_a_session_has_one_owner(talk, tmp_path: Path) -> None:
         for flags in (["--resume"], []):
             _, err = talk("Two\n", "--session", file, *flags, code=2)
             assert re.fullmatch(rf"error: {file} is in use by process {os.getpid()} on \S+ since .*; .*\n", err)
-        _, err = talk(f"/save {file}\n", code=2)
-        assert f"{file} is in use by" in err
         assert file.read_bytes() == before
+    with own(other):
+        _, err = talk(f"/save {other}\n", code=2)
+        assert f"{other} is in use by" in err
     talk(f"Two\n/fork {other}\nThree\n", "--session", file, "--resume")
     assert file.read_bytes() != before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.safetensors", "talk.safetensors"]

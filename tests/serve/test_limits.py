@@ -380,8 +380,8 @@ def test_an_answered_request_is_let_go_at_once(service: Service, serve: Serve, w
                 reply = http.client.HTTPResponse(connection)
                 reply.begin()
                 reply.read()
-        # Whoever lists all objects holds them, also a tuple that another thread still makes of a generator, and Python
-        # refuses to shorten a tuple that somebody holds. So the engine has to be idle before.
+        # Whoever lists all objects holds them, also a tuple that another thread is still making of a generator, and
+        # Python refuses to shorten a tuple that somebody holds. So the engine has to be idle before.
         wait_until(lambda: service.engine.running == 0)
         end = time.monotonic() + 15
         wait_until(others_alone)

@@ -110,6 +110,25 @@ def test_finding_the_newest_checkpoint_changes_nothing(tmp_path: Path, tokenizer
         assert (run.checkpoints / "step_000010.damaged").is_dir()
 
 
+def test_a_run_that_was_stopped_before_its_first_step_is_not_the_newest_model(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    with open_small(tmp_path) as run:
+        rewind(run)
+        only = save(run, 0, tokenizer)
+        assert find_checkpoint(tmp_path) == only
+        trained = save(run, 5, tokenizer)
+    for name in ("stage1-2", "stage1-3"):
+        with open_small(tmp_path, fresh=True) as fresh:
+            rewind(fresh)
+            untrained = save(fresh, 0, tokenizer)
+            assert fresh.path.name == name
+    with pytest.warns(UserWarning, match="stopped before its first step") as warned:
+        assert find_checkpoint(tmp_path) == trained
+    assert len(warned) == 2
+    assert find_checkpoint(fresh.path) == untrained  # asked for by its name
+
+
 # --- one byte of the configuration ----------------------------------------------------------------------------------
 
 

@@ -6,7 +6,9 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[2] / "mm_rec"
+import mm_rec
+
+PACKAGE = Path(mm_rec.__file__).parent
 
 MODULES = {"fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "msvcrt", "winreg", "_winapi", "winsound"}
 ATTRIBUTES = {

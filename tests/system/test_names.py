@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mm_rec import system
+from mm_rec.data.documents.reading import ReadOptions
 from mm_rec.data.download.local import take_own
 from mm_rec.errors import UserError
 from mm_rec.serve.errors import ApiError
@@ -69,8 +70,8 @@ def test_own_data_is_not_copied_into_itself(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr(Path, "resolve", Path.absolute)
     for path in (tmp_path / name / "text", tmp_path / name / "text" / "one.txt"):
         with pytest.raises(UserError, match="is in the data folder already"):
-            take_own("text", path, 0, tmp_path / "data", lambda line: None)
-    take_own("text", tmp_path / name / "text", 0, tmp_path / "other", lambda line: None)
+            take_own("text", path, ReadOptions(), tmp_path / "data", lambda line: None)
+    take_own("text", tmp_path / name / "text", ReadOptions(), tmp_path / "other", lambda line: None)
     assert (tmp_path / "other" / "text" / "own.jsonl").exists()
 
 

@@ -15,6 +15,7 @@ from mm_rec.training.estimate import (
     check_disk,
     check_memory,
     checkpoint_bytes,
+    count_orthogonalized,
     count_parameters,
     measure_activations,
     measure_checkpointed,
@@ -56,6 +57,9 @@ def test_bytes_of_training_by_precision() -> None:
     assert training_bytes(1000, "fp32") == 1000 * (4 + 4 + 4 + 4)  # weight, gradient, two moments
     assert training_bytes(1000, "bf16") == 1000 * (2 + 2 + 4 + 4 + 4 + 4)  # and master weight, widened gradient
     assert training_bytes(1000, "bf16", replicated=True) == training_bytes(1000, "bf16") + 4000
+    # One moment in place of two; a direction, and on a GPU the wide gradient, of those that are updated at a time.
+    assert training_bytes(10**9, "bf16", orthogonalized=9 * 10**8) == 20 * 10**9 - 4 * 9 * 10**8 + 6 * 2**25
+    assert training_bytes(1000, "fp32", orthogonalized=100) == 16_000 - 400 + 600
 
 
 @pytest.mark.parametrize(("precision", "value"), [("fp32", 4), ("bf16", 2)])
@@ -70,10 +74,15 @@ def test_a_process_of_many_has_its_part_and_two_units_whole(precision: str, valu
     assert sharded_bytes(config, precision, 2) == training_bytes(parameters, precision) // 2 + whole
 
 
-def test_a_checkpoint_takes_what_was_estimated(data: Prepared, tmp_path: Path) -> None:
-    files = [path for path in train(data, settings(tmp_path, max_steps=1)).rglob("*") if path.is_file()]
-    parameters = count_parameters(PRESETS["tiny"])
-    assert 12 * parameters < sum(path.stat().st_size for path in files) <= checkpoint_bytes(parameters)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_checkpoint_takes_what_was_estimated(data: Prepared, tmp_path: Path, optimizer: str) -> None:
+    path = train(data, settings(tmp_path, max_steps=1, optimizer=optimizer))
+    parameters, orthogonalized = (count(PRESETS["tiny"]) for count in (count_parameters, count_orthogonalized))
+    moments = 8 * parameters - (4 * orthogonalized if optimizer == "muon" else 0)
+    assert moments < (path / "optimizer.safetensors").stat().st_size < moments + 20_000
+    total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    assert 4 * parameters + moments < total
+    assert total <= checkpoint_bytes(parameters, orthogonalized if optimizer == "muon" else 0)
 
 
 def test_memory_that_is_just_enough_is_enough() -> None:

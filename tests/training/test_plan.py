@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 
+from mm_rec.errors import UserError
+from mm_rec.optim import Muon
 from mm_rec.stages import STAGES
 from mm_rec.training.plan import make_plan
 from mm_rec.training.settings import TrainSettings
@@ -60,3 +62,22 @@ def test_how_far_and_how_often_is_no_part_of_a_run_s_identity() -> None:
     assert longer.intervals() != plan.intervals()
     for change in ({"batch_size": 3}, {"seq_len": 64}, {"accumulation": 2}, {"lr": 0.1}, {"clip": 0.1}, {"seed": 7}):
         assert make_plan(TrainSettings(**{"accumulation": 4, **change}), "cpu", 10**6).identity() != plan.identity()
+
+
+def test_the_optimizer_is_part_of_a_run_s_identity_unless_it_is_adamw() -> None:
+    small, large = TrainSettings(), TrainSettings(batch_size=8)
+    adamw = make_plan(small, "cpu", 10**6)
+    assert adamw.muon is None
+    assert "optimizer" not in adamw.identity()  # so that runs go on which know of no other
+    assert make_plan(dataclasses.replace(small, optimizer="adamw"), "cpu", 10**6).identity() == adamw.identity()
+    for settings, factor in ((large, 1.0), (dataclasses.replace(small, optimizer="muon"), 0.5)):
+        plan = make_plan(settings, "cpu", 10**6)
+        assert plan.muon == Muon(factor)
+        assert plan.identity()["optimizer"] == "muon"
+
+
+def test_adapters_are_trained_by_adamw() -> None:
+    settings = TrainSettings(stage="instruct", lora=4, batch_size=64)
+    assert make_plan(settings, "cpu", 10**6).muon is None
+    with pytest.raises(UserError, match="leave --optimizer muon out"):
+        make_plan(dataclasses.replace(settings, optimizer="muon"), "cpu", 10**6)

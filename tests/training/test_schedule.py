@@ -3,7 +3,7 @@
 import pytest
 
 from mm_rec.training.plan import make_plan
-from mm_rec.training.schedule import betas, learning_rate
+from mm_rec.training.schedule import betas, choose_optimizer, learning_rate, muon_rate_factor
 from mm_rec.training.settings import TrainSettings
 
 
@@ -26,3 +26,16 @@ def test_the_rate_rises_then_falls_to_a_tenth() -> None:
     assert rates[-1] == pytest.approx(0.2)
     assert learning_rate(1, 1, 2.0) == 2.0
     assert learning_rate(500, 400, 2.0) == pytest.approx(0.2)
+
+
+def test_matrices_are_orthogonalised_where_a_step_reads_enough() -> None:
+    assert [choose_optimizer("auto", "cpu", tokens) for tokens in (1024, 4095, 4096)] == ["adamw", "adamw", "muon"]
+    assert choose_optimizer("auto", "cuda", 10**6) == "adamw"
+    for name in ("adamw", "muon"):
+        assert choose_optimizer(name, "cpu", 1) == choose_optimizer(name, "cuda", 10**6) == name
+
+
+def test_the_rate_of_matrices_grows_with_the_root_of_the_tokens() -> None:
+    assert [2e-3 * muon_rate_factor(tokens) for tokens in (1024, 4096, 16_384)] == pytest.approx([1e-3, 2e-3, 4e-3])
+    assert muon_rate_factor(1) == muon_rate_factor(1024)
+    assert muon_rate_factor(10**9) == muon_rate_factor(16_384)

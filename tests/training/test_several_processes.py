@@ -144,6 +144,21 @@ def test_sharded_models_train_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_matrices_are_orthogonalised_alike(tmp_path: Path) -> None:
+    """Dealt out to the processes, whole or gathered from their parts: losses of one process, and exact resume."""
+    muon = ["--optimizer", "muon"]
+    runs = [Run(1, "one", 4, muon), Run(2, "two", 4, muon), Run(2, "parts", 4, [*muon, *FSDP])]
+    stopped = [Run(2, "stopped", 2, [*muon, *FSDP]), Run(2, "stopped", 4, [*muon, *FSDP])]
+    train(tmp_path, *runs, *stopped, Run(3, "three", 4, [*muon, "--batch_size", "3"]), Run(1, "adamw", 4))
+    one = losses(tmp_path / "one")
+    assert one != pytest.approx(losses(tmp_path / "adamw"), rel=1e-3)
+    for name in ("two", "parts"):  # directions are rounded to bfloat16 where it has products, so a bit may change more
+        assert losses(tmp_path / name) == pytest.approx(one, rel=1e-3), name
+    assert_same_checkpoint(tmp_path / "parts", tmp_path / "stopped")
+    assert len(losses(tmp_path / "three")) == 4  # and some processes have more matrices than others
+
+
+@pytest.mark.slow
 def test_fusion_in_several_processes(tmp_path: Path) -> None:
     """Steps of the fusion alone, then of all, with the state carried; whole, by FSDP, and by FSDP by itself."""
     whole = with_margin(training_bytes(count_parameters(ModelConfig.preset("tiny")), "fp32"), 0)

@@ -214,6 +214,20 @@ MM_EXPORT(void, adamw_many)
     adamw({tensors, sizes, master, m, v, grad, types, outs, reinterpret_cast<const AdamW*>(settings)}, threads);
 }
 
+MM_EXPORT(void, muon_momentum)
+(int64_t tensors, const int64_t* sizes, float* const* m, const void* const* grad, const int32_t* types, void* const* u,
+ int u_type, float momentum, float grad_scale, int threads) {
+    muon_momentum(tensors, sizes, m, grad, types, u, u_type, {momentum, grad_scale}, threads);
+}
+
+MM_EXPORT(void, muon_step)
+(int64_t tensors, const int64_t* sizes, float* const* master, const void* const* u, int u_type, void* const* out,
+ const float* settings, int threads) {
+    static_assert(sizeof(MuonStep) == 2 * sizeof(float), "settings are two floats a tensor");
+    muon_step(tensors, sizes, master, u, u_type, reinterpret_cast<bf16* const*>(out),
+              reinterpret_cast<const MuonStep*>(settings), threads);
+}
+
 MM_EXPORT(double, sum_of_squares)
 (int64_t tensors, const void* const* data, const int64_t* sizes, const int32_t* types, int threads) {
     return sum_of_squares(tensors, data, sizes, types, threads);

@@ -1,4 +1,4 @@
-// What the processor can run. Compiled for the oldest one.
+// What the library was built from, and what the processor can run. Compiled for the oldest one.
 
 #include <stdint.h>
 #if defined(__x86_64__)
@@ -11,8 +11,10 @@
 
 #include "export.h"
 
-// Raised with every change of the C interface, so that an old library is told from a broken one.
-MM_PUBLIC int mm_rec_interface() { return 7; }
+#if defined(MM_SOURCES)  // by mm_rec/cpp/build.py, for the library; the programs of the tests have none
+// A hash of the sources and flags that this library was built from, by which a library of other sources is told.
+MM_PUBLIC uint64_t mm_rec_sources() { return MM_SOURCES; }
+#endif
 
 #if defined(__x86_64__)
 

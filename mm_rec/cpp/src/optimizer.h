@@ -1,4 +1,4 @@
-// AdamW in one pass over memory, and sums of squares.
+// AdamW in one pass over memory, the two passes of Muon around its orthogonal matrices, and sums of squares.
 #pragma once
 
 #include "parallel.h"
@@ -36,6 +36,18 @@ static int64_t count_pieces(int64_t tensors, const int64_t* sizes) {
     int64_t total = 0;
     for (int64_t k = 0; k < tensors; ++k) total += PieceCursor::pieces(sizes[k]);
     return total;
+}
+
+// Calls body(k, begin, end) for all pieces of the tensors.
+template <class F>
+static void for_pieces(int64_t tensors, const int64_t* sizes, int threads, F body) {
+    parallel_ranges(count_pieces(tensors, sizes), threads, [=](int64_t first, int64_t last) {
+        PieceCursor at(sizes);
+        for (int64_t piece = first; piece < last; ++piece) {
+            at.find(piece);
+            body(at.tensor, at.begin, at.end);
+        }
+    });
 }
 
 // Calls `body` with the tensor's data in its type: 0 is float32, 1 bfloat16.
@@ -81,19 +93,65 @@ struct AdamWTensors {
 };
 
 static void adamw(AdamWTensors all, int threads) {
-    const int64_t pieces = count_pieces(all.count, all.sizes);
-    parallel_ranges(pieces, threads, [=](int64_t begin, int64_t end) {
-        PieceCursor at(all.sizes);
-        for (int64_t piece = begin; piece < end; ++piece) {
-            at.find(piece);
-            const int64_t k = at.tensor;
-            const bool past_caches = all.out[k] && streams(all.out[k], W, all.sizes[k]);
-            with_data(all.grad[k], all.types[k], [&](auto grad) {
-                adamw_piece(at.begin, at.end, all.master[k], all.m[k], all.v[k], grad, all.out[k], past_caches,
-                            all.settings[k]);
-            });
-            if (past_caches) end_streams();
-        }
+    for_pieces(all.count, all.sizes, threads, [=](int64_t k, int64_t begin, int64_t end) {
+        const bool past_caches = all.out[k] && streams(all.out[k], W, all.sizes[k]);
+        with_data(all.grad[k], all.types[k], [&](auto grad) {
+            adamw_piece(begin, end, all.master[k], all.m[k], all.v[k], grad, all.out[k], past_caches, all.settings[k]);
+        });
+        if (past_caches) end_streams();
+    });
+}
+
+struct MuonMomentum {
+    float momentum, grad_scale;
+};
+
+// m <- mu m + (1 - mu) g, and the direction u = mu m + (1 - mu) g (Nesterov).
+template <class T, class U>
+MM_INLINE void muon_momentum_piece(int64_t begin, int64_t end, float* m, const T* grad, U* u, MuonMomentum p) {
+    for_vectors(end - begin, [&](int64_t offset, auto left) {
+        const int64_t i = begin + offset;
+        __builtin_prefetch(m + i + AHEAD, 1);
+        __builtin_prefetch(grad + i + AHEAD);
+        const vf g = (1.0f - p.momentum) * p.grad_scale * load(grad + i, left);
+        const vf m_new = p.momentum * load(m + i, left) + g;
+        store(m + i, m_new, left);
+        store(u + i, p.momentum * m_new + g, left);
+    });
+}
+
+// Gradients have types of their own; all u have the type `u_type`.
+static void muon_momentum(int64_t tensors, const int64_t* sizes, float* const* m, const void* const* grad,
+                          const int32_t* types, void* const* u, int32_t u_type, MuonMomentum p, int threads) {
+    for_pieces(tensors, sizes, threads, [=](int64_t k, int64_t begin, int64_t end) {
+        with_data(grad[k], types[k], [&](auto g) {
+            u_type == 0 ? muon_momentum_piece(begin, end, m[k], g, static_cast<float*>(u[k]), p)
+                        : muon_momentum_piece(begin, end, m[k], g, static_cast<bf16*>(u[k]), p);
+        });
+    });
+}
+
+// Settings of one tensor, two floats also in the C interface: 1 - lr * weight_decay, and lr times its scale.
+struct MuonStep {
+    float decay, rate;
+};
+
+// master <- decay master - rate u; out, which may be null, is set to that.
+template <class U>
+MM_INLINE void muon_step_piece(int64_t begin, int64_t end, float* master, const U* u, bf16* out, MuonStep p) {
+    for_vectors(end - begin, [&](int64_t offset, auto left) {
+        const int64_t i = begin + offset;
+        __builtin_prefetch(master + i + AHEAD, 1);
+        const vf x = p.decay * load(master + i, left) - p.rate * load(u + i, left);
+        store(master + i, x, left);
+        if (out) store(out + i, x, left);
+    });
+}
+
+static void muon_step(int64_t tensors, const int64_t* sizes, float* const* master, const void* const* u, int32_t u_type,
+                      bf16* const* out, const MuonStep* settings, int threads) {
+    for_pieces(tensors, sizes, threads, [=](int64_t k, int64_t begin, int64_t end) {
+        with_data(u[k], u_type, [&](auto x) { muon_step_piece(begin, end, master[k], x, out[k], settings[k]); });
     });
 }
 

@@ -19,6 +19,24 @@
 
 #include "export.h"
 
+// glibc 2.34 moved these functions to another of its libraries, under a new version. By the version that they had, which
+// it keeps, a library that is built with a new glibc also runs with an old one. Programs, which the tests link with
+// sanitizers or as a whole, take what their linker finds.
+#if defined(__GLIBC__) && defined(MM_SOURCES)
+#if defined(__x86_64__)
+#define MM_OLD_VERSION(name) __asm__(".symver " #name "," #name "@GLIBC_2.2.5")
+#elif defined(__aarch64__)
+#define MM_OLD_VERSION(name) __asm__(".symver " #name "," #name "@GLIBC_2.17")
+#endif
+#if defined(MM_OLD_VERSION)
+MM_OLD_VERSION(dladdr);
+MM_OLD_VERSION(dlopen);
+MM_OLD_VERSION(dlsym);
+MM_OLD_VERSION(pthread_attr_setstacksize);
+MM_OLD_VERSION(pthread_create);
+#endif
+#endif
+
 namespace mm_rec {
 namespace {
 
@@ -219,6 +237,6 @@ void run_threads(int threads, ThreadBody body, const void* context) {
 }  // namespace mm_rec
 
 // Whether the threads are those of OpenMP from now on: if they should be, and its runtime is loaded.
-MM_PUBLIC int mm_rec_use_openmp(int wanted) {
+MM_PUBLIC int mm_rec_use_openmp([[maybe_unused]] int wanted) {
     return mm_rec::use_openmp = wanted && mm_rec::find_openmp();
 }

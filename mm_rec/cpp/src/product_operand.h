@@ -21,13 +21,25 @@ struct ProductOperand {
     int64_t outer, depth;  // r < outer, p < depth
     int64_t row;           // distance of rows in memory, in elements
     bool depth_last;       // (r, p) is at r * row + p, else at p * row + r
+    bool lower = false;    // symmetric, with only what a result that is `lower` has
 };
 
+// C = factor A B^T + share D. With `lower`, of a symmetric C only the blocks of 32 x 32 on and below the diagonal are
+// sure to be written, which takes half the time.
 template <class T>
 struct ProductResult {
     T* data;
-    int64_t row;  // distance of rows
-    bool add;     // to what is there
+    int64_t row;      // distance of rows
+    const T* addend;  // D, whose rows are as far apart, or null; may be C
+    float factor = 1.0f, share = 1.0f;
+    bool lower = false;
+
+    // Sets the elements (i, j) to (i, j + n - 1) by their sums.
+    template <class N>
+    inline __attribute__((always_inline)) void write(int64_t i, int64_t j, vf sums, N n) const {
+        const int64_t at = i * row + j;
+        store(data + at, addend ? share * load(addend + at, n) + factor * sums : factor * sums, n);
+    }
 };
 
 // Parts of at most `most`, all about alike and multiples of `unit`.
@@ -122,10 +134,13 @@ template <int TILES, bool DEPTH_LAST, bool TRANSPOSED>
 static void pack_panel(const ProductOperand& x, int64_t r, int64_t begin, int64_t end, uint32_t* to) {
     for (int64_t p = begin; p < end; p += STEP)
         for (int64_t i = 0; i < TILES * TILE; i += TILE, to += TILE_CELLS) {
-            if (r + i + TILE <= x.outer && p + STEP <= x.depth)
-                pack_tile<DEPTH_LAST, TRANSPOSED, true>(x, r + i, p, to);
+            const bool whole = r + i + TILE <= x.outer && p + STEP <= x.depth;
+            if (x.lower && r + i < p)  // above the diagonal: what lies across it, where the other index is the fast one
+                whole ? pack_tile<!DEPTH_LAST, !TRANSPOSED, true>(x, r + i, p, to)
+                      : pack_tile<!DEPTH_LAST, !TRANSPOSED, false>(x, r + i, p, to);
             else
-                pack_tile<DEPTH_LAST, TRANSPOSED, false>(x, r + i, p, to);
+                whole ? pack_tile<DEPTH_LAST, TRANSPOSED, true>(x, r + i, p, to)
+                      : pack_tile<DEPTH_LAST, TRANSPOSED, false>(x, r + i, p, to);
         }
 }
 

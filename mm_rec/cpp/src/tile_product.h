@@ -80,11 +80,7 @@ struct TileOutput {
 
     void write(const ProductResult<T>& c, int64_t most) {
         for (; rows > 0 && most > 0; --rows, --most, ++i, sums += PANEL) {
-            T* to = c.data + i * c.row + j;
-            for_vectors(columns, [&](int64_t k, auto n) {
-                const vf x = load(sums + k);
-                store(to + k, c.add ? load(to + k, n) + x : x, n);
-            });
+            for_vectors(columns, [&](int64_t k, auto n) { c.write(i, j + k, load(sums + k), n); });
         }
     }
 };
@@ -110,9 +106,10 @@ struct TileTask {
         const int64_t rows_a_step = (PANEL + steps - 1) / steps;
         TileOutput<T> before{};
         int64_t blocks = 0;
-        for (int64_t i = range.i0; i < range.i1; i += PANEL) {
+        for (int64_t i = c.lower ? max64(range.i0, range.j0) : range.i0; i < range.i1; i += PANEL) {
             pack_rows<2>(a, i, p, end, a_tiles);
-            for (int64_t j = range.j0; j < range.j1; j += PANEL, ++blocks) {
+            const int64_t j1 = c.lower ? min64(range.j1, i + PANEL) : range.j1;
+            for (int64_t j = range.j0; j < j1; j += PANEL, ++blocks) {
                 float* to = sums + (is_whole() ? blocks % 2 : blocks) * PANEL * PANEL;
                 const uint32_t* b_panel = b_tiles + (j - range.j0) * depth / 2;
                 tile_block(steps, a_tiles, b_panel, to, p > 0, [&] { before.write(c, rows_a_step); });

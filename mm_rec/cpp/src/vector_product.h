@@ -31,7 +31,7 @@ struct PairRows {
     PairRows from(int64_t r) const { return {data + r / TILE * tile + r % TILE * row, row, tile, pair}; }
 };
 
-MM_INLINE bool reads_in_place(const ProductOperand& a) { return a.depth_last && a.depth % STEP == 0; }
+MM_INLINE bool reads_in_place(const ProductOperand& a) { return a.depth_last && !a.lower && a.depth % STEP == 0; }
 
 static PairRows rows_in_place(const ProductOperand& a, int64_t i, int64_t p) {
     const int64_t row = a.row * int64_t(sizeof(bf16));
@@ -79,7 +79,7 @@ struct PanelTask {
     int64_t lines_a_step;
 
     template <int ROWS>
-    void multiply(PairRows from, float* kept, T* to) {
+    void multiply(PairRows from, float* kept, int64_t i) {
         vf x[ROWS][VECTORS] = {};
         if (begin)
             for (int r = 0; r < ROWS; ++r)
@@ -101,36 +101,34 @@ struct PanelTask {
         }
         for (int r = 0; r < ROWS; ++r) {
             if (end == depth)
-                write(x[r], to + r * c.row);
+                write(x[r], i + r);
             else
                 for (int v = 0; v < VECTORS; ++v) store(kept + r * COLUMNS + v * W, x[r][v]);
         }
     }
 
-    void write(const vf (&x)[VECTORS], T* to) const {
-        if (columns < COLUMNS || c.add)
-            for_vectors(columns, [&](int64_t k, auto n) {
-                store(to + k, c.add ? load(to + k, n) + x[k / W] : x[k / W], n);
-            });
+    void write(const vf (&x)[VECTORS], int64_t i) const {
+        if (columns < COLUMNS)
+            for_vectors(columns, [&](int64_t k, auto n) { c.write(i, j + k, x[k / W], n); });
         else
-            for (int v = 0; v < VECTORS; ++v) store(to + v * W, x[v]);
+            for (int v = 0; v < VECTORS; ++v) c.write(i, j + v * W, x[v], Whole{});
     }
 
-    // The rows [i0, i1), a block: of 16 in a tile 6, 5 and 5, which keep the unit as busy as 6 do.
-    void multiply_block(const PairRows& block, int64_t i0, int64_t i1) {
+    // Of the rows [i0, i1), a block, those from `first` on: of 16 in a tile 6, 5 and 5, which keep the unit as busy as
+    // 6 do.
+    void multiply_block(const PairRows& block, int64_t i0, int64_t first, int64_t i1) {
         int64_t rows;
-        for (int64_t i = 0; i < i1 - i0; i += rows) {
+        for (int64_t i = first - i0; i < i1 - i0; i += rows) {
             rows = min64(i % TILE ? 5 : 6, i1 - i0 - i);
             const PairRows from = block.from(i);
             float* kept = sums + i * COLUMNS;
-            T* to = c.data + (i0 + i) * c.row + j;
             switch (rows) {
-                case 1: multiply<1>(from, kept, to); break;
-                case 2: multiply<2>(from, kept, to); break;
-                case 3: multiply<3>(from, kept, to); break;
-                case 4: multiply<4>(from, kept, to); break;
-                case 5: multiply<5>(from, kept, to); break;
-                case 6: multiply<6>(from, kept, to); break;
+                case 1: multiply<1>(from, kept, i0 + i); break;
+                case 2: multiply<2>(from, kept, i0 + i); break;
+                case 3: multiply<3>(from, kept, i0 + i); break;
+                case 4: multiply<4>(from, kept, i0 + i); break;
+                case 5: multiply<5>(from, kept, i0 + i); break;
+                case 6: multiply<6>(from, kept, i0 + i); break;
             }
         }
     }
@@ -166,7 +164,7 @@ static bool vector_product(const ProductOperand& a, const ProductOperand& b, con
                 const Lines ahead = lines_after(b, range, j, p, depth);
                 PanelTask<T> task{c, panel, j, min64(COLUMNS, range.j1 - j), p, end, a.depth,
                                   sums + (j - range.j0) * rows, ahead, (ahead.rows * ahead.width + steps - 1) / steps};
-                task.multiply_block(from, i, last);
+                task.multiply_block(from, i, c.lower ? min64(max64(i, j), last) : i, last);
             }
         }
     return true;

@@ -180,7 +180,7 @@ class _Download:
             journal.dropped = Counter(journal.dropped)
             if journal.done and not self.part.exists():
                 return journal if self.target.stat().st_size == journal.n_bytes else None
-            return journal if self.part.stat().st_size >= journal.n_bytes else None
+            return journal if self.part.is_file() and self.part.stat().st_size >= journal.n_bytes else None
         except (OSError, ValueError, TypeError):
             return None
 
@@ -190,7 +190,8 @@ class _Download:
         self.reached = True
         if self.journal is None or self.journal.origin != self.origin or self.journal.kept >= self.samples:
             self._commit(_Journal(self.origin, revision, self.samples))
-            self.part.write_bytes(b"")
+            self.part.unlink(missing_ok=True)
+            self.part.touch()
         assert self.journal is not None
         journal = copy.deepcopy(self.journal)
         journal.asked = self.samples

@@ -11,21 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from mm_rec import system
+from mm_rec.data.documents.account import count_kinds, names_of, table
+from mm_rec.data.documents.folder import find_documents
+from mm_rec.data.documents.kinds import readable_endings
+from mm_rec.data.documents.parsing import Parser
+from mm_rec.data.documents.reading import Documents, ReadOptions
 from mm_rec.data.download.builtin import builtin_code, builtin_text
 from mm_rec.data.download.sources import BUILTIN
-from mm_rec.data.files import SUFFIXES, BadRows, find_files, read_texts
 from mm_rec.data.manifest import check_files, read_manifest, record_file
 from mm_rec.data.pack import file_sha256
 from mm_rec.errors import UserError
 from mm_rec.storage.files import format_bytes, reporting_errors
 
-__all__ = ["SOURCE_SUFFIXES", "take_builtin", "take_own"]
-
-SOURCE_SUFFIXES = (
-    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt", ".swift", ".js", ".jsx",
-    ".ts", ".tsx", ".rb", ".php", ".sh", ".sql", ".lua", ".r", ".jl", ".scala", ".hs", ".ml", ".cs",
-)  # fmt: skip
-"""Program files that ``--code_dir`` takes as they are, one document each, beside data files."""
+__all__ = ["take_builtin", "take_own"]
 
 
 def take_builtin(kind: str, samples: int | None, data_dir: Path, tell: Callable[[str], None]) -> Path:
@@ -51,24 +49,39 @@ def take_builtin(kind: str, samples: int | None, data_dir: Path, tell: Callable[
     return _write(data_dir, name, islice(texts, samples), entry, tell)
 
 
-def take_own(kind: str, path: Path, skip_bad: int, data_dir: Path, tell: Callable[[str], None]) -> Path:
+def take_own(
+    kind: str,
+    path: Path,
+    options: ReadOptions,
+    data_dir: Path,
+    tell: Callable[[str], None],
+    *,
+    name_left_out: bool = False,
+) -> Path:
     """Copy the documents of the user's file or folder ``path`` to ``data_dir/KIND/own.jsonl``; returns the file.
 
-    For code they may be programs (:data:`SOURCE_SUFFIXES`), too. Raises UserError if there is nothing to read, for more
-    than ``skip_bad`` bad rows, or if ``path`` is in that folder already.
+    Of text as it stands, code takes programs alone. What is read and what is left out is told.
+
+    Raises:
+        UserError: if there is nothing to read, for a bad row too many, or if ``path`` is in that folder already.
     """
     own, given = data_dir / kind, path.resolve()
     if own.exists() and any(one.exists() and one.samefile(own) for one in (given, *given.parents)):
         raise UserError(f"{path} is in the data folder already and is used as it is; leave out --{kind}_dir")
-    plain = SOURCE_SUFFIXES if kind == "code" else ()
-    files = find_files(path, plain)
-    if not files:
-        raise UserError(f"there is no data file in {path}; what is read are {', '.join([*SUFFIXES, *plain])}")
-    bad = BadRows(skip_bad)
-    texts = (text for file in files for text in read_texts(file, bad))
-    target = _write(data_dir, f"{kind}/own.jsonl", texts, {"source": "own", "origin": {"path": str(path)}}, tell)
-    if bad.found:
-        tell(f"{len(bad.found)} bad rows left out, the first one {bad.found[0]}")
+    found = find_documents(path, programs_only=kind == "code", skip=[data_dir])
+    with Parser(encoding=options.encoding, columns=options.columns) as parser:
+        documents = Documents(found.paths, parser, options)
+        texts = (document.text for document in documents.read())
+        entry = {"source": "own", "origin": {"path": str(path)}}
+        target = _write(data_dir, f"{kind}/own.jsonl", texts, entry, tell) if found.files else None
+    left_out = [*found.left_out, *documents.left_out.values()]
+    lines = table(str(path), count_kinds(documents), left_out, [])
+    for line in [*lines, *(names_of(left_out) if name_left_out else ())]:
+        tell(line)
+    if target is None or not documents.counts:
+        raise UserError(f"there is no document in {path}; what is read are {readable_endings()}")
+    if documents.bad_rows:
+        tell(f"{len(documents.bad_rows)} bad rows left out, the first one {documents.bad_rows[0]}")
     return target
 
 
@@ -81,7 +94,8 @@ def _write(data_dir: Path, name: str, texts: Iterable[str], entry: dict[str, Any
     with reporting_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with part.open("wb") as file:
+            part.unlink(missing_ok=True)
+            with part.open("xb") as file:
                 for text in texts:
                     file.write(json.dumps(text, ensure_ascii=False).encode() + b"\n")
                     count += 1

@@ -11,7 +11,7 @@ from typing import Any
 
 from mm_rec.cpp.build import LEVELS
 from mm_rec.ops.backend import Native
-from mm_rec.ops.cpu import attention, branches, common, delta_rule, loss, matmul, norm, optimizer, retained, sequence
+from mm_rec.ops.cpu import attention, branches, common, delta_rule, loss, matmul, muon, norm, optimizer, retained, sequence
 from mm_rec.ops.cpu.load_library import CpuLibrary
 
 __all__ = ["load"]
@@ -24,16 +24,18 @@ def load() -> Native:
     """Load the library and return its kernels, by op name.
 
     Raises:
-        NativeUnavailableError: the library is missing or broken.
+        NativeUnavailableError: the library cannot be used.
     """
     library = CpuLibrary()
     common.call = call = library.call
-    modules = (sequence, norm, attention, retained, delta_rule, loss, optimizer, branches)
+    modules = (sequence, norm, attention, retained, delta_rule, loss, optimizer, muon, branches)
     kernels: dict[str, Callable[..., Any]] = {
         kernel.__name__: kernel for module in modules for kernel in module.KERNELS
     }
     if library.level in OWN_PRODUCTS:
-        matmul.use(call.tile_product if library.level == "amx" else call.vector_product)
+        tiles = library.level == "amx"
+        matmul.use(call.tile_product if tiles else call.vector_product)
+        muon.use(call.tile_orthogonalize if tiles else call.vector_orthogonalize)
         kernels |= {"mm": matmul.mm, "linear": branches.linear}
     raw = {name: getattr(call, name) for name in RAW}
     return Native(str(library.path), library.level, kernels | raw)

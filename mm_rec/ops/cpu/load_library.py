@@ -11,14 +11,13 @@ from typing import Any
 import torch  # noqa: F401 - loads PyTorch's OpenMP runtime first, which the library then shares
 
 from mm_rec import system
-from mm_rec.cpp.build import CPU_LIBRARY, LEVELS, REBUILD
+from mm_rec.cpp.build import CPU_LIBRARY, LEVELS, REBUILD, hash_of_sources
 from mm_rec.errors import SettingError
 from mm_rec.ops.backend import NativeUnavailableError
 
-__all__ = ["INTERFACE", "LIBRARY_PATH", "CpuLibrary", "openmp_runtimes"]
+__all__ = ["LIBRARY_PATH", "CpuLibrary", "openmp_runtimes"]
 
 LIBRARY_PATH = Path(__file__).resolve().parents[2] / "cpp" / CPU_LIBRARY
-INTERFACE = 7  # mm_rec_interface() of mm_rec/cpp/src/level.cpp
 
 _TYPES: dict[str, Any] = {
     "p": ctypes.c_void_p,
@@ -61,9 +60,13 @@ _SIGNATURES = {
     "delta_rule_backward": ("i nnnnn p pnn pnn pnn pp pnn pp ppp ppp i", "i"),
     "cross_entropy": ("i nn p p p p i i", "i"),
     "adamw_many": ("n p ppp pp p p i", "-"),
+    "muon_momentum": ("n p pp p p i f f i", "-"),
+    "muon_step": ("n p p p i p p i", "-"),
     "sum_of_squares": ("n p p p i", "d"),
     "tile_product": ("i nnn pni pni pn i i", "i"),
     "vector_product": ("i nnn pni pni pn i i", "i"),
+    "tile_orthogonalize": ("n p p p n p n i", "i"),
+    "vector_orthogonalize": ("n p p p n p n i", "i"),
     "step_scratch": ("p n i", "n"),
     "step": ("p p n p p p i", "i"),
     "pack_layout": ("nn p p p i", "n"),
@@ -71,6 +74,7 @@ _SIGNATURES = {
     "sample_scratch": ("n i", "n"),
     "sample": ("nn pn p p p i", "-"),
 }
+OF_TILES = ("tile_product", "tile_orthogonalize")
 
 
 class CpuLibrary:
@@ -87,22 +91,23 @@ class CpuLibrary:
         """Open the library.
 
         Raises:
-            NativeUnavailableError: it is missing, broken, or of another version.
+            NativeUnavailableError: it is missing, broken, or built from other sources than those installed.
         """
         self.path = path or LIBRARY_PATH
         if not self.path.exists():
             raise NativeUnavailableError(f"the native library is not built; build it with: {REBUILD}")
         try:
             library = ctypes.CDLL(str(self.path))
-            interface = library.mm_rec_interface()
+            library.mm_rec_sources.restype = ctypes.c_uint64
+            sources = library.mm_rec_sources()
             best = library.mm_rec_best_level()
         except (OSError, AttributeError) as error:
             raise NativeUnavailableError(
                 f"the native library is broken ({error}); rebuild it with: {REBUILD}"
             ) from None
-        if interface != INTERFACE:
+        if sources != hash_of_sources("cpu"):
             raise NativeUnavailableError(
-                f"the native library has interface {interface}, not {INTERFACE}; rebuild it with: {REBUILD}"
+                f"the native library was built from other sources than those installed; rebuild it with: {REBUILD}"
             )
         self.best_level = LEVELS[best]
         self.level = _choose_level(best)
@@ -123,7 +128,7 @@ class CpuLibrary:
 
 def _compiled_for(name: str, level: str) -> str:
     """Returns the level whose function runs at ``level``: amx has its own matrix products, the rest is avx512bf16."""
-    return "avx512bf16" if level == "amx" and name != "tile_product" else level
+    return "avx512bf16" if level == "amx" and name not in OF_TILES else level
 
 
 def _wants_openmp() -> bool:

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_rec.cpp.build import CUDA_LIBRARY, REBUILD_CUDA
+from mm_rec.cpp.build import CUDA_LIBRARY, REBUILD_CUDA, hash_of_sources
 from mm_rec.ops.backend import NativeUnavailableError
 
 __all__ = ["LIBRARY_PATH", "CudaLibrary", "DoesNotFitError", "cuda_library"]
 
 LIBRARY_PATH = Path(__file__).resolve().parents[2] / "cpp" / CUDA_LIBRARY
 _PREFIX = "mm_rec_cuda_"
-_INTERFACE = 4  # mm_rec_cuda_interface() of mm_rec/cpp/cuda/errors.cu
 _DOES_NOT_FIT = 20_000  # kDoesNotFit of mm_rec/cpp/cuda/launch.cuh
 
 
@@ -43,7 +42,7 @@ class CudaLibrary:
         """Open the library.
 
         Raises:
-            NativeUnavailableError: it is missing or broken.
+            NativeUnavailableError: it is missing, broken, or built from other sources than those installed.
         """
         self.path = path
         if not path.exists():
@@ -53,12 +52,13 @@ class CudaLibrary:
         try:
             self._library = ctypes.CDLL(str(path))
             self._error_string = self._library.mm_rec_cuda_error_string
-            interface = self._library.mm_rec_cuda_interface()
+            self._library.mm_rec_cuda_sources.restype = ctypes.c_uint64
+            sources = self._library.mm_rec_cuda_sources()
         except (OSError, AttributeError) as error:
             raise NativeUnavailableError(f"{path} cannot be used ({error}); rebuild it with: {REBUILD_CUDA}") from error
-        if interface != _INTERFACE:
+        if sources != hash_of_sources("cuda"):
             raise NativeUnavailableError(
-                f"{path} has interface {interface}, not {_INTERFACE}; rebuild it with: {REBUILD_CUDA}"
+                f"{path} was built from other sources than those installed; rebuild it with: {REBUILD_CUDA}"
             )
         self._error_string.restype = ctypes.c_char_p
 
@@ -90,6 +90,6 @@ def cuda_library() -> CudaLibrary:
     """Returns the library of this process, opened at the first call.
 
     Raises:
-        NativeUnavailableError: it is missing or broken.
+        NativeUnavailableError: it cannot be used.
     """
     return CudaLibrary()
