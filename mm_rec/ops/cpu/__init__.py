@@ -11,7 +11,9 @@ from typing import Any
 
 from mm_rec.cpp.build import LEVELS
 from mm_rec.ops.backend import Native
-from mm_rec.ops.cpu import attention, branches, common, delta_rule, loss, matmul, muon, norm, optimizer, retained, sequence
+from mm_rec.ops.cpu import (
+    attention, branches, common, delta_rule, loss, matmul, muon, norm, optimizer, retained, sequence,
+)  # fmt: skip
 from mm_rec.ops.cpu.load_library import CpuLibrary
 
 __all__ = ["load"]
