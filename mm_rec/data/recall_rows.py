@@ -4,6 +4,9 @@ Each is a passage of the store's own text into which things are inserted that co
 distances: facts about made-up keys, lists of pairs, sentences of the text with a word changed, passages as they are.
 The loss counts the text, the answers and what is repeated; what nobody could foresee, such as the value of a new fact,
 does not count.
+
+Most rows are *sparse*: a few things among much text of which nothing is asked, each asked for far away. They teach
+which tokens are worth keeping. The others hold many things at all distances, and teach to find them.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ LONGEST = 32_768
 SHORTEST = 256  # or a quarter of the longest, if that is less
 LONGEST_SHARE = 1 / 16  # of all rows of a store that one row may be
 NEAREST, SPARSEST = 40, 8  # bytes between insertions: from so many to one such part of the row
+SPARSE = 0.6  # share of rows that are sparse
+INSERTIONS = 1.5, 2, 3, 4  # about so many things in a sparse row
+FAR = 300  # bytes between a thing and a question about it, at least, in a sparse row: the window does not reach so far
 MOST_VERSIONS = 4  # of a sentence, each with another word
 LONGEST_LIST, LIST_SPARES = 24, 200  # pairs, of which there is one for so many bytes of the row at most
 END = 0.4  # share of facts that are asked for again at the row's end
@@ -131,6 +137,7 @@ class _Row:
     def __init__(self, rng: random.Random, store: Documents, tokenizer: Tokenizer, domain: str, size: int) -> None:
         self._rng = rng
         self._size = size
+        self._is_sparse = rng.random() < SPARSE
         self._is_code = domain == "code"
         self._wordings: Wordings = CODE if self._is_code else TEXT
         pieces = functools.partial(_pieces, rng, store, tokenizer, _PIECE["code" if self._is_code else "text"])
@@ -146,8 +153,7 @@ class _Row:
 
     def parts(self) -> list[Part]:
         """The row."""
-        rng, sparsest = self._rng, max(self._size / SPARSEST, 2 * NEAREST)
-        gap = NEAREST * (sparsest / NEAREST) ** rng.random()
+        rng, gap = self._rng, self._gap()
         following = rng.random() * gap
         while self._bytes + self._bytes_waiting < self._size:
             piece = next(self._pieces)
@@ -167,6 +173,13 @@ class _Row:
             self._insert(parts)
         return self._parts
 
+    def _gap(self) -> float:
+        """Bytes between two things that are inserted, on average."""
+        if self._is_sparse:
+            return self._size / self._rng.choice(INSERTIONS)
+        sparsest = max(self._size / SPARSEST, 2 * NEAREST)
+        return float(NEAREST * (sparsest / NEAREST) ** self._rng.random())
+
     def _add(self, parts: list[Part]) -> None:
         self._parts += parts
         self._bytes += _size_of(parts)
@@ -176,9 +189,16 @@ class _Row:
         self._add([*parts, Part(self._rng.choice(self._wordings.separators), False)])
 
     def _later(self, parts: list[Part], at_end: bool = False) -> None:
-        """Insert at a random place behind the present one; near and far are equally likely on a logarithmic scale."""
+        """Insert at a random place behind the present one: in a sparse row at any that is far, else near and far are
+        equally likely on a logarithmic scale.
+        """
         left = max(self._size - self._bytes, NEAREST + 1)
-        distance = left if at_end else NEAREST * (left / NEAREST) ** self._rng.random()
+        if at_end:
+            distance: float = left
+        elif self._is_sparse:
+            distance = FAR + self._rng.random() * max(left - FAR, 1)
+        else:
+            distance = NEAREST * (left / NEAREST) ** self._rng.random()
         heapq.heappush(self._waiting, (self._bytes + round(distance), next(self._count), parts))
         self._bytes_waiting += _size_of(parts)
 
@@ -186,7 +206,7 @@ class _Row:
         """Something new, of which something comes later."""
         if self._versions:
             return self._version()
-        draw = self._rng.random()
+        draw = self._rng.uniform(0.3 if self._is_sparse else 0.0, 1.0)  # lists and passages are no single things
         if draw < 0.15 and len(self._text) > 2:
             self._repeat_passage()
         if draw < 0.3:

@@ -333,6 +333,65 @@ def delta_rule(
     return torch.stack(out, dim=1).to(out_dtype), state
 
 
+def retain(score: Tensor, position: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens a head keeps when they leave the window: those of the highest scores, as many as it has slots.
+
+    At a document's first token all slots become empty. A token that leaves the window takes an empty slot, else the
+    slot of the lowest score if its own is higher; of equal ones the first. Shapes as in :func:`mm_rec.ops.retain`.
+    """
+    time, slots = position.shape[1], kept.shape[2]
+    window = score.shape[1] - time
+    kept, score = kept.clone(), score.transpose(1, 2)
+    source = torch.arange(slots, device=kept.device).expand_as(kept).clone()
+    taken = []
+    for t in range(time):
+        kept = kept.masked_fill((position[:, t] == 0)[:, None, None], -math.inf)
+        lowest, slot = kept.min(dim=-1)
+        leaves = score[:, :, t]
+        comes = (leaves > lowest) & (position[:, t] >= window)[:, None]
+        here = comes[..., None] & (torch.arange(slots, device=kept.device) == slot[..., None])
+        kept = torch.where(here, leaves[..., None], kept)
+        source = torch.where(here, slots + t, source)
+        taken.append(torch.where(comes, slot, -1))
+    return torch.stack(taken, dim=-1).int(), source, kept
+
+
+def retained_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Tensor,
+    slot: Tensor,
+    position: Tensor,
+    kept_k: Tensor,
+    kept_v: Tensor,
+    kept_score: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the pairs that a head has kept, with their scores added to the logits.
+
+    Which pairs are in the slots at a token follows from ``slot`` (:func:`retain`). Shapes as in
+    :func:`mm_rec.ops.retained_attention`.
+    """
+    out_dtype, time, slots = q.dtype, q.shape[1], kept_k.shape[2]
+    q, k, v, kept_k, kept_v = (_wide(x) for x in (q, k, v, kept_k, kept_v))
+    keys = torch.cat([kept_k, k[:, :time].transpose(1, 2)], dim=2)  # the tokens that may leave the window
+    values = torch.cat([kept_v, v[:, :time].transpose(1, 2)], dim=2)
+    scores = torch.cat([kept_score, score[:, :time].transpose(1, 2)], dim=2)
+    logits = torch.einsum("bthd,bhjd->bhtj", q, keys) + scores[:, :, None]
+    held = torch.where(kept_score > -math.inf, torch.arange(slots, device=q.device), -1)  # by slot, whose pair it holds
+    visible = torch.zeros_like(logits, dtype=torch.bool)
+    for t in range(time):
+        held = held.masked_fill((position[:, t] == 0)[:, None, None], -1)
+        here = torch.arange(slots, device=q.device) == slot[:, :, t, None]
+        held = torch.where(here, slots + t, held)
+        present = torch.zeros_like(visible[:, :, t]).long().scatter_add_(2, held.clamp(min=0), (held >= 0).long())
+        visible[:, :, t] = present > 0
+    logits = logits.masked_fill(~visible, -math.inf)
+    lse = logits.logsumexp(dim=-1)
+    weight = (logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
+    return torch.einsum("bhtj,bhjd->bthd", weight, values).to(out_dtype), lse
+
+
 def mix_memories(near: Tensor, far: Tensor, gate: Tensor) -> Tensor:
     """What is read from the short-term and the long-term memory: near + 2 sigmoid(gate) rms_norm(far).
 

@@ -11,6 +11,7 @@
 #include "norm.h"
 #include "optimizer.h"
 #include "recurrence_backward.h"
+#include "retained_attention_backward.h"
 #include "scan.h"
 #include "window_attention_backward.h"
 
@@ -257,6 +258,46 @@ MM_EXPORT(int, window_attention_backward)
         const AttentionFromAbove<T> above{{as(dout, t), dout_sequence, dout_row},
                                           {as(out, t), time * heads * d, heads * d}, lse};
         return window_attention_backward(in, above, AttentionGradients<T>{as(dq, t), as(dk, t), as(dv, t)}, threads);
+    });
+}
+
+MM_EXPORT(int, retain)
+(int64_t batch, int64_t time, int64_t window, int64_t heads, int64_t slots, const int64_t* position, const float* score,
+ const float* kept, int32_t* slot, int64_t* source, float* kept_after, int threads) {
+    return retain({{batch, time, window, heads, 1, position}, slots, score, kept}, {slot, source, kept_after}, threads);
+}
+
+MM_EXPORT(int, retained_attention)
+(int type, int64_t batch, int64_t time, int64_t window, int64_t heads, int64_t d, int64_t slots, const int64_t* position,
+ const void* q, int64_t q_sequence, int64_t q_row, const void* k, int64_t k_sequence, int64_t k_row, const void* v,
+ int64_t v_sequence, int64_t v_row, const float* score, const int32_t* slot, const void* kept_k, const void* kept_v,
+ const float* kept_score, void* out, float* lse, int threads) {
+    return with_type(type, [&](auto t) {
+        using T = decltype(t);
+        const RetainedInputs<T> in{{batch, time, window, heads, d, position}, slots, {as(q, t), q_sequence, q_row},
+                                   {as(k, t), k_sequence, k_row}, {as(v, t), v_sequence, v_row}, score, slot,
+                                   as(kept_k, t), as(kept_v, t), kept_score};
+        return retained_attention(in, as(out, t), lse, threads);
+    });
+}
+
+// dlse may be null.
+MM_EXPORT(int, retained_attention_backward)
+(int type, int64_t batch, int64_t time, int64_t window, int64_t heads, int64_t d, int64_t slots, const int64_t* position,
+ const void* q, int64_t q_sequence, int64_t q_row, const void* k, int64_t k_sequence, int64_t k_row, const void* v,
+ int64_t v_sequence, int64_t v_row, const float* score, const int32_t* slot, const void* kept_k, const void* kept_v,
+ const float* kept_score, const void* dout, int64_t dout_sequence, int64_t dout_row, const float* dlse, const void* out,
+ const float* lse, void* dq, void* dk, void* dv, float* dscore, void* dkept_k, void* dkept_v, float* dkept_score,
+ int threads) {
+    return with_type(type, [&](auto t) {
+        using T = decltype(t);
+        const RetainedInputs<T> in{{batch, time, window, heads, d, position}, slots, {as(q, t), q_sequence, q_row},
+                                   {as(k, t), k_sequence, k_row}, {as(v, t), v_sequence, v_row}, score, slot,
+                                   as(kept_k, t), as(kept_v, t), kept_score};
+        const RetainedFromAbove<T> above{{as(dout, t), dout_sequence, dout_row},
+                                         {as(out, t), time * heads * d, heads * d}, lse, dlse};
+        return retained_attention_backward(in, above, {as(dq, t), as(dk, t), as(dv, t), dscore, as(dkept_k, t),
+                                                       as(dkept_v, t), dkept_score}, threads);
     });
 }
 
