@@ -154,11 +154,11 @@ def memory_cases(batch: int, time: int) -> Iterator[tuple[str, Action, int]]:
         size(dout, out, q, k, v, q, k, v),
     )
     taps = wide(heads, HEAD, TAPS)
-    key = call("delta_keys")(own, taps, position)
-    yield "delta_keys", lambda: call("delta_keys")(own, taps, position), size(own, key)
+    key = call("mixed_keys")(own, taps, position)
+    yield "mixed_keys", lambda: call("mixed_keys")(own, taps, position), size(own, key)
     yield (
-        "delta_keys backward",
-        lambda: call("delta_keys_backward")(dout, own, taps, position),
+        "mixed_keys backward",
+        lambda: call("mixed_keys_backward")(dout, own, taps, position),
         size(dout, own, own),
     )
     beta = torch.rand(batch, time, heads, device="cuda")

@@ -157,7 +157,7 @@ def _products(config: ModelConfig, batch: int, length: int) -> Iterator[Work]:
     )
     taps = torch.randn(heads, d, KEY_TAPS)
     yield from _both_ways(
-        "delta_keys", ops.delta_keys, (own, taps, position), (2 * activations, 3 * activations), (0.0, 0.0)
+        "mixed_keys", ops.mixed_keys, (own, taps, position), (2 * activations, 3 * activations), (0.0, 0.0)
     )
     chunk = 64  # tokens from one kept matrix to the next; products of a chunk with itself are triangular
     beta, decay = torch.rand(2, batch, length, heads)

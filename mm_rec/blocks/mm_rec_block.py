@@ -129,7 +129,7 @@ class MMRecBlock(nn.Module):
         batch, time, width = n.shape
         window = config.window
         q, own, v = ops.memory_context(ops.linear(n, self.qkv_proj), memory.own, memory.v)
-        key = ops.delta_keys(own, self.key_taps, position)
+        key = ops.mixed_keys(own, self.key_taps, position)
         k = torch.cat([memory.k, key], dim=1)
         near = ops.window_attention(q, k, v, position, config.rotary_base)
         gates = ops.linear(n, self.memory_gates).float() + self.memory_gate_bias

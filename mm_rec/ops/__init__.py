@@ -7,16 +7,15 @@ checked and dispatched in the module that carries its name, and computed by the 
 """
 
 from mm_rec.ops import cpu, cuda, reference
-from mm_rec.ops.attention import window_attention
 from mm_rec.ops.backend import DeviceStatus, NativeUnavailableError, Status, register, status, use_backend
 from mm_rec.ops.branches import feed_forward, linear_branch
-from mm_rec.ops.delta_rule import delta_keys, delta_rule
 from mm_rec.ops.gated_recurrence import gated_recurrence
 from mm_rec.ops.linear import linear, matmul
 from mm_rec.ops.loss import linear_cross_entropy
 from mm_rec.ops.mdi import mdi
+from mm_rec.ops.memory_attention import memory_attention, retain
 from mm_rec.ops.memory_context import memory_context
-from mm_rec.ops.mix_memories import mix_memories
+from mm_rec.ops.mixed_keys import mixed_keys
 from mm_rec.ops.muon import MuonUpdate, muon_, muon_scale, orthogonalize_, orthogonalize_work
 from mm_rec.ops.norm import add_rms_norm, readout, relu_squared, rms_norm
 from mm_rec.ops.optimizer import Update, Updates, adamw_, sum_of_squares
@@ -33,8 +32,6 @@ __all__ = [
     "Updates",
     "adamw_",
     "add_rms_norm",
-    "delta_keys",
-    "delta_rule",
     "feed_forward",
     "gated_recurrence",
     "linear",
@@ -42,8 +39,9 @@ __all__ = [
     "linear_cross_entropy",
     "matmul",
     "mdi",
+    "memory_attention",
     "memory_context",
-    "mix_memories",
+    "mixed_keys",
     "muon_",
     "muon_scale",
     "orthogonalize_",
@@ -52,13 +50,13 @@ __all__ = [
     "recurrence",
     "reference",
     "relu_squared",
+    "retain",
     "rms_norm",
     "rotate",
     "scan",
     "status",
     "sum_of_squares",
     "use_backend",
-    "window_attention",
 ]
 
 # Back ends import ops.backend, so it learns of them here. Each is loaded at the first op on its device, not now.

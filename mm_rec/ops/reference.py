@@ -37,32 +37,35 @@ is known with: by 485, into 0.7 ... 1.2).
 """
 POLAR_SAFETY = 1.01
 
+RUN = 64
+"""Tokens from one place to the next at which :func:`retain` says what the slots hold."""
+
 __all__ = [
     "GAMMA_MAX",
     "GAMMA_MIN",
     "NORM_EPS",
     "POLAR_POLYNOMIALS",
     "POLAR_SAFETY",
+    "RUN",
     "add_rms_norm",
-    "delta_keys",
-    "delta_rule",
     "feed_forward",
     "gated_recurrence",
     "linear_branch",
     "linear_cross_entropy",
     "mdi",
+    "memory_attention",
     "memory_context",
-    "mix_memories",
+    "mixed_keys",
     "orthogonalize",
     "readout",
     "recurrence",
     "relu_squared",
+    "retain",
     "rms_norm",
     "rotary_angles",
     "rotate",
     "scan",
     "split_projected",
-    "window_attention",
 ]
 
 
@@ -274,30 +277,104 @@ def memory_context(qkv: Tensor, recent: Tensor, ring_v: Tensor) -> tuple[Tensor,
     return rms_norm(q), torch.cat([recent, rms_norm(k)], dim=1), torch.cat([ring_v, v], dim=1)
 
 
-def window_attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, rotary_base: float = 1000.0) -> Tensor:
-    """Softmax attention over a sliding window of recent tokens.
+def attention_logits(q: Tensor, k: Tensor, position: Tensor, rotary_base: float) -> Tensor:
+    """Returns (B, H, T, W + T): products of queries and keys under rotary encoding, -inf for what is not seen.
 
-    A token sees the last W tokens of its own document, itself included, under rotary encoding. Scores are the plain
-    products of queries and keys, whose lengths the caller chooses. Shapes as in :func:`mm_rec.ops.window_attention`.
+    A token sees the last W tokens of its own document, itself included.
     """
     time = q.shape[1]
     window = k.shape[1] - time
-    out_dtype = q.dtype
-    q, k, v = _wide(q), _wide(k), _wide(v)
     context = torch.arange(window + time, device=q.device)
     here = context[window:]
     logits = torch.einsum("bthd,bchd->bhtc", rotate(q, here, rotary_base), rotate(k, context, rotary_base))
     visible = (context <= here[:, None]) & (context > here[:, None] - window)  # (T, W + T)
     visible = visible & (context >= (here - position)[..., None])  # (B, T, W + T)
-    weight = logits.masked_fill(~visible[:, None], -math.inf).softmax(dim=-1)
-    return torch.einsum("bhtc,bchd->bthd", weight, v).to(out_dtype)
+    return logits.masked_fill(~visible[:, None], -math.inf)
 
 
-def delta_keys(k: Tensor, taps: Tensor, position: Tensor) -> Tensor:
+def retain(score: Tensor, position: Tensor, kept_score: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens a head keeps when they leave the window: those of the highest scores, as many as it has slots.
+
+    At a document's first token all slots become empty. A token that leaves the window takes an empty slot, else the
+    slot of the lowest score if its own is higher; of equal ones the first. Shapes as in :func:`mm_rec.ops.retain`.
+    """
+    time, slots = position.shape[1], kept_score.shape[2]
+    window = score.shape[1] - time
+    index = torch.arange(slots, device=kept_score.device)
+    kept, score = kept_score.clone(), score.transpose(1, 2)
+    held = torch.where(kept > -math.inf, index, -1)
+    taken, at_runs = [], [held]
+    for t in range(time):
+        begins = (position[:, t] == 0)[:, None, None]
+        kept, held = kept.masked_fill(begins, -math.inf), held.masked_fill(begins, -1)
+        lowest, slot = kept.min(dim=-1)
+        comes = (score[:, :, t] > lowest) & (position[:, t] >= window)[:, None]
+        here = comes[..., None] & (index == slot[..., None])
+        kept = torch.where(here, score[:, :, t, None], kept)
+        held = torch.where(here, slots + t, held)
+        taken.append(torch.where(comes, slot, -1))
+        if (t + 1) % RUN == 0 or t + 1 == time:
+            at_runs.append(held)
+    return torch.stack(taken, dim=-1).int(), torch.stack(at_runs, dim=2).int()
+
+
+def retained(slot: Tensor, position: Tensor, kept_score: Tensor) -> Tensor:
+    """Returns (B, H, T, K + T) bool: which pairs a head keeps at each token, of K slots and of the tokens that leave."""
+    time, slots = position.shape[1], kept_score.shape[2]
+    index = torch.arange(slots, device=slot.device)
+    held = torch.where(kept_score > -math.inf, index, -1)
+    found = torch.zeros(*slot.shape, slots + time, dtype=torch.bool, device=slot.device)
+    for t in range(time):
+        held = held.masked_fill((position[:, t] == 0)[:, None, None], -1)
+        held = torch.where(index == slot[:, :, t, None], slots + t, held)
+        here = torch.zeros_like(found[:, :, t], dtype=torch.int64)
+        found[:, :, t] = here.scatter_add_(2, held.clamp(min=0), (held >= 0).long()) > 0
+    return found
+
+
+def memory_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Tensor,
+    position: Tensor,
+    kept_k: Tensor,
+    kept_v: Tensor,
+    kept_score: Tensor,
+    rotary_base: float = 1000.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One softmax over the window of recent tokens and the pairs that a head has kept of those before.
+
+    In the window, logits are the products of queries and keys under rotary encoding, whose lengths the caller chooses;
+    a kept pair has no place any more: its logit is the product plus its score, by which scores learn. Shapes as in
+    :func:`mm_rec.ops.memory_attention`.
+    """
+    out_dtype, time, slots = q.dtype, q.shape[1], kept_k.shape[2]
+    slot, held = retain(score, position, kept_score)
+    q, k, v, score, kept_k, kept_v, kept_score = (_wide(x) for x in (q, k, v, score, kept_k, kept_v, kept_score))
+    leaving = (x[:, :time].transpose(1, 2) for x in (k, v, score))
+    keys, values, scores = (torch.cat(pair, dim=2) for pair in zip((kept_k, kept_v, kept_score), leaving, strict=True))
+    far = torch.einsum("bthd,bhjd->bhtj", q, keys) + scores[:, :, None]
+    far = far.masked_fill(~retained(slot, position, kept_score), -math.inf)
+    weight = torch.cat([attention_logits(q, k, position, rotary_base), far], dim=-1).softmax(dim=-1)
+    near_weight, far_weight = weight.split([k.shape[1], slots + time], dim=-1)
+    out = torch.einsum("bhtc,bchd->bthd", near_weight, v) + torch.einsum("bhtj,bhjd->bthd", far_weight, values)
+    return out.to(out_dtype), *take_pairs(keys, values, scores, held[:, :, -1])
+
+
+def take_pairs(keys: Tensor, values: Tensor, scores: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what lies in the slots that hold ``held`` (B, H, K): rows of (B, H, N, d), 0 and -inf where nothing does."""
+    index, empty = held.long().clamp(min=0), held < 0
+    wide = index[..., None].expand(*index.shape, keys.shape[-1])
+    k, v = (x.gather(2, wide).masked_fill(empty[..., None], 0.0) for x in (keys, values))
+    return k, v, scores.gather(2, index).masked_fill(empty, -math.inf)
+
+
+def mixed_keys(k: Tensor, taps: Tensor, position: Tensor) -> Tensor:
     """Keys under which values are found: the keys of a token and of those before it, weighted, of length 1.
 
     key_t = c_t / |c_t| with c_t = sum_j taps[..., j] * k_{t-j} over the tokens of the same document. So a value can be
-    found by what stood before it. Shapes as in :func:`mm_rec.ops.delta_keys`.
+    found by what stood before it. Shapes as in :func:`mm_rec.ops.mixed_keys`.
     """
     time, reach = position.shape[1], taps.shape[2]
     window = k.shape[1] - time
@@ -308,97 +385,6 @@ def delta_keys(k: Tensor, taps: Tensor, position: Tensor) -> Tensor:
         same_document = (position >= j)[..., None, None]
         total = total + taps[..., j] * k[:, window - j : window - j + time].masked_fill(~same_document, 0.0)
     return (total * torch.rsqrt(total.square().sum(-1, keepdim=True) + NORM_EPS)).to(out_dtype)
-
-
-def delta_rule(
-    q: Tensor, key: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, position: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gated delta rule (arXiv 2412.06464): a matrix per head that maps keys to values.
-
-    S <- exp(log_decay_t) S, emptied before the first token of a document;
-    S <- S + beta_t key_t (v_t - S^T key_t)^T;  out_t = S^T q_t
-
-    With keys of length 1 and beta = 1 the value under a key is replaced, and what lies under orthogonal keys stays.
-    Shapes as in :func:`mm_rec.ops.delta_rule`.
-    """
-    out_dtype = q.dtype
-    q, key, v, beta, log_decay, state = (_wide(x) for x in (q, key, v, beta, log_decay, state))
-    decay = log_decay.exp().masked_fill((position == 0)[..., None], 0.0)
-    out = []
-    for t in range(q.shape[1]):
-        state = decay[:, t, :, None, None] * state
-        error = v[:, t] - torch.einsum("bhi,bhij->bhj", key[:, t], state)
-        state = state + torch.einsum("bh,bhi,bhj->bhij", beta[:, t], key[:, t], error)
-        out.append(torch.einsum("bhi,bhij->bhj", q[:, t], state))
-    return torch.stack(out, dim=1).to(out_dtype), state
-
-
-def retain(score: Tensor, position: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which tokens a head keeps when they leave the window: those of the highest scores, as many as it has slots.
-
-    At a document's first token all slots become empty. A token that leaves the window takes an empty slot, else the
-    slot of the lowest score if its own is higher; of equal ones the first. Shapes as in :func:`mm_rec.ops.retain`.
-    """
-    time, slots = position.shape[1], kept.shape[2]
-    window = score.shape[1] - time
-    kept, score = kept.clone(), score.transpose(1, 2)
-    source = torch.arange(slots, device=kept.device).expand_as(kept).clone()
-    taken = []
-    for t in range(time):
-        kept = kept.masked_fill((position[:, t] == 0)[:, None, None], -math.inf)
-        lowest, slot = kept.min(dim=-1)
-        leaves = score[:, :, t]
-        comes = (leaves > lowest) & (position[:, t] >= window)[:, None]
-        here = comes[..., None] & (torch.arange(slots, device=kept.device) == slot[..., None])
-        kept = torch.where(here, leaves[..., None], kept)
-        source = torch.where(here, slots + t, source)
-        taken.append(torch.where(comes, slot, -1))
-    return torch.stack(taken, dim=-1).int(), source, kept
-
-
-def retained_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    score: Tensor,
-    slot: Tensor,
-    position: Tensor,
-    kept_k: Tensor,
-    kept_v: Tensor,
-    kept_score: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the pairs that a head has kept, with their scores added to the logits.
-
-    Which pairs are in the slots at a token follows from ``slot`` (:func:`retain`). Shapes as in
-    :func:`mm_rec.ops.retained_attention`.
-    """
-    out_dtype, time, slots = q.dtype, q.shape[1], kept_k.shape[2]
-    q, k, v, kept_k, kept_v = (_wide(x) for x in (q, k, v, kept_k, kept_v))
-    keys = torch.cat([kept_k, k[:, :time].transpose(1, 2)], dim=2)  # the tokens that may leave the window
-    values = torch.cat([kept_v, v[:, :time].transpose(1, 2)], dim=2)
-    scores = torch.cat([kept_score, score[:, :time].transpose(1, 2)], dim=2)
-    logits = torch.einsum("bthd,bhjd->bhtj", q, keys) + scores[:, :, None]
-    held = torch.where(kept_score > -math.inf, torch.arange(slots, device=q.device), -1)  # by slot, whose pair it holds
-    visible = torch.zeros_like(logits, dtype=torch.bool)
-    for t in range(time):
-        held = held.masked_fill((position[:, t] == 0)[:, None, None], -1)
-        here = torch.arange(slots, device=q.device) == slot[:, :, t, None]
-        held = torch.where(here, slots + t, held)
-        present = torch.zeros_like(visible[:, :, t]).long().scatter_add_(2, held.clamp(min=0), (held >= 0).long())
-        visible[:, :, t] = present > 0
-    logits = logits.masked_fill(~visible, -math.inf)
-    lse = logits.logsumexp(dim=-1)
-    weight = (logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
-    return torch.einsum("bhtj,bhjd->bthd", weight, values).to(out_dtype), lse
-
-
-def mix_memories(near: Tensor, far: Tensor, gate: Tensor) -> Tensor:
-    """What is read from the short-term and the long-term memory: near + 2 sigmoid(gate) rms_norm(far).
-
-    Shapes as in :func:`mm_rec.ops.mix_memories`.
-    """
-    opened = 2 * torch.sigmoid(_wide(gate))
-    return (_wide(near) + opened[..., None] * rms_norm(_wide(far))).to(near.dtype)
 
 
 def linear_cross_entropy(

@@ -13,7 +13,7 @@
 #include <vector>
 
 #define MM_STREAM_BYTES 256  // so that small results go past the caches, too
-#include "delta_keys.h"
+#include "mixed_keys.h"
 #include "delta_rule_backward.h"
 #include "gated_scan.h"
 #include "loss.h"
@@ -307,7 +307,7 @@ static void fuzz_window_attention(Source& from) {
 }
 
 template <class T>
-static void fuzz_delta_keys(Source& from) {
+static void fuzz_mixed_keys(Source& from) {
     const int64_t batch = from.number(1, 3), time = from.number(1, 60), window = from.number(1, 20);
     const int64_t reach = from.number(1, min64(6, window + 1)), heads = from.number(1, 3), d = from.number(1, 70);
     const int64_t width = heads * d, context = window + time;
@@ -318,8 +318,8 @@ static void fuzz_delta_keys(Source& from) {
     Floats taps(from, width * reach), dtaps(from, batch * width * reach);
     Block<T> key(from, batch * time * width), dk(from, batch * context * width);
     const KeyInputs<T> in{{batch, time, window, heads, d, position}, reach, k.rows(), taps};
-    delta_keys<T>(in, key, threads);
-    delta_keys_backward<T>(in, dkey.rows(), dk, dtaps, threads);
+    mixed_keys<T>(in, key, threads);
+    mixed_keys_backward<T>(in, dkey.rows(), dk, dtaps, threads);
 }
 
 template <class T>
@@ -581,8 +581,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         case 22: fuzz_tile_product<bf16>(from); break;
         case 23: fuzz_vector_product<float>(from); break;
         case 24: fuzz_vector_product<bf16>(from); break;
-        case 25: fuzz_delta_keys<float>(from); break;
-        case 26: fuzz_delta_keys<bf16>(from); break;
+        case 25: fuzz_mixed_keys<float>(from); break;
+        case 26: fuzz_mixed_keys<bf16>(from); break;
         case 27: fuzz_delta_rule<float>(from); break;
         case 28: fuzz_delta_rule<bf16>(from); break;
         case 29: fuzz_orthogonalize<TileMachine>(from); break;

@@ -152,37 +152,37 @@ def positions(batch: int, time: int, start: list[int], resets: set[tuple[int, in
     return torch.tensor(rows)
 
 
-def window_attention(case: MemoryCase, dtype: torch.dtype) -> Arguments:
-    batch, time, window, heads, d, start, resets = case
-    random = Random(dtype, "window_attention", batch, time, d)
+def retain(case: MemoryCase, dtype: torch.dtype) -> Arguments:
+    """Scores of which many are equal, and slots of which some are empty."""
+    batch, time, window, heads, _, start, resets = case
+    random = Random(dtype, "retain", batch, time, window)
+    slots = window if window > 16 else 2 * window + 1
+
+    def scores(*shape: int) -> Tensor:
+        return torch.nn.functional.logsigmoid((random.normal(*shape, scale=3.0) * 2).round() / 2)
+
+    score, kept_score = scores(batch, window + time, heads), scores(batch, heads, slots)
+    kept_score = kept_score.masked_fill(random.uniform(batch, heads, slots) < 0.3, -math.inf)
+    return score, positions(batch, time, start, resets), kept_score
+
+
+def memory_attention(case: MemoryCase, dtype: torch.dtype) -> Arguments:
+    batch, time, window, heads, d, *_ = case
+    random = Random(dtype, "memory_attention", batch, time, d)
+    score, position, kept_score = retain(case, dtype)
+    slots = kept_score.shape[2]
     q = random.activation(batch, time, heads, d)
     k = random.activation(batch, window + time, heads, d, scale=d**-0.5)  # as long as the model's keys
     v = random.activation(batch, window + time, heads, d)
-    return q, k, v, positions(batch, time, start, resets), 1000.0
+    kept_k = random.activation(batch, heads, slots, d, scale=d**-0.5)
+    return q, k, v, score, position, kept_k, random.activation(batch, heads, slots, d), kept_score, 1000.0
 
 
-def delta_keys(case: MemoryCase, dtype: torch.dtype) -> Arguments:
+def mixed_keys(case: MemoryCase, dtype: torch.dtype) -> Arguments:
     batch, time, window, heads, d, start, resets = case
-    random = Random(dtype, "delta_keys", batch, time, d)
+    random = Random(dtype, "mixed_keys", batch, time, d)
     taps = random.normal(heads, d, 4)
     return random.activation(batch, window + time, heads, d), taps, positions(batch, time, start, resets)
-
-
-def delta_rule(case: MemoryCase, dtype: torch.dtype) -> Arguments:
-    batch, time, _, heads, d, start, resets = case
-    random = Random(dtype, "delta_rule", batch, time, d)
-    q, key, v = (random.activation(batch, time, heads, d) for _ in range(3))
-    key = torch.nn.functional.normalize(key.double(), dim=-1).to(dtype)
-    beta = random.uniform(batch, time, heads)
-    log_decay = torch.nn.functional.logsigmoid(random.normal(batch, time, heads, scale=2.0) + 3.0)
-    return q, key, v, beta, log_decay, positions(batch, time, start, resets), random.normal(batch, heads, d, d)
-
-
-def mix_memories(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Arguments:
-    batch, time, width, heads = shape
-    random = Random(dtype, "mix_memories", shape)
-    near, far = (random.activation(batch, time, heads, width // heads) for _ in range(2))
-    return near, far, random.normal(batch, time, heads, scale=2.0)
 
 
 def gated_recurrence(shape: tuple[int, int, int, int], loop: bool, state: bool, dtype: torch.dtype) -> Arguments:
@@ -218,7 +218,7 @@ def _all_cases() -> dict[str, dict[str, Builder]]:
         op: {}
         for op in (
             "scan", "recurrence", "mdi", "linear_branch", "readout", "rms_norm", "add_rms_norm", "relu_squared",
-            "feed_forward", "mix_memories",
+            "feed_forward",
         )
     }  # fmt: skip
     for shape in TIME_SHAPES:
@@ -230,7 +230,6 @@ def _all_cases() -> dict[str, dict[str, Builder]]:
             cases["mdi"][f"{suffix}-gate"] = partial(mdi, shape, flag)
             cases["linear_branch"][f"{suffix}-state"] = partial(linear_branch, shape, flag)
         cases["readout"][name] = partial(readout, shape)
-        cases["mix_memories"][name] = partial(mix_memories, shape)
         cases["feed_forward"][name] = partial(feed_forward, shape)
         cases["add_rms_norm"][name] = partial(add_rms_norm, shape[:3])
         cases["relu_squared"][name] = partial(relu_squared, shape[:3])
@@ -239,7 +238,7 @@ def _all_cases() -> dict[str, dict[str, Builder]]:
     cases["rms_norm"]["to-bfloat16"] = partial(rms_norm, (3, 5, 66), torch.bfloat16)
     cases["rms_norm"]["heads"] = partial(rms_norm, (2, 5, 3, 10), None)
     cases["rms_norm"]["vector"] = partial(rms_norm, (7,), None)
-    for build in (window_attention, delta_keys, delta_rule):
+    for build in (memory_attention, mixed_keys):
         cases[build.__name__] = {name: partial(build, case) for name, case in MEMORY_SHAPES.items()}
     cases["linear_cross_entropy"] = {
         f"{rows}x{width}x{vocabulary}-{'weighted' if weighted else 'mean'}": partial(

@@ -68,7 +68,7 @@ def test_choice_is_per_thread_and_nests() -> None:
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("op", ["window_attention", "delta_keys", "delta_rule"])
+@pytest.mark.parametrize("op", ["window_attention", "mixed_keys", "delta_rule"])
 def test_a_memory_op_that_does_not_fit_runs_as_it_is_defined(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU's kernels always fit, so those of a GPU are played by a back end that says they don't."""
     asked = []
@@ -88,7 +88,7 @@ def test_a_memory_op_that_does_not_fit_runs_as_it_is_defined(op: str, monkeypatc
     for one in found:
         pairs = zip(one, want, strict=True) if op == "delta_rule" else [(one, want)]
         assert all(torch.equal(x, y) for x, y in pairs)
-    dim, taps = arguments[1].shape[1:] if op == "delta_keys" else (arguments[0].shape[-1], 0)
+    dim, taps = arguments[1].shape[1:] if op == "mixed_keys" else (arguments[0].shape[-1], 0)
     assert asked == [(op, torch.float32, dim, taps)] * 2
     with ops.use_backend("native"), pytest.raises(NativeUnavailableError, match="more shared memory"):
         getattr(ops, op)(*arguments)
@@ -257,9 +257,9 @@ WRONG = [
     ("window_attention", 2, lambda x: x[:, :-1], "v must have shape"),
     ("window_attention", 3, lambda x: x.int(), "position must be torch.int64"),
     ("window_attention", 3, lambda x: x[:1], r"position must be \(2, T\)"),
-    ("delta_keys", 0, lambda x: x[0], "k must have 4 axes"),
-    ("delta_keys", 1, lambda x: x[:, :-1], "taps must have shape"),
-    ("delta_keys", 1, lambda x: x[..., :1].expand(-1, -1, 130), "taps must reach back at most the window of 128"),
+    ("mixed_keys", 0, lambda x: x[0], "k must have 4 axes"),
+    ("mixed_keys", 1, lambda x: x[:, :-1], "taps must have shape"),
+    ("mixed_keys", 1, lambda x: x[..., :1].expand(-1, -1, 130), "taps must reach back at most the window of 128"),
     ("delta_rule", 1, lambda x: x[..., :-1], "key must have shape"),
     ("delta_rule", 3, lambda x: x[..., :-1], "beta must have shape"),
     ("delta_rule", 5, lambda x: x[:, 1:], "position must have shape"),

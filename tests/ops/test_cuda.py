@@ -21,7 +21,7 @@ from .cases import (
     Builder,
     MemoryCase,
     Random,
-    delta_keys,
+    mixed_keys,
     delta_rule,
     linear_cross_entropy,
     window_attention,
@@ -75,7 +75,7 @@ MEMORIES: dict[str, MemoryCase] = {
 def keys_of_taps(reach: int, dim: int, dtype: torch.dtype) -> Arguments:
     """Other numbers of taps than a model has, of which a kernel keeps a few in registers."""
     case: MemoryCase = (2, 171, 16, 3, dim, [0, 40], {(0, 0), (0, 77), (0, 79), (1, 128)})
-    k, taps, position = delta_keys(case, dtype)
+    k, taps, position = mixed_keys(case, dtype)
     return k, Random(dtype, "taps", reach, dim).normal(*taps.shape[:2], reach), position
 
 
@@ -89,10 +89,10 @@ EXTRA: dict[str, dict[str, Builder]] = {
     "scan": {f"long-{state}": partial(scan_case, (2, 1100, 40, 1), state) for state in (False, True)},
     **{
         build.__name__: {name: partial(build, case) for name, case in MEMORIES.items()}
-        for build in (window_attention, delta_keys, delta_rule)
+        for build in (window_attention, mixed_keys, delta_rule)
     },
 }
-EXTRA["delta_keys"] |= {
+EXTRA["mixed_keys"] |= {
     f"taps-{reach}-heads-of-{dim}": partial(keys_of_taps, reach, dim) for reach in (1, 3, 6, 17) for dim in (16, 70)
 }
 ALL = [
@@ -139,7 +139,7 @@ def test_agrees_with_reference(op: str, build: Builder, dtype: torch.dtype) -> N
     ("op", "build"),
     [
         pytest.param(op, build, id=f"{op}-{name}")
-        for op in ("recurrence", "window_attention", "delta_keys", "delta_rule")
+        for op in ("recurrence", "window_attention", "mixed_keys", "delta_rule")
         for name, build in {**CASES[op], **EXTRA[op]}.items()
         if op != "window_attention" or name not in LARGE_HEADS
     ],
@@ -160,7 +160,7 @@ def test_gpus_with_less_shared_memory(
     [
         ("window_attention", partial(window_attention, MEMORIES["heads-of-128"]), "heads of 128"),
         ("delta_rule", partial(delta_rule, MEMORIES["heads-of-128"]), "heads of 128"),
-        ("delta_keys", partial(keys_of_taps, 17, 250), "heads of 250 and 17 taps"),
+        ("mixed_keys", partial(keys_of_taps, 17, 250), "heads of 250 and 17 taps"),
     ],
 )
 def test_what_does_not_fit_runs_as_it_is_defined(

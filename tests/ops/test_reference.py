@@ -14,27 +14,35 @@ from mm_rec.ops import reference
 
 from .cases import (
     add_rms_norm,
-    delta_keys,
-    delta_rule,
+    mixed_keys,
     feed_forward,
     gated_recurrence,
     linear_branch,
     linear_cross_entropy,
     mdi,
+    memory_attention,
     memory_context,
-    mix_memories,
     positions,
     readout,
     recurrence,
     relu_squared,
     rms_norm,
     scan,
-    window_attention,
 )
 
 SHAPE = (2, 5, 6, 3)
 MEMORY = (2, 9, 4, 2, 4, [0, 6], {(1, 3)})
 F64 = torch.float64
+
+
+def _full_memory() -> tuple[Any, ...]:
+    """A case without equal scores and empty slots, about which finite differences say nothing."""
+    q, k, v, score, position, kept_k, kept_v, kept_score, base = memory_attention((2, 9, 4, 2, 4, [5, 6], set()), F64)
+    generator = torch.Generator().manual_seed(0)
+    score, kept_score = (-torch.rand(x.shape, generator=generator, dtype=F64) for x in (score, kept_score))
+    return q, k, v, score, position, kept_k, kept_v, kept_score, base
+
+
 SMALL_CASES: dict[str, tuple[Any, ...]] = {
     "scan": scan(SHAPE, True, F64),
     "recurrence": recurrence(SHAPE, True, F64),
@@ -43,10 +51,8 @@ SMALL_CASES: dict[str, tuple[Any, ...]] = {
     "rms_norm": rms_norm((3, 5), None, F64),
     "add_rms_norm": add_rms_norm((3, 5), F64),
     "relu_squared": relu_squared((3, 5), F64),
-    "window_attention": window_attention(MEMORY, F64),
-    "delta_keys": delta_keys(MEMORY, F64),
-    "delta_rule": delta_rule(MEMORY, F64),
-    "mix_memories": mix_memories(SHAPE, F64),
+    "memory_attention": _full_memory(),
+    "mixed_keys": mixed_keys(MEMORY, F64),
     "linear_cross_entropy": linear_cross_entropy(4, 5, 7, True, F64),
 }
 COMPOSITE_CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -106,8 +112,8 @@ def test_recurrence_without_feedback_is_a_scan() -> None:
 
 def test_a_window_as_wide_as_the_chunk_is_causal_attention() -> None:
     batch, time, window, heads, d = 2, 6, 8, 2, 4
-    q, k, v, _, base = window_attention((batch, time, window, heads, d, [0], set()), F64)
-    out = reference.window_attention(q, k, v, positions(batch, time, [0], set()), base)
+    q, k, v, score, _, *kept, base = memory_attention((batch, time, window, heads, d, [0], set()), F64)
+    out, *_ = reference.memory_attention(q, k, v, score, positions(batch, time, [0], set()), *kept, base)
     index = torch.arange(window, window + time)
     q, k = (reference.rotate(x, index, base).transpose(1, 2) for x in (q, k[:, window:]))
     want = torch.nn.functional.scaled_dot_product_attention(
@@ -116,19 +122,51 @@ def test_a_window_as_wide_as_the_chunk_is_causal_attention() -> None:
     assert torch.allclose(out, want.transpose(1, 2))
 
 
-def test_the_delta_rule_replaces_what_lies_under_a_key() -> None:
-    """Two orthogonal keys, the first written twice: each then gives the value written last, without any decay."""
-    key = torch.eye(4, dtype=F64)[[0, 1, 0]].view(1, 3, 1, 4)
-    v = torch.randn(1, 3, 1, 4, dtype=F64)
-    one, none = torch.ones(1, 3, 1, dtype=F64), torch.zeros(1, 3, 1, dtype=F64)
-    _, state = reference.delta_rule(key, key, v, one, none, torch.arange(3)[None], torch.zeros(1, 1, 4, 4, dtype=F64))
-    assert torch.allclose(state[0, 0, 0], v[0, 2, 0])
-    assert torch.allclose(state[0, 0, 1], v[0, 1, 0])
+def test_what_is_kept_are_the_highest_scores_of_the_document() -> None:
+    """Slots are found token by token; what they hold has to be the highest scores among all that left the window."""
+    window, slots, time = 4, 3, 40
+    score = torch.randn(1, window + time, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+    position = torch.arange(time)[None] % 25
+    nothing = torch.full((1, 2, slots), -torch.inf, dtype=F64)
+    _, held = reference.retain(score, position, nothing)
+    for head in range(2):
+        left = score[0, window + 25 : time, head]  # of the second document
+        want = left.topk(slots).indices + window + 25 + slots
+        assert held[0, head, -1].sort().values.tolist() == want.sort().values.tolist()
+
+
+def test_of_equal_scores_the_first_stays() -> None:
+    score, position = torch.zeros(1, 12, 1), torch.arange(10)[None]
+    slot, held = reference.retain(score, position, torch.full((1, 1, 3), -torch.inf))
+    assert slot.flatten().tolist() == [-1, -1, 0, 1, 2, -1, -1, -1, -1, -1]
+    assert held[0, 0].tolist() == [[-1, -1, -1], [3 + 2, 3 + 3, 3 + 4]]
+
+
+@pytest.mark.parametrize("cut", [1, 7, 12, 29])
+def test_two_chunks_are_one(cut: int) -> None:
+    """What is kept goes from one chunk to the next, and so do gradients."""
+    case = (2, 30, 5, 2, 4, [0, 9], {(1, 11)})
+    arguments = [_leaf(x) for x in memory_attention(case, F64)]
+    q, k, v, score, position, *kept, base = arguments
+    out, *after = reference.memory_attention(*arguments)
+    window, parts = 5, []
+    for t, end in ((0, cut), (cut, 30)):
+        here, *kept = reference.memory_attention(
+            q[:, t:end], *(x[:, t : window + end] for x in (k, v, score)), position[:, t:end], *kept, base
+        )
+        parts.append(here)
+    assert torch.allclose(torch.cat(parts, 1), out)
+    for x, y in zip(kept, after, strict=True):
+        assert torch.equal(x, y)
+    leaves = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+    whole = torch.autograd.grad(out.square().sum(), leaves, retain_graph=True)
+    for x, y in zip(torch.autograd.grad(torch.cat(parts, 1).square().sum(), leaves), whole, strict=True):
+        assert torch.allclose(x, y)
 
 
 def test_a_key_is_made_of_its_own_document_alone() -> None:
-    k, taps, _ = delta_keys((1, 3, 8, 1, 4, [5], set()), F64)
+    k, taps, _ = mixed_keys((1, 3, 8, 1, 4, [5], set()), F64)
     position = torch.tensor([[5, 0, 1]])
-    key = reference.delta_keys(k, taps, position)
-    assert torch.allclose(key[0, 1], reference.delta_keys(k[:, 8:10], taps[..., :1], torch.tensor([[0]]))[0, 0])
-    assert not torch.allclose(key[0, 0], reference.delta_keys(k[:, 7:9], taps[..., :1], torch.tensor([[0]]))[0, 0])
+    key = reference.mixed_keys(k, taps, position)
+    assert torch.allclose(key[0, 1], reference.mixed_keys(k[:, 8:10], taps[..., :1], torch.tensor([[0]]))[0, 0])
+    assert not torch.allclose(key[0, 0], reference.mixed_keys(k[:, 7:9], taps[..., :1], torch.tensor([[0]]))[0, 0])

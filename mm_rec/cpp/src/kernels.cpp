@@ -3,7 +3,7 @@
 // 0 for float32 and 1 for bfloat16. Functions that need scratch memory return 0, or 1 if there is none.
 
 #include "export.h"
-#include "delta_keys.h"
+#include "mixed_keys.h"
 #include "delta_rule_backward.h"
 #include "gated_scan.h"
 #include "loss.h"
@@ -301,24 +301,24 @@ MM_EXPORT(int, retained_attention_backward)
     });
 }
 
-MM_EXPORT(int, delta_keys)
+MM_EXPORT(int, mixed_keys)
 (int type, int64_t batch, int64_t time, int64_t window, int64_t heads, int64_t d, int64_t reach, const int64_t* position,
  const void* k, int64_t k_sequence, int64_t k_row, const float* taps, void* key, int threads) {
     return with_type(type, [&](auto t) {
         const KeyInputs<decltype(t)> in{{batch, time, window, heads, d, position}, reach, {as(k, t), k_sequence, k_row},
                                         taps};
-        return delta_keys(in, as(key, t), threads);
+        return mixed_keys(in, as(key, t), threads);
     });
 }
 
-MM_EXPORT(int, delta_keys_backward)
+MM_EXPORT(int, mixed_keys_backward)
 (int type, int64_t batch, int64_t time, int64_t window, int64_t heads, int64_t d, int64_t reach, const int64_t* position,
  const void* k, int64_t k_sequence, int64_t k_row, const float* taps, const void* dkey, int64_t dkey_sequence,
  int64_t dkey_row, void* dk, float* dtaps, int threads) {
     return with_type(type, [&](auto t) {
         const KeyInputs<decltype(t)> in{{batch, time, window, heads, d, position}, reach, {as(k, t), k_sequence, k_row},
                                         taps};
-        return delta_keys_backward(in, {as(dkey, t), dkey_sequence, dkey_row}, as(dk, t), dtaps, threads);
+        return mixed_keys_backward(in, {as(dkey, t), dkey_sequence, dkey_row}, as(dk, t), dtaps, threads);
     });
 }
 

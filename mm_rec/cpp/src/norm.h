@@ -140,37 +140,6 @@ static void readout_backward(int64_t rows, int64_t heads, int64_t n, const T* dy
     });
 }
 
-// out = near + 2 sigmoid(gate) rms_norm(far) per row of n columns, with a gate each; all contiguous.
-template <class T>
-static void mix_memories_forward(int64_t rows, int64_t n, const T* near, const T* far, const float* gate, T* out,
-                                 int threads) {
-    if (rows * n < NORM_MIN_WORK) threads = 1;
-    parallel_for(rows, threads, [=](int64_t r) {
-        const T *first = near + r * n, *second = far + r * n;
-        const float scale = 2.0f * sigmoid(splat(gate[r]))[0] * inverse_rms(n, second);
-        for_vectors(n, [&](int64_t i, auto left) {
-            store(out + r * n + i, load(first + i, left) + scale * load(second + i, left), left);
-        });
-    });
-}
-
-// The gradient at `near` is dout itself.
-template <class T>
-static void mix_memories_backward(int64_t rows, int64_t n, const T* dout, const T* far, const float* gate, T* dfar,
-                                  float* dgate, int threads) {
-    if (rows * n < NORM_MIN_WORK) threads = 1;
-    parallel_for(rows, threads, [=](int64_t r) {
-        const T *x = far + r * n, *dy = dout + r * n;
-        const float opened = sigmoid(splat(gate[r]))[0], scale = inverse_rms(n, x);
-        const float product = sum_over(n, [&](int64_t i, auto left) { return load(dy + i, left) * load(x + i, left); });
-        dgate[r] = 2.0f * opened * (1.0f - opened) * scale * product;
-        const float direct = 2.0f * opened * scale, pull = direct * scale * scale * product / float(n);
-        for_vectors(n, [&](int64_t i, auto left) {
-            store(dfar + r * n + i, direct * load(dy + i, left) - pull * load(x + i, left), left);
-        });
-    });
-}
-
 template <class T>
 static void relu_squared_forward(int64_t n, const T* x, T* y, int threads) {
     const int64_t vectors = (n + W - 1) / W;

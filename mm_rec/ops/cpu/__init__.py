@@ -12,7 +12,7 @@ from typing import Any
 from mm_rec.cpp.build import LEVELS
 from mm_rec.ops.backend import Native
 from mm_rec.ops.cpu import (
-    attention, branches, common, delta_rule, loss, matmul, muon, norm, optimizer, retained, sequence,
+    branches, common, loss, matmul, memory_attention, mixed_keys, muon, norm, optimizer, sequence,
 )  # fmt: skip
 from mm_rec.ops.cpu.load_library import CpuLibrary
 
@@ -30,7 +30,7 @@ def load() -> Native:
     """
     library = CpuLibrary()
     common.call = call = library.call
-    modules = (sequence, norm, attention, retained, delta_rule, loss, optimizer, muon, branches)
+    modules = (sequence, norm, memory_attention, mixed_keys, loss, optimizer, muon, branches)
     kernels: dict[str, Callable[..., Any]] = {
         kernel.__name__: kernel for module in modules for kernel in module.KERNELS
     }

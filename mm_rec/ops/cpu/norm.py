@@ -78,26 +78,6 @@ def readout_backward(dy: Tensor, h: Tensor, r: Tensor, heads: int) -> tuple[Tens
     return dh, dr
 
 
-def mix_memories(near: Tensor, far: Tensor, gate: Tensor) -> Tensor:
-    near, far, gate = near.contiguous(), far.contiguous(), gate.contiguous()
-    out = common.empty(near.shape, near.dtype)
-    common.call.mix_memories_forward(
-        TYPE_CODES[near.dtype], gate.numel(), near.shape[-1], near.data_ptr(), far.data_ptr(), gate.data_ptr(),
-        out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
-
-
-def mix_memories_backward(dout: Tensor, far: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    dout, far, gate = dout.contiguous(), far.contiguous(), gate.contiguous()
-    dfar, dgate = common.empty(far.shape, far.dtype), common.empty(gate.shape)
-    common.call.mix_memories_backward(
-        TYPE_CODES[far.dtype], gate.numel(), far.shape[-1], dout.data_ptr(), far.data_ptr(), gate.data_ptr(),
-        dfar.data_ptr(), dgate.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return dfar, dgate
-
-
 def relu_squared(x: Tensor) -> Tensor:
     """Returns max(x, 0)^2 of the type of ``x``; :func:`mm_rec.ops.relu_squared` defines it."""
     x = x.contiguous()
@@ -122,6 +102,6 @@ def relu_squared_backward_into(dy: Tensor, x: Tensor, dx: Tensor) -> Tensor:
 
 
 KERNELS = (
-    rms_norm, rms_norm_backward, add_rms_norm, add_rms_norm_backward, readout, readout_backward, mix_memories,
-    mix_memories_backward, relu_squared, relu_squared_backward,
+    rms_norm, rms_norm_backward, add_rms_norm, add_rms_norm_backward, readout, readout_backward,
+    relu_squared, relu_squared_backward,
 )  # fmt: skip

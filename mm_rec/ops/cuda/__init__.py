@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mm_rec.ops.backend import Native, NativeUnavailableError
-from mm_rec.ops.cuda import delta_rule, gated_recurrence, loss, memory, muon, norm, optimizer, sequence
+from mm_rec.ops.cuda import gated_recurrence, loss, memory, mixed_keys, muon, norm, optimizer, sequence
 from mm_rec.ops.cuda.fits import fits
 from mm_rec.ops.cuda.load_library import cuda_library
 
@@ -31,7 +31,7 @@ def load() -> Native:
     if capability < OLDEST:
         raise NativeUnavailableError(f"this device has compute capability {capability}, the CUDA kernels need {OLDEST}")
     library = cuda_library()
-    modules = (sequence, norm, memory, delta_rule, loss, optimizer, muon, gated_recurrence)
+    modules = (sequence, norm, memory, mixed_keys, loss, optimizer, muon, gated_recurrence)
     kernels: dict[str, Callable[..., Any]] = {
         kernel.__name__: kernel for module in modules for kernel in module.KERNELS
     }

@@ -8,34 +8,60 @@ import torch
 from torch import Tensor
 
 from mm_rec.ops.cuda import common
-from mm_rec.ops.cuda.common import TYPE_CODES, all_dense, empty_like, rows_of
+from mm_rec.ops.cuda.common import TYPE_CODES, all_dense, empty_like, rows_of, workspace_of
 from mm_rec.ops.cuda.load_library import cuda_library
-from mm_rec.ops.reference import rotary_angles
+from mm_rec.ops.reference import RUN, rotary_angles
 
-__all__ = ["KERNELS", "window_attention", "window_attention_backward"]
+__all__ = ["KERNELS", "memory_attention", "memory_attention_backward", "retain"]
 
 
-def window_attention(*inputs: Tensor | float) -> tuple[Tensor, Tensor]:
+def retain(score: Tensor, position: Tensor, kept_score: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the slot that each token takes when it leaves the window, and what the slots hold between runs."""
+    score, position, kept_score = all_dense(score, position, kept_score)
+    (batch, heads, slots), time = kept_score.shape, position.shape[1]
+    slot = common.empty(score, batch, heads, time, dtype=torch.int32)
+    held = common.empty(score, batch, heads, -(-time // RUN) + 1, slots, dtype=torch.int32)
+    cuda_library().call(
+        "retain", score, score, position, kept_score, slot, held, batch, time, heads, score.shape[1] - time, slots
+    )
+    return slot, held
+
+
+def memory_attention(*inputs: Tensor | float) -> tuple[Tensor, Tensor]:
     """Returns what is read, and the logarithm of each softmax's denominator (B, H, T) float32."""
-    q, k, v, position, rotary_base = all_dense(*inputs)
+    q, k, v, score, slot, held, position, kept_k, kept_v, kept_score, rotary_base = all_dense(*inputs)
     sizes = batch, time, heads, dim, window = _sizes(k, position)
     out, lse = empty_like(q), common.empty(q, batch, heads, time, dtype=torch.float32)
     rotary = _rotary_table(window, dim, rotary_base, q.device)
     cuda_library().call("window_attention_forward", q, q, k, v, TYPE_CODES[q.dtype], position, rotary, out, lse, *sizes)
+    cuda_library().call(
+        "retained_attention_forward", q, q, k, v, kept_k, kept_v, TYPE_CODES[q.dtype], score, kept_score, slot, held,
+        position, out, lse, *sizes, kept_k.shape[2],
+    )  # fmt: skip
     return out, lse
 
 
-def window_attention_backward(*inputs: Tensor | float) -> tuple[Tensor, ...]:
-    """Returns the gradients of q, k and v."""
-    dout, out, lse, q, k, v, position, rotary_base = all_dense(*inputs)
+def memory_attention_backward(*inputs: Tensor | float) -> tuple[Tensor, ...]:
+    """Returns the gradients of q, k, v, score, kept_k, kept_v and kept_score.
+
+    With the result and the denominator of the whole softmax, the window's own kernels give its part of the gradients;
+    those of the pairs are added.
+    """
+    dout, out, lse, q, k, v, score, slot, held, position, kept_k, kept_v, kept_score, rotary_base = all_dense(*inputs)
     sizes = *_, dim, window = _sizes(k, position)
     gradients, inner = empty_like(q, k, v), empty_like(lse)
+    of_kept = empty_like(score, kept_k, kept_v, kept_score)
     rotary = _rotary_table(window, dim, rotary_base, q.device)
     cuda_library().call(
         "window_attention_backward", q, dout, out, lse, q, k, v, TYPE_CODES[q.dtype], position, rotary, *gradients,
         inner, *sizes,
     )  # fmt: skip
-    return tuple(gradients)
+    workspace = workspace_of("retained_attention_backward", q, *sizes, kept_k.shape[2])
+    cuda_library().call(
+        "retained_attention_backward", q, dout, lse, inner, q, k, v, kept_k, kept_v, TYPE_CODES[q.dtype], score,
+        kept_score, slot, held, position, *gradients, *of_kept, workspace, *sizes, kept_k.shape[2],
+    )  # fmt: skip
+    return (*gradients, *of_kept)
 
 
 def _sizes(k: Tensor, position: Tensor) -> tuple[int, int, int, int, int]:
@@ -79,4 +105,4 @@ def memory_context_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor) -> 
     return dqkv
 
 
-KERNELS = (window_attention, window_attention_backward, memory_context, memory_context_backward)
+KERNELS = (retain, memory_attention, memory_attention_backward, memory_context, memory_context_backward)

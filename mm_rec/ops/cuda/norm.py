@@ -69,24 +69,6 @@ def readout_backward(dy: Tensor, h: Tensor, r: Tensor, heads: int) -> tuple[Tens
     return dh, dr
 
 
-def mix_memories(near: Tensor, far: Tensor, gate: Tensor) -> Tensor:
-    near, far, gate = all_dense(near, far, gate)
-    out: Tensor = empty_like(near)
-    cuda_library().call(
-        "mix_memories_forward", near, near, far, TYPE_CODES[near.dtype], gate, out, gate.numel(), near.shape[-1]
-    )
-    return out
-
-
-def mix_memories_backward(dout: Tensor, far: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    dout, far, gate = all_dense(dout, far, gate)
-    dfar, dgate = empty_like(far, gate)
-    cuda_library().call(
-        "mix_memories_backward", far, dout, far, TYPE_CODES[far.dtype], gate, dfar, dgate, gate.numel(), far.shape[-1]
-    )
-    return dfar, dgate
-
-
 def relu_squared(x: Tensor) -> Tensor:
     x = dense(x)
     y: Tensor = empty_like(x)
@@ -102,6 +84,6 @@ def relu_squared_backward(dy: Tensor, x: Tensor) -> Tensor:
 
 
 KERNELS = (
-    rms_norm, rms_norm_backward, add_rms_norm, add_rms_norm_backward, readout, readout_backward, mix_memories,
-    mix_memories_backward, relu_squared, relu_squared_backward,
+    rms_norm, rms_norm_backward, add_rms_norm, add_rms_norm_backward, readout, readout_backward,
+    relu_squared, relu_squared_backward,
 )  # fmt: skip

@@ -1,6 +1,6 @@
-// delta_keys: the keys of a token and of those before it, weighted, of length 1; with any number of taps. A block has a tile of
+// mixed_keys: the keys of a token and of those before it, weighted, of length 1; with any number of taps. A block has a tile of
 // tokens of one head.
-#include "delta_keys.cuh"
+#include "mixed_keys.cuh"
 #include "reduce.cuh"
 
 namespace mm_rec {
@@ -155,7 +155,7 @@ int64_t partials(const KeyInputs& in) {
 }  // namespace mm_rec
 
 // Heads of up to 256 elements. All tensors are contiguous.
-extern "C" int mm_rec_cuda_delta_keys_forward(const void* k, int64_t dtype, const float* taps, const int64_t* position,
+extern "C" int mm_rec_cuda_mixed_keys_forward(const void* k, int64_t dtype, const float* taps, const int64_t* position,
                                               void* key, int64_t batch, int64_t time, int64_t heads, int64_t dim,
                                               int64_t window, int64_t reach, void* stream) {
   using namespace mm_rec;
@@ -165,14 +165,14 @@ extern "C" int mm_rec_cuda_delta_keys_forward(const void* k, int64_t dtype, cons
 }
 
 // Bytes.
-extern "C" int64_t mm_rec_cuda_delta_keys_workspace(int64_t batch, int64_t time, int64_t heads, int64_t dim,
+extern "C" int64_t mm_rec_cuda_mixed_keys_workspace(int64_t batch, int64_t time, int64_t heads, int64_t dim,
                                                     int64_t window, int64_t reach) {
   using namespace mm_rec;
   const KeyInputs in{nullptr, nullptr, nullptr, batch, time, window, heads, static_cast<int>(dim), static_cast<int>(reach)};
   return static_cast<int64_t>(sizeof(float)) * partials(in) * heads * dim * reach;
 }
 
-extern "C" int mm_rec_cuda_delta_keys_backward(const void* dkey, const void* k, int64_t dtype, const float* taps,
+extern "C" int mm_rec_cuda_mixed_keys_backward(const void* dkey, const void* k, int64_t dtype, const float* taps,
                                                const int64_t* position, void* dk, float* dtaps, float* workspace,
                                                int64_t batch, int64_t time, int64_t heads, int64_t dim, int64_t window,
                                                int64_t reach, void* stream) {

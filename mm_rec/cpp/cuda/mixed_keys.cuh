@@ -1,7 +1,7 @@
-// Parts that the kernels of delta_keys share. A group of up to 32 neighbouring lanes works on a head of a token, 8 elements a
+// Parts that the kernels of mixed_keys share. A group of up to 32 neighbouring lanes works on a head of a token, 8 elements a
 // lane.
-#ifndef MM_REC_DELTA_KEYS_CUH
-#define MM_REC_DELTA_KEYS_CUH
+#ifndef MM_REC_MIXED_KEYS_CUH
+#define MM_REC_MIXED_KEYS_CUH
 
 #include "common.cuh"
 #include "launch.cuh"
@@ -68,7 +68,7 @@ struct KeyColumns {
   }
 };
 
-// What the kernels of delta_keys_few.cu are for.
+// What the kernels of mixed_keys_few.cu are for.
 inline bool few_keys(const KeyInputs& in) { return in.reach <= kFewTaps && in.dim % kKeySize == 0; }
 cudaError_t few_keys_forward(const KeyInputs& in, int64_t dtype, void* key, void* stream);
 cudaError_t few_keys_backward(const KeyInputs& in, int64_t dtype, const void* dkey, void* dk, float* partial, void* stream);

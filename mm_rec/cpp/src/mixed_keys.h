@@ -39,7 +39,7 @@ MM_INLINE float key_total(const KeyInputs<T>& in, int64_t b, int64_t t, int64_t 
 
 // key (batch, time, heads, d), contiguous.
 template <class T>
-static int delta_keys(const KeyInputs<T>& in, T* key, int threads) {
+static int mixed_keys(const KeyInputs<T>& in, T* key, int threads) {
     const ContextShape& s = in.shape;
     const auto make = [&](Parts& parts) { return parts.take(s.pitch()); };
     return for_each_head(s, in.work(), threads, make, [&](int64_t b, int64_t head, float* total) {
@@ -52,7 +52,7 @@ static int delta_keys(const KeyInputs<T>& in, T* key, int threads) {
 
 // Gradients: dk (batch, context, heads, d) and dtaps (batch, heads, reach, d), a share per sequence, both contiguous.
 template <class T>
-static int delta_keys_backward(const KeyInputs<T>& in, HeadRows<const T> dkey, T* dk, float* dtaps, int threads) {
+static int mixed_keys_backward(const KeyInputs<T>& in, HeadRows<const T> dkey, T* dk, float* dtaps, int threads) {
     const ContextShape& s = in.shape;
     const int64_t pitch = s.pitch(), width = s.heads * s.d;
     struct Buffers {

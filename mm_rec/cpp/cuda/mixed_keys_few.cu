@@ -1,6 +1,6 @@
-// delta_keys with few taps, for heads of a multiple of 8: each group walks along a run of tokens and reads each row once. Neighbouring groups have
+// mixed_keys with few taps, for heads of a multiple of 8: each group walks along a run of tokens and reads each row once. Neighbouring groups have
 // neighbouring heads.
-#include "delta_keys.cuh"
+#include "mixed_keys.cuh"
 
 namespace mm_rec {
 namespace {

@@ -1,4 +1,4 @@
-"""Window attention."""
+"""Attention over the window and the kept pairs."""
 
 from __future__ import annotations
 
