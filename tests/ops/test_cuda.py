@@ -211,6 +211,20 @@ def test_the_same_pairs_are_kept_of_a_long_chunk(slots: int, equal: bool) -> Non
     assert_same_pairs((score, position, kept_score[..., torch.arange(slots) % kept_score.shape[2]]))
 
 
+def test_gradients_of_many_heads_with_many_slots() -> None:
+    """The scratch memory for them has a limit, so that these copies of two sequences are not all in it at a time."""
+    *arguments, base = on_device(other_slots(3000, 64, torch.bfloat16))
+    leaves = [x.repeat(24, *(1 for _ in x.shape[1:])).requires_grad_(x.is_floating_point()) for x in arguments]
+    with ops.use_backend("native"):
+        ops.memory_attention(*leaves, base)[0].square().sum().backward()
+    for index, leaf in enumerate(leaves):
+        if leaf.requires_grad:
+            assert leaf.grad is not None
+            assert leaf.grad.any(), f"argument {index}"
+            copies = leaf.grad.unflatten(0, (24, 2))
+            assert torch.equal(copies, copies[:1].expand_as(copies)), f"argument {index}"
+
+
 @pytest.mark.parametrize("strided", ["slice", "transposed"])
 @pytest.mark.parametrize("op", [*CASES, *FUSED_CASES])
 def test_strided_inputs(op: str, strided: str) -> None:

@@ -1,5 +1,5 @@
-// retain: which tokens a head keeps when they leave the window. One warp goes through the tokens of a head of a sequence, 32 at a
-// time: most score below all that is kept, and only the others are taken one by one.
+// retain: which tokens a head keeps when they leave the window. One warp goes through the tokens of a head of a sequence, 32
+// at a time: most score below all that is kept, and only the others are taken one by one.
 #include <climits>
 
 #include "launch.cuh"

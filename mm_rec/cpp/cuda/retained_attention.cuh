@@ -1,5 +1,5 @@
-// Parts that the kernels of the retained pairs share. Queries are taken in runs of 64 tokens, each against a list of the pairs that
-// some query of the run sees: those in the slots when it begins, and those that come in while it lasts.
+// Parts that the kernels of the retained pairs share. Queries are taken in runs of 64 tokens, each against a list of the pairs
+// that some query of the run sees: those in the slots when it begins, and those that come in while it lasts.
 #ifndef MM_REC_RETAINED_ATTENTION_CUH
 #define MM_REC_RETAINED_ATTENTION_CUH
 
@@ -30,8 +30,8 @@ struct RetainedInputs {
   const int64_t* position;
 };
 
-// A pair that the queries begin ... end - 1 of a run see. Candidate j < K of a run is what is in slot j when it begins, K + u what
-// comes in at its token u.
+// A pair that the queries begin ... end - 1 of a run see. Candidate j < K of a run is what is in slot j when it begins, K + u
+// what comes in at its token u.
 struct VisiblePair {
   int source;  // j < K: the pair in slot j before the chunk; K + c: context c
   unsigned place;

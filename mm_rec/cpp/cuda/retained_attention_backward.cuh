@@ -1,6 +1,6 @@
-// The backward pass of the attention over retained pairs. Each kernel recomputes the weights from the scores and the denominators of
-// the whole softmax, and owns what it writes: first the queries' gradients, then for each run those of the pairs that it
-// sees, in scratch memory, and last for each pair the sum over the runs that see it, in their order.
+// The backward pass of the attention over retained pairs. Each kernel recomputes the weights from the scores and the
+// denominators of the whole softmax, and owns what it writes: first the queries' gradients, then for each run those of the
+// pairs that it sees, in scratch memory, and last for each pair the sum over the runs that see it, in their order.
 #ifndef MM_REC_RETAINED_ATTENTION_BACKWARD_CUH
 #define MM_REC_RETAINED_ATTENTION_BACKWARD_CUH
 

@@ -1,5 +1,5 @@
-// Attention over the retained pairs, backward: the gradients of the pairs from each run. A block owns 64 pairs of a run and goes
-// through its queries.
+// Attention over the retained pairs, backward: the gradients of the pairs from each run. A block owns 64 pairs of a run and
+// goes through its queries.
 #include "launch.cuh"
 #include "retained_attention_backward.cuh"
 
@@ -14,7 +14,8 @@ struct Shared {
   typename Plan::Own k, v;
   typename Plan::Other q, dout;
   PairPlaces<Plan::kOwn> places;
-  float lse[Plan::kOther], inner[Plan::kOther];  // base 2
+  float lse[Plan::kOther];  // of the queries, in base 2
+  float inner[Plan::kOther];
 };
 
 // Put a tile of queries of a run, from the u0-th on, in shared memory.
@@ -46,13 +47,14 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
   {
     PairLoads<T, Plan, Plan::kOwn> pairs;
     pairs.fetch(run, first);
+    if (Plan::kAhead) load_queries<T>(shared, p, run, 0);
     pairs.put(shared.k, shared.v, shared.places);
   }
   const int row[2] = {Plan::own_row() + fragment_row(0), Plan::own_row() + fragment_row(2)};
   typename Plan::Sums dk = {}, dv = {};
   float dscore[2] = {};
   for (int u0 = 0; u0 < run.tokens; u0 += Plan::kOther) {
-    load_queries<T>(shared, p, run, u0);
+    if (!Plan::kAhead || u0 > 0) load_queries<T>(shared, p, run, u0);
     __syncthreads();
     typename Plan::Scores weights = {};
     multiply<false, false, Plan::kDim>(weights, shared.k, Plan::own_row(), shared.q, 0);

@@ -5,9 +5,9 @@
 namespace mm_rec {
 namespace {
 
-// The gradients of pairs from all runs of a group of heads of sequences take no more than that, so that most stay in the
-// second-level cache until they are summed up; one head may take more.
-constexpr int64_t kGradientBytes = int64_t{64} << 20;
+// The gradients of pairs from all runs take no more scratch memory than that: heads of sequences are taken in groups. One
+// alone may take more.
+constexpr int64_t kGradientBytes = int64_t{256} << 20;
 
 template <typename Plan>
 struct Shared {
@@ -26,6 +26,8 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
   typename Plan::OwnLoads queries, douts;
   queries.fetch(static_cast<const T*>(p.in.q) + run.query_at(0), extent.width(), run.tokens, dim);
   douts.fetch(static_cast<const T*>(p.dout) + run.query_at(0), extent.width(), run.tokens, dim);
+  PairLoads<T, Plan, Plan::kOther> pairs;
+  if (Plan::kAhead) pairs.fetch(run, 0);
   queries.put(shared.q);
   douts.put(shared.dout);
   const int row[2] = {Plan::own_row() + fragment_row(0), Plan::own_row() + fragment_row(2)};
@@ -38,10 +40,8 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
   }
 
   typename Plan::Sums dq = {};
-  PairLoads<T, Plan, Plan::kOther> pairs;
-  pairs.fetch(run, 0);
   for (int first = 0; first < run.count; first += Plan::kOther) {
-    if (!Plan::kAhead && first > 0) pairs.fetch(run, first);
+    if (!Plan::kAhead) pairs.fetch(run, first);
     pairs.put(shared.k, shared.v, shared.places);
     __syncthreads();
     if (Plan::kAhead && first + Plan::kOther < run.count) pairs.fetch(run, first + Plan::kOther);
@@ -105,8 +105,8 @@ extern "C" int64_t mm_rec_cuda_retained_attention_backward_workspace(int64_t bat
   return VisiblePairs::bytes(extent) + group_size(extent) * PairGradients::bytes_a_line(extent);
 }
 
-// `lse` and `inner` (B, H, T) are the log of the denominator of the whole softmax, and the product of its result and `dout`. dq, dk and
-// dv hold the gradients from the window, and then all; the other gradients are written.
+// `lse` and `inner` (B, H, T) are the log of the denominator of the whole softmax, and the product of its result and `dout`.
+// dq, dk and dv hold the gradients from the window, and then all; the other gradients are written.
 extern "C" int mm_rec_cuda_retained_attention_backward(
     const void* dout, const float* lse, const float* inner, const void* q, const void* k, const void* v, const void* kept_k,
     const void* kept_v, int64_t dtype, const float* score, const float* kept_score, const int* slot, const int* held,

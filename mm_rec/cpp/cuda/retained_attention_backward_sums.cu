@@ -1,5 +1,5 @@
-// Attention over the retained pairs, backward: the gradients of each pair, summed over the runs that see it, in their order. Most
-// tokens are never kept; for them only the gradient of the score is written, which is 0.
+// Attention over the retained pairs, backward: the gradients of each pair, summed over the runs that see it, in their order.
+// Most tokens are never kept; for them only the gradient of the score is written, which is 0.
 #include "launch.cuh"
 #include "retained_attention_backward.cuh"
 

@@ -22,6 +22,8 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
   const int dim = extent.dim;
   typename Plan::OwnLoads queries;
   queries.fetch(static_cast<const T*>(in.q) + run.query_at(0), extent.width(), run.tokens, dim);
+  PairLoads<T, Plan, Plan::kOther> pairs;
+  if (Plan::kAhead) pairs.fetch(run, 0);
   queries.put(shared.q);
 
   const int row[2] = {Plan::own_row() + fragment_row(0), Plan::own_row() + fragment_row(2)};
@@ -41,10 +43,8 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
     }
   }
 
-  PairLoads<T, Plan, Plan::kOther> pairs;
-  pairs.fetch(run, 0);
   for (int first = 0; first < run.count; first += Plan::kOther) {
-    if (!Plan::kAhead && first > 0) pairs.fetch(run, first);
+    if (!Plan::kAhead) pairs.fetch(run, first);
     pairs.put(shared.k, shared.v, shared.places);
     __syncthreads();
     if (Plan::kAhead && first + Plan::kOther < run.count) pairs.fetch(run, first + Plan::kOther);
@@ -91,8 +91,8 @@ extern "C" int64_t mm_rec_cuda_retained_attention_forward_workspace(int64_t batc
   return VisiblePairs::bytes({{batch, time, heads, static_cast<int>(dim), static_cast<int>(window)}, static_cast<int>(slots)});
 }
 
-// `out` (B, T, H, d) and `lse` (B, H, T) hold the result and the log of the denominator of the softmax over the window, and then
-// those of the softmax over the window and the pairs.
+// `out` (B, T, H, d) and `lse` (B, H, T) hold the result and the log of the denominator of the softmax over the window, and
+// then those of the softmax over the window and the pairs.
 extern "C" int mm_rec_cuda_retained_attention_forward(const void* q, const void* k, const void* v, const void* kept_k,
                                                       const void* kept_v, int64_t dtype, const float* score,
                                                       const float* kept_score, const int* slot, const int* held,
