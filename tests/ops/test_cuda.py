@@ -200,7 +200,7 @@ def test_the_same_pairs_are_kept(name: str) -> None:
 
 
 @pytest.mark.parametrize("equal", [False, True], ids=["different-scores", "equal-scores"])
-@pytest.mark.parametrize("slots", [1, 31, 128, 257, 3000])
+@pytest.mark.parametrize("slots", [1, 31, 128, 257, 3000, 7000])
 def test_the_same_pairs_are_kept_of_a_long_chunk(slots: int, equal: bool) -> None:
     """With slots by the thousand, and with a sequence whose scores rise, so that every token is kept."""
     case: MemoryCase = (3, 5000, 60, 2, 2, [0, 500], {(1, t) for t in (1000, 1001, 1200, 3136)})

@@ -8,6 +8,7 @@
 namespace mm_rec {
 namespace {
 
+constexpr int kMostShared = 6144;  // slots of a head that are in shared memory; more are in scratch memory
 constexpr unsigned kEmpty = 0x007fffffu, kNone = 0xffffffffu;  // ordered() of -inf, and above that of every score
 
 // Scores as integers of the same order, in which equal ones are equal. NaN, which no head keeps, counts as -inf.
@@ -27,7 +28,7 @@ struct RetainExtent {
   __host__ __device__ int share() const { return static_cast<int>(ceil_div(slots, 32)) | 1; }
 };
 
-// The slots of a head in shared memory: lane l has slots l * share() ... , and knows the lowest score among them.
+// The slots of a head: lane l has slots l * share() ... , and knows the lowest score among them.
 struct Slots {
   unsigned* scores;  // ordered
   int* held;
@@ -37,9 +38,10 @@ struct Slots {
   unsigned lowest;  // of all slots
   int tail;         // from this slot on all are empty
 
-  __device__ __forceinline__ Slots(const RetainExtent& extent, const float* kept)
-      : scores(reinterpret_cast<unsigned*>(dynamic_shared())), held(reinterpret_cast<int*>(scores + extent.slots)),
-        count(extent.slots), share(extent.share()), lane(static_cast<int>(threadIdx.x)) {
+  // `memory` is for two numbers of each slot.
+  __device__ __forceinline__ Slots(const RetainExtent& extent, const float* kept, int* memory)
+      : scores(reinterpret_cast<unsigned*>(memory)), held(memory + extent.slots), count(extent.slots), share(extent.share()),
+        lane(static_cast<int>(threadIdx.x)) {
     int occupied = 0;
     for (int j = lane; j < count; j += 32) {
       const unsigned score = ordered(kept[j]);
@@ -157,9 +159,10 @@ __device__ __forceinline__ int take(Slots& slots, bool begins, unsigned score, i
   return taken;
 }
 
+template <bool InShared>
 __global__ void __launch_bounds__(32)
     retain_kernel(const float* __restrict__ score, const int64_t* __restrict__ position, const float* __restrict__ kept_score,
-                  int* __restrict__ slot, int* __restrict__ held, const RetainExtent extent) {
+                  int* __restrict__ slot, int* __restrict__ held, int* workspace, const RetainExtent extent) {
   const int64_t line = blockIdx.x, b = line / extent.heads, head = line % extent.heads;
   const int lane = threadIdx.x;
   const float* scores = score + b * (extent.window + extent.time) * extent.heads + head;
@@ -171,7 +174,8 @@ __global__ void __launch_bounds__(32)
     __syncwarp();
   };
 
-  Slots slots(extent, kept_score + line * extent.slots);
+  int* memory = InShared ? reinterpret_cast<int*>(dynamic_shared()) : workspace + line * 2 * extent.slots;
+  Slots slots(extent, kept_score + line * extent.slots, memory);
   float own[kRun / 32];  // of the next run, on their way
   int64_t place[kRun / 32];
   const auto fetch = [&](int64_t t0) {
@@ -206,11 +210,17 @@ __global__ void __launch_bounds__(32)
 }  // namespace
 }  // namespace mm_rec
 
+// Bytes.
+extern "C" int64_t mm_rec_cuda_retain_workspace(int64_t batch, int64_t heads, int64_t slots) {
+  return slots <= mm_rec::kMostShared ? 0 : batch * heads * slots * 2 * static_cast<int64_t>(sizeof(int));
+}
+
 extern "C" int mm_rec_cuda_retain(const float* score, const int64_t* position, const float* kept_score, int* slot, int* held,
-                                  int64_t batch, int64_t time, int64_t heads, int64_t window, int64_t slots,
+                                  int* workspace, int64_t batch, int64_t time, int64_t heads, int64_t window, int64_t slots,
                                   void* stream) {
   using namespace mm_rec;
   const RetainExtent extent{batch, time, heads, static_cast<int>(window), static_cast<int>(slots)};
-  return launch(retain_kernel, dim3(static_cast<unsigned>(batch * heads)), dim3(32), 2 * sizeof(int) * slots, stream, score,
-                position, kept_score, slot, held, extent);
+  const bool in_shared = slots <= kMostShared;
+  return launch(in_shared ? retain_kernel<true> : retain_kernel<false>, dim3(static_cast<unsigned>(batch * heads)), dim3(32),
+                in_shared ? 2 * sizeof(int) * slots : 0, stream, score, position, kept_score, slot, held, workspace, extent);
 }

@@ -34,14 +34,8 @@ struct RetainedInputs {
 // what comes in at its token u.
 struct VisiblePair {
   int source;  // j < K: the pair in slot j before the chunk; K + c: context c
-  unsigned place;
-
-  static __device__ __forceinline__ VisiblePair make(int source, int candidate, int begin, int end) {
-    return {source, static_cast<unsigned>(candidate) << 14 | static_cast<unsigned>(begin) << 7 | static_cast<unsigned>(end)};
-  }
-  __device__ __forceinline__ int candidate() const { return static_cast<int>(place >> 14); }
-  __device__ __forceinline__ int begin() const { return static_cast<int>(place >> 7 & 127); }
-  __device__ __forceinline__ int end() const { return static_cast<int>(place & 127); }
+  int candidate;
+  short begin, end;
 };
 
 // The lists of all runs, in scratch memory.
@@ -111,7 +105,7 @@ class PairLoads {
     if (threadIdx.x >= Rows) return;
     const int i = first + static_cast<int>(threadIdx.x);
     const bool real = i < run.count;
-    pair_ = real ? run.pairs[i] : VisiblePair{0, 0};
+    pair_ = real ? run.pairs[i] : VisiblePair{0, 0, 0, 0};
     score_ = real ? run.score(pair_.source) * kLog2e : 0.0f;
   }
   template <typename Keys>
@@ -120,8 +114,8 @@ class PairLoads {
     v_.put(v);
     if (threadIdx.x >= Rows) return;
     places.score[threadIdx.x] = score_;
-    places.begin[threadIdx.x] = pair_.begin();
-    places.end[threadIdx.x] = pair_.end();
+    places.begin[threadIdx.x] = pair_.begin;
+    places.end[threadIdx.x] = pair_.end;
   }
 
  private:

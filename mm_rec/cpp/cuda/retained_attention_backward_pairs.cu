@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
   for (int i = 0; i < 2; ++i) {
     const float sum = group_sum<4>(dscore[i]);
     if (first + row[i] >= run.count) continue;
-    const int candidate = run.pairs[first + row[i]].candidate();
+    const int candidate = run.pairs[first + row[i]].candidate;
     const int64_t to = (blockIdx.y * extent.runs() + r) * extent.candidates() + candidate;
 #pragma unroll
     for (int n = 0; n < Plan::kDim / 8; ++n) {

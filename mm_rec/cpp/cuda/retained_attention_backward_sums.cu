@@ -7,13 +7,13 @@ namespace mm_rec {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps, kContexts = 8;  // contexts of a warp
-constexpr int kPieces = 4;                                        // of 64 columns: heads of up to 256
 
-// The sums of one pair; a lane has two columns of each piece.
+// The sums of one pair, whose columns come in pieces of 64; a lane has two of each.
+template <int Pieces>
 struct PairSum {
   const PairGradients& gradients;
   int dim, lane;
-  float k[kPieces][2] = {}, v[kPieces][2] = {}, score = 0.0f;
+  float k[Pieces][2] = {}, v[Pieces][2] = {}, score = 0.0f;
 
   __device__ __forceinline__ PairSum(const PairGradients& gradients_, int dim_)
       : gradients(gradients_), dim(dim_), lane(static_cast<int>(threadIdx.x) % 32) {}
@@ -21,7 +21,7 @@ struct PairSum {
   // Add what came of the candidate in row `row` of the scratch memory.
   __device__ __forceinline__ void add(int64_t row) {
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
+    for (int i = 0; i < Pieces; ++i) {
       if (column(i) >= dim) continue;
       float x[2], y[2];
       load<2>(gradients.k + row * dim + column(i), x);
@@ -38,7 +38,7 @@ struct PairSum {
   template <bool Beside, typename T>
   __device__ __forceinline__ void store(T* to_k, T* to_v) const {
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
+    for (int i = 0; i < Pieces; ++i) {
       if (column(i) >= dim) continue;
       float x[2] = {}, y[2] = {};
       if constexpr (Beside) {
@@ -70,7 +70,8 @@ struct Line {
     return (local * extent.runs() + r) * extent.candidates() + candidate;
   }
   // Add what came of `pair`, which slot `own` holds when run r begins, from that run on until it goes. Whole warps take part.
-  __device__ __forceinline__ void follow(PairSum& sum, int64_t r, int own, int pair) const {
+  template <int Pieces>
+  __device__ __forceinline__ void follow(PairSum<Pieces>& sum, int64_t r, int own, int pair) const {
     for (; r < extent.runs(); r += 32) {
       const int64_t at = r + sum.lane, t0 = at * kRun;
       const bool seen = at < extent.runs() && in.held[(line * (extent.runs() + 1) + at) * extent.slots + own] == pair &&
@@ -85,7 +86,7 @@ struct Line {
 };
 
 // Tokens of the window and the chunk.
-template <typename T>
+template <typename T, int Pieces>
 __global__ void __launch_bounds__(kThreads)
     context_kernel(const RetainedBackward p, const RetainedExtent extent, const PairGradients gradients) {
   const Line line(p.in, extent, gradients);
@@ -99,45 +100,50 @@ __global__ void __launch_bounds__(kThreads)
   for (unsigned rest = __ballot_sync(kFullWarp, slot >= 0); rest != 0; rest &= rest - 1) {
     const int i = __ffs(static_cast<int>(rest)) - 1, taken = __shfl_sync(kFullWarp, slot, i);
     const int64_t c = c0 + i;
-    PairSum sum(gradients, extent.dim);
+    PairSum<Pieces> sum(gradients, extent.dim);
     sum.add(line.row(c / kRun, extent.slots + c % kRun));
     line.follow(sum, c / kRun + 1, taken, static_cast<int>(extent.slots + c));
     const int64_t to = extent.context_at(line.b, c, line.head);
-    sum.store<true>(static_cast<T*>(p.dk) + to, static_cast<T*>(p.dv) + to);
+    sum.template store<true>(static_cast<T*>(p.dk) + to, static_cast<T*>(p.dv) + to);
     if (lane == 0) p.dscore[(line.b * extent.context() + c) * extent.heads + line.head] = sum.score;
   }
 }
 
 // Pairs that were in the slots before the chunk.
-template <typename T>
+template <typename T, int Pieces>
 __global__ void __launch_bounds__(kThreads)
     kept_kernel(const RetainedBackward p, const RetainedExtent extent, const PairGradients gradients) {
   const Line line(p.in, extent, gradients);
   const int j = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
   if (j >= extent.slots) return;
-  PairSum sum(gradients, extent.dim);
+  PairSum<Pieces> sum(gradients, extent.dim);
   line.follow(sum, 0, j, j);
   const int64_t to = line.line * extent.slots + j;
-  sum.store<false>(static_cast<T*>(p.dkept_k) + to * extent.dim, static_cast<T*>(p.dkept_v) + to * extent.dim);
+  sum.template store<false>(static_cast<T*>(p.dkept_k) + to * extent.dim, static_cast<T*>(p.dkept_v) + to * extent.dim);
   if (sum.lane == 0) p.dkept_score[to] = sum.score;
 }
 
-template <typename T>
+template <typename T, int Pieces>
 cudaError_t add_up(const RetainedBackward& p, const RetainedExtent& extent, const PairGradients& gradients, void* stream) {
   const auto grid = [&](int64_t size) {
     return dim3(static_cast<unsigned>(ceil_div(size, kWarps)), static_cast<unsigned>(gradients.lines));
   };
-  const cudaError_t error = launch(context_kernel<T>, grid(ceil_div(extent.context(), kContexts)), dim3(kThreads), 0, stream, p,
-                                   extent, gradients);
+  const cudaError_t error = launch(context_kernel<T, Pieces>, grid(ceil_div(extent.context(), kContexts)), dim3(kThreads), 0,
+                                   stream, p, extent, gradients);
   if (error != cudaSuccess) return error;
-  return launch(kept_kernel<T>, grid(extent.slots), dim3(kThreads), 0, stream, p, extent, gradients);
+  return launch(kept_kernel<T, Pieces>, grid(extent.slots), dim3(kThreads), 0, stream, p, extent, gradients);
+}
+
+template <typename T>
+cudaError_t by_pieces(const RetainedBackward& p, const RetainedExtent& extent, const PairGradients& gradients, void* stream) {
+  return extent.dim <= 64 ? add_up<T, 1>(p, extent, gradients, stream) : add_up<T, 4>(p, extent, gradients, stream);
 }
 
 }  // namespace
 
 cudaError_t retained_backward_sums(const RetainedBackward& p, int64_t dtype, const RetainedExtent& extent,
                                    const PairGradients& gradients, void* stream) {
-  return dtype == kBFloat16 ? add_up<bf16>(p, extent, gradients, stream) : add_up<float>(p, extent, gradients, stream);
+  return dtype == kBFloat16 ? by_pieces<bf16>(p, extent, gradients, stream) : by_pieces<float>(p, extent, gradients, stream);
 }
 
 }  // namespace mm_rec

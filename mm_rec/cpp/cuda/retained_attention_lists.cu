@@ -53,7 +53,9 @@ __global__ void __launch_bounds__(32 * kWarps)
     const int begin = max(after, 0), end = of_run.end(own, after, tokens);
     const bool seen = source >= 0 && end > begin;
     const unsigned all = __ballot_sync(kFullWarp, seen);
-    if (seen) pairs[count + __popc(all & ((1u << lane) - 1))] = VisiblePair::make(source, candidate, begin, end);
+    if (seen) {
+      pairs[count + __popc(all & ((1u << lane) - 1))] = {source, candidate, static_cast<short>(begin), static_cast<short>(end)};
+    }
     count += __popc(all);
   };
   for (int j = lane; j - lane < slots; j += 32) append(j < slots ? held[j] : -1, j, j, -1);

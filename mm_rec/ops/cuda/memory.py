@@ -21,9 +21,11 @@ def retain(score: Tensor, position: Tensor, kept_score: Tensor) -> tuple[Tensor,
     (batch, heads, slots), time = kept_score.shape, position.shape[1]
     slot = common.empty(score, batch, heads, time, dtype=torch.int32)
     held = common.empty(score, batch, heads, -(-time // RUN) + 1, slots, dtype=torch.int32)
+    workspace = workspace_of("retain", score, batch, heads, slots)
     cuda_library().call(
-        "retain", score, score, position, kept_score, slot, held, batch, time, heads, score.shape[1] - time, slots
-    )
+        "retain", score, score, position, kept_score, slot, held, workspace, batch, time, heads, score.shape[1] - time,
+        slots,
+    )  # fmt: skip
     return slot, held
 
 
