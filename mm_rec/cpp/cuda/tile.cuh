@@ -22,7 +22,6 @@ __device__ __forceinline__ uint32_t pack_remainder(float first, float second) {
 
 template <int Rows, int Columns, bool Split>
 struct alignas(16) Tile {
-  static constexpr bool kSplit = Split;
   static constexpr int kStride = Columns + 8;  // 16 bytes more: the eight rows of a matrix fall in different banks
   bf16 hi[Rows * kStride];
   bf16 lo[Split ? Rows * kStride : 8];
@@ -40,21 +39,11 @@ struct alignas(16) Tile {
       *reinterpret_cast<uint2*>(lo + at) = make_uint2(pack_remainder(x[0], x[1]), pack_remainder(x[2], x[3]));
     }
   }
-  __device__ __forceinline__ void set(int row, int column, const float (&x)[8]) {
-    const int at = row * kStride + column;
-    *reinterpret_cast<uint4*>(hi + at) =
-        make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
-    if constexpr (Split) {
-      *reinterpret_cast<uint4*>(lo + at) = make_uint4(pack_remainder(x[0], x[1]), pack_remainder(x[2], x[3]),
-                                                      pack_remainder(x[4], x[5]), pack_remainder(x[6], x[7]));
-    }
-  }
 };
 
 // A 16 x 16 left operand in registers.
 template <bool Split>
 struct Left {
-  static constexpr bool kSplit = Split;
   uint32_t hi[4];
   uint32_t lo[Split ? 4 : 1];
 };
@@ -108,16 +97,14 @@ __device__ __forceinline__ Left<Split> to_left(const Fragments<N>& c, int k) {
 }
 
 // c += left right, one step of 16 over k. The tile holds the right operand as (n, k), or as (k, n) if `RowMajor`; its
-// columns n .. n + 8 N - 1 take part, of which those of fragments before `begin` and from `end` on are left out.
+// columns n .. n + 8 N - 1 take part.
 template <bool RowMajor, int N, bool LeftSplit, int Rows, int Columns, bool Split>
 __device__ __forceinline__ void multiply_step(Fragments<N>& c, const Left<LeftSplit>& left,
-                                              const Tile<Rows, Columns, Split>& right, int n, int k, int begin = 0,
-                                              int end = N) {
+                                              const Tile<Rows, Columns, Split>& right, int n, int k) {
   static_assert(N % 2 == 0, "fragments are loaded two at a time");
   const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
 #pragma unroll
   for (int i = 0; i < N; i += 2) {
-    if (i < begin || i >= end) continue;
     const int at = RowMajor ? (k + matrix % 2 * 8 + row) * right.kStride + n + 8 * i + matrix / 2 * 8
                             : (n + 8 * i + matrix / 2 * 8 + row) * right.kStride + k + matrix % 2 * 8;
     uint32_t hi[4];
