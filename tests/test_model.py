@@ -8,7 +8,7 @@ from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.inference import decode
 from mm_rec.model import MMRecModel, _TiedEmbedding, document_positions
 
-CONFIG = ModelConfig(vocab_size=64, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16)
+CONFIG = ModelConfig(vocab_size=64, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, kept_pairs=6)
 
 
 def tokens(rows: int, time: int, seed: int = 0) -> torch.Tensor:

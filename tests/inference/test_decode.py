@@ -281,7 +281,9 @@ def test_nothing_is_kept_of_a_model_that_is_gone(monkeypatch: pytest.MonkeyPatch
 def packed_model(monkeypatch: pytest.MonkeyPatch) -> MMRecModel:
     """Wide enough to be packed, at any level of the kernels."""
     monkeypatch.setattr("mm_rec.inference.quantize.PACKED_LEVELS", LEVELS)
-    config = ModelConfig(vocab_size=256, d_model=256, n_heads=4, n_layers=2, d_ff=400, gate_every=2, window=16)
+    config = ModelConfig(
+        vocab_size=256, d_model=256, n_heads=4, n_layers=2, d_ff=400, gate_every=2, window=16, kept_pairs=6
+    )
     model = MMRecModel(config)
     apply_precision(model, "bf16")
     block = model.experts["text"].blocks[0]

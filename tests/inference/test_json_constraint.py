@@ -20,7 +20,7 @@ from mm_rec.inference.sampling import Sampling
 from mm_rec.model import MMRecModel
 from mm_rec.text.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
 
-CONFIG = ModelConfig(vocab_size=576, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16)
+CONFIG = ModelConfig(vocab_size=576, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, kept_pairs=6)
 SCHEMAS: dict[str, dict[str, Any]] = {
     "object": {
         "type": "object",

@@ -68,7 +68,7 @@ def test_choice_is_per_thread_and_nests() -> None:
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("op", ["window_attention", "mixed_keys", "delta_rule"])
+@pytest.mark.parametrize("op", ["memory_attention", "mixed_keys"])
 def test_a_memory_op_that_does_not_fit_runs_as_it_is_defined(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU's kernels always fit, so those of a GPU are played by a back end that says they don't."""
     asked = []
@@ -86,7 +86,7 @@ def test_a_memory_op_that_does_not_fit_runs_as_it_is_defined(op: str, monkeypatc
     assert len(warned) == 1
     want = getattr(reference, op)(*arguments)
     for one in found:
-        pairs = zip(one, want, strict=True) if op == "delta_rule" else [(one, want)]
+        pairs = zip(one, want, strict=True) if op == "memory_attention" else [(one, want)]
         assert all(torch.equal(x, y) for x, y in pairs)
     dim, taps = arguments[1].shape[1:] if op == "mixed_keys" else (arguments[0].shape[-1], 0)
     assert asked == [(op, torch.float32, dim, taps)] * 2
@@ -252,18 +252,18 @@ WRONG = [
     ("rms_norm", 0, lambda x: x.bool(), "x must be floating-point"),
     ("add_rms_norm", 1, lambda x: x[..., :-1], "delta must have shape"),
     ("relu_squared", 0, lambda x: [1.0], "x must be a tensor"),
-    ("window_attention", 0, lambda x: x[:, :, :-1], "q must have shape"),
-    ("window_attention", 1, lambda x: x[:, -150:], "k must hold a window"),
-    ("window_attention", 2, lambda x: x[:, :-1], "v must have shape"),
-    ("window_attention", 3, lambda x: x.int(), "position must be torch.int64"),
-    ("window_attention", 3, lambda x: x[:1], r"position must be \(2, T\)"),
+    ("memory_attention", 0, lambda x: x[:, :, :-1], "q must have shape"),
+    ("memory_attention", 1, lambda x: x[:, -150:], "k must hold a window"),
+    ("memory_attention", 2, lambda x: x[:, :-1], "v must have shape"),
+    ("memory_attention", 3, lambda x: x[:, 1:], "score must have shape"),
+    ("memory_attention", 4, lambda x: x.int(), "position must be torch.int64"),
+    ("memory_attention", 4, lambda x: x[:1], r"position must be \(2, T\)"),
+    ("memory_attention", 5, lambda x: x[:, :, 0], "kept_k must have 4 axes"),
+    ("memory_attention", 6, lambda x: x[:, :, 1:], "kept_v must have shape"),
+    ("memory_attention", 7, lambda x: x[:, :, 1:], "kept_score must have shape"),
     ("mixed_keys", 0, lambda x: x[0], "k must have 4 axes"),
     ("mixed_keys", 1, lambda x: x[:, :-1], "taps must have shape"),
     ("mixed_keys", 1, lambda x: x[..., :1].expand(-1, -1, 130), "taps must reach back at most the window of 128"),
-    ("delta_rule", 1, lambda x: x[..., :-1], "key must have shape"),
-    ("delta_rule", 3, lambda x: x[..., :-1], "beta must have shape"),
-    ("delta_rule", 5, lambda x: x[:, 1:], "position must have shape"),
-    ("delta_rule", 6, lambda x: x[0], "state must have shape"),
     ("linear_cross_entropy", 1, lambda x: x[:, :-1], "embedding must have shape"),
     ("linear_cross_entropy", 2, lambda x: x.float(), "targets must be torch.int64"),
     ("linear_cross_entropy", 3, lambda x: x[:-1], "weight must have shape"),
@@ -283,6 +283,7 @@ def test_wrong_arguments_are_named(op: str, index: int, spoil: object, message: 
 
 @pytest.mark.native
 def test_impossible_positions() -> None:
-    q, k, v, position, base = CASES["window_attention"]["first-token"](torch.float32)
+    arguments = list(CASES["memory_attention"]["first-token"](torch.float32))
+    arguments[4] = arguments[4] - 1
     with pytest.raises(ValueError, match="position must not be negative"), ops.use_backend("native"):
-        ops.window_attention(q, k, v, position - 1, base)
+        ops.memory_attention(*arguments)

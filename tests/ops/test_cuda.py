@@ -21,9 +21,9 @@ from .cases import (
     Builder,
     MemoryCase,
     Random,
-    mixed_keys,
     delta_rule,
     linear_cross_entropy,
+    mixed_keys,
     window_attention,
 )
 from .cases import recurrence as recurrence_case

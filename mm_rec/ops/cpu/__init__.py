@@ -12,7 +12,16 @@ from typing import Any
 from mm_rec.cpp.build import LEVELS
 from mm_rec.ops.backend import Native
 from mm_rec.ops.cpu import (
-    branches, common, loss, matmul, memory_attention, mixed_keys, muon, norm, optimizer, sequence,
+    branches,
+    common,
+    loss,
+    matmul,
+    memory_attention,
+    mixed_keys,
+    muon,
+    norm,
+    optimizer,
+    sequence,
 )  # fmt: skip
 from mm_rec.ops.cpu.load_library import CpuLibrary
 
