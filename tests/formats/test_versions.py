@@ -101,7 +101,7 @@ def test_what_is_written_states_its_version(written: Path, tmp_path: Path) -> No
 # --- model: config.json of checkpoints and exported folders -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [1, 2, 4, -1, True, None, "1", 10**400])
+@pytest.mark.parametrize("version", [1, 2, 3, 5, -1, True, None, "1", 10**400])
 def test_a_model_of_another_version(written: Path, tmp_path: Path, version: Any) -> None:
     for source in ("exported", f"finished/chat/{FINISHED}"):
         path = edited(written / source, tmp_path / Path(source).name, "config.json", set_version(version))
@@ -123,9 +123,9 @@ def test_a_model_of_another_version(written: Path, tmp_path: Path, version: Any)
 def test_a_model_after_a_change(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raised(monkeypatch, "model")
     for name in ("exported", f"finished/chat/{FINISHED}"):
-        with pytest.raises(FormatError, match="has model format 3"):
+        with pytest.raises(FormatError, match="has model format 4"):
             load_model(written / name, device="cpu")
-        with pytest.raises(FormatError, match="has model format 3"):
+        with pytest.raises(FormatError, match="has model format 4"):
             AutoModelForCausalLM.from_pretrained(written / name)
 
 
@@ -169,7 +169,7 @@ def test_a_command_says_it_and_ends(written: Path, tmp_path: Path, capsys: pytes
 # --- training: trainer.json of checkpoints ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [1, 2, 4, -1, True, None, "1", 10**400])
+@pytest.mark.parametrize("version", [1, 2, 3, 5, -1, True, None, "1", 10**400])
 def test_a_training_state_of_another_version_leaves_its_weights(written: Path, tmp_path: Path, version: Any) -> None:
     source = written / "stopped" / "stage2" / STOPPED
     path = edited(source, tmp_path / "step_000004", "trainer.json", set_version(version))
@@ -227,7 +227,7 @@ def test_runs_after_a_change(written: Path, monkeypatch: pytest.MonkeyPatch) -> 
     raised(monkeypatch, "training")
     for stage in ("stage1", "stage2", "stage3", "instruct", "chat"):
         path = written / "stopped" / stage / STOPPED
-        with pytest.raises(FormatError, match=r"has training format 3.*--init_from"):
+        with pytest.raises(FormatError, match=r"has training format 4.*--init_from"):
             checkpoint.load(path)
         assert checkpoint.load(path, weights_only=True).weights
 
@@ -235,7 +235,7 @@ def test_runs_after_a_change(written: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # --- session ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [1, 2, 4, -1, True, None, "1", 10**400])
+@pytest.mark.parametrize("version", [1, 2, 3, 5, -1, True, None, "1", 10**400])
 def test_a_session_of_another_version(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: Any
 ) -> None:
@@ -252,7 +252,7 @@ def test_a_session_of_another_version(
 
 def test_a_session_after_a_change(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raised(monkeypatch, "session")
-    with pytest.raises(FormatError, match="has session format 3"):
+    with pytest.raises(FormatError, match="has session format 4"):
         session_file.read(written / "session.safetensors")
 
 

@@ -41,7 +41,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-COMMIT = "bad334b"
+COMMIT = "f9e3b80"
 ENVIRONMENT = {
     "MM_REC_BACKEND": "reference",
     "MM_REC_CPU_LEVEL": "baseline",
