@@ -158,11 +158,11 @@ def test_what_had_another_memory_ends_in_one_line(
 
 
 def test_a_command_says_it_and_ends(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = edited(written / "exported", tmp_path / "later", "config.json", set_version(4))
+    path = edited(written / "exported", tmp_path / "later", "config.json", set_version(5))
     assert cli.main(["generate", "--model", str(path), "--prompt", "The "]) == 2
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err.startswith(f"error: {path / 'config.json'} has model format 4")
+    assert output.err.startswith(f"error: {path / 'config.json'} has model format 5")
     assert output.err.count("\n") == 1
 
 
@@ -185,13 +185,13 @@ def test_a_training_state_of_another_version_leaves_its_weights(written: Path, t
 
 def test_other_files_of_another_version_are_not_missed(written: Path, tmp_path: Path) -> None:
     def other_files(trainer: Path) -> None:
-        set_version(4)(trainer)
+        set_version(5)(trainer)
         trainer.with_name("optimizer.safetensors").rename(trainer.with_name("moments.safetensors"))
 
     path = edited(written / "stopped" / "stage2" / STOPPED, tmp_path / "step_000004", "trainer.json", other_files)
-    with pytest.raises(FormatError, match="training format 4"):
+    with pytest.raises(FormatError, match="training format 5"):
         checkpoint.load(path)
-    with pytest.raises(FormatError, match="training format 4"):
+    with pytest.raises(FormatError, match="training format 5"):
         checkpoint.newest_valid(tmp_path)
 
 
@@ -200,7 +200,7 @@ def later_run(copy: Path, written: Path) -> Path:
     """A run in the current folder, stopped/stage2, that has a training state of version 4."""
     path = Path("stopped/stage2") / STOPPED
     shutil.rmtree(path)
-    return edited(written / path, path, "trainer.json", set_version(4)).parent.parent
+    return edited(written / path, path, "trainer.json", set_version(5)).parent.parent
 
 
 def test_a_run_of_another_version_is_left_as_it_is(
@@ -209,7 +209,7 @@ def test_a_run_of_another_version_is_left_as_it_is(
     before = sorted(later_run.rglob("*"))
     assert cli.main(commands(about)["stage2"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {later_run / STOPPED / 'trainer.json'} has training format 4")
+    assert error.startswith(f"error: {later_run / STOPPED / 'trainer.json'} has training format 5")
     assert error.count("\n") == 1
     assert set(before) == {path for path in later_run.rglob("*") if path.name not in ("events.log", "run.lock")}
     assert [finding.level for finding in doctor_command.check_run(later_run)].count("broken") > 0
