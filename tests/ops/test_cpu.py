@@ -61,15 +61,16 @@ def test_threads_change_nothing(op: str) -> None:
 
     The loss and the branches are left out: their matrix products are PyTorch's, which cuts them by threads.
     """
+    library = CpuLibrary()
     for build in CASES[op].values():
         arguments = build(torch.float32)
         found = []
         for threads, openmp in ((1, 1), (2, 1), (3, 1), (2, 0), (3, 0)):
             torch.set_num_threads(threads)
-            CpuLibrary().use_openmp(openmp)
+            library.use_openmp(openmp)
             with ops.use_backend("native"):
                 found.append(run(getattr(ops, op), arguments))
-            CpuLibrary().use_openmp(1)
+            library.use_openmp(1)
         for other in found[1:]:
             for name, value in found[0].items():
                 assert torch.equal(value, other[name]), f"{name} differs"

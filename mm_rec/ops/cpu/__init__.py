@@ -48,5 +48,8 @@ def load() -> Native:
         matmul.use(call.tile_product if tiles else call.vector_product)
         muon.use(call.tile_orthogonalize if tiles else call.vector_orthogonalize)
         kernels |= {"mm": matmul.mm, "linear": branches.linear}
+    else:  # an earlier load may have been at another level
+        matmul.use(None)
+        muon.use(None)
     raw = {name: getattr(call, name) for name in RAW}
     return Native(str(library.path), library.level, kernels | raw)
