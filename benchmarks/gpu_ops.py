@@ -27,7 +27,7 @@ from mm_rec.config import PRESETS
 from mm_rec.model import MMRecModel
 
 RESULT = Path(__file__).parent / "results" / "gpu_ops.json"
-WIDTH, HEAD, WINDOW, TAPS = 512, 64, 128, 4
+WIDTH, HEAD, WINDOW, SLOTS, TAPS = 512, 64, 128, 120, 4
 SHAPES = ((128, 512), (32, 2048), (8, 8192))  # B, T: 65,536 tokens each
 Action = Callable[[], object]
 
@@ -145,13 +145,18 @@ def memory_cases(batch: int, time: int) -> Iterator[tuple[str, Action, int]]:
     q, dout = half(batch, time, heads, HEAD), half(batch, time, heads, HEAD)
     own, k, v = (half(batch, before + time, heads, HEAD) for before in (TAPS - 1, WINDOW, WINDOW))
     k = k / HEAD**0.5
-    read = (q, k, v, position, 1000.0)
-    out, lse = call("window_attention")(*read)
-    yield "window_attention", lambda: call("window_attention")(*read), size(q, k, v, out)
+    score = torch.nn.functional.logsigmoid(wide(batch, WINDOW + time, heads))
+    kept_k, kept_v = (half(batch, heads, SLOTS, HEAD) for _ in range(2))
+    kept_score = torch.nn.functional.logsigmoid(wide(batch, heads, SLOTS))
+    slot, held = call("retain")(score, position, kept_score)
+    yield "retain", lambda: call("retain")(score, position, kept_score), size(score, position, slot, held)
+    read = (q, k, v, score, slot, held, position, kept_k / HEAD**0.5, kept_v, kept_score, 1000.0)
+    out, lse = call("memory_attention")(*read)
+    yield "memory_attention", lambda: call("memory_attention")(*read), size(q, k, v, score, slot, held, out)
     yield (
-        "window_attention backward",
-        lambda: call("window_attention_backward")(dout, out, lse, *read),
-        size(dout, out, q, k, v, q, k, v),
+        "memory_attention backward",
+        lambda: call("memory_attention_backward")(dout, out, lse, *read),
+        size(dout, out, q, k, v, score, slot, held, q, k, v, score),
     )
     taps = wide(heads, HEAD, TAPS)
     key = call("mixed_keys")(own, taps, position)
@@ -160,17 +165,6 @@ def memory_cases(batch: int, time: int) -> Iterator[tuple[str, Action, int]]:
         "mixed_keys backward",
         lambda: call("mixed_keys_backward")(dout, own, taps, position),
         size(dout, own, own),
-    )
-    beta = torch.rand(batch, time, heads, device="cuda")
-    log_decay = torch.nn.functional.logsigmoid(wide(batch, time, heads) + 3)
-    write = (q, key, v[:, WINDOW:], beta, log_decay, position)
-    state = wide(batch, heads, HEAD, HEAD)
-    _, states = call("delta_rule")(*write, state)
-    yield "delta_rule", lambda: call("delta_rule")(*write, state), size(q, key, q, out, states)
-    yield (
-        "delta_rule backward",
-        lambda: call("delta_rule_backward")(dout, state, states, *write),
-        size(dout, states, q, key, q, q, key, q),
     )
 
 

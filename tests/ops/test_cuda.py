@@ -21,10 +21,10 @@ from .cases import (
     Builder,
     MemoryCase,
     Random,
-    delta_rule,
     linear_cross_entropy,
+    memory_attention,
     mixed_keys,
-    window_attention,
+    retain,
 )
 from .cases import recurrence as recurrence_case
 from .cases import scan as scan_case
@@ -34,13 +34,12 @@ pytestmark = pytest.mark.gpu
 
 # float32 products on the tensor cores are sums of three bfloat16 ones, near 2^-16. bfloat16 results are one rounding
 # (2^-9) from the truth; some ops also compute from something rounded, as their CPU kernels or PyTorch's attention do:
-# window_attention from rotated queries and keys and from weights, delta_rule from the state and what is written to it,
-# the loss from logits, dW_g from du; gated_recurrence from decay logits, which are an activation.
+# memory_attention from rotated queries and keys, from weights and from what is read of the window, the loss from
+# logits, dW_g from du; gated_recurrence from decay logits, which are an activation.
 TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 5e-3}
 TOLERANCE_ROUNDED = {torch.float32: 2e-2, torch.bfloat16: 2e-2}
 ROUNDED = (
-    "window_attention", "delta_rule", "linear_cross_entropy", "recurrence", "gated_recurrence", "linear_branch",
-    "feed_forward",
+    "memory_attention", "linear_cross_entropy", "recurrence", "gated_recurrence", "linear_branch", "feed_forward",
 )  # fmt: skip
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
@@ -79,6 +78,14 @@ def keys_of_taps(reach: int, dim: int, dtype: torch.dtype) -> Arguments:
     return k, Random(dtype, "taps", reach, dim).normal(*taps.shape[:2], reach), position
 
 
+def other_slots(slots: int, dim: int, dtype: torch.dtype) -> Arguments:
+    """Another number of slots, with documents that fill them and some that don't."""
+    case: MemoryCase = (2, 300, 8, 2, dim, [5, 200], {(0, t) for t in range(3, 40)} | {(1, t) for t in (63, 64, 65)})
+    q, k, v, score, position, *kept, base = memory_attention(case, dtype)
+    pick = torch.arange(slots) % kept[0].shape[2]
+    return q, k, v, score, position, *(x[:, :, pick] for x in kept), base
+
+
 LARGE_HEADS = ("heads-of-72", "heads-of-128", "heads-of-192", "heads-of-250", "heads-of-256")
 EXTRA: dict[str, dict[str, Builder]] = {
     "recurrence": {
@@ -89,11 +96,15 @@ EXTRA: dict[str, dict[str, Builder]] = {
     "scan": {f"long-{state}": partial(scan_case, (2, 1100, 40, 1), state) for state in (False, True)},
     **{
         build.__name__: {name: partial(build, case) for name, case in MEMORIES.items()}
-        for build in (window_attention, mixed_keys, delta_rule)
+        for build in (memory_attention, mixed_keys)
     },
 }
 EXTRA["mixed_keys"] |= {
     f"taps-{reach}-heads-of-{dim}": partial(keys_of_taps, reach, dim) for reach in (1, 3, 6, 17) for dim in (16, 70)
+}
+EXTRA["memory_attention"] |= {
+    f"slots-{slots}-heads-of-{dim}": partial(other_slots, slots, dim)
+    for slots, dim in [(1, 10), (64, 32), (130, 64), (300, 16), (1000, 64)]
 }
 ALL = [
     pytest.param(op, build, id=f"{op}-{name}")
@@ -139,9 +150,9 @@ def test_agrees_with_reference(op: str, build: Builder, dtype: torch.dtype) -> N
     ("op", "build"),
     [
         pytest.param(op, build, id=f"{op}-{name}")
-        for op in ("recurrence", "window_attention", "mixed_keys", "delta_rule")
+        for op in ("recurrence", "memory_attention", "mixed_keys")
         for name, build in {**CASES[op], **EXTRA[op]}.items()
-        if op != "window_attention" or name not in LARGE_HEADS
+        if op != "memory_attention" or name not in LARGE_HEADS
     ],
 )
 def test_gpus_with_less_shared_memory(
@@ -158,8 +169,7 @@ def test_gpus_with_less_shared_memory(
 @pytest.mark.parametrize(
     ("op", "build", "size"),
     [
-        ("window_attention", partial(window_attention, MEMORIES["heads-of-128"]), "heads of 128"),
-        ("delta_rule", partial(delta_rule, MEMORIES["heads-of-128"]), "heads of 128"),
+        ("memory_attention", partial(memory_attention, MEMORIES["heads-of-128"]), "heads of 128"),
         ("mixed_keys", partial(keys_of_taps, 17, 250), "heads of 250 and 17 taps"),
     ],
 )
@@ -176,21 +186,29 @@ def test_what_does_not_fit_runs_as_it_is_defined(
     assert_agree(got, run(getattr(reference, op), widen(arguments)), TOLERANCE)
 
 
-@DTYPES
-@pytest.mark.parametrize("kept", [0, 1], ids=["result", "state"])
-def test_gradients_of_one_result_of_the_delta_rule(kept: int, dtype: torch.dtype) -> None:
-    def gradients(op: Any, arguments: Arguments) -> dict[str, Tensor]:
-        leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in arguments]
-        op(*leaves)[kept].square().sum().backward()
-        return {str(i): x.grad.cpu() for i, x in enumerate(leaves) if x.grad is not None}
-
-    arguments = delta_rule(MEMORY_SHAPES["model-sizes"], dtype)
+def assert_same_pairs(arguments: Arguments) -> None:
     with ops.use_backend("native"):
-        got = gradients(ops.delta_rule, on_device(arguments))
-    want = gradients(reference.delta_rule, widen(arguments))
-    if kept:  # the state says nothing of the queries
-        assert not got.pop("0").any()
-    assert_agree(got, want, TOLERANCE_ROUNDED if dtype == torch.bfloat16 else TOLERANCE)
+        got = ops.retain(*on_device(arguments))
+    for name, value, want in zip(("slot", "held"), got, reference.retain(*arguments), strict=True):
+        assert torch.equal(value.cpu(), want), f"{name} differs"
+
+
+@pytest.mark.parametrize("name", [*MEMORY_SHAPES, *MEMORIES])
+def test_the_same_pairs_are_kept(name: str) -> None:
+    """Scores are compared and never added to, so that every back end chooses alike, and first of equal ones."""
+    assert_same_pairs(retain((MEMORY_SHAPES | MEMORIES)[name], torch.float32))
+
+
+@pytest.mark.parametrize("equal", [False, True], ids=["different-scores", "equal-scores"])
+@pytest.mark.parametrize("slots", [1, 31, 128, 257, 3000])
+def test_the_same_pairs_are_kept_of_a_long_chunk(slots: int, equal: bool) -> None:
+    """With slots by the thousand, and with a sequence whose scores rise, so that every token is kept."""
+    case: MemoryCase = (3, 5000, 60, 2, 2, [0, 500], {(1, t) for t in (1000, 1001, 1200, 3136)})
+    score, position, kept_score = retain(case, torch.float32)
+    if not equal:
+        score = Random(torch.float32, "scores", slots).normal(*score.shape)
+        score[0] = score[0].sort(dim=0).values
+    assert_same_pairs((score, position, kept_score[..., torch.arange(slots) % kept_score.shape[2]]))
 
 
 @pytest.mark.parametrize("strided", ["slice", "transposed"])
@@ -244,14 +262,16 @@ def test_nan_is_passed_on(op: str) -> None:
 
 def test_runs_on_the_current_stream_and_in_a_graph() -> None:
     """A captured graph replays the kernels on new inputs, so no call waits for the device."""
-    arguments = on_device(window_attention(MEMORY_SHAPES["model-sizes"], torch.bfloat16))
-    ops.window_attention(*arguments)  # the table of rotations is made at the first call
+    arguments = on_device(memory_attention(MEMORY_SHAPES["model-sizes"], torch.bfloat16))
+    ops.memory_attention(*arguments)  # the table of rotations is made at the first call
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = ops.window_attention(*arguments)
+        captured = ops.memory_attention(*arguments)
     arguments[0].mul_(0.5)
+    arguments[3].mul_(0.5).sub_(0.1)  # other pairs are kept
     graph.replay()
-    torch.testing.assert_close(captured, ops.window_attention(*arguments), rtol=0, atol=0)
+    for value, want in zip(captured, ops.memory_attention(*arguments), strict=True):
+        torch.testing.assert_close(value, want, rtol=0, atol=0)
 
 
 COUNTS = (1, 7, 0, 4099, 3 * 4096, 70_001)

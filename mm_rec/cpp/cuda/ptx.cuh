@@ -47,13 +47,6 @@ __device__ __forceinline__ void ldmatrix_trans(uint32_t (&out)[4], const void* r
                : "memory");
 }
 
-// An 8x8 matrix of 16-bit elements whose row l / 4 lane l has two of, transposed.
-__device__ __forceinline__ uint32_t transpose_matrix(uint32_t pair) {
-  uint32_t out;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(out) : "r"(pair));
-  return out;
-}
-
 // c += a b with a 16x16 (row-major fragment), b 16x8 (column-major fragment), c 16x8 float32.
 __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(

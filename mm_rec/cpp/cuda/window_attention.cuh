@@ -69,11 +69,17 @@ struct AttentionPlan {
 
     // Row r is at source + r * stride; rows outside [0, rows) are zero.
     __device__ __forceinline__ void fetch(const Source* source, int64_t stride, int rows, int dim) {
+      gather(dim, [&](int row) -> const Source* { return row < rows ? source + row * stride : nullptr; });
+    }
+
+    // Row r is at where(r); it is zero if that is null.
+    template <typename Where>
+    __device__ __forceinline__ void gather(int dim, const Where& where) {
       const int half = dim / 2;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        const Source* from = source + row(i) * stride;
-        const bool inside = row(i) < rows;
+        const Source* from = where(row(i));
+        const bool inside = from != nullptr;
         if (dim % 8 == 0) {
           if (inside && column() < half) {
             raw_[i][0] = *reinterpret_cast<const Four*>(from + column());
@@ -176,7 +182,21 @@ struct AttentionPlan {
     }
   }
 
-  // Two neighbouring columns of fragment n to a row of a head.
+  // Two neighbouring columns of fragment n of a row of a head; those that pad it are 0.
+  template <typename Source>
+  static __device__ __forceinline__ void load_columns(const Source* row, int n, int dim, float (&pair)[2]) {
+    const int column = fragment_column(n, 0), at = element(column, dim);
+    if (dim % 4 == 0) {
+      pair[0] = pair[1] = 0.0f;
+      if (at < dim) load<2>(row + at, pair);
+    } else {
+      const int next = element(column + 1, dim);
+      pair[0] = at < dim ? to_float(row[at]) : 0.0f;
+      pair[1] = next < dim ? to_float(row[next]) : 0.0f;
+    }
+  }
+
+  // The same to a row.
   template <typename Target>
   static __device__ __forceinline__ void store_columns(Target* row, int n, int dim, float first, float second) {
     const int column = fragment_column(n, 0), at = element(column, dim);
@@ -213,6 +233,53 @@ struct Visible {
     return __reduce_min_sync(kFullWarp, least);
   }
 };
+
+// An online softmax (FlashAttention, arXiv 2205.14135) of the two rows of a thread, in base 2, and the weighted sum of values.
+template <typename Plan>
+struct OnlineSoftmax {
+  typename Plan::Sums sum = {};
+  float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
+
+  // Scores in base 2 with -inf for what is not seen; `values` holds the other side's rows.
+  __device__ __forceinline__ void add(typename Plan::Scores& scores, const typename Plan::Other& values) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float largest = top[r];
+#pragma unroll
+      for (int n = 0; n < Plan::kOther / 8; ++n) largest = fmaxf(largest, fmaxf(scores[n][2 * r], scores[n][2 * r + 1]));
+      largest = group_max<4>(largest);
+      const float base = largest == -INFINITY ? 0.0f : largest, shrink = exp2f(top[r] - base);
+      top[r] = largest;
+      float added = 0.0f;
+#pragma unroll
+      for (int n = 0; n < Plan::kOther / 8; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          scores[n][2 * r + j] = exp2f(scores[n][2 * r + j] - base);
+          added += scores[n][2 * r + j];
+        }
+      }
+      total[r] = total[r] * shrink + group_sum<4>(added);
+#pragma unroll
+      for (int n = 0; n < Plan::kDim / 8; ++n) {
+        sum[n][2 * r] *= shrink;
+        sum[n][2 * r + 1] *= shrink;
+      }
+    }
+    multiply<Plan::kSplit, true, Plan::kOther>(sum, scores, values, 0);
+  }
+};
+
+// Run(type, head size rounded up) for a type code and head size.
+template <template <typename, int> class Run, typename... Arguments>
+cudaError_t by_head_size(int64_t dtype, int dim, const Arguments&... arguments) {
+  const bool narrow = dtype == kBFloat16;
+  if (dim <= 32) return narrow ? Run<bf16, 32>::run(arguments...) : Run<float, 32>::run(arguments...);
+  if (dim <= 64) return narrow ? Run<bf16, 64>::run(arguments...) : Run<float, 64>::run(arguments...);
+  if (dim <= 128) return narrow ? Run<bf16, 128>::run(arguments...) : Run<float, 128>::run(arguments...);
+  if (dim <= 256) return narrow ? Run<bf16, 256>::run(arguments...) : Run<float, 256>::run(arguments...);
+  return cudaErrorInvalidValue;
+}
 
 }  // namespace mm_rec
 

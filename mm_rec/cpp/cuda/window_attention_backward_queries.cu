@@ -135,7 +135,7 @@ cudaError_t attention_backward_queries(const AttentionBackward& p, int64_t dtype
 
 }  // namespace mm_rec
 
-// `inner` is scratch memory for a number of each token and head.
+// `inner` (B, H, T) receives the product out . dout of each token and head.
 extern "C" int mm_rec_cuda_window_attention_backward(const void* dout, const void* out, const float* lse,
                                                      const void* q, const void* k, const void* v, int64_t dtype,
                                                      const int64_t* position, const float* rotary, void* dq, void* dk,

@@ -1,4 +1,4 @@
-// window_attention, forward: one online softmax (as in FlashAttention, arXiv 2205.14135) over the window.
+// window_attention, forward: one online softmax over the window.
 #include "launch.cuh"
 #include "window_walk.cuh"
 
@@ -10,42 +10,6 @@ struct Shared {
   typename Plan::Own q;
   typename Plan::Other k, v;
   Visible<Plan::kOwn> visible;
-};
-
-// Running softmax of the two rows of a thread, in base 2, and the weighted sum of values.
-template <typename Plan>
-struct Running {
-  typename Plan::Sums sum = {};
-  float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
-
-  // Scores in base 2 with -inf for what is not seen; `values` holds the other side's rows.
-  __device__ __forceinline__ void add(typename Plan::Scores& scores, const typename Plan::Other& values) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float largest = top[r];
-#pragma unroll
-      for (int n = 0; n < Plan::kOther / 8; ++n) largest = fmaxf(largest, fmaxf(scores[n][2 * r], scores[n][2 * r + 1]));
-      largest = group_max<4>(largest);
-      const float base = largest == -INFINITY ? 0.0f : largest, shrink = exp2f(top[r] - base);
-      top[r] = largest;
-      float added = 0.0f;
-#pragma unroll
-      for (int n = 0; n < Plan::kOther / 8; ++n) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          scores[n][2 * r + j] = exp2f(scores[n][2 * r + j] - base);
-          added += scores[n][2 * r + j];
-        }
-      }
-      total[r] = total[r] * shrink + group_sum<4>(added);
-#pragma unroll
-      for (int n = 0; n < Plan::kDim / 8; ++n) {
-        sum[n][2 * r] *= shrink;
-        sum[n][2 * r + 1] *= shrink;
-      }
-    }
-    multiply<Plan::kSplit, true, Plan::kOther>(sum, scores, values, 0);
-  }
 };
 
 template <typename T, typename Plan>
@@ -64,7 +28,7 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
   __syncthreads();
   const int first = shared.visible.first();
 
-  Running<Plan> running;
+  OnlineSoftmax<Plan> running;
   const int row[2] = {Plan::own_row() + fragment_row(0), Plan::own_row() + fragment_row(2)};
   const int end = static_cast<int>(window + t0 + tokens);
   typename Plan::OtherLoads k, v;
@@ -112,22 +76,15 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks)
 }
 
 template <typename T, int Dim>
-cudaError_t run(const AttentionInputs& in, void* out, float* lse, const WindowExtent& extent, void* stream) {
-  using Plan = AttentionPlan<T, Dim>;
-  const dim3 grid(static_cast<unsigned>(ceil_div(extent.time, Plan::kOwn)), static_cast<unsigned>(extent.heads),
-                  static_cast<unsigned>(extent.batch));
-  return launch(forward_kernel<T, Plan>, grid, dim3(Plan::kThreads), sizeof(Shared<Plan>), stream, in,
-                static_cast<T*>(out), lse, extent);
-}
-
-template <typename T>
-cudaError_t dispatch(const AttentionInputs& in, void* out, float* lse, const WindowExtent& extent, void* stream) {
-  if (extent.dim <= 32) return run<T, 32>(in, out, lse, extent, stream);
-  if (extent.dim <= 64) return run<T, 64>(in, out, lse, extent, stream);
-  if (extent.dim <= 128) return run<T, 128>(in, out, lse, extent, stream);
-  if (extent.dim <= 256) return run<T, 256>(in, out, lse, extent, stream);
-  return cudaErrorInvalidValue;
-}
+struct Forward {
+  static cudaError_t run(const AttentionInputs& in, void* out, float* lse, const WindowExtent& extent, void* stream) {
+    using Plan = AttentionPlan<T, Dim>;
+    const dim3 grid(static_cast<unsigned>(ceil_div(extent.time, Plan::kOwn)), static_cast<unsigned>(extent.heads),
+                    static_cast<unsigned>(extent.batch));
+    return launch(forward_kernel<T, Plan>, grid, dim3(Plan::kThreads), sizeof(Shared<Plan>), stream, in,
+                  static_cast<T*>(out), lse, extent);
+  }
+};
 
 }  // namespace
 }  // namespace mm_rec
@@ -140,6 +97,5 @@ extern "C" int mm_rec_cuda_window_attention_forward(const void* q, const void* k
   const WindowExtent extent{batch, time, heads, static_cast<int>(dim), static_cast<int>(window)};
   const AttentionInputs in{q, k, v, position, rotary};
   if (walks(dtype, extent)) return walk_forward(in, out, lse, extent, stream);
-  return dtype == kBFloat16 ? dispatch<bf16>(in, out, lse, extent, stream)
-                            : dispatch<float>(in, out, lse, extent, stream);
+  return by_head_size<Forward>(dtype, extent.dim, in, out, lse, extent, stream);
 }

@@ -13,7 +13,6 @@ namespace mm_rec {
 
 constexpr int kWalkDim = 64, kWalkTile = 64, kWalkWindow = 128, kWalkBehind = kWalkWindow / kWalkTile, kWalkLongest = 32;
 using WalkTile = Tile<kWalkTile, kWalkDim, false>;
-using WalkPlan = AttentionPlan<bf16, kWalkDim>;
 
 inline bool walks(int64_t dtype, const WindowExtent& extent) {
   return dtype == kBFloat16 && extent.dim == kWalkDim && extent.window == kWalkWindow;
@@ -84,17 +83,6 @@ struct ColumnPieces {
   static __device__ __forceinline__ int row(int) { return static_cast<int>(threadIdx.x) % 64; }
   static __device__ __forceinline__ int column(int i) { return (static_cast<int>(threadIdx.x) % 128 / 64 + 2 * i) * 8; }
 };
-
-// Start copying 64 rows, `stride` elements apart, to a tile, by 128 threads; rows past the first `rows` are zero.
-__device__ __forceinline__ void walk_copy(bf16* tile, const bf16* source, int64_t stride, int rows) {
-  const int column = static_cast<int>(threadIdx.x) % 8 * 8;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = static_cast<int>(threadIdx.x) % 128 / 8 + 16 * i;
-    const bool inside = row < rows;
-    cp_async_16(tile + row * WalkTile::kStride + column, source + (inside ? row * stride + column : 0), inside);
-  }
-}
 
 // Turn accumulators of 16 rows of a tile, from `row` on, back.
 template <typename Turn>

@@ -171,6 +171,8 @@ class Fetchers {
       if (threadIdx.x % 4 != 0) continue;
       shared_.lse[place][row] = loads_.lse[r] * kLog2e;
       shared_.inner[place][row] = inner;
+      const bool owned = step.tile >= step.first && row < runs_.extent.time - int64_t{step.tile} * kWalkTile;
+      if (owned) runs_.p.inner[line_of(step) + row] = inner;
     }
   }
   // What the next step has to do, by the first warp.

@@ -34,9 +34,11 @@ def memory_attention(*inputs: Tensor | float) -> tuple[Tensor, Tensor]:
     out, lse = empty_like(q), common.empty(q, batch, heads, time, dtype=torch.float32)
     rotary = _rotary_table(window, dim, rotary_base, q.device)
     cuda_library().call("window_attention_forward", q, q, k, v, TYPE_CODES[q.dtype], position, rotary, out, lse, *sizes)
+    slots = kept_k.shape[2]
+    workspace = workspace_of("retained_attention_forward", q, *sizes, slots)
     cuda_library().call(
         "retained_attention_forward", q, q, k, v, kept_k, kept_v, TYPE_CODES[q.dtype], score, kept_score, slot, held,
-        position, out, lse, *sizes, kept_k.shape[2],
+        position, out, lse, workspace, *sizes, slots,
     )  # fmt: skip
     return out, lse
 
@@ -56,10 +58,11 @@ def memory_attention_backward(*inputs: Tensor | float) -> tuple[Tensor, ...]:
         "window_attention_backward", q, dout, out, lse, q, k, v, TYPE_CODES[q.dtype], position, rotary, *gradients,
         inner, *sizes,
     )  # fmt: skip
-    workspace = workspace_of("retained_attention_backward", q, *sizes, kept_k.shape[2])
+    slots = kept_k.shape[2]
+    workspace = workspace_of("retained_attention_backward", q, *sizes, slots)
     cuda_library().call(
         "retained_attention_backward", q, dout, lse, inner, q, k, v, kept_k, kept_v, TYPE_CODES[q.dtype], score,
-        kept_score, slot, held, position, *gradients, *of_kept, workspace, *sizes, kept_k.shape[2],
+        kept_score, slot, held, position, *gradients, *of_kept, workspace, *sizes, slots,
     )  # fmt: skip
     return (*gradients, *of_kept)
 
