@@ -22,8 +22,8 @@ native: setup  ## rebuild the native kernels by hand
 demo: setup  ## data, tokenizer, stage 1 of the 100M model, samples and the loss picture
 	$(BIN)/mm-rec demo
 
-test: setup  ## the whole test suite
-	$(BIN)/python -m pytest
+test: setup  ## the whole test suite, in two processes
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: setup  ## lint, format, types, doctests
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import random
 import time
@@ -48,7 +49,6 @@ PICTURE = Path(__file__).parents[1] / "docs" / "images" / "recall.png"
 SHORTEST_ROW, LONGEST_ROW = 256, 16_384  # tokens of rows of the kind that trains recall
 LONG, PAST = 4096, 2048  # tokens that a document has at least, and after which its loss is compared
 CUDA_TOKENS = 2**17  # of a forward pass over documents
-WINDOW_FIELDS = ("k", "v", "own")
 
 
 def machine(device: torch.device, commit: str | None) -> dict[str, Any]:
@@ -117,9 +117,8 @@ def empty_long_term(state: ModelState) -> ModelState:
     def emptied(block: BlockState) -> BlockState:
         if block.memory is None:
             return block
-        fields = block.memory._asdict()
-        long_term = {name: torch.zeros_like(value) for name, value in fields.items() if name not in WINDOW_FIELDS}
-        return block._replace(memory=block.memory._replace(**long_term))
+        nothing = torch.full_like(block.memory.kept_score, -math.inf)
+        return block._replace(memory=block.memory._replace(kept_score=nothing))
 
     return state._replace(experts={name: [emptied(one) for one in blocks] for name, blocks in state.experts.items()})
 

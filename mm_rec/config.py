@@ -24,7 +24,7 @@ __all__ = [
 FLOAT32_MATRICES = ("w_g", "key_taps")
 """Matrices of a block that act on float32 states and stay float32 whatever the precision."""
 
-FLOAT32_VECTORS = ("decay_bias", "gate_bias", "memory_gate_bias")
+FLOAT32_VECTORS = ("decay_bias", "gate_bias", "score_bias")
 """Vectors of a block, which stay float32 whatever the precision, as all vectors do."""
 
 WEIGHTS = ("full", "int8")
@@ -37,10 +37,10 @@ MAX_SIZE = 2**31
 MAX_BASE = 1e12
 
 KEY_TAPS = 4
-"""Tokens whose keys make a key of the long-term memory: one and those before it, which the window has to hold."""
+"""Tokens whose own keys make a key: one and those before it, which the window has to hold."""
 
 MAX_MEMORY = 2**20
-"""Of the window, by which no weight is bounded."""
+"""Of the window and the pairs that are kept, by which no weight is bounded."""
 
 MAX_BLOCKS = 2000
 """Of all experts together."""
@@ -78,6 +78,7 @@ class ModelConfig:
         experts: names of the experts, which are also the names of the domains.
         gate_every: every how many blocks one is a memory block (recurrent gate and attention).
         window: W, tokens of short-term memory.
+        kept_pairs: K, pairs of a key and a value that a head of a memory block keeps of the tokens before.
         rotary_base: base of the rotary encoding inside the window.
     """
 
@@ -89,11 +90,12 @@ class ModelConfig:
     experts: tuple[str, ...] = DOMAINS
     gate_every: int = 3
     window: int = 128
+    kept_pairs: int = 120
     rotary_base: float = 1000.0
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "gate_every", "window"):
-            value, most = getattr(self, name), MAX_MEMORY if name == "window" else MAX_SIZE
+        for name in ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "gate_every", "window", "kept_pairs"):
+            value, most = getattr(self, name), MAX_MEMORY if name in ("window", "kept_pairs") else MAX_SIZE
             if type(value) is not int or not 1 <= value < most:
                 raise ValueError(f"{name} must be a whole number of at least 1 and below {most:,}, got {value!r:.40}")
         base = self.rotary_base

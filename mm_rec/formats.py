@@ -19,12 +19,12 @@ __all__ = ["FIRST_VERSION", "KEY", "VERSIONS", "FormatError", "check_version", "
 
 VERSIONS = {
     # model.safetensors, config.json and the tokenizer, of checkpoints and exported folders; written in config.json
-    "model": 3,
+    "model": 4,
     # optimizer.safetensors, carried.safetensors and trainer.json of checkpoints; written in trainer.json. Carried
     # states and sessions hold what mm_rec/state.py lays out: a change there raises both numbers
-    "training": 3,
+    "training": 4,
     # the file of a chat session; written in its settings
-    "session": 3,
+    "session": 4,
     # a folder of prepared data, and whatever makes the same input come out differently: part of the identity that
     # names the folder, so that one of another number is not opened but made anew beside it
     "documents": 4,
@@ -32,7 +32,7 @@ VERSIONS = {
     # what the readers make of files of other kinds than JSONL and Parquet: part of that identity if there are some
     "document readers": 1,
     # the same of a folder of rows that train recall
-    "recall rows": 2,
+    "recall rows": 3,
     # one split of prepared data; written in index.json
     "token store": 1,
     # manifest.json of a written folder, where another number counts as damage, and of downloaded data
@@ -63,7 +63,7 @@ class FormatError(UserError):
 def is_current(kind: str, found: object) -> bool:
     """Whether ``found``, any value that JSON can hold, is the number that :data:`VERSIONS` has for ``kind``.
 
-    >>> is_current("session", 3), is_current("session", True), is_current("session", 3.0)
+    >>> is_current("session", 4), is_current("session", True), is_current("session", 4.0)
     (True, False, False)
     """
     return type(found) is int and found == VERSIONS[kind]

@@ -70,7 +70,7 @@ class MMRecModel(nn.Module):
     """MM-Rec as ARCHITECTURE.md describes it.
 
     Parameters may be float32 throughout, or matrices bfloat16 and the rest float32; activations take the
-    type of the embedding, the state's recurrence and long-term memory stay float32.
+    type of the embedding, the state's recurrence and scores stay float32.
 
     Args:
         config: sizes and the experts' names.

@@ -6,6 +6,7 @@ The state is a plain nested structure of tensors (named tuples, lists, a dict), 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -33,13 +34,18 @@ class MemoryState(NamedTuple):
         k, v: (B, W, H, d), keys (un-rotated) and values of the last W tokens, oldest first, activation type. A key is
             made of the tokens' own keys, that of its token and of those before it.
         own: (B, J - 1, H, d), the own keys of the last tokens, of which the next key is made.
-        matrix: (B, H, d, d) float32, the long-term memory: maps keys to values.
+        score: (B, W, H) float32, the scores of the last W tokens, which decide whether they are kept.
+        kept_k, kept_v: (B, H, K, d), the pairs that each head keeps of the tokens before, activation type.
+        kept_score: (B, H, K) float32, their scores; -inf for a slot in which there is none.
     """
 
     k: Tensor
     v: Tensor
     own: Tensor
-    matrix: Tensor
+    score: Tensor
+    kept_k: Tensor
+    kept_v: Tensor
+    kept_score: Tensor
 
 
 class BlockState(NamedTuple):
@@ -79,8 +85,10 @@ def initial_state(
             return BlockState(h, None)
         ring = torch.zeros(batch_size, config.window, heads, d, dtype=dtype, device=device)
         own = torch.zeros(batch_size, KEY_TAPS - 1, heads, d, dtype=dtype, device=device)
-        matrix = torch.zeros(batch_size, heads, d, d, dtype=kept, device=device)
-        return BlockState(h, MemoryState(ring, ring.clone(), own, matrix))
+        score = torch.zeros(batch_size, config.window, heads, dtype=kept, device=device)
+        pairs = torch.zeros(batch_size, heads, config.kept_pairs, d, dtype=dtype, device=device)
+        nothing = torch.full((batch_size, heads, config.kept_pairs), -math.inf, dtype=kept, device=device)
+        return BlockState(h, MemoryState(ring, ring.clone(), own, score, pairs, pairs.clone(), nothing))
 
     position = torch.zeros(batch_size, dtype=torch.int64, device=device)
     return ModelState(position, {name: [block(i) for i in range(config.n_layers)] for name in experts})

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 if os.environ.get("MM_REC_TEST_SYSTEM") == "bare":  # before the package is imported, and in every process of the tests
     BARE = str(Path(__file__).parent / "system" / "bare")
@@ -24,7 +23,13 @@ if os.environ.get("MM_REC_TEST_SYSTEM") == "bare":  # before the package is impo
     sys.modules.pop("sitecustomize", None)
     import sitecustomize  # noqa: F401
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before OpenMP is loaded: its threads spin, and processes share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
 from mm_rec import ops
+from mm_rec.ops import backend
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,6 +38,19 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture
+def load_level() -> Iterator[Callable[[str], None]]:
+    """Gives a function that has the CPU kernels of a level run to the end of the test, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def load(level: str) -> None:
+            patch.setenv("MM_REC_CPU_LEVEL", level)
+            backend._loaded.pop("cpu", None)
+
+        yield load
+    backend._loaded.pop("cpu", None)
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of a test, which may need the kernels too

@@ -61,7 +61,9 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(download_data, "fetch", fetch)
     monkeypatch.setattr(trainer, "SAMPLE_TOKENS", 3)
     monkeypatch.setattr(trainer, "draw_losses", lambda *_: None)
-    small = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8)
+    small = ModelConfig(
+        vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8, kept_pairs=5
+    )
     monkeypatch.setitem(PRESETS, "tiny", small)
     threads = torch.get_num_threads()
     yield

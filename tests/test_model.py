@@ -1,5 +1,7 @@
 """The model as a whole: sizes, causality, what gets gradients, state."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.inference import decode
 from mm_rec.model import MMRecModel, _TiedEmbedding, document_positions
 
-CONFIG = ModelConfig(vocab_size=64, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16)
+CONFIG = ModelConfig(vocab_size=64, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, kept_pairs=6)
 
 
 def tokens(rows: int, time: int, seed: int = 0) -> torch.Tensor:
@@ -40,8 +42,8 @@ def test_no_position_sees_its_future(domain: str | None) -> None:
 
 
 def test_memory_reaches_past_the_window() -> None:
-    """With the recurrence cut off, a token far behind the window still reaches the output through the matrix."""
-    model = MMRecModel(CONFIG, seed=1)
+    """With the recurrence cut off, a token far behind the window still reaches the output as a kept pair."""
+    model = MMRecModel(dataclasses.replace(CONFIG, kept_pairs=80), seed=1)
     with torch.no_grad():
         for block in model.experts["text"].blocks:
             block.out_proj.zero_()

@@ -25,7 +25,7 @@ SHAPES = {
     f"{BLOCK}ffn_down": (8, 24),
     f"{BLOCK}out_proj": (8, 8),
     f"{BLOCK}gate_bias": (13,),
-    f"{BLOCK}memory_gates": (6, 8),
+    f"{BLOCK}score_proj": (6, 8),
 }
 MATRICES = [name for name in SHAPES if name.rpartition(".")[2] in ("ffn_up", "ffn_down", "out_proj")]
 MUON = Muon(0.5)
@@ -47,7 +47,7 @@ def test_the_wide_matrices_of_the_blocks_are_orthogonalised() -> None:
     assert found == {"in_proj", "decay_proj", "out_proj", "qkv_proj", "attention_out", "ffn_up", "ffn_down"}
     matrices = {name for name, parameter in named.items() if parameter.ndim == 2}
     rest = {name.rpartition(".")[2] for name in matrices if not is_orthogonalized(name)}
-    assert {"memory_gates", "weight"} <= rest  # of the embedding and the fusion
+    assert {"score_proj", "weight"} <= rest  # of the embedding and the fusion
     assert all(named[name].ndim == 2 for name in named if is_orthogonalized(name))
 
 

@@ -7,7 +7,7 @@ from mm_rec.config import ModelConfig
 from mm_rec.model import MMRecModel
 from mm_rec.state import detach_state, flatten_state, initial_state, map_state, unflatten_state
 
-CONFIG = ModelConfig(vocab_size=64, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16)
+CONFIG = ModelConfig(vocab_size=64, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, kept_pairs=6)
 
 
 def tokens(rows: int, time: int, seed: int = 0) -> torch.Tensor:
@@ -31,7 +31,7 @@ def test_state_has_fixed_size_and_survives_flattening() -> None:
 def test_state_that_does_not_fit_is_refused() -> None:
     flat = flatten_state(MMRecModel(CONFIG).initial_state(1))
     with pytest.raises(ValueError, match="does not fit"):
-        unflatten_state({name: t for name, t in flat.items() if not name.endswith("matrix")}, CONFIG)
+        unflatten_state({name: t for name, t in flat.items() if not name.endswith("kept_k")}, CONFIG)
     with pytest.raises(ValueError, match="does not fit"):
         unflatten_state({name: t[..., :1] for name, t in flat.items()}, CONFIG)
     with pytest.raises(ValueError, match="not a state"):
@@ -68,4 +68,5 @@ def test_what_lasts_is_never_narrower_than_float32(dtype: torch.dtype, kept: tor
         assert block.h.dtype == kept
         if block.memory is not None:
             assert block.memory.k.dtype == block.memory.v.dtype == dtype
-            assert block.memory.matrix.dtype == kept
+            assert block.memory.kept_k.dtype == block.memory.kept_v.dtype == dtype
+            assert block.memory.score.dtype == block.memory.kept_score.dtype == kept

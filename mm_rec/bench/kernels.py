@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_rec import ops
@@ -141,34 +142,25 @@ def _streams(batch: int, length: int, width: int, heads: int) -> Iterator[Work]:
 
 def _products(config: ModelConfig, batch: int, length: int) -> Iterator[Work]:
     """The kernels that are matrix products inside: the memories and the loss, in bfloat16."""
-    heads, d, window, width = config.n_heads, config.head_dim, config.window, config.d_model
+    heads, d, window, slots, width = config.n_heads, config.head_dim, config.window, config.kept_pairs, config.d_model
     rows = batch * length
     position = torch.arange(1000, 1000 + length).expand(batch, -1)
     q = torch.randn(batch, length, heads, d).bfloat16()
     own, k, v = (torch.randn(batch, n + length, heads, d).bfloat16() for n in (KEY_TAPS - 1, window, window))
     k = ops.rms_norm(k) / d**0.5
     activations = per_token = 2 * rows * width  # bytes of a tensor in bfloat16; operations of a multiplication each
+    score, kept_score = F.logsigmoid(torch.randn(batch, window + length, heads)), torch.zeros(batch, heads, slots)
+    kept_k, kept_v = torch.randn(2, batch, heads, slots, d).bfloat16()
     yield from _both_ways(
-        "window_attention",
-        ops.window_attention,
-        (q, k, v, position),
+        "memory_attention",
+        ops.memory_attention,
+        (q, k, v, score, position, kept_k / d**0.5, kept_v, kept_score - 3.0),
         (4 * activations, 9 * activations),
-        (2 * window * per_token, 5 * window * per_token),
+        (2 * (window + slots) * per_token, 5 * (window + slots) * per_token),
     )
     taps = torch.randn(heads, d, KEY_TAPS)
     yield from _both_ways(
         "mixed_keys", ops.mixed_keys, (own, taps, position), (2 * activations, 3 * activations), (0.0, 0.0)
-    )
-    chunk = 64  # tokens from one kept matrix to the next; products of a chunk with itself are triangular
-    beta, decay = torch.rand(2, batch, length, heads)
-    matrices = 4 * batch * (length // chunk + 1) * width * d
-    state = torch.randn(batch, heads, d, d)
-    yield from _both_ways(
-        "delta_rule",
-        ops.delta_rule,
-        (q, k[:, window:], v[:, window:], beta, decay.log(), position, state),
-        (4 * activations + matrices, 7 * activations + matrices),
-        ((3 * d + 2 * chunk) * per_token, (7 * d + 5.5 * chunk) * per_token),
     )
     y = torch.randn(rows, width).bfloat16()
     embedding = (torch.randn(config.vocab_size, width) * 0.05).bfloat16()

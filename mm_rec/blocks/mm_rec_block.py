@@ -15,7 +15,6 @@ from mm_rec.state import BlockState, MemoryState
 __all__ = ["MMRecBlock"]
 
 DECAY_RANGE = (0.6, 0.999)
-MEMORY_DECAY_LOGITS = (5.0, 9.0)  # a head's memory halves in 100 to 5,600 tokens to begin with; learned
 
 
 class MMRecBlock(nn.Module):
@@ -48,9 +47,8 @@ class MMRecBlock(nn.Module):
             self.qkv_proj = nn.Parameter(torch.empty(3 * width, width))
             self.attention_out = nn.Parameter(torch.empty(width, width))
             self.key_taps = nn.Parameter(torch.empty(heads, d, KEY_TAPS))
-            # Of each head of the long-term memory: how much is written, kept and read.
-            self.memory_gates = nn.Parameter(torch.empty(3 * heads, width))
-            self.memory_gate_bias = nn.Parameter(torch.empty(3 * heads))
+            self.score_proj = nn.Parameter(torch.empty(heads, width))
+            self.score_bias = nn.Parameter(torch.empty(heads))
         self.ffn_up = nn.Parameter(torch.empty(hidden, width))
         self.ffn_down = nn.Parameter(torch.empty(width, hidden))
 
@@ -73,11 +71,8 @@ class MMRecBlock(nn.Module):
             self.attention_out.normal_(0, residual_std, generator=generator)
             self.key_taps.normal_(0, 0.3, generator=generator)
             self.key_taps[..., 0] += 1.0
-            self.memory_gates.normal_(0, 0.02, generator=generator)
-            self.memory_gate_bias.zero_()
-            self.memory_gate_bias[config.n_heads : 2 * config.n_heads] = torch.linspace(
-                *MEMORY_DECAY_LOGITS, config.n_heads
-            )
+            self.score_proj.normal_(0, 0.02, generator=generator)
+            self.score_bias.zero_()
 
     def forward(
         self, x: Tensor, n: Tensor, position: Tensor, reset: Tensor | None, state: BlockState
@@ -129,14 +124,12 @@ class MMRecBlock(nn.Module):
         batch, time, width = n.shape
         window = config.window
         q, own, v = ops.memory_context(ops.linear(n, self.qkv_proj), memory.own, memory.v)
-        key = ops.mixed_keys(own, self.key_taps, position)
-        k = torch.cat([memory.k, key], dim=1)
-        near = ops.window_attention(q, k, v, position, config.rotary_base)
-        gates = ops.linear(n, self.memory_gates).float() + self.memory_gate_bias
-        write, keep, read = gates.split(config.n_heads, dim=-1)
-        far, matrix = ops.delta_rule(
-            q, key, v[:, window:], torch.sigmoid(write), F.logsigmoid(keep), position, memory.matrix
+        k = torch.cat([memory.k, ops.mixed_keys(own, self.key_taps, position)], dim=1)
+        # At most 0: what is kept is read as much as its score says, and by that scores learn.
+        score = F.logsigmoid(ops.linear(n, self.score_proj).float() + self.score_bias)
+        score = torch.cat([memory.score, score], dim=1)
+        out, *kept = ops.memory_attention(
+            q, k, v, score, position, memory.kept_k, memory.kept_v, memory.kept_score, config.rotary_base
         )
-        out = ops.mix_memories(near, far, read)
-        kept = MemoryState(k[:, -window:], v[:, -window:], own[:, time:], matrix)
-        return ops.linear(out.reshape(batch, time, width), self.attention_out), kept
+        after = MemoryState(k[:, -window:], v[:, -window:], own[:, time:], score[:, -window:], *kept)
+        return ops.linear(out.reshape(batch, time, width), self.attention_out), after

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from operator import is_, is_not
@@ -175,7 +175,7 @@ class Decoder:
 
         fusion = weights("fusion", model.fusion) if fused else {}
         self._plan = StepPlan(
-            StepShape(self.config.n_heads, self.config.window, self.config.rotary_base),
+            StepShape(self.config.n_heads, self.config.window, self.config.kept_pairs, self.config.rotary_base),
             [[weights(*block) for block in expert] for expert in blocks],
             weights("embedding", model.embedding)["weight"],
             (fusion["gate"], fusion["mix"]) if fused else None,
@@ -227,8 +227,8 @@ def _check(weight: Tensor, dtype: torch.dtype) -> None:
 class _Stream:
     """Holds the memory of the newest state of a batch of sequences.
 
-    Earlier states stay as they were: h and the matrices go to new memory, and a row that was appended to the ring lies
-    outside of the windows of before. Only what is donated is overwritten.
+    Earlier states stay as they were: h and the kept pairs go to new memory, and a row that was appended to the ring
+    lies outside of the windows of before. Only what is donated is overwritten.
     """
 
     def __init__(self, config: ModelConfig, experts: tuple[str, ...], dtype: torch.dtype, state: ModelState) -> None:
@@ -239,20 +239,25 @@ class _Stream:
         blocks = [block for name in experts for block in state.experts[name]]
         memories = [block.memory for block in blocks if block.memory is not None]
         rows, window, heads, d = len(state.position), config.window, config.n_heads, config.head_dim
+        capacity = window + (window + 1) // 2
         self.h = torch.stack([block.h for block in blocks]).float()
         self.offset = 0
-        # Of each memory: keys, values and own keys.
-        self.ring = torch.empty(3 * len(memories), rows, window + (window + 1) // 2, heads, d, dtype=dtype)
-        self.matrix = torch.empty(len(memories), rows, heads, d, d)
+        # Of each memory: keys, values and own keys, and their scores; keys and values that are kept, and their scores.
+        self.ring = torch.empty(3 * len(memories), rows, capacity, heads, d, dtype=dtype)
+        self.scores = torch.empty(len(memories), rows, capacity, heads)
+        self.kept = torch.empty(2 * len(memories), rows, heads, config.kept_pairs, d, dtype=dtype)
+        self.kept_score = torch.empty(len(memories), rows, heads, config.kept_pairs)
         for index, memory in enumerate(memories):
-            for place, tensor in zip(self.ring[3 * index :], memory[:3], strict=False):
+            for place, tensor in zip(self.ring[3 * index :], (memory.k, memory.v, memory.own), strict=False):
                 place[:, window - tensor.shape[1] : window] = tensor
-            self.matrix[index] = memory.matrix
+            self.scores[index, :, :window] = memory.score
+            self.kept[2 * index], self.kept[2 * index + 1] = memory.kept_k, memory.kept_v
+            self.kept_score[index] = memory.kept_score
         self._views = self._view()
 
-    def _view(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns views of the recurrence of every block and of the matrix of every memory block."""
-        return list(self.h.unbind(0)), list(self.matrix.unbind(0))
+    def _view(self) -> tuple[list[Tensor], ...]:
+        """Returns views of the recurrence of every block, and of what every memory block keeps."""
+        return tuple(list(x.unbind(0)) for x in (self.h, self.kept, self.kept_score))
 
     def issued(self, state: ModelState) -> bool:
         """Returns whether ``state`` is the one that this stream returned last, tensor by tensor."""
@@ -265,30 +270,42 @@ class _Stream:
         """Reads one token of each row, whose positions are (B,)."""
         window = self.config.window
         if self.offset + window == self.ring.shape[2]:
-            kept, self.ring = self.ring[:, :, self.offset :], torch.empty_like(self.ring)
-            self.ring[:, :, :window] = kept
+            self.ring, self.scores = (self._moved(x) for x in (self.ring, self.scores))
             self.offset = 0
-        h, matrix = (self.h, self.matrix) if donate else (torch.empty_like(self.h), torch.empty_like(self.matrix))
-        logits = plan.step(tokens, position, self.h, h, self.ring, self.offset, self.matrix, matrix)
-        self.offset += 1
+        before = self.h
         if not donate:
-            self.h, self.matrix = h, matrix
+            self.h, self.kept, self.kept_score = torch.empty_like(before), self.kept.clone(), self.kept_score.clone()
             self._views = self._view()
+        logits = plan.step(
+            tokens, position, before, self.h, self.ring, self.scores, self.offset, self.kept, self.kept_score
+        )
+        self.offset += 1
         return logits, self._issue(position + 1)
+
+    def _moved(self, ring: Tensor) -> Tensor:
+        """Returns other memory in which the window comes first."""
+        moved = torch.empty_like(ring)
+        moved[:, :, : self.config.window] = ring[:, :, self.offset :]
+        return moved
 
     def _issue(self, position: Tensor) -> ModelState:
         """Returns the state as views of this memory."""
-        rows = iter(self.ring.narrow(2, self.offset, self.config.window).unbind(0))
-        h, matrices = self._views
+        h, kept, kept_score = self._views
+        rows, pairs = (iter(x) for x in (self._window(self.ring), kept))
         memories = (
-            MemoryState(k, v, own[:, 1 - KEY_TAPS :], matrix)
-            for k, v, own, matrix in zip(rows, rows, rows, matrices, strict=True)
+            MemoryState(k, v, own[:, 1 - KEY_TAPS :], score, kept_k, kept_v, of_kept)
+            for k, v, own, score, kept_k, kept_v, of_kept in zip(
+                rows, rows, rows, self._window(self.scores), pairs, pairs, kept_score, strict=True
+            )
         )
         self._issued = [
             BlockState(x, next(memories) if has else None) for x, has in zip(h, self._has_memory, strict=True)
         ]
         blocks = iter(self._issued)
         return ModelState(position, {name: list(islice(blocks, self.config.n_layers)) for name in self.experts})
+
+    def _window(self, ring: Tensor) -> Sequence[Tensor]:
+        return ring.narrow(2, self.offset, self.config.window).unbind(0)
 
 
 def _tensors(blocks: list[BlockState]) -> Iterator[Tensor | None]:

@@ -132,10 +132,17 @@ def read(path: Path, most: int = 1 << 30) -> tuple[dict[str, Tensor], dict[str, 
         raise not_a_session(path) from error
 
 
+def _is_possible(name: str, tensor: Tensor) -> bool:
+    if name.endswith(".kept_score"):
+        return bool((tensor <= 0).all())
+    return bool(tensor.isfinite().all())
+
+
 def restore(path: Path, tensors: dict[str, Tensor], model: MMRecModel, domain: str | None) -> Conversation:
     """Returns the conversation that the ``tensors`` of the session file ``path`` hold, on the model's device.
 
-    The file may be forged: names, shapes and types have to be those of a state of one row, its numbers finite.
+    The file may be forged: names, shapes and types have to be those of a state of one row, and its numbers finite, but
+    for the score of an empty slot.
 
     Raises:
         DamageError: if they are not.
@@ -148,7 +155,7 @@ def restore(path: Path, tensors: dict[str, Tensor], model: MMRecModel, domain: s
             raise ValueError("not one row")
         expected = flatten_state(model.initial_state(1, domain))
         wrong = [name for name, tensor in expected.items() if rest[name].dtype != tensor.dtype]
-        wrong += [name for name, tensor in rest.items() if not tensor.isfinite().all()]
+        wrong += [name for name, tensor in rest.items() if not _is_possible(name, tensor)]
         if wrong or rest.keys() != expected.keys():
             raise ValueError("not a state of this model")
         device = model.embedding.weight.device

@@ -94,7 +94,7 @@ def default_threads(processes: int) -> int:
 def apply_precision(model: nn.Module, precision: str) -> None:
     """Convert the matrices of ``model`` to bfloat16, or leave all in float32.
 
-    Biases, the recurrent gate and the weights that mix the keys of the long-term memory stay float32: they are
+    Biases, the recurrent gate and the weights that mix keys stay float32: they are
     small and act on float32 states. The optimizer keeps float32 masters of what is converted here.
     """
     if precision == "fp32":

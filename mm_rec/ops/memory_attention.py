@@ -132,7 +132,7 @@ def memory_attention(
     check_shape("v", v, k.shape, k)
     check_float("q", q, 4)
     check_shape("q", q, (*position.shape, *k.shape[2:]), k)
-    batch, time, heads, head_dim = q.shape
+    batch, _, heads, head_dim = q.shape
     if head_dim % 2:
         raise ValueError(f"q must have heads of even size, got {head_dim}")
     check_float("kept_k", kept_k, 4)

@@ -319,7 +319,7 @@ def retain(score: Tensor, position: Tensor, kept_score: Tensor) -> tuple[Tensor,
 
 
 def retained(slot: Tensor, position: Tensor, kept_score: Tensor) -> Tensor:
-    """Returns (B, H, T, K + T) bool: which pairs a head keeps at each token, of K slots and of the tokens that leave."""
+    """Returns (B, H, T, K + T) bool: which pairs a head keeps at each token, of K slots and of tokens that leave."""
     time, slots = position.shape[1], kept_score.shape[2]
     index = torch.arange(slots, device=slot.device)
     held = torch.where(kept_score > -math.inf, index, -1)
@@ -363,7 +363,7 @@ def memory_attention(
 
 
 def take_pairs(keys: Tensor, values: Tensor, scores: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns what lies in the slots that hold ``held`` (B, H, K): rows of (B, H, N, d), 0 and -inf where nothing does."""
+    """Returns what is in the slots that hold ``held`` (B, H, K): rows of (B, H, N, d); 0 and -inf where nothing is."""
     index, empty = held.long().clamp(min=0), held < 0
     wide = index[..., None].expand(*index.shape, keys.shape[-1])
     k, v = (x.gather(2, wide).masked_fill(empty[..., None], 0.0) for x in (keys, values))

@@ -19,7 +19,7 @@ from mm_rec.training.schedule import OPTIMIZERS
 __all__ = ["MODEL_SHAPE", "TrainSettings", "share_of_time", "step_cap"]
 
 MODEL_SHAPE = (
-    "vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "gate_every", "window", "rotary_base"
+    "vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "gate_every", "window", "kept_pairs", "rotary_base"
 )  # fmt: skip
 """Settings that change the shape of a preset: fields of ModelConfig."""
 
@@ -58,6 +58,9 @@ class TrainSettings:
     d_ff: Annotated[int | None, _size("width inside the feed-forward part of a block")] = None
     gate_every: Annotated[int | None, _size("every how many blocks one is a memory block, which attends")] = None
     window: Annotated[int | None, _size("tokens of short-term memory", minimum=2)] = None
+    kept_pairs: Annotated[
+        int | None, _size("pairs of a key and a value that a head keeps of the tokens before the window")
+    ] = None
     rotary_base: Annotated[float | None, _size("base of the rotary encoding inside the window", maximum=1e9)] = None
     data_dir: Annotated[
         Path, Option("folder with the folders text and code, or with documents of your own", shared=True)

@@ -27,7 +27,7 @@ from mm_rec.storage import checkpoint
 from mm_rec.text.conversation import encode_message
 from mm_rec.text.tokenizer import CONTROL_TOKENS, train_tokenizer
 
-CONFIG = ModelConfig(vocab_size=512, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16)
+CONFIG = ModelConfig(vocab_size=512, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, kept_pairs=6)
 PROMPT = "def shuffle(self, x):"
 
 

@@ -29,7 +29,9 @@ TEXTS, PROGRAMS = synthetic_text(12), synthetic_code(12)
 @pytest.fixture(autouse=True)
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An empty folder, a very small model and one thread."""
-    config = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8)
+    config = ModelConfig(
+        vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8, kept_pairs=5
+    )
     monkeypatch.setitem(PRESETS, "tiny", config)
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()

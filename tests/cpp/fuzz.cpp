@@ -14,7 +14,6 @@
 
 #define MM_STREAM_BYTES 256  // so that small results go past the caches, too
 #include "mixed_keys.h"
-#include "delta_rule_backward.h"
 #include "gated_scan.h"
 #include "loss.h"
 #include "mdi.h"
@@ -25,6 +24,7 @@
 #include "sample.h"
 #include "scan.h"
 #include "step.h"
+#include "retained_attention_backward.h"
 #include "window_attention_backward.h"
 
 using namespace mm_rec::MM_LEVEL;
@@ -322,25 +322,31 @@ static void fuzz_mixed_keys(Source& from) {
     mixed_keys_backward<T>(in, dkey.rows(), dk, dtaps, threads);
 }
 
+// Which pairs are kept, whatever the scores are, and attention over them.
 template <class T>
-static void fuzz_delta_rule(Source& from) {
-    const int64_t batch = from.number(1, 3), time = from.number(1, 100), chunk = DELTA_BLOCK * from.number(1, 4);
-    const int64_t heads = from.number(1, 3), d = from.number(1, 70), width = heads * d, n = batch * time;
-    const int threads = int(from.number(1, 12));  // with more than heads, several share one
-    Block<int64_t> position(from, n);
-    fill_positions(from, batch, time, 16, position);
-    Heads<T> q(from, batch, time, width), key(from, batch, time, width), v(from, batch, time, width);
+static void fuzz_retained(Source& from) {
+    const int64_t batch = from.number(1, 3), time = from.number(1, 150), window = from.number(1, 40);
+    const int64_t heads = from.number(1, 3), slots = from.number(1, 50), d = 2 * from.number(1, 40), width = heads * d;
+    const int64_t context = window + time, runs = (time + RUN - 1) / RUN, pairs = batch * heads * slots;
+    const int threads = threads_of(from);
+    Block<int64_t> position(from, batch * time);
+    fill_positions(from, batch, time, window, position);
+    Heads<T> q(from, batch, time, width), k(from, batch, context, width), v(from, batch, context, width);
     Heads<T> dout(from, batch, time, width);
-    Floats beta(from, n * heads), log_decay(from, n * heads), state(from, batch * width * d);
-    const DeltaInputs<T> in{{batch, time, heads, d, chunk, position}, q.rows(), key.rows(), v.rows(), beta, log_decay};
-    Floats states(from, batch * (in.shape.chunks() + 1) * width * d), dlast(from, batch * width * d);
-    Block<T> out(from, n * width), dq(from, n * width), dkey(from, n * width), dv(from, n * width);
-    delta_rule<T>(in, state, out, states, threads);
+    Floats score(from, batch * context * heads), kept_score(from, pairs), lse(from, batch * heads * time);
+    Block<int32_t> slot(from, batch * heads * time), held(from, batch * heads * (runs + 1) * slots);
+    const ContextShape shape{batch, time, window, heads, d, position};
+    const int done = retain({shape, slots, score, kept_score}, {slot, held}, threads);
+    if (done != KERNEL_DONE) return;
+    Block<T> kept_k(from, pairs * d), kept_v(from, pairs * d), out(from, batch * time * width);
+    const RetainedInputs<T> in{shape, slots, q.rows(), k.rows(), v.rows(), score, slot, held, kept_k, kept_v, kept_score};
+    retained_attention<T>(in, out, lse, threads);
 
-    Floats dbeta(from, n * heads), dlog_decay(from, n * heads), dstate(from, batch * width * d);
-    const HeadRows<const T> none{nullptr, 0, 0};
-    const DeltaFromAbove<T> above{from.flag() ? dout.rows() : none, maybe(from.flag(), dlast), states};
-    delta_rule_backward<T>(in, above, {dq, dkey, dv, dbeta, dlog_decay, dstate}, threads);
+    Block<T> dq(from, batch * time * width), dk(from, batch * context * width), dv(from, batch * context * width);
+    Block<T> dkept_k(from, pairs * d), dkept_v(from, pairs * d);
+    Floats dscore(from, batch * context * heads), dkept_score(from, pairs);
+    const RetainedFromAbove<T> above{dout.rows(), {out, time * width, width}, lse};
+    retained_attention_backward<T>(in, above, {dq, dk, dv, dscore, dkept_k, dkept_v, dkept_score}, threads);
 }
 
 // A model of random sizes, its weights each a block of their own.
@@ -370,6 +376,7 @@ struct StepModel {
         p.decay_width = from.number(1, 20);
         p.vocabulary = from.number(1, 50);
         p.window = from.number(1, 40);
+        p.slots = from.number(1, 40);
         p.reach = from.number(1, min64(5, p.window + 1));
         p.blocks = from.number(1, 3);
         p.experts = from.number(1, 2);
@@ -388,8 +395,8 @@ struct StepModel {
                 b.w_g = block<float>(p.width * d);
                 b.qkv_proj = matrix(3 * p.width, p.width);
                 b.attention_out = matrix(p.width, p.width);
-                b.memory_gates = matrix(3 * p.heads, p.width);
-                b.memory_gate_bias = block<float>(3 * p.heads);
+                b.score_proj = matrix(p.heads, p.width);
+                b.score_bias = block<float>(p.heads);
                 b.key_taps = block<float>(p.width * p.reach);
             }
             blocks.push_back(b);
@@ -420,10 +427,10 @@ static void fuzz_step(Source& from) {
     Floats h(from, n), h_after(from, n), logits(from, batch * p.vocabulary);
     const Scratch scratch(step_scratch(p, batch, threads));
     Block<T> ring(from, memories * 3 * batch * capacity * p.width);
-    const int64_t matrices = memories * batch * p.width * (p.width / p.heads);
-    Floats matrix(from, matrices), matrix_after(from, matrices);
-    const StepState state{position,        h,      in_place ? h.data : h_after.data, ring, capacity, offset, matrix,
-                          in_place ? matrix.data : matrix_after.data};
+    const int64_t pairs = memories * batch * p.heads * p.slots;
+    Floats scores(from, memories * batch * capacity * p.heads), kept_score(from, pairs);
+    Block<T> kept(from, 2 * pairs * (p.width / p.heads));
+    const StepState state{position, h, in_place ? h.data : h_after.data, ring, scores, capacity, offset, kept, kept_score};
     step(p, state, batch, tokens, logits, scratch.data, threads);
 }
 
@@ -583,8 +590,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         case 24: fuzz_vector_product<bf16>(from); break;
         case 25: fuzz_mixed_keys<float>(from); break;
         case 26: fuzz_mixed_keys<bf16>(from); break;
-        case 27: fuzz_delta_rule<float>(from); break;
-        case 28: fuzz_delta_rule<bf16>(from); break;
+        case 27: fuzz_retained<float>(from); break;
+        case 28: fuzz_retained<bf16>(from); break;
         case 29: fuzz_orthogonalize<TileMachine>(from); break;
         case 30: fuzz_orthogonalize<VectorMachine>(from); break;
     }

@@ -17,7 +17,7 @@ from mm_rec.evaluation.bits_per_byte import (
 from mm_rec.model import MMRecModel
 from mm_rec.state import map_state
 
-CONFIG = ModelConfig(vocab_size=64, d_model=32, n_heads=2, n_layers=3, d_ff=32, window=16)
+CONFIG = ModelConfig(vocab_size=64, d_model=32, n_heads=2, n_layers=3, d_ff=32, window=16, kept_pairs=6)
 
 
 def documents(lengths: list[int], seed: int = 0) -> list[np.ndarray]:

@@ -24,7 +24,7 @@ from mm_rec.model import LossOutput, MMRecModel
 from mm_rec.state import ModelState
 from mm_rec.text.tokenizer import Tokenizer, train_tokenizer
 
-CONFIG = ModelConfig(vocab_size=512, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16)
+CONFIG = ModelConfig(vocab_size=512, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, kept_pairs=6)
 TEXTS = synthetic_text(60)
 BY_NAME = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 

@@ -36,7 +36,7 @@ from mm_rec.text.conversation import Message, clean, encode_conversation
 from mm_rec.text.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ModelConfig(vocab_size=512, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8)
+CONFIG = ModelConfig(vocab_size=512, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8, kept_pairs=5)
 HOST = {"Host": "localhost"}
 STREAMS, QUEUE = 4, 8
 

@@ -13,7 +13,7 @@ from mm_rec.inference.chat_session import ChatSession
 from mm_rec.inference.sampling import Sampling
 from mm_rec.model import MMRecModel
 
-CONFIG = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8)
+CONFIG = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8, kept_pairs=5)
 TEXTS = ("hello", "and what then?")
 
 

@@ -41,7 +41,7 @@ from mm_rec.training.trainer import Trainer
 LOADED_BEFORE_THE_FORK = (train_command, finetune_command)
 """Modules that a command imports when it is called: here once, not in each child."""
 STAGES = ("stage1", "stage2", "stage3", "instruct", "chat")
-CONFIG = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8)
+CONFIG = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8, kept_pairs=5)
 STEPS, SAVE_EVERY, EVALUATE_EVERY = 10, 3, 4
 
 

@@ -101,7 +101,7 @@ def test_what_is_written_states_its_version(written: Path, tmp_path: Path) -> No
 # --- model: config.json of checkpoints and exported folders -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [1, 2, 4, -1, True, None, "1", 10**400])
+@pytest.mark.parametrize("version", [1, 2, 3, 5, -1, True, None, "1", 10**400])
 def test_a_model_of_another_version(written: Path, tmp_path: Path, version: Any) -> None:
     for source in ("exported", f"finished/chat/{FINISHED}"):
         path = edited(written / source, tmp_path / Path(source).name, "config.json", set_version(version))
@@ -123,9 +123,9 @@ def test_a_model_of_another_version(written: Path, tmp_path: Path, version: Any)
 def test_a_model_after_a_change(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raised(monkeypatch, "model")
     for name in ("exported", f"finished/chat/{FINISHED}"):
-        with pytest.raises(FormatError, match="has model format 3"):
+        with pytest.raises(FormatError, match="has model format 4"):
             load_model(written / name, device="cpu")
-        with pytest.raises(FormatError, match="has model format 3"):
+        with pytest.raises(FormatError, match="has model format 4"):
             AutoModelForCausalLM.from_pretrained(written / name)
 
 
@@ -158,18 +158,18 @@ def test_what_had_another_memory_ends_in_one_line(
 
 
 def test_a_command_says_it_and_ends(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = edited(written / "exported", tmp_path / "later", "config.json", set_version(4))
+    path = edited(written / "exported", tmp_path / "later", "config.json", set_version(5))
     assert cli.main(["generate", "--model", str(path), "--prompt", "The "]) == 2
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err.startswith(f"error: {path / 'config.json'} has model format 4")
+    assert output.err.startswith(f"error: {path / 'config.json'} has model format 5")
     assert output.err.count("\n") == 1
 
 
 # --- training: trainer.json of checkpoints ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [1, 2, 4, -1, True, None, "1", 10**400])
+@pytest.mark.parametrize("version", [1, 2, 3, 5, -1, True, None, "1", 10**400])
 def test_a_training_state_of_another_version_leaves_its_weights(written: Path, tmp_path: Path, version: Any) -> None:
     source = written / "stopped" / "stage2" / STOPPED
     path = edited(source, tmp_path / "step_000004", "trainer.json", set_version(version))
@@ -185,13 +185,13 @@ def test_a_training_state_of_another_version_leaves_its_weights(written: Path, t
 
 def test_other_files_of_another_version_are_not_missed(written: Path, tmp_path: Path) -> None:
     def other_files(trainer: Path) -> None:
-        set_version(4)(trainer)
+        set_version(5)(trainer)
         trainer.with_name("optimizer.safetensors").rename(trainer.with_name("moments.safetensors"))
 
     path = edited(written / "stopped" / "stage2" / STOPPED, tmp_path / "step_000004", "trainer.json", other_files)
-    with pytest.raises(FormatError, match="training format 4"):
+    with pytest.raises(FormatError, match="training format 5"):
         checkpoint.load(path)
-    with pytest.raises(FormatError, match="training format 4"):
+    with pytest.raises(FormatError, match="training format 5"):
         checkpoint.newest_valid(tmp_path)
 
 
@@ -200,7 +200,7 @@ def later_run(copy: Path, written: Path) -> Path:
     """A run in the current folder, stopped/stage2, that has a training state of version 4."""
     path = Path("stopped/stage2") / STOPPED
     shutil.rmtree(path)
-    return edited(written / path, path, "trainer.json", set_version(4)).parent.parent
+    return edited(written / path, path, "trainer.json", set_version(5)).parent.parent
 
 
 def test_a_run_of_another_version_is_left_as_it_is(
@@ -209,7 +209,7 @@ def test_a_run_of_another_version_is_left_as_it_is(
     before = sorted(later_run.rglob("*"))
     assert cli.main(commands(about)["stage2"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {later_run / STOPPED / 'trainer.json'} has training format 4")
+    assert error.startswith(f"error: {later_run / STOPPED / 'trainer.json'} has training format 5")
     assert error.count("\n") == 1
     assert set(before) == {path for path in later_run.rglob("*") if path.name not in ("events.log", "run.lock")}
     assert [finding.level for finding in doctor_command.check_run(later_run)].count("broken") > 0
@@ -227,7 +227,7 @@ def test_runs_after_a_change(written: Path, monkeypatch: pytest.MonkeyPatch) -> 
     raised(monkeypatch, "training")
     for stage in ("stage1", "stage2", "stage3", "instruct", "chat"):
         path = written / "stopped" / stage / STOPPED
-        with pytest.raises(FormatError, match=r"has training format 3.*--init_from"):
+        with pytest.raises(FormatError, match=r"has training format 4.*--init_from"):
             checkpoint.load(path)
         assert checkpoint.load(path, weights_only=True).weights
 
@@ -235,7 +235,7 @@ def test_runs_after_a_change(written: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # --- session ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [1, 2, 4, -1, True, None, "1", 10**400])
+@pytest.mark.parametrize("version", [1, 2, 3, 5, -1, True, None, "1", 10**400])
 def test_a_session_of_another_version(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: Any
 ) -> None:
@@ -252,7 +252,7 @@ def test_a_session_of_another_version(
 
 def test_a_session_after_a_change(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raised(monkeypatch, "session")
-    with pytest.raises(FormatError, match="has session format 3"):
+    with pytest.raises(FormatError, match="has session format 4"):
         session_file.read(written / "session.safetensors")
 
 

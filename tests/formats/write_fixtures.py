@@ -41,7 +41,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-COMMIT = "bad334b"
+COMMIT = "f9e3b80"
 ENVIRONMENT = {
     "MM_REC_BACKEND": "reference",
     "MM_REC_CPU_LEVEL": "baseline",
@@ -54,7 +54,8 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
 }
 MODEL = {
-    "vocab_size": 320, "d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 24, "gate_every": 2, "window": 8
+    "vocab_size": 320, "d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 24, "gate_every": 2, "window": 8,
+    "kept_pairs": 5,
 }  # fmt: skip
 SETTINGS = {
     "data_dir": "data", "batch_size": 2, "seq_len": 16, "max_steps": 7, "checkpoint_interval": 4, "eval_interval": 7,

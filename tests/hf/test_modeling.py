@@ -20,7 +20,7 @@ from mm_rec.storage import checkpoint
 from mm_rec.storage.hf_folder import checkpoint_names
 from mm_rec.text.tokenizer import train_tokenizer
 
-CONFIG = ModelConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16)
+CONFIG = ModelConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, kept_pairs=6)
 PROMPTS = ["one", "one two three", "three one one two " * 9]  # the last is longer than two windows
 
 
@@ -288,7 +288,7 @@ def test_saving_and_loading_changes_nothing(model: MMRecForCausalLM, folder: Pat
 def test_bfloat16_leaves_what_acts_on_states_wide(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     wide = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.dtype == torch.float32}
-    assert wide == {"w_g", "key_taps", "decay_bias", "gate_bias", "memory_gate_bias"}
+    assert wide == {"w_g", "key_taps", "decay_bias", "gate_bias", "score_bias"}
     assert model.generate(tokens(2, 20), max_new_tokens=3, eos_token_id=None).shape == (2, 23)
 
 

@@ -12,7 +12,7 @@ from mm_rec.model import MMRecModel
 from mm_rec.storage import checkpoint
 from mm_rec.text.tokenizer import train_tokenizer
 
-CONFIG = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8)
+CONFIG = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8, kept_pairs=5)
 CONVERSATIONS = [
     [("user", "What is ışık?"), ("assistant", "Light.")],
     [("system", "Be brief."), ("user", "One?"), ("assistant", "Two."), ("user", "Three?"), ("assistant", "Four.")],

@@ -11,7 +11,7 @@ from mm_rec.model import MMRecModel
 from mm_rec.storage import checkpoint
 from mm_rec.text.tokenizer import train_tokenizer
 
-CONFIG = ModelConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16)
+CONFIG = ModelConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, kept_pairs=6)
 
 TALK = """
 import os, sys, torch

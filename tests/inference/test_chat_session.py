@@ -17,7 +17,7 @@ from mm_rec.storage.files import DamageError
 from mm_rec.text.conversation import Message, clean, encode_conversation, encode_message
 from mm_rec.text.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
 
-CONFIG = ModelConfig(vocab_size=512, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16)
+CONFIG = ModelConfig(vocab_size=512, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, kept_pairs=6)
 FRAGMENTS = [
     *CONTROL_TOKENS, "<", "|", ">", "<|", "|>", "< |", "end", "bos", "<|bo<|eos|>s|>", "<|<|end|>end|>", "<|END|>",
     "<|end|", "\x00", "\ud800", "\udfff", "\ufffd", "\u200b", "\r\n", "\n\n", "\t", "  ", "ışğü", "漢字", "🙂",

@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -24,13 +21,27 @@ from mm_rec.inference.decode import compressed_matrices, find_decoder, use_compr
 from mm_rec.inference.quantize import pack_matrices, quantize_int8
 from mm_rec.machine.device import apply_precision
 from mm_rec.model import MMRecModel
-from mm_rec.ops.cpu.load_library import CpuLibrary
 from mm_rec.ops.inference import pack_weights, quantize_rows
 from mm_rec.optim import AdamW
 from mm_rec.state import ModelState, flatten_state, map_state, unflatten_state
 
 pytestmark = pytest.mark.native
 TIME = 75  # of a window of 16
+
+
+LOWER_LEVELS = [pytest.param(level, marks=pytest.mark.slow) for level in LEVELS[:-1]]
+
+
+@pytest.fixture(autouse=True, params=["best", *LOWER_LEVELS])
+def at_every_level(request: pytest.FixtureRequest, load_level: Callable[[str], None]) -> None:
+    """Every test runs at the level of this run, and at all below it."""
+    if request.param == "best":
+        return
+    level = ops.status()["cpu"].level
+    assert level is not None
+    if LEVELS.index(request.param) >= LEVELS.index(level):
+        pytest.skip("this run is at that level, or the processor stops before")
+    load_level(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -281,7 +292,9 @@ def test_nothing_is_kept_of_a_model_that_is_gone(monkeypatch: pytest.MonkeyPatch
 def packed_model(monkeypatch: pytest.MonkeyPatch) -> MMRecModel:
     """Wide enough to be packed, at any level of the kernels."""
     monkeypatch.setattr("mm_rec.inference.quantize.PACKED_LEVELS", LEVELS)
-    config = ModelConfig(vocab_size=256, d_model=256, n_heads=4, n_layers=2, d_ff=400, gate_every=2, window=16)
+    config = ModelConfig(
+        vocab_size=256, d_model=256, n_heads=4, n_layers=2, d_ff=400, gate_every=2, window=16, kept_pairs=6
+    )
     model = MMRecModel(config)
     apply_precision(model, "bf16")
     block = model.experts["text"].blocks[0]
@@ -384,14 +397,3 @@ def test_what_cannot_be_read_is_an_error() -> None:
         decode.step(model, torch.tensor([0, 1]), state._replace(position=torch.tensor([0, -1])), "text")
     with pytest.raises(ValueError, match="not code"):
         decode.step(model, torch.tensor([0, 1]), state, "code")
-
-
-@pytest.mark.parametrize("level", [pytest.param(level, marks=pytest.mark.slow) for level in LEVELS[:-1]])
-def test_every_level(level: str) -> None:
-    if LEVELS.index(level) >= LEVELS.index(CpuLibrary().level):
-        pytest.skip("this run is at that level, or the processor stops before")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
-    result = subprocess.run(
-        command, env={**os.environ, "MM_REC_CPU_LEVEL": level}, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-3000:]

@@ -20,7 +20,9 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model(tokenizer: Tokenizer) -> MMRecModel:
-    config = ModelConfig(tokenizer.padded_vocab_size, d_model=32, n_heads=2, n_layers=3, d_ff=32, window=16)
+    config = ModelConfig(
+        tokenizer.padded_vocab_size, d_model=32, n_heads=2, n_layers=3, d_ff=32, window=16, kept_pairs=6
+    )
     return MMRecModel(config)
 
 
@@ -129,7 +131,9 @@ def test_same_seed_same_text_and_another_seed_another(model: MMRecModel, tokeniz
 
 
 def test_control_tokens_and_padding_rows_never_come(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ModelConfig(tokenizer.padded_vocab_size, d_model=32, n_heads=2, n_layers=3, d_ff=32, window=16)
+    config = ModelConfig(
+        tokenizer.padded_vocab_size, d_model=32, n_heads=2, n_layers=3, d_ff=32, window=16, kept_pairs=6
+    )
     model = MMRecModel(config)
     ends = (tokenizer.eos_id, tokenizer.end_id)
     banned = [i for i in tokenizer.control_ids.values() if i not in ends]

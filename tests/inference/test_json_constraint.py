@@ -20,7 +20,7 @@ from mm_rec.inference.sampling import Sampling
 from mm_rec.model import MMRecModel
 from mm_rec.text.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
 
-CONFIG = ModelConfig(vocab_size=576, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16)
+CONFIG = ModelConfig(vocab_size=576, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, kept_pairs=6)
 SCHEMAS: dict[str, dict[str, Any]] = {
     "object": {
         "type": "object",
@@ -165,7 +165,8 @@ def test_a_schema_that_cannot_be_followed_is_refused(
     assert len(str(error.value)) < 400
 
 
-def test_a_schema_that_grows_too_complex_is_given_up(tokenizer: Tokenizer) -> None:
+def test_a_schema_that_grows_too_complex_is_given_up(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mm_rec.inference.json_constraint.MAX_LEXER_STATES", 2_000)  # soon reached
     schema = {"type": "string", "pattern": "^([ab]*a[ab]{18}){6}$"}
     rng = random.Random(1)
     with pytest.raises(UserError, match="too complex"):  # noqa: PT012

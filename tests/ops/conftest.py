@@ -22,6 +22,6 @@ def poisoned_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory for results starts as NaN, so that an element that a kernel leaves out is seen."""
 
     def poisoned(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.full(tuple(shape), torch.nan, dtype=dtype)
+        return torch.full(tuple(shape), torch.nan if dtype.is_floating_point else 0x7F7F7F7F, dtype=dtype)
 
     monkeypatch.setattr(common, "empty", poisoned)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
@@ -12,7 +9,7 @@ from mm_rec import ops
 from mm_rec.ops import reference
 from mm_rec.ops.cpu.load_library import CpuLibrary
 
-from .cases import CASES, FUSED_CASES, Builder, delta_rule
+from .cases import CASES, FUSED_CASES, MEMORY_SHAPES, Builder, memory_attention, retain
 from .compare import assert_agree, run, tolerance, widen
 
 pytestmark = pytest.mark.native
@@ -64,15 +61,16 @@ def test_threads_change_nothing(op: str) -> None:
 
     The loss and the branches are left out: their matrix products are PyTorch's, which cuts them by threads.
     """
+    library = CpuLibrary()
     for build in CASES[op].values():
         arguments = build(torch.float32)
         found = []
         for threads, openmp in ((1, 1), (2, 1), (3, 1), (2, 0), (3, 0)):
             torch.set_num_threads(threads)
-            CpuLibrary().use_openmp(openmp)
+            library.use_openmp(openmp)
             with ops.use_backend("native"):
                 found.append(run(getattr(ops, op), arguments))
-            CpuLibrary().use_openmp(1)
+            library.use_openmp(1)
         for other in found[1:]:
             for name, value in found[0].items():
                 assert torch.equal(value, other[name]), f"{name} differs"
@@ -120,29 +118,25 @@ def test_gradients_too_large_for_the_caches(dtype: torch.dtype) -> None:
     assert_agree(got, want, tolerance("recurrence", dtype))
 
 
-@pytest.mark.parametrize("d", [2, 130, 256])
-def test_extremes_of_the_delta_rule(d: int) -> None:
-    """Documents of any length side by side, nothing kept and everything kept, nothing written and everything."""
+@pytest.mark.parametrize("name", MEMORY_SHAPES)
+def test_the_same_pairs_are_kept(name: str) -> None:
+    """Scores are compared and never added to, so that every back end chooses alike, and first of equal ones."""
+    arguments = retain(MEMORY_SHAPES[name], torch.float32)
+    with ops.use_backend("native"):
+        got = ops.retain(*arguments)
+    for x, y in zip(got, reference.retain(*arguments), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("slots", "d"), [(1, 10), (300, 16), (16, 130), (7, 256)])
+def test_any_number_of_slots(slots: int, d: int, dtype: torch.dtype) -> None:
+    """Documents of any length side by side, of which some fill the slots and some have to give up pairs."""
     starts = {(0, t) for t in range(3, 40)} | {(1, t) for t in (63, 64, 65, 128)}
-    arguments = list(delta_rule((2, 140, 16, 2, d, [5], starts), torch.float32))
-    kind = torch.randint(6, arguments[4].shape, generator=torch.Generator().manual_seed(0))
-    arguments[3] = arguments[3].masked_fill(kind == 0, 0.0).masked_fill(kind == 1, 1.0)
-    arguments[4] = arguments[4].masked_fill(kind == 2, 0.0).masked_fill(kind == 3, -1e4)
+    q, k, v, score, position, kept_k, kept_v, kept_score, base = memory_attention((2, 220, 8, 2, d, [5], starts), dtype)
+    pick = torch.arange(slots) % kept_score.shape[2]
+    kept = (kept_k[:, :, pick], kept_v[:, :, pick], kept_score[:, :, pick])
+    arguments = (q, k, v, score, position, *kept, base)
     with ops.use_backend("native"):
-        got = run(ops.delta_rule, tuple(arguments))
-    assert_agree(got, run(reference.delta_rule, widen(tuple(arguments))), {torch.float32: 1e-5})
-
-
-@pytest.mark.parametrize("result", [0, 1], ids=["what-is-read", "the-memory-after"])
-def test_gradients_from_one_result_of_the_delta_rule(result: int) -> None:
-    arguments = delta_rule((2, 70, 16, 2, 16, [0, 9], {(1, 20)}), torch.float32)
-
-    def one(function: Callable[..., tuple[torch.Tensor, ...]], arguments: tuple[Any, ...]) -> dict[str, torch.Tensor]:
-        leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in arguments]
-        inputs = [x for x in leaves if x.requires_grad]
-        loss = function(*leaves)[result].square().sum()
-        return dict(zip("qkvbds", torch.autograd.grad(loss, inputs, materialize_grads=True), strict=True))
-
-    with ops.use_backend("native"):
-        got = one(ops.delta_rule, arguments)
-    assert_agree(got, one(reference.delta_rule, widen(arguments)), {torch.float32: 1e-5})
+        got = run(ops.memory_attention, arguments)
+    assert_agree(got, run(reference.memory_attention, widen(arguments)), tolerance("memory_attention", dtype))

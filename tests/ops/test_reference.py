@@ -14,7 +14,6 @@ from mm_rec.ops import reference
 
 from .cases import (
     add_rms_norm,
-    mixed_keys,
     feed_forward,
     gated_recurrence,
     linear_branch,
@@ -22,6 +21,7 @@ from .cases import (
     mdi,
     memory_attention,
     memory_context,
+    mixed_keys,
     positions,
     readout,
     recurrence,

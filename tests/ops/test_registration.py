@@ -28,6 +28,9 @@ def _schema_arguments(op: str, arguments: tuple[Any, ...]) -> list[Any]:
     leaves = _leaves(arguments)
     if op == "linear_cross_entropy":
         return [*leaves[:3], torch.full((len(leaves[0]),), 0.1), True, True]
+    if op == "memory_attention":
+        *first, position, kept_k, kept_v, kept_score, base = leaves
+        return [*first, *ops.retain(first[3], position, kept_score), position, kept_k, kept_v, kept_score, base]
     if op == "rms_norm":
         return [leaves[0], leaves[0].dtype]
     return leaves + [None] * (len(getattr(torch.ops.mm_rec, op).default._schema.arguments) - len(leaves))

@@ -24,7 +24,7 @@ from mm_rec.storage.lock import Lock
 from mm_rec.system import REMOVES_OPEN_FILES
 from mm_rec.text.tokenizer import train_tokenizer
 
-CONFIG = ModelConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16)
+CONFIG = ModelConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, kept_pairs=6)
 
 
 @pytest.fixture(scope="module")

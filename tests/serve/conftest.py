@@ -24,7 +24,7 @@ from mm_rec.serve.service import Service
 from mm_rec.serve.sessions import SessionStore
 from mm_rec.text.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
 
-CONFIG = ModelConfig(vocab_size=512, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16)
+CONFIG = ModelConfig(vocab_size=512, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, kept_pairs=6)
 
 
 @pytest.fixture(scope="session")

@@ -240,7 +240,7 @@ FORGERIES: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
     "position of no shape": lambda tensors, _: tensors.update(position=torch.tensor(3)),
     "many positions": lambda tensors, _: tensors.update(position=torch.zeros(100_000, dtype=torch.int64)),
     "NaN": lambda tensors, _: tensors["experts.text.blocks.0.h"].fill_(torch.nan),
-    "infinity": lambda tensors, _: tensors["experts.text.blocks.2.memory.matrix"][0, 0, 0, 0].fill_(torch.inf),
+    "infinity": lambda tensors, _: tensors["experts.text.blocks.2.memory.kept_score"][0, 0, 0].fill_(torch.inf),
     "other type": lambda tensors, _: tensors.update(
         {"experts.text.blocks.0.h": tensors["experts.text.blocks.0.h"].half()}
     ),

@@ -20,8 +20,6 @@ from mm_rec.cli import COMMANDS
 from mm_rec.data.synthetic import write_synthetic
 from mm_rec.storage.checkpoint import list_checkpoints
 
-pytestmark = pytest.mark.timeout(900)
-
 BARE = Path(__file__).parent / "bare"
 ROOT = Path(__file__).parents[2]
 PATIENCE = 240

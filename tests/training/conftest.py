@@ -22,7 +22,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 @pytest.fixture
 def small_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A model of one block an expert with everything in it, short samples, no pictures, one thread."""
-    config = ModelConfig(vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8)
+    config = ModelConfig(
+        vocab_size=320, d_model=16, n_heads=2, n_layers=1, d_ff=16, gate_every=1, window=8, kept_pairs=5
+    )
     monkeypatch.setitem(PRESETS, "tiny", config)
     monkeypatch.setattr(trainer, "SAMPLE_TOKENS", 3)
     monkeypatch.setattr(trainer, "draw_losses", lambda *_: None)

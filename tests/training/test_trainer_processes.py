@@ -12,8 +12,6 @@ import pytest
 from mm_rec.data.synthetic import write_synthetic
 from mm_rec.storage import checkpoint
 
-pytestmark = pytest.mark.timeout(900)
-
 STEPS = 14
 PATIENCE = 240
 

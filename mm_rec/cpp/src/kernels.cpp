@@ -3,11 +3,10 @@
 // 0 for float32 and 1 for bfloat16. Functions that need scratch memory return 0, or 1 if there is none.
 
 #include "export.h"
-#include "mixed_keys.h"
-#include "delta_rule_backward.h"
 #include "gated_scan.h"
 #include "loss.h"
 #include "mdi.h"
+#include "mixed_keys.h"
 #include "norm.h"
 #include "optimizer.h"
 #include "recurrence_backward.h"
@@ -176,19 +175,6 @@ MM_EXPORT(void, readout_backward)
     });
 }
 
-MM_EXPORT(void, mix_memories_forward)
-(int type, int64_t rows, int64_t n, const void* near, const void* far, const float* gate, void* out, int threads) {
-    with_type(type, [&](auto t) { mix_memories_forward(rows, n, as(near, t), as(far, t), gate, as(out, t), threads); });
-}
-
-MM_EXPORT(void, mix_memories_backward)
-(int type, int64_t rows, int64_t n, const void* dout, const void* far, const float* gate, void* dfar, float* dgate,
- int threads) {
-    with_type(type, [&](auto t) {
-        mix_memories_backward(rows, n, as(dout, t), as(far, t), gate, as(dfar, t), dgate, threads);
-    });
-}
-
 MM_EXPORT(void, relu_squared_forward)(int type, int64_t n, const void* x, void* y, int threads) {
     with_type(type, [&](auto t) { relu_squared_forward(n, as(x, t), as(y, t), threads); });
 }
@@ -263,39 +249,38 @@ MM_EXPORT(int, window_attention_backward)
 
 MM_EXPORT(int, retain)
 (int64_t batch, int64_t time, int64_t window, int64_t heads, int64_t slots, const int64_t* position, const float* score,
- const float* kept, int32_t* slot, int64_t* source, float* kept_after, int threads) {
-    return retain({{batch, time, window, heads, 1, position}, slots, score, kept}, {slot, source, kept_after}, threads);
+ const float* kept_score, int32_t* slot, int32_t* held, int threads) {
+    return retain({{batch, time, window, heads, 1, position}, slots, score, kept_score}, {slot, held}, threads);
 }
 
 MM_EXPORT(int, retained_attention)
 (int type, int64_t batch, int64_t time, int64_t window, int64_t heads, int64_t d, int64_t slots, const int64_t* position,
  const void* q, int64_t q_sequence, int64_t q_row, const void* k, int64_t k_sequence, int64_t k_row, const void* v,
- int64_t v_sequence, int64_t v_row, const float* score, const int32_t* slot, const void* kept_k, const void* kept_v,
- const float* kept_score, void* out, float* lse, int threads) {
+ int64_t v_sequence, int64_t v_row, const float* score, const int32_t* slot, const int32_t* held, const void* kept_k,
+ const void* kept_v, const float* kept_score, void* out, float* lse, int threads) {
     return with_type(type, [&](auto t) {
-        using T = decltype(t);
-        const RetainedInputs<T> in{{batch, time, window, heads, d, position}, slots, {as(q, t), q_sequence, q_row},
-                                   {as(k, t), k_sequence, k_row}, {as(v, t), v_sequence, v_row}, score, slot,
-                                   as(kept_k, t), as(kept_v, t), kept_score};
+        const RetainedInputs<decltype(t)> in{{batch, time, window, heads, d, position}, slots,
+                                             {as(q, t), q_sequence, q_row}, {as(k, t), k_sequence, k_row},
+                                             {as(v, t), v_sequence, v_row}, score, slot, held, as(kept_k, t),
+                                             as(kept_v, t), kept_score};
         return retained_attention(in, as(out, t), lse, threads);
     });
 }
 
-// dlse may be null.
 MM_EXPORT(int, retained_attention_backward)
 (int type, int64_t batch, int64_t time, int64_t window, int64_t heads, int64_t d, int64_t slots, const int64_t* position,
  const void* q, int64_t q_sequence, int64_t q_row, const void* k, int64_t k_sequence, int64_t k_row, const void* v,
- int64_t v_sequence, int64_t v_row, const float* score, const int32_t* slot, const void* kept_k, const void* kept_v,
- const float* kept_score, const void* dout, int64_t dout_sequence, int64_t dout_row, const float* dlse, const void* out,
+ int64_t v_sequence, int64_t v_row, const float* score, const int32_t* slot, const int32_t* held, const void* kept_k,
+ const void* kept_v, const float* kept_score, const void* dout, int64_t dout_sequence, int64_t dout_row, const void* out,
  const float* lse, void* dq, void* dk, void* dv, float* dscore, void* dkept_k, void* dkept_v, float* dkept_score,
  int threads) {
     return with_type(type, [&](auto t) {
         using T = decltype(t);
         const RetainedInputs<T> in{{batch, time, window, heads, d, position}, slots, {as(q, t), q_sequence, q_row},
-                                   {as(k, t), k_sequence, k_row}, {as(v, t), v_sequence, v_row}, score, slot,
+                                   {as(k, t), k_sequence, k_row}, {as(v, t), v_sequence, v_row}, score, slot, held,
                                    as(kept_k, t), as(kept_v, t), kept_score};
         const RetainedFromAbove<T> above{{as(dout, t), dout_sequence, dout_row},
-                                         {as(out, t), time * heads * d, heads * d}, lse, dlse};
+                                         {as(out, t), time * heads * d, heads * d}, lse};
         return retained_attention_backward(in, above, {as(dq, t), as(dk, t), as(dv, t), dscore, as(dkept_k, t),
                                                        as(dkept_v, t), dkept_score}, threads);
     });
@@ -319,34 +304,5 @@ MM_EXPORT(int, mixed_keys_backward)
         const KeyInputs<decltype(t)> in{{batch, time, window, heads, d, position}, reach, {as(k, t), k_sequence, k_row},
                                         taps};
         return mixed_keys_backward(in, {as(dkey, t), dkey_sequence, dkey_row}, as(dk, t), dtaps, threads);
-    });
-}
-
-MM_EXPORT(int, delta_rule)
-(int type, int64_t batch, int64_t time, int64_t heads, int64_t d, int64_t chunk, const int64_t* position, const void* q,
- int64_t q_sequence, int64_t q_row, const void* key, int64_t key_sequence, int64_t key_row, const void* v,
- int64_t v_sequence, int64_t v_row, const float* beta, const float* log_decay, const float* state, void* out,
- float* states, int threads) {
-    return with_type(type, [&](auto t) {
-        const DeltaInputs<decltype(t)> in{{batch, time, heads, d, chunk, position}, {as(q, t), q_sequence, q_row},
-                                          {as(key, t), key_sequence, key_row}, {as(v, t), v_sequence, v_row}, beta,
-                                          log_decay};
-        return delta_rule(in, state, as(out, t), states, threads);
-    });
-}
-
-// dout and dlast may be null.
-MM_EXPORT(int, delta_rule_backward)
-(int type, int64_t batch, int64_t time, int64_t heads, int64_t d, int64_t chunk, const int64_t* position, const void* q,
- int64_t q_sequence, int64_t q_row, const void* key, int64_t key_sequence, int64_t key_row, const void* v,
- int64_t v_sequence, int64_t v_row, const float* beta, const float* log_decay, const void* dout, int64_t dout_sequence,
- int64_t dout_row, const float* dlast, const float* states, void* dq, void* dkey, void* dv, float* dbeta,
- float* dlog_decay, float* dstate, int threads) {
-    return with_type(type, [&](auto t) {
-        using T = decltype(t);
-        const DeltaInputs<T> in{{batch, time, heads, d, chunk, position}, {as(q, t), q_sequence, q_row},
-                                {as(key, t), key_sequence, key_row}, {as(v, t), v_sequence, v_row}, beta, log_decay};
-        const DeltaFromAbove<T> above{{as(dout, t), dout_sequence, dout_row}, dlast, states};
-        return delta_rule_backward(in, above, {as(dq, t), as(dkey, t), as(dv, t), dbeta, dlog_decay, dstate}, threads);
     });
 }

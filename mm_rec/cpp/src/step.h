@@ -20,20 +20,21 @@ enum StepResult { STEP_DONE = 0, STEP_BAD_POSITION = 2, STEP_BAD_TOKEN = 3 };
 
 // The weights of a block, named as in mm_rec/blocks/mm_rec_block.py; w_g is null unless it is a memory block.
 struct StepBlock {
-    StepMatrix in_proj, decay_proj, out_proj, qkv_proj, attention_out, memory_gates, ffn_up, ffn_down;
-    const float *decay_bias, *gate_bias, *w_g, *key_taps, *memory_gate_bias;
+    StepMatrix in_proj, decay_proj, out_proj, qkv_proj, attention_out, score_proj, ffn_up, ffn_down;
+    const float *decay_bias, *gate_bias, *w_g, *key_taps, *score_bias;
 };
 
-// A model and its sizes. `decay_width` is that of the decay's hidden layer, `reach` the tokens of a key; `type` is that of the activations, 0 or 1.
+// A model and its sizes. `decay_width` is that of the decay's hidden layer, `reach` the tokens of a key, `slots` the pairs
+// that a head keeps; `type` is that of the activations, 0 or 1.
 struct StepPlan {
-    int64_t type, width, heads, hidden, decay_width, vocabulary, window, reach, blocks, memory_blocks, experts;
+    int64_t type, width, heads, hidden, decay_width, vocabulary, window, slots, reach, blocks, memory_blocks, experts;
     StepMatrix embedding, fusion_gate, fusion_mix;  // fusion is read with more than one expert
     const StepBlock* block;                         // (experts, blocks)
     const float *cosine, *sine;                     // (window, d / 2): angles of the distance to a key
     int64_t d() const { return width / heads; }
-    // What a memory block makes of its input: queries, keys, values, and from `gates` on, a whole unit, the gates.
-    int64_t gates() const { return round_up(3 * width, STEP_UNIT); }
-    int64_t attention_row() const { return gates() + 3 * heads; }
+    // What a memory block makes of its input: queries, keys, values, and from `scores` on, a whole unit, the scores.
+    int64_t scores() const { return round_up(3 * width, STEP_UNIT); }
+    int64_t attention_row() const { return scores() + heads; }
 };
 
 // What the sequences remember, in the order of experts and blocks. The ring has room for `capacity` rows a sequence:
@@ -43,9 +44,10 @@ struct StepState {
     const float* h;            // (experts * blocks, batch, width)
     float* h_after;
     void* ring;                // (experts * memory_blocks, 3, batch, capacity, width), keys, values and own keys
+    float* scores;             // (experts * memory_blocks, batch, capacity, heads), the ring of scores
     int64_t capacity, offset;
-    const float* matrix;       // (experts * memory_blocks, batch, heads, d, d)
-    float* matrix_after;       // may be matrix
+    void* kept;                // (experts * memory_blocks, 2, batch, heads, slots, d), keys and values; changed in place
+    float* kept_score;         // (experts * memory_blocks, batch, heads, slots), changed in place
 };
 
 // gelu(x) = x Phi(x), from erfc(y) = e^{-y^2} P(1 / (1 + 0.327 y)), of absolute error 1.5e-7 (Abramowitz and Stegun
@@ -115,7 +117,7 @@ struct StepThreadBuffers {
         : widened(reinterpret_cast<X*>(parts.take(W * longest_row(p)))),
           rms(parts.take(batch)), fed_back(parts.take(round_up(p.d(), W))), h(parts.take(round_up(p.d(), W))),
           alpha(parts.take(round_up(p.experts, W))),
-          attention(p.heads, p.d(), p.window, p.reach, parts) {}
+          attention(p.heads, p.d(), p.window, p.slots, p.reach, parts) {}
 };
 
 // Floats of scratch that a step needs, whatever the types.
@@ -228,20 +230,22 @@ struct StepWorker {
     }
 
     void attend(const StepBlock& block, int64_t index) {
-        const int64_t gates = p.gates(), wide = p.attention_row(), stride = state.capacity * p.width;
+        const int64_t scores = p.scores(), wide = p.attention_row(), ring = batch * state.capacity;
         walk.share(wide, STEP_UNIT, [&](Share rows) {
             const Share qkv{rows.begin, min64(rows.end, 3 * p.width)};
-            const Share gate{max64(rows.begin - gates, 0), rows.end - gates};
+            const Share score{max64(rows.begin - scores, 0), rows.end - scores};
             if (qkv.begin < qkv.end) multiply(block.qkv_proj, qkv, w.stream, norms(), w.wide, wide);
-            if (gate.begin < gate.end) multiply(block.memory_gates, gate, w.stream, norms(), w.wide + gates, wide);
+            if (score.begin < score.end) multiply(block.score_proj, score, w.stream, norms(), w.wide + scores, wide);
         });
-        const int64_t matrices = index * batch * p.width * p.d();
-        T* k = static_cast<T*>(state.ring) + 3 * index * batch * stride + state.offset * p.width;
-        const StepMemory memory{p.heads, p.d(), p.reach, block.key_taps, w.wide + gates, wide, block.memory_gate_bias,
-                                state.matrix + matrices, state.matrix_after + matrices};
-        T *v = k + batch * stride, *own_keys = v + batch * stride;
-        const StepAttention<T> in{p.heads, p.d(), p.window, p.cosine, p.sine, w.wide, wide, k, v, own_keys, stride,
-                                  state.position, memory};
+        T* k = static_cast<T*>(state.ring) + 3 * index * ring * p.width + state.offset * p.width;
+        T *v = k + ring * p.width, *own_keys = v + ring * p.width;
+        float* ring_scores = state.scores + index * ring * p.heads + state.offset * p.heads;
+        const int64_t pairs = batch * p.heads * p.slots;
+        T *kept_k = static_cast<T*>(state.kept) + 2 * index * pairs * p.d(), *kept_v = kept_k + pairs * p.d();
+        const StepMemory<T> memory{p.heads, p.d(), p.window, p.reach, p.slots, block.key_taps, block.score_bias,
+                                   w.wide + scores, wide, k, v, own_keys, ring_scores, state.capacity, kept_k, kept_v,
+                                   state.kept_score + index * pairs};
+        const StepAttention<T> in{p.cosine, p.sine, w.wide, wide, state.position, memory};
         const int64_t groups = min64(p.heads, (2 * walk.threads + batch - 1) / batch);  // of a sequence's heads
         walk.share(batch * groups, 1, [&](Share tasks) {
             for (int64_t task = tasks.begin; task < tasks.end; ++task) {

@@ -9,7 +9,7 @@
 // run's rows begin and end at an even one, and what it must not see in them is masked.
 #pragma once
 
-#include "heads.h"
+#include "retain.h"
 
 extern "C" {
 float logf(float);
@@ -18,7 +18,7 @@ float logf(float);
 namespace mm_rec {
 namespace MM_LEVEL {
 
-constexpr int64_t RUN = 64, BLOCK = 16;
+constexpr int64_t BLOCK = 16;
 
 template <class T>
 struct AttentionInputs {

@@ -12,7 +12,16 @@ from typing import Any
 from mm_rec.cpp.build import LEVELS
 from mm_rec.ops.backend import Native
 from mm_rec.ops.cpu import (
-    branches, common, loss, matmul, memory_attention, mixed_keys, muon, norm, optimizer, sequence,
+    branches,
+    common,
+    loss,
+    matmul,
+    memory_attention,
+    mixed_keys,
+    muon,
+    norm,
+    optimizer,
+    sequence,
 )  # fmt: skip
 from mm_rec.ops.cpu.load_library import CpuLibrary
 
@@ -39,5 +48,8 @@ def load() -> Native:
         matmul.use(call.tile_product if tiles else call.vector_product)
         muon.use(call.tile_orthogonalize if tiles else call.vector_orthogonalize)
         kernels |= {"mm": matmul.mm, "linear": branches.linear}
+    else:  # an earlier load may have been at another level
+        matmul.use(None)
+        muon.use(None)
     raw = {name: getattr(call, name) for name in RAW}
     return Native(str(library.path), library.level, kernels | raw)

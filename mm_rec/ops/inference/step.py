@@ -21,8 +21,8 @@ __all__ = ["MATRICES", "VECTORS", "StepPlan", "StepShape"]
 
 _PACKED = 3  # the code of a PackedMatrix; the others follow
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-MATRICES = ("in_proj", "decay_proj", "out_proj", "qkv_proj", "attention_out", "memory_gates", "ffn_up", "ffn_down")
-VECTORS = ("decay_bias", "gate_bias", "w_g", "key_taps", "memory_gate_bias")
+MATRICES = ("in_proj", "decay_proj", "out_proj", "qkv_proj", "attention_out", "score_proj", "ffn_up", "ffn_down")
+VECTORS = ("decay_bias", "gate_bias", "w_g", "key_taps", "score_bias")
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,13 @@ class StepShape:
     Attributes:
         heads: H.
         window: W, tokens of the short-term memory.
+        slots: K, pairs that a head keeps of the tokens before.
         rotary_base: see :func:`mm_rec.ops.rotate`.
     """
 
     heads: int
     window: int
+    slots: int
     rotary_base: float
 
 
@@ -53,8 +55,8 @@ class _Block(ctypes.Structure):
 
 
 _SIZES = (
-    "type", "width", "heads", "hidden", "decay_width", "vocabulary", "window", "reach", "blocks", "memory_blocks",
-    "experts",
+    "type", "width", "heads", "hidden", "decay_width", "vocabulary", "window", "slots", "reach", "blocks",
+    "memory_blocks", "experts",
 )  # fmt: skip
 
 
@@ -68,9 +70,9 @@ class _Plan(ctypes.Structure):
 
 class _State(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("position", "h", "h_after", "ring")),
+        *((name, ctypes.c_void_p) for name in ("position", "h", "h_after", "ring", "scores")),
         *((name, ctypes.c_int64) for name in ("capacity", "offset")),
-        *((name, ctypes.c_void_p) for name in ("matrix", "matrix_after")),
+        *((name, ctypes.c_void_p) for name in ("kept", "kept_score")),
     )
 
 
@@ -115,6 +117,7 @@ class StepPlan:
             decay_width=shape_of(first["decay_proj"])[1],
             vocabulary=vocabulary,
             window=shape.window,
+            slots=shape.slots,
             reach=max((shape_of(block["key_taps"])[2] for block in experts[0] if "key_taps" in block), default=0),
             blocks=len(experts[0]),
             memory_blocks=sum("w_g" in block for block in experts[0]),
@@ -158,9 +161,10 @@ class StepPlan:
         h: Tensor,
         h_after: Tensor,
         ring: Tensor,
+        scores: Tensor,
         offset: int,
-        matrix: Tensor,
-        matrix_after: Tensor,
+        kept: Tensor,
+        kept_score: Tensor,
     ) -> Tensor:
         """Advance each sequence by one token.
 
@@ -170,9 +174,11 @@ class StepPlan:
             ring: (3 M, B, C, H, d) in the activation type: of each memory block the keys, the values and the own
                 keys. Rows ``offset`` to ``offset`` + W - 1 hold the last W tokens; the new one is written behind them,
                 so C is larger.
+            scores: (M, B, C, H) float32, the scores of the same tokens.
             offset: see ``ring``.
-            matrix, matrix_after: (M, B, H, d, d) float32, the long-term memories of all memory blocks before, and where
-                they go; may be the same.
+            kept: (2 M, B, H, K, d) in the activation type: of each memory block the keys and the values that its heads
+                keep, changed in place.
+            kept_score: (M, B, H, K) float32, their scores, changed in place; -inf for an empty slot.
 
         Returns:
             Logits (B, V) float32.
@@ -186,8 +192,8 @@ class StepPlan:
             size = self._scratch_size(ctypes.addressof(plan), len(tokens), threads)
             self._scratch, self._scratch_for = torch.empty(size), (len(tokens), threads)
         state = _State(
-            position.data_ptr(), h.data_ptr(), h_after.data_ptr(), ring.data_ptr(), ring.shape[2], offset,
-            matrix.data_ptr(), matrix_after.data_ptr(),
+            position.data_ptr(), h.data_ptr(), h_after.data_ptr(), ring.data_ptr(), scores.data_ptr(), ring.shape[2],
+            offset, kept.data_ptr(), kept_score.data_ptr(),
         )  # fmt: skip
         logits = torch.empty(len(tokens), plan.vocabulary)
         result = self._kernel(
