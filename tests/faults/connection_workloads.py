@@ -39,7 +39,7 @@ def ask(port: int) -> None:
     """A request of somebody who means well, repeated as its client would: it is answered in the end."""
     deadline = time.monotonic() + 60
     while True:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         with contextlib.closing(connection):
             connection.request("POST", PATHS[0], REQUEST, {"Content-Type": "application/json"})
             reply = connection.getresponse()
@@ -169,7 +169,7 @@ def stopped_servers(folder: Path) -> Iterator[Trial]:
             ]
             for thread in threads:
                 thread.start()
-            assert all(one.wait(30) for one in begun)
+            assert all(one.wait(60) for one in begun)
             time.sleep(rng.random() / 2)
             server.send_signal(signal.SIGTERM)
             for thread in threads:

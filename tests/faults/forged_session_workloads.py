@@ -105,7 +105,7 @@ def sessions_beside_streams(folder: Path) -> Iterator[Trial]:
         def ask(name: str) -> int:
             message = {"role": "user", "content": "hi"}
             body = {"model": "tiny", "messages": [message], "session": name, "max_tokens": 2}
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             with contextlib.closing(connection):
                 connection.request("POST", PATHS[1], json.dumps(body), {"Content-Type": "application/json"})
                 reply = connection.getresponse()
@@ -128,7 +128,7 @@ def sessions_beside_streams(folder: Path) -> Iterator[Trial]:
             ]
             for thread in threads:
                 thread.start()
-            assert all(one.wait(30) for one in begun)
+            assert all(one.wait(60) for one in begun)
             status = ask("forged")
             for thread in threads:
                 thread.join()

@@ -168,7 +168,7 @@ def strange_requests(folder: Path) -> Iterator[Trial]:
             path, content, headers = random_request(random.Random(seed))
             reply = client.post(path, content=content, headers=headers)
             check_reply(reply.status_code, reply.headers, reply.text, (seed, content[:300]))
-            wait_until_free(service, 5)
+            wait_until_free(service, 20)
             return f"status {reply.status_code}"
 
         yield trial

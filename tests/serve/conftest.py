@@ -118,7 +118,7 @@ def address(service: Service, serve: Callable[..., contextlib.AbstractContextMan
 @pytest.fixture
 def wait_until() -> Callable[[Callable[[], bool]], None]:
     def wait_until(condition: Callable[[], bool]) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < end, "it did not happen"
             time.sleep(0.002)

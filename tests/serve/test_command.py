@@ -54,7 +54,7 @@ def test_it_serves_until_it_is_told_to_stop(saved: Path, tmp_path: Path) -> None
             assert (tmp_path / "talks" / "a.safetensors").is_file()
         finally:
             server.send_signal(signal.SIGTERM)
-            _, errors = server.communicate(timeout=30)
+            _, errors = server.communicate(timeout=120)
     assert server.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in errors
 

@@ -52,7 +52,7 @@ class Reader:
         self._left = n
 
     def wait(self) -> "Reader":
-        assert self.ended.wait(20), "no end came"
+        assert self.ended.wait(60), "no end came"
         return self
 
     @property

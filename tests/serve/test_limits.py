@@ -36,7 +36,7 @@ SHORT = {"model": "tiny", "prompt": "a", "max_tokens": 2}
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[socket.socket]:
     parts = urlsplit(address)
-    with socket.create_connection((parts.hostname, parts.port), timeout=20) as connection:
+    with socket.create_connection((parts.hostname, parts.port), timeout=60) as connection:
         yield connection
 
 
@@ -208,7 +208,7 @@ def test_requests_at_a_time_are_bounded(service: Service, serve: Serve) -> None:
     with serve(service, limits=Limits(max_requests=3)) as address, contextlib.ExitStack() as stack:
         for _ in range(3):
             stack.enter_context(connected(address)).sendall(raw_request(SHORT, length=1000))
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while (reply := post(address, SHORT))[0] != 503:
             assert time.monotonic() < deadline
         assert reply[2]["retry-after"] == "2"
@@ -295,7 +295,7 @@ def test_stopping_ends_open_streams(make_service: MakeService, serve: Serve, wai
             reader = threading.Thread(target=read, args=[connection])
             reader.start()
             wait_until(lambda: len(received) > 1000)
-        reader.join(20)
+        reader.join(60)
         assert not reader.is_alive()
     assert service.engine._thread is None
 
@@ -304,7 +304,7 @@ def test_more_connections_than_the_cap(service: Service, serve: Serve, wait_unti
     with serve(service, max_connections=12) as address, contextlib.ExitStack() as stack:
         idle = [stack.enter_context(connected(address)) for _ in range(60)]
         assert post(address, SHORT)[0] == 200
-        idle[0].settimeout(20)
+        idle[0].settimeout(60)
         assert idle[0].recv(1) == b""  # the one that has waited longest was closed
         stack.close()
         assert post(address, SHORT)[0] == 200
@@ -383,7 +383,7 @@ def test_an_answered_request_is_let_go_at_once(service: Service, serve: Serve, w
         # Whoever lists all objects holds them, also a tuple that another thread is still making of a generator, and
         # Python refuses to shorten a tuple that somebody holds. So the engine has to be idle before.
         wait_until(lambda: service.engine.running == 0)
-        end = time.monotonic() + 15
+        end = time.monotonic() + 50
         wait_until(others_alone)
 
 

@@ -109,7 +109,7 @@ def test_one_request_at_a_time(
     client: TestClient, service: Service, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, go_on = decode.step, threading.Event()
-    monkeypatch.setattr(decode, "step", lambda *rest, **more: go_on.wait(20) and step(*rest, **more))
+    monkeypatch.setattr(decode, "step", lambda *rest, **more: go_on.wait(60) and step(*rest, **more))
     replies: list[Any] = []
     slow = threading.Thread(target=lambda: replies.append(say(client, "tell me all")))
     slow.start()

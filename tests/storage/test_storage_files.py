@@ -274,7 +274,7 @@ with files.atomic_folder(Path(sys.argv[1]) / "folder") as folder:
     (tmp_path / "kept").write_text("kept")
     assert [path.name for path in files.remove_leftovers(tmp_path)] == [".tmp-file-0123456789abcdef"]
     writer.kill()
-    writer.wait(10)
+    writer.wait(60)
     assert len(files.remove_leftovers(tmp_path)) == 1
     assert entries(tmp_path) == ["kept"]
 

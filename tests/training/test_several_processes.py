@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,15 +26,17 @@ LAST = Path("stage1/checkpoints/step_000004")
 
 # One interpreter imports everything once; its children, forked before PyTorch has a thread, are the processes.
 RANKS = """
-import os, sys
+import os, socket, sys
 import torch._dynamo  # which the checkpointed pass of the estimate would import in each process
 import mm_rec.scripts.train_command, mm_rec.training.load_data, mm_rec.training.run_stages, mm_rec.training.fsdp
 from mm_rec.training import runtime, trainer
 from mm_rec.program import run_program
 trainer.SAMPLE_TOKENS, trainer.draw_losses = 2, lambda *_: None
 measured = runtime.available_memory
-for size, port, last, memory, arguments in eval(sys.argv[1]):
+for size, last, memory, arguments in eval(sys.argv[1]):
     runtime.available_memory = (lambda _, bytes=memory * size: bytes) if memory else measured
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]  # free, and still so at once
     children = []
     for rank in range(size):
         if child := os.fork():
@@ -54,12 +55,6 @@ for size, port, last, memory, arguments in eval(sys.argv[1]):
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Run(NamedTuple):
     """One call: number of processes, folder of runs, where to stop, further flags, memory of a process if not all."""
 
@@ -74,13 +69,7 @@ def train(folder: Path, *runs: Run) -> str:
     """Train one run after the other; returns what was printed."""
     flags = [*FLAGS, "--data_dir", str(folder / "data")]
     calls = [
-        (
-            run.size,
-            free_port(),
-            run.last,
-            run.memory,
-            [*flags, "--checkpoint_dir", str(folder / run.folder), *run.flags],
-        )
+        (run.size, run.last, run.memory, [*flags, "--checkpoint_dir", str(folder / run.folder), *run.flags])
         for run in runs
     ]
     result = subprocess.run([sys.executable, "-c", RANKS, repr(calls)], cwd=ROOT, capture_output=True, text=True)
