@@ -8,7 +8,15 @@ checked and dispatched in the module that carries its name, and computed by the 
 
 from mm_rec.ops import cpu, cuda, reference
 from mm_rec.ops.attention import window_attention
-from mm_rec.ops.backend import DeviceStatus, NativeUnavailableError, Status, register, status, use_backend
+from mm_rec.ops.backend import (
+    DeviceStatus,
+    NativeUnavailableError,
+    Status,
+    keeps_backend,
+    register,
+    status,
+    use_backend,
+)
 from mm_rec.ops.branches import feed_forward, linear_branch
 from mm_rec.ops.delta_rule import delta_keys, delta_rule
 from mm_rec.ops.gated_recurrence import gated_recurrence
@@ -37,6 +45,7 @@ __all__ = [
     "delta_rule",
     "feed_forward",
     "gated_recurrence",
+    "keeps_backend",
     "linear",
     "linear_branch",
     "linear_cross_entropy",
