@@ -54,7 +54,8 @@ class Expert(nn.Module):
         after = []
         for block, before in zip(self.blocks, state, strict=True):
             if gradient_checkpointing and torch.is_grad_enabled():
-                x, n, one = checkpoint(block, x, n, position, reset, before, use_reentrant=False)
+                run = ops.keeps_backend(block)
+                x, n, one = checkpoint(run, x, n, position, reset, before, use_reentrant=False)
             else:
                 x, n, one = block(x, n, position, reset, before)
             after.append(one)

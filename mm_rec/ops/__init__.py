@@ -7,7 +7,15 @@ checked and dispatched in the module that carries its name, and computed by the 
 """
 
 from mm_rec.ops import cpu, cuda, reference
-from mm_rec.ops.backend import DeviceStatus, NativeUnavailableError, Status, register, status, use_backend
+from mm_rec.ops.backend import (
+    DeviceStatus,
+    NativeUnavailableError,
+    Status,
+    keeps_backend,
+    register,
+    status,
+    use_backend,
+)
 from mm_rec.ops.branches import feed_forward, linear_branch
 from mm_rec.ops.gated_recurrence import gated_recurrence
 from mm_rec.ops.linear import linear, matmul
@@ -34,6 +42,7 @@ __all__ = [
     "add_rms_norm",
     "feed_forward",
     "gated_recurrence",
+    "keeps_backend",
     "linear",
     "linear_branch",
     "linear_cross_entropy",

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,6 +28,7 @@ __all__ = [
     "Status",
     "expect",
     "fits",
+    "keeps_backend",
     "kernel",
     "register",
     "runs_fused",
@@ -38,6 +39,7 @@ __all__ = [
 
 BACKENDS = ("native", "reference")
 _NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16})
+T = TypeVar("T")
 
 
 class NativeUnavailableError(RuntimeError):
@@ -137,6 +139,21 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced.name = before
+
+
+def keeps_backend(function: Callable[..., T]) -> Callable[..., T]:
+    """Returns ``function`` with the choice of :func:`use_backend` as it is now, whatever thread calls it and when.
+
+    The backward pass on a GPU runs in a thread of its own, and what gradient checkpointing runs again there has to be
+    what ran before.
+    """
+    name = _forced.name
+
+    def call(*arguments: Any) -> T:
+        with use_backend(name):
+            return function(*arguments)
+
+    return call
 
 
 def _from_environment() -> str | None:

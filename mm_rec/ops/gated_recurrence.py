@@ -91,8 +91,9 @@ class _GatedScan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dh_last: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None and dh_last is None:
             return (None,) * 7
-        dy = torch.zeros_like(ctx.saved_tensors[1]) if dy is None else dy
-        *gradients, dh0 = _scan_backward(dy, dh_last, *ctx.saved_tensors, ctx.heads)
+        saved = ctx.saved_tensors  # once: gradient checkpointing gives them out a single time
+        dy = torch.zeros_like(saved[1]) if dy is None else dy
+        *gradients, dh0 = _scan_backward(dy, dh_last, *saved, ctx.heads)
         return *gradients, dh0 if ctx.has_state else None, None, None
 
 
@@ -110,9 +111,10 @@ class _GatedLoop(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dh_last: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None and dh_last is None:
             return (None,) * 7
-        dy = torch.zeros_like(ctx.saved_tensors[1]) if dy is None else dy
-        *gradients, dh0 = _loop_backward(dy, dh_last, *ctx.saved_tensors)
-        return *gradients, None if ctx.saved_tensors[-2] is None else dh0, None
+        saved = ctx.saved_tensors
+        dy = torch.zeros_like(saved[1]) if dy is None else dy
+        *gradients, dh0 = _loop_backward(dy, dh_last, *saved)
+        return *gradients, None if saved[-2] is None else dh0, None
 
 
 differentiable(_scan, _GatedScan)

@@ -42,6 +42,9 @@ FLAGS: dict[str, tuple[int | float, str]] = {
     "seed": (0, "the same seed gives the same text"),
 }
 
+OTHER_NAMES = {"max_new_tokens": ("max_tokens",)}
+"""Names that the same flag has in `mm-rec serve` and in its requests."""
+
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every field of ``Sampling``; what is not given leaves no trace in the namespace."""
@@ -49,7 +52,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     for name, (default, text) in FLAGS.items():
         kind = type(default)
         text = f"{text} (default {default})"
-        group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=text)
+        flags = [f"--{one}" for one in (name, *OTHER_NAMES.get(name, ()))]
+        shown = kind.__name__.upper()
+        group.add_argument(*flags, dest=name, type=kind, default=argparse.SUPPRESS, metavar=shown, help=text)
     text = "end before this string; may be given often"
     group.add_argument("--stop", action="append", default=argparse.SUPPRESS, metavar="TEXT", help=text)
 

@@ -1,9 +1,8 @@
-"""Ollama's protocol, for text: its chat, generate and tags, so that its clients find the model that is served."""
+"""Ollama's protocol, for text: its chat and generate, so that its clients talk with the model that is served."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
@@ -17,6 +16,7 @@ from mm_rec.serve.answer import respond
 from mm_rec.serve.chat import Wish, answer_conversation, continue_text
 from mm_rec.serve.errors import OLLAMA_ERRORS, ApiError
 from mm_rec.serve.fields import INTEGRAL, UNKNOWN_IS_NULL, Messages, Only, StopStrings, Strict, Text
+from mm_rec.serve.ollama_models import add_ollama_models, check_ollama_model, now
 from mm_rec.serve.replies import Choice, Names, Usage, json_line
 from mm_rec.serve.service import Service
 from mm_rec.text.message import Message, without_nulls
@@ -140,34 +140,6 @@ class OllamaReply(BaseModel):
     eval_duration: int | None = None
 
 
-class TagDetails(BaseModel):
-    """What the model is like."""
-
-    parent_model: str = ""
-    format: str = "safetensors"
-    family: str = "mm-rec"
-    families: list[str] = ["mm-rec"]
-    parameter_size: str
-    quantization_level: str
-
-
-class Tag(BaseModel):
-    """The model that is served."""
-
-    name: str
-    model: str
-    modified_at: str
-    size: int
-    digest: str
-    details: TagDetails
-
-
-class TagList(BaseModel):
-    """All models that are served: one."""
-
-    models: list[Tag]
-
-
 class OllamaForm:
     """Shapes a reply, whole or as lines of JSON.
 
@@ -213,7 +185,7 @@ class OllamaForm:
         return {**self._part(Choice()), **_end("load")}
 
     def _part(self, choice: Choice) -> dict[str, Any]:
-        part = {"model": self._model, "created_at": _now(), **self._text(choice.text)}
+        part = {"model": self._model, "created_at": now(), **self._text(choice.text)}
         if self._names is not None and choice.scores:
             part["logprobs"] = [self._names.scored(score) for score in choice.scores]
         return part
@@ -239,19 +211,15 @@ def _line(content: dict[str, Any]) -> bytes:
     return f"{json_line(content)}\n".encode()
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
-
-
 def add_ollama(app: FastAPI, service: Service) -> None:
     """Adds the routes of Ollama's clients."""
+    add_ollama_models(app, service)
     names = Names(service.tokenizer)
-    started = _now()
     lines = {"application/x-ndjson": {"schema": {"type": "object"}}}
     responses = {200: {"content": lines}, **OLLAMA_ERRORS}
 
     async def wish_of(body: OllamaRequest) -> Wish:
-        service.check_model(body.model.removesuffix(":latest"))
+        check_ollama_model(service, body.model)
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true")
         options = body.options or Options.model_validate({})
@@ -261,28 +229,6 @@ def add_ollama(app: FastAPI, service: Service) -> None:
             service.sampling(options.sampling_options(), asked if asked >= 0 else service.max_tokens, DEFAULTS),
             top=(body.top_logprobs or 0) if body.logprobs else None,
             constraint=await service.constraint(schema, "format"),
-        )
-
-    @app.get("/api/tags", responses=OLLAMA_ERRORS)
-    async def tags() -> TagList:
-        """The model that is served, as Ollama lists models."""
-        parameters = list(service.engine.model.parameters())
-        details = TagDetails(
-            parameter_size=f"{sum(one.numel() for one in parameters) / 1e6:.1f}M",
-            quantization_level={"bfloat16": "BF16"}.get(str(parameters[0].dtype).removeprefix("torch."), "F32"),
-        )
-        size = sum(one.nbytes for one in parameters)
-        return TagList(
-            models=[
-                Tag(
-                    name=service.name,
-                    model=service.name,
-                    modified_at=started,
-                    size=size,
-                    digest=service.fingerprint,
-                    details=details,
-                )
-            ]
         )
 
     @app.post("/api/chat", response_model=OllamaReply, responses=responses)

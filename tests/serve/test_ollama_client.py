@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import pydantic
 import pytest
 from fastapi.testclient import TestClient
 
+import mm_rec
 from mm_rec.inference.sampling import Sampling
 from mm_rec.serve.service import Service
 from mm_rec.text.conversation import encode_conversation
@@ -44,6 +46,38 @@ def test_list(ollama_client: ollama.Client, service: Service) -> None:
     assert model.size == sum(one.nbytes for one in service.engine.model.parameters())
     assert model.modified_at is not None
     assert model.details.family == "mm-rec"
+
+
+def test_what_clients_ask_about_the_model(ollama_client: ollama.Client, service: Service, address: str) -> None:
+    [model] = ollama_client.ps().models
+    assert (model.model, model.digest, model.size_vram) == ("tiny", service.fingerprint, 0)
+    assert model.size == ollama_client.list().models[0].size
+    for name in ("tiny", "tiny:latest"):
+        shown = ollama_client.show(name)
+        assert shown.capabilities == ["completion"]
+        assert shown.details == model.details
+        parameters = service.engine.model.parameters()
+        assert shown.modelinfo["general.parameter_count"] == sum(one.numel() for one in parameters)
+        assert (
+            shown.modelinfo[f"{shown.modelinfo['general.architecture']}.embedding_length"]
+            == service.engine.model.config.d_model
+        )
+    with pytest.raises(ollama.ResponseError, match="there is no model 'other'") as error:
+        ollama_client.show("other")
+    assert error.value.status_code == 404
+    with urllib.request.urlopen(f"{address}/api/version") as reply:
+        assert json.load(reply) == {"version": mm_rec.__version__}
+
+
+def test_embeddings_are_refused_in_words(ollama_client: ollama.Client, address: str) -> None:
+    for ask in (lambda: ollama_client.embed("tiny", "a"), lambda: ollama_client.embeddings("tiny", "a")):
+        with pytest.raises(ollama.ResponseError, match="makes no embeddings") as error:
+            ask()
+        assert error.value.status_code == 400
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(openai.BadRequestError, match="makes no embeddings") as refused:
+            client.embeddings.create(model="tiny", input="a")
+        assert refused.value.code == "unsupported_operation"
 
 
 def test_chat_with_its_defaults(ollama_client: ollama.Client, service: Service) -> None:
