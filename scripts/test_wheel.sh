@@ -1,11 +1,19 @@
 #!/bin/sh
-# The suite against a wheel alone: the committed sources → source distribution → wheel → fresh virtual environment, all
-# in folder $1, then the tests from a clone whose mm_rec/ is gone. Further arguments are those of pytest:
+# Tests a wheel by itself: the committed sources → source distribution → wheel → fresh virtual environment, all in folder
+# $1, then the tests of a clone whose mm_rec/ is gone. Further arguments are those of pytest:
+#     sh scripts/test_wheel.sh /tmp/wheel tests                  # the whole suite
 #     sh scripts/test_wheel.sh /tmp/wheel -m "not slow" tests/ops
+# Without any, the tests of what a package can lack though its checkout has it: the library with every level and no newer
+# glibc (tests/cpp), kernels that compute what they should (tests/ops), the commands (tests/test_cli.py), the page and
+# other files beside the code (tests/serve), and what saved folders import (tests/hf).
 # A folder that is there is used again, so that only the tests run; remove it after a change.
 set -eu
 folder=${1:?usage: test_wheel.sh FOLDER [ARGUMENTS OF PYTEST]}
 shift
+if [ $# -eq 0 ]; then
+    set -- -m "not slow" tests/cpp/test_build.py tests/ops/test_cpu.py tests/test_cli.py tests/serve/test_api.py \
+        tests/hf/test_folders.py
+fi
 python=${PYTHON:-python3}
 cd "$(dirname "$0")/.."
 checkout=$PWD

@@ -54,6 +54,15 @@ def test_the_library_counts_levels_as_the_build_lists_them() -> None:
     assert [int(level) for level in re.findall(r"\b\d\b", answers[1])] == list(range(len(LEVELS)))
 
 
+def test_constants_of_templates_are_inline() -> None:
+    """Else Clang gives each of the files that include them one, under the same name, and the linker refuses."""
+    headers = {path.name: path.read_text(encoding="utf-8") for path in (build.HERE / "src").glob("*.h")}
+    constants = re.compile(r"^template <[^>]*>\n((?:inline |static )?)constexpr \w+ (\w+)[^({]*=", re.MULTILINE)
+    found = {match[2]: match[1] for text in headers.values() for match in constants.finditer(text)}
+    assert {"DEPTH", "SPAN"} <= found.keys()
+    assert all(found.values()), found
+
+
 @pytest.mark.slow
 def test_build_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One level alone: the library that all other tests use has them all."""

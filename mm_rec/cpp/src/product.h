@@ -17,7 +17,7 @@ struct Operand {
     typedef float Element;
 };
 template <class Cell>
-constexpr int DEPTH = 1;
+inline constexpr int DEPTH = 1;
 
 MM_INLINE vf multiply_add(float a, const float* b, vf sum) { return sum + splat(a) * load(b); }
 
@@ -31,7 +31,7 @@ struct Operand<bf16> {
     typedef bf16 Element;
 };
 template <>
-constexpr int DEPTH<Pair> = 2;
+inline constexpr int DEPTH<Pair> = 2;
 
 MM_INLINE vf multiply_add(Pair a, const Pair* b, vf sum) {
     return add_pairs(sum, (vu)_mm512_set1_epi32(int(a.bits)), (vu)_mm512_loadu_si512(b));

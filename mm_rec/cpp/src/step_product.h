@@ -46,7 +46,7 @@ MM_INLINE vf load(const int8_t* p) {
 // What a vector is made of when it meets a matrix: floats, or where the processor multiplies pairs of bfloat16, those.
 // SPAN elements make a register; vectors are filled up with zeros to whole ones.
 template <class X>
-constexpr int SPAN = W;
+inline constexpr int SPAN = W;
 
 template <class Element>
 MM_INLINE vf step_load(const Element* p, float) {
@@ -56,7 +56,7 @@ MM_INLINE vf step_multiply_add(vf a, vf b, vf sum) { return sum + a * b; }
 
 #if defined(__AVX512BF16__)
 template <>
-constexpr int SPAN<bf16> = 2 * W;
+inline constexpr int SPAN<bf16> = 2 * W;
 
 MM_INLINE __m512bh step_load(const bf16* p, bf16) { return (__m512bh)_mm512_loadu_si512(p); }
 MM_INLINE __m512bh step_load(const int8_t* p, bf16) {  // exact: bfloat16 has eight bits
