@@ -251,6 +251,13 @@ def run_trained(options: argparse.Namespace) -> None:
         print(f"{name}: past {PAST} {carried:.4f} bits per byte, {emptied:.4f} with the memory emptied", flush=True)
 
 
+def run_draw(options: argparse.Namespace) -> None:
+    """Draw the results of the files, in their order."""
+    files = [json.loads(path.read_text()) for path in options.results]
+    results = [one for file in files for one in file.get("trained", [file])]
+    draw([one for one in results if not options.labels or one["label"] in options.labels], options.picture)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -289,11 +296,10 @@ def main() -> None:
     one.add_argument("--commit", help="of the code measured, where git does not know")
     one.set_defaults(run=run_trained)
     one = commands.add_parser("draw", help="the picture of earlier results")
-    one.add_argument("results", type=Path, nargs="+")
+    one.add_argument("results", type=Path, nargs="+", help="files of one result, or of several under `trained`")
+    one.add_argument("--labels", nargs="+", help="of the models to draw; all if not given")
     one.add_argument("--picture", type=Path, default=PICTURE)
-    one.set_defaults(
-        run=lambda options: draw([json.loads(one.read_text()) for one in options.results], options.picture)
-    )
+    one.set_defaults(run=run_draw)
     options = parser.parse_args()
     options.run(options)
 

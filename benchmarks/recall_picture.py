@@ -21,13 +21,14 @@ def best_run(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
-    """A panel for each MQAR task with a curve for each model, and one for the needles of trained models."""
+    """A panel for each MQAR task and for each kind of needle, with a curve for each model."""
     tasks = sorted({(one["settings"]["tokens"], one["settings"]["pairs"]) for one in results if "runs" in one})
     trained = [one for one in results if "needles" in one]
+    kinds = list(dict.fromkeys(cell["kind"] for one in trained for cell in one["needles"]))
     labels = list(dict.fromkeys(one["label"] for one in results))
     colour = {label: COLOURS[index % len(COLOURS)] for index, label in enumerate(labels)}
-    count = len(tasks) + bool(trained)
-    figure = Figure(figsize=(1 + 3.8 * count, 4), dpi=100, layout="constrained")
+    count = len(tasks) + len(kinds)
+    figure = Figure(figsize=(1 + 3.2 * count, 4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     panels = list(np.atleast_1d(figure.subplots(1, count, sharey=True)))
     for (tokens, pairs), axes in zip(tasks, panels, strict=False):
@@ -41,27 +42,35 @@ def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
         axes.set_title(f"{pairs} pairs in {tokens:,} tokens, from scratch", fontsize=12)
         axes.set_xlabel("tokens between pair and question", fontsize=12)
         axes.axvline(np.log2(WINDOW / 64) + 0.5, color="#57606a", linestyle=":", label="beyond the window")
-    if trained:
-        draw_needles(panels[-1], trained)
+    for kind, axes in zip(kinds, panels[len(tasks) :], strict=True):
+        draw_needles(axes, kind, trained, colour)
     panels[0].set_ylabel("right answers", fontsize=12)
     for axes in panels:
         axes.set_ylim(-0.02, 1.02)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=10, loc="center left")
+    handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handles.values()), list(handles), fontsize=11, loc="outside lower center", ncols=3)
     figure.savefig(picture)
 
 
-def draw_needles(axes: Axes, trained: Sequence[dict[str, Any]]) -> None:
-    """The needles of the last trained model, kind by kind."""
-    found = trained[-1]["needles"]
-    distances = sorted({cell["distance"] for cell in found})
-    for index, kind in enumerate(dict.fromkeys(cell["kind"] for cell in found)):
-        row = [cell for cell in found if cell["kind"] == kind]
+def draw_needles(axes: Axes, kind: str, trained: Sequence[dict[str, Any]], colour: dict[str, str]) -> None:
+    """The needles of one kind, with their intervals."""
+    distances = sorted({cell["distance"] for one in trained for cell in one["needles"]})
+    for one in trained:
+        row = [cell for cell in one["needles"] if cell["kind"] == kind]
         places = [distances.index(cell["distance"]) for cell in row]
-        shares = [cell["right"] / cell["trials"] for cell in row]
-        axes.plot(places, shares, "o-", color=COLOURS[index % len(COLOURS)], linewidth=2, label=kind)
-    axes.axhline(found[0]["chance"], linestyle="--", color="#57606a", label="by chance")
+        shares = np.array([cell["right"] / cell["trials"] for cell in row])
+        axes.plot(places, shares, "o-", color=colour[one["label"]], linewidth=2, label=one["label"])
+        axes.fill_between(
+            places,
+            [cell["low"] for cell in row],
+            [cell["high"] for cell in row],
+            color=colour[one["label"]],
+            alpha=0.15,
+            linewidth=0,
+        )
+    axes.axhline(trained[0]["needles"][0]["chance"], linestyle="--", color="#57606a", label="by chance")
     axes.set_xticks(range(len(distances)), [f"{distance:,}" for distance in distances], fontsize=11)
-    axes.set_title(f"needles, {trained[-1]['label']}", fontsize=12)
+    axes.set_title(f"needle: {kind}", fontsize=12)
     axes.set_xlabel("tokens between needle and question", fontsize=12)

@@ -16,11 +16,11 @@ __all__ = [
 OPTIMIZERS = ("adamw", "muon")
 """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest."""
 
-MUON_TOKENS = 4096
-"""Tokens of a step on a CPU from which Muon learns more in the same time.
+MUON_TOKENS = {"cpu": 4096, "cuda": 16_384}
+"""Tokens of a step, by the type of the device, from which Muon learns more in the same time.
 
 Its update costs the same whatever a step reads, and lowers the bits per byte of a given number of tokens at every
-size of a step. From 4k tokens on the gain is worth more than the time (measured: docs/LOG.md).
+size of a step. From so many tokens on the gain is worth more than the time (measured: docs/LOG.md).
 """
 
 MUON_RATE_TOKENS = 4096
@@ -126,14 +126,12 @@ def learning_rate(step: int, steps: int, peak: float, share: float | None = None
 def choose_optimizer(wanted: str, device_type: str, tokens_per_step: int) -> str:
     """Returns the one of :data:`OPTIMIZERS` that is wanted, or for ``auto`` the one that suits the size of a step.
 
-    On a GPU ``auto`` is AdamW, since the price of Muon has not been measured there.
-
-    >>> choose_optimizer("auto", "cpu", 1024), choose_optimizer("auto", "cpu", 4096)
-    ('adamw', 'muon')
+    >>> choose_optimizer("auto", "cpu", 4096), choose_optimizer("auto", "cuda", 4096)
+    ('muon', 'adamw')
     """
     if wanted != "auto":
         return wanted
-    return "muon" if device_type == "cpu" and tokens_per_step >= MUON_TOKENS else "adamw"
+    return "muon" if tokens_per_step >= MUON_TOKENS.get(device_type, math.inf) else "adamw"
 
 
 def muon_rate_factor(tokens_per_step: int) -> float:
