@@ -2,17 +2,16 @@
 # What the long-term memory recalls and what it is worth on real text, on one GPU. About 25 minutes of an H200.
 #
 #     runs/recall_on_gpu.sh mqar RESULTS                   # recall from scratch
-#     runs/recall_on_gpu.sh needles CORPORA RUNS RESULTS   # 100m with recall rows: needles by distance
+#     runs/recall_on_gpu.sh needles CORPORA RUNS RESULTS   # 100m with recall rows: needles by distance (10 minutes)
 #     runs/recall_on_gpu.sh text CORPORA RUNS RESULTS      # 100m with and without long-term memory: loss by position
 #
 # CORPORA holds books.train, code.train, more.books.train, more.code.train, books.valid and code.valid (.jsonl.xz, one JSON
 # string a line). RUNS gets the runs, RESULTS a JSON file each. The same command goes on where it was stopped.
-# PYTHON names the interpreter if it is not the one in .venv; STEPS and SEEDS change how long it takes. RUNNER changes the
-# memory: RUNNER="benchmarks.kept_pairs --pairs 128" keeps exact pairs in place of a matrix.
+# PYTHON names the interpreter if it is not the one in .venv; MINUTES, STEPS and SEEDS change how long it takes. What follows
+# RESULTS goes to `mm-rec train`, for example --optimizer adamw or --kept_pairs 60.
 set -eu
 
 python=${PYTHON:-$(dirname "$0")/../.venv/bin/python}
-runner=${RUNNER:-}
 part=$1
 shift
 
@@ -26,7 +25,7 @@ link() {  # link FOLDER FILES... puts links to files into a folder
 mqar() {  # mqar NAME FLAGS... learns one task
     name=$1
     shift
-    $python -m $runner benchmarks.recall mqar --state "$results/$name.state" --result "$results/$name.json" "$@"
+    $python -m benchmarks.recall mqar --state "$results/$name.state" --result "$results/$name.json" "$@"
 }
 
 train() {  # train RUNNER RUNS FLAGS... trains stage1, then stage2 with the state carried
@@ -34,8 +33,7 @@ train() {  # train RUNNER RUNS FLAGS... trains stage1, then stage2 with the stat
     shift 2
     for stage in stage1 stage2; do
         $python -m $runner train --stage $stage --preset 100m --checkpoint_dir "$folder" --eval_interval 100000 "$@" \
-            --max_steps "$(eval echo \$steps_$stage)" --batch_size "$(eval echo \$rows_$stage)" \
-            --seq_len "$(eval echo \$tokens_$stage)"
+            $(eval echo \$length_$stage) --batch_size "$(eval echo \$rows_$stage)" --seq_len "$(eval echo \$tokens_$stage)"
     done
 }
 
@@ -63,18 +61,20 @@ needles)
     mkdir -p "$results"
     link "$runs/data/text" "$corpora"/*books.train.*
     link "$runs/data/code" "$corpora"/*code.train.*
-    steps_stage1=${STEPS:-14000} rows_stage1=8 tokens_stage1=2048 # small steps, and rows that reach beyond the window
-    steps_stage2=$((${STEPS:-14000} / 8)) rows_stage2=4 tokens_stage2=8192
-    train "$runner mm_rec.cli" "$runs" --data_dir "$runs/data" --recall_share "${SHARE:-0.2}"
-    held_out "$runner benchmarks.recall" "$runs" needles
+    minutes=${MINUTES:-7.3} # of training; what is read and measured takes two more
+    length_stage1="--minutes $(awk "BEGIN { print $minutes * 0.77 }")" rows_stage1=4 tokens_stage1=4096 # small steps, and long rows
+    length_stage2="--minutes $(awk "BEGIN { print $minutes * 0.23 }")" rows_stage2=4 tokens_stage2=8192
+    shift 3
+    train mm_rec.cli "$runs" --data_dir "$runs/data" --recall_share "${SHARE:-0.25}" "$@"
+    held_out benchmarks.recall "$runs" needles
     ;;
 text)
     corpora=$(cd "$1" && pwd) runs=$2 results=$3
     mkdir -p "$results"
     link "$runs/data/text" "$corpora"/books.train.*
     link "$runs/data/code" "$corpora"/code.train.*
-    steps_stage1=${STEPS:-1000} rows_stage1=32 tokens_stage1=512
-    steps_stage2=$((${STEPS:-1000} / 8)) rows_stage2=4 tokens_stage2=8192
+    length_stage1="--max_steps ${STEPS:-1000}" rows_stage1=32 tokens_stage1=512
+    length_stage2="--max_steps $((${STEPS:-1000} / 8))" rows_stage2=4 tokens_stage2=8192
     for seed in ${SEEDS:-0 1 2}; do
         set -- --data_dir "$runs/data" --recall_share 0 --seed "$seed"
         train mm_rec.cli "$runs/with_$seed" "$@"
