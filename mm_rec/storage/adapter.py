@@ -114,7 +114,7 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
     except FileNotFoundError as error:
         raise UserError(f"there is no adapter in {folder}: no {Path(error.filename or WEIGHTS).name}") from None
     except _UNREADABLE as error:
-        raise UserError(f"the adapter in {folder} cannot be read: {error!s:.200}; save it again") from error
+        raise UserError(f"the adapter in {folder} cannot be read: {error!s:.400}; save it again") from error
     downs = {
         name.removesuffix(".lora_A.weight"): one for name, one in tensors.items() if name.endswith(".lora_A.weight")
     }

@@ -22,7 +22,7 @@ from mm_rec.storage.checkpoint import list_checkpoints
 
 BARE = Path(__file__).parent / "bare"
 ROOT = Path(__file__).parents[2]
-PATIENCE = 240
+PATIENCE = 600
 SIGBREAK = 21
 TRAIN = [
     "train", "--data_dir", "Data with ışık", "--checkpoint_dir", "runs", "--stage", "stage1", "--preset", "tiny",

@@ -13,7 +13,7 @@ from mm_rec.data.synthetic import write_synthetic
 from mm_rec.storage import checkpoint
 
 STEPS = 14
-PATIENCE = 240
+PATIENCE = 600
 
 
 @pytest.fixture(scope="module")
