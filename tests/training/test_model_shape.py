@@ -35,7 +35,7 @@ def test_sizes_stand_beside_a_preset() -> None:
 def test_every_size_of_the_model_can_be_set() -> None:
     values = {
         "vocab_size": 640, "d_model": 48, "n_heads": 3, "n_layers": 4, "d_ff": 80, "gate_every": 2, "window": 32,
-        "rotary_base": 500.0,
+        "kept_pairs": 9, "rotary_base": 500.0,
     }  # fmt: skip
     assert set(values) == set(MODEL_SHAPE)
     config = from_values(TrainSettings, {"preset": "tiny", **values}).model_config()
