@@ -84,7 +84,7 @@ def test_errors(openai_client: openai.OpenAI, address: str, make_service: Callab
         openai_client.completions.create(model="tiny", prompt="a", temperature=5)
     assert bad.value.param == "temperature"
     with pytest.raises(openai.NotFoundError):
-        openai_client.embeddings.create(model="tiny", input="a")
+        openai_client.moderations.create(input="a")
 
 
 def test_a_fault_within_a_stream(openai_client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
