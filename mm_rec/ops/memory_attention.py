@@ -5,7 +5,6 @@ Formulas in :mod:`mm_rec.ops.reference`.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -132,7 +131,7 @@ def memory_attention(
     check_shape("v", v, k.shape, k)
     check_float("q", q, 4)
     check_shape("q", q, (*position.shape, *k.shape[2:]), k)
-    batch, _, heads, head_dim = q.shape
+    batch, time, heads, head_dim = q.shape
     if head_dim % 2:
         raise ValueError(f"q must have heads of even size, got {head_dim}")
     check_float("kept_k", kept_k, 4)
@@ -150,21 +149,5 @@ def memory_attention(
     slot, held = retain(score, position, kept_score)
     q, k, v, kept_k, kept_v = one_type(q, k, v, kept_k, kept_v)  # type: ignore[assignment]
     out, _ = _attention(q, k, v, score, slot, held, position, kept_k, kept_v, kept_score, rotary_base)
-    return out.to(out_dtype), *_kept_after(k, v, score, held[:, :, -1].long(), kept_k, kept_v, kept_score)
-
-
-def _kept_after(
-    k: Tensor, v: Tensor, score: Tensor, held: Tensor, kept_k: Tensor, kept_v: Tensor, kept_score: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the pairs in the slots after the chunk and their scores, without a copy of all that could be there."""
-    slots = held.shape[2]
-    stays, empty = held < slots, held < 0
-    before, here = held.clamp(0, slots - 1), (held - slots).clamp(min=0)
-
-    def pick(kept: Tensor, tokens: Tensor, nothing: float) -> Tensor:
-        wide = (..., *(None for _ in kept.shape[3:]))
-        old = kept.gather(2, before[wide].expand_as(kept))
-        new = tokens.transpose(1, 2).gather(2, here[wide].expand_as(kept))
-        return torch.where(stays[wide], old, new).masked_fill(empty[wide], nothing)
-
-    return pick(kept_k, k, 0.0), pick(kept_v, v, 0.0), pick(kept_score, score, -math.inf)
+    pairs = reference.candidate_pairs(k, v, score, kept_k, kept_v, kept_score, time)
+    return out.to(out_dtype), *reference.take_pairs(*pairs, held[:, :, -1])

@@ -352,14 +352,25 @@ def memory_attention(
     out_dtype, time, slots = q.dtype, q.shape[1], kept_k.shape[2]
     slot, held = retain(score, position, kept_score)
     q, k, v, score, kept_k, kept_v, kept_score = (_wide(x) for x in (q, k, v, score, kept_k, kept_v, kept_score))
-    leaving = (x[:, :time].transpose(1, 2) for x in (k, v, score))
-    keys, values, scores = (torch.cat(pair, dim=2) for pair in zip((kept_k, kept_v, kept_score), leaving, strict=True))
+    keys, values, scores = candidate_pairs(k, v, score, kept_k, kept_v, kept_score, time)
     far = torch.einsum("bthd,bhjd->bhtj", q, keys) + scores[:, :, None]
     far = far.masked_fill(~retained(slot, position, kept_score), -math.inf)
     weight = torch.cat([attention_logits(q, k, position, rotary_base), far], dim=-1).softmax(dim=-1)
     near_weight, far_weight = weight.split([k.shape[1], slots + time], dim=-1)
     out = torch.einsum("bhtc,bchd->bthd", near_weight, v) + torch.einsum("bhtj,bhjd->bthd", far_weight, values)
     return out.to(out_dtype), *take_pairs(keys, values, scores, held[:, :, -1])
+
+
+def candidate_pairs(
+    k: Tensor, v: Tensor, score: Tensor, kept_k: Tensor, kept_v: Tensor, kept_score: Tensor, time: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what may be in a slot after T tokens: keys and values (B, H, K + T, d), and scores (B, H, K + T).
+
+    First come the pairs in the slots before, then those of the tokens that leave the window meanwhile.
+    """
+    leaving = (x[:, :time].transpose(1, 2) for x in (k, v, score))
+    keys, values, scores = (torch.cat(pair, dim=2) for pair in zip((kept_k, kept_v, kept_score), leaving, strict=True))
+    return keys, values, scores
 
 
 def take_pairs(keys: Tensor, values: Tensor, scores: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
