@@ -43,6 +43,22 @@ def test_what_counts_is_text_of_the_store_or_was_in_the_row_before(data, domain)
     assert said > 50
 
 
+def test_most_rows_ask_for_few_things_far_away(data):
+    """Such rows teach what is worth keeping; the others, with many things at all distances, how to find it."""
+    store, tokenizer = data.train["text"], data.tokenizer
+    few = []
+    for trial in range(50):
+        before, distances = "", []
+        for text, _, answers in recall_row(random.Random(trial), store, tokenizer, "text", 12_000):
+            if answers:
+                distances.append(len(before) - before.rindex(text))
+            before += text
+        if len(distances) <= 8:
+            few.append(distances)
+    assert 25 <= len(few) <= 45
+    assert (np.concatenate(few) >= 300).mean() > 0.6  # what was said may stand nearer, too, by chance
+
+
 def test_a_token_counts_by_the_part_in_which_it_ends(data):
     parts = [
         Part("The clerk", False),
