@@ -2,7 +2,8 @@
 
 The file is read once from its start to its end when it is opened, compared with the SHA-256 that it has to have, and
 the hash of each block is kept. From then on a block is read into memory, hashed and handed on: nothing is mapped, so
-that whoever changes, cuts or replaces the file meanwhile never changes what is trained on.
+that whoever changes, cuts or replaces the file meanwhile never changes what is trained on. Threads may read at the same
+time, and so may processes that share what is open since one was made as a copy of the other.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mm_rec import system
 from mm_rec.regular_file import open_regular
 from mm_rec.storage.files import DamageError
 
@@ -110,21 +112,20 @@ class BlockArray:
                 )
             block = np.frombuffer(content, self.dtype)
             if len(self._cache) >= _CACHED_BLOCKS:
-                del self._cache[next(iter(self._cache))]
+                self._cache.pop(next(iter(self._cache)), None)  # another thread may have been faster
         self._cache[number] = block  # the last one to go
         return block
 
     def _read(self, place: int, n_bytes: int) -> bytearray:
         """The bytes from ``place`` on: ``n_bytes``, or up to the end of the file."""
-        content = bytearray(n_bytes)
-        done = 0
+        content = bytearray()
         try:
-            self._file.seek(place)
-            while done < n_bytes and (count := self._file.readinto(memoryview(content)[done:])):
-                done += count
+            while len(content) < n_bytes and (
+                part := system.read_at(self._file.fileno(), n_bytes - len(content), place + len(content))
+            ):
+                content += part
         except OSError as error:
             raise self._unreadable(error) from error
-        del content[done:]
         return content
 
     def _unreadable(self, error: OSError) -> DamageError:

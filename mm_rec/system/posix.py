@@ -33,6 +33,7 @@ __all__ = [
     "path_of",
     "peak_memory",
     "prepare_console",
+    "read_at",
     "rename",
     "replace",
     "sync",
@@ -62,6 +63,11 @@ def exit_code(signum: int) -> int:
 def open_folder(path: Path) -> int:
     """Returns a descriptor of a folder that can be locked; OSError where folders can't be opened."""
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def read_at(descriptor: int, n_bytes: int, place: int) -> bytes:
+    """Returns up to ``n_bytes`` of an open file from ``place`` on, whoever reads it elsewhere at the same time."""
+    return os.pread(descriptor, n_bytes, place)
 
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool:

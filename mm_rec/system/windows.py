@@ -18,6 +18,7 @@ import msvcrt
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ __all__ = [
     "path_of",
     "peak_memory",
     "prepare_console",
+    "read_at",
     "rename",
     "replace",
     "sync",
@@ -51,6 +53,7 @@ __all__ = [
 
 _runtime: Any = msvcrt
 _signals: Any = signal
+_reading = threading.Lock()
 
 SIGNALS: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, _signals.SIGBREAK)
 """Signals that ask a program to end. Ctrl-Break, closing the window and logging off are SIGBREAK."""
@@ -86,6 +89,16 @@ def exit_code(signum: int) -> int:
 def open_folder(path: Path) -> int:
     """Returns a descriptor of a folder that can be locked; OSError where folders can't be opened."""
     raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), str(path))
+
+
+def read_at(descriptor: int, n_bytes: int, place: int) -> bytes:
+    """Returns up to ``n_bytes`` of an open file from ``place`` on, whoever reads it elsewhere at the same time.
+
+    Other processes have a place of their own in the file here, since none is made as a copy of another.
+    """
+    with _reading:
+        os.lseek(descriptor, place, os.SEEK_SET)
+        return os.read(descriptor, n_bytes)
 
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -96,3 +98,32 @@ def test_what_is_not_the_file_of_the_index_is_refused(tmp_path: Path, n_bytes: i
         BlockArray(tmp_path / "tokens.bin", np.dtype("<u2"), n_bytes, "0" * 64, tmp_path)
     with pytest.raises(DamageError, match="cannot be read: No such file"):
         BlockArray(tmp_path / "nothing.bin", np.dtype("<u2"), n_bytes, "0" * 64, tmp_path)
+
+
+def read_all(found: BlockArray, expected: np.ndarray, seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    for _ in range(400):
+        start = int(chance.integers(0, LENGTH - 100))
+        assert np.array_equal(found[start : start + 100], expected[start : start + 100])
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_several_read_at_the_same_time(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes made by a fork share the place in an open file, at which none of them may therefore read."""
+    monkeypatch.setattr(blocks, "_CACHED_BLOCKS", 1)
+    expected = numbers("<u4")
+    (tmp_path / "tokens.bin").write_bytes(expected.tobytes())
+    found = opened(tmp_path / "tokens.bin", "<u4")
+    if kind == "threads":
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(read_all, [found] * 4, [expected] * 4, range(4)))
+        return
+    if not hasattr(os, "fork"):
+        pytest.skip("this system makes no process as a copy of another")
+    context = multiprocessing.get_context("fork")
+    readers = [context.Process(target=read_all, args=(found, expected, seed)) for seed in range(4)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(60)
+    assert [reader.exitcode for reader in readers] == [0] * 4
