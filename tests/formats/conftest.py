@@ -22,9 +22,12 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unpacked fixtures, not to be changed."""
-    return unpacked(COMMIT, tmp_path_factory)
+def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The unpacked fixtures, to which no test may add a file: others look at them in any order."""
+    folder = unpacked(COMMIT, tmp_path_factory)
+    files = sorted(folder.rglob("*"))
+    yield folder
+    assert sorted(folder.rglob("*")) == files
 
 
 @pytest.fixture(scope="session")

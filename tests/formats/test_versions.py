@@ -136,7 +136,14 @@ def test_what_had_another_memory_ends_in_one_line(
     runs = tmp_path / "stopped"
     shutil.copytree(before / "stopped", runs)
     run, files_before = runs / "stage1", sorted(runs.rglob("*"))
-    data = ["--data_dir", str(written / "data"), "--checkpoint_dir", str(tmp_path / "new"), "--preset", "tiny"]
+    data = [
+        "--data_dir",
+        str(shutil.copytree(written / "data", tmp_path / "data")),
+        "--checkpoint_dir",
+        str(tmp_path / "new"),
+        "--preset",
+        "tiny",
+    ]
     session = ["--session", str(before / "session.safetensors"), "--resume"]
     for command, kind in (
         (["generate", "--model", str(before / "exported"), "--prompt", "The "], "model"),
