@@ -345,7 +345,7 @@ static void fuzz_retained(Source& from) {
     Block<T> dq(from, batch * time * width), dk(from, batch * context * width), dv(from, batch * context * width);
     Block<T> dkept_k(from, pairs * d), dkept_v(from, pairs * d);
     Floats dscore(from, batch * context * heads), dkept_score(from, pairs);
-    const RetainedFromAbove<T> above{dout.rows(), {out, time * width, width}, lse};
+    const AttentionFromAbove<T> above{dout.rows(), {out, time * width, width}, lse};
     retained_attention_backward<T>(in, above, {dq, dk, dv, dscore, dkept_k, dkept_v, dkept_score}, threads);
 }
 

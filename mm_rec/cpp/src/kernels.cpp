@@ -279,7 +279,7 @@ MM_EXPORT(int, retained_attention_backward)
         const RetainedInputs<T> in{{batch, time, window, heads, d, position}, slots, {as(q, t), q_sequence, q_row},
                                    {as(k, t), k_sequence, k_row}, {as(v, t), v_sequence, v_row}, score, slot, held,
                                    as(kept_k, t), as(kept_v, t), kept_score};
-        const RetainedFromAbove<T> above{{as(dout, t), dout_sequence, dout_row},
+        const AttentionFromAbove<T> above{{as(dout, t), dout_sequence, dout_row},
                                          {as(out, t), time * heads * d, heads * d}, lse};
         return retained_attention_backward(in, above, {as(dq, t), as(dk, t), as(dv, t), dscore, as(dkept_k, t),
                                                        as(dkept_v, t), dkept_score}, threads);

@@ -3,16 +3,10 @@
 #pragma once
 
 #include "retained_attention.h"
+#include "window_attention_backward.h"
 
 namespace mm_rec {
 namespace MM_LEVEL {
-
-// Gradients from above, and what the forward pass gave.
-template <class T>
-struct RetainedFromAbove {
-    HeadRows<const T> dout, out;
-    const float* lse;  // (batch, heads, time)
-};
 
 // Gradients of the inputs, in their shapes. To dq, dk and dv, which hold those of the window, they are added.
 template <class T>
@@ -58,20 +52,10 @@ struct RetainedBackwardScratch : RetainedScratch<T> {
 
 // What comes to the weights of a run, into dscores, and dout . out into sums.
 template <class T>
-static void retained_weights_backward(const RetainedInputs<T>& in, const RetainedFromAbove<T>& above, int64_t b,
+static void retained_weights_backward(const RetainedInputs<T>& in, const AttentionFromAbove<T>& above, int64_t b,
                                       int64_t head, int64_t begin, int64_t queries, RetainedBackwardScratch<T>& w) {
     const ContextShape& s = in.shape;
-    for (int64_t i = 0; i < queries; ++i) {
-        const T* dy = above.dout.at(b, begin + i, s.time, head, s.d);
-        const T* y = above.out.at(b, begin + i, s.time, head, s.d);
-        vf dot = {};
-        for (int64_t j = 0; j < s.d; j += W) dot += load(y + j, s.d - j) * load(dy + j, s.d - j);
-        w.sums[i] = sum(dot);
-        store_row(s.d, dy, w.dout + i * w.pitch);
-    }
-    fill(w.sums, queries, round_up(queries, W), 0.0f);
-    pack_pairs(queries, w.pitch, w.dout, w.dout_pairs);
-    transpose(queries, w.cells(s.d), w.as_cells(w.dout), w.pitch / w.depth, w.dout_columns, RUN);
+    load_from_above(s, b, head, begin, queries, above, w);
     product<false>(w.rows, round_up(queries, BLOCK), w.cells(s.d), w.as_cells(w.v), w.pitch / w.depth, 1, w.dout_columns,
                    RUN, w.dscores, RUN);
 }
@@ -108,7 +92,7 @@ MM_INLINE void add_row_to(int64_t d, const float* x, T* to) {
 }
 
 template <class T>
-static void retained_run_backward(const RetainedInputs<T>& in, const RetainedFromAbove<T>& above, T* to_dq, int64_t b,
+static void retained_run_backward(const RetainedInputs<T>& in, const AttentionFromAbove<T>& above, T* to_dq, int64_t b,
                                   int64_t head, int64_t begin, int64_t end, RetainedBackwardScratch<T>& w) {
     const ContextShape& s = in.shape;
     const int64_t pitch = w.pitch, queries = end - begin, cells = w.cells(queries), row = RUN / w.depth;
@@ -131,7 +115,7 @@ static void retained_run_backward(const RetainedInputs<T>& in, const RetainedFro
 }
 
 template <class T>
-static void retained_task_backward(const RetainedInputs<T>& in, const RetainedFromAbove<T>& above,
+static void retained_task_backward(const RetainedInputs<T>& in, const AttentionFromAbove<T>& above,
                                    const RetainedGradients<T>& to, int64_t b, int64_t head,
                                    RetainedBackwardScratch<T>& w) {
     const ContextShape& s = in.shape;
@@ -158,7 +142,7 @@ static void retained_task_backward(const RetainedInputs<T>& in, const RetainedFr
 }
 
 template <class T>
-static int retained_attention_backward(const RetainedInputs<T>& in, const RetainedFromAbove<T>& above,
+static int retained_attention_backward(const RetainedInputs<T>& in, const AttentionFromAbove<T>& above,
                                        const RetainedGradients<T>& to, int threads) {
     return for_each_head(in.shape, in.work(), threads, make_zeroed<RetainedBackwardScratch<T>>(in),
                          [&](int64_t b, int64_t head, RetainedBackwardScratch<T>& w) {

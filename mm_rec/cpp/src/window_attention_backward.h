@@ -46,14 +46,13 @@ struct AttentionBackwardScratch : AttentionScratch<T> {
     }
 };
 
-// Gradients at the result of a run, and from them, into dscores, at its weights; dout . out into sums.
-template <class T>
-static void attention_weights_backward(const ContextShape& s, const Run& run, int64_t b, int64_t head,
-                                       const AttentionFromAbove<T>& above, AttentionBackwardScratch<T>& w) {
-    const int64_t queries = run.queries(), depth = w.cells(s.d), row = w.pitch / w.depth;
+// Gradients at the result of `queries` queries from `begin` on, and dout . out into sums. `w` are buffers of either softmax.
+template <class T, class Buffers>
+static void load_from_above(const ContextShape& s, int64_t b, int64_t head, int64_t begin, int64_t queries,
+                            const AttentionFromAbove<T>& above, Buffers& w) {
     for (int64_t i = 0; i < queries; ++i) {
-        const T* dy = above.dout.at(b, run.begin + i, s.time, head, s.d);
-        const T* y = above.out.at(b, run.begin + i, s.time, head, s.d);
+        const T* dy = above.dout.at(b, begin + i, s.time, head, s.d);
+        const T* y = above.out.at(b, begin + i, s.time, head, s.d);
         vf dot = {};
         for (int64_t j = 0; j < s.d; j += W) dot += load(y + j, s.d - j) * load(dy + j, s.d - j);
         w.sums[i] = sum(dot);
@@ -61,7 +60,15 @@ static void attention_weights_backward(const ContextShape& s, const Run& run, in
     }
     fill(w.sums, queries, round_up(queries, W), 0.0f);
     pack_pairs(queries, w.pitch, w.dout, w.dout_pairs);
-    transpose(queries, depth, w.as_cells(w.dout), row, w.dout_columns, RUN);
+    transpose(queries, w.cells(s.d), w.as_cells(w.dout), w.pitch / w.depth, w.dout_columns, RUN);
+}
+
+// Gradients at the result of a run, and from them, into dscores, at its weights; dout . out into sums.
+template <class T>
+static void attention_weights_backward(const ContextShape& s, const Run& run, int64_t b, int64_t head,
+                                       const AttentionFromAbove<T>& above, AttentionBackwardScratch<T>& w) {
+    const int64_t depth = w.cells(s.d), row = w.pitch / w.depth;
+    load_from_above(s, b, head, run.begin, run.queries(), above, w);
     run.for_blocks([&](int64_t begin, int64_t rows, Span some) {
         product<false>(rows, some.end - some.begin, depth, w.as_cells(w.v + (run.key_begin + begin) * w.pitch), row, 1,
                        w.dout_columns + some.begin, RUN, w.dscores + begin * RUN + some.begin, RUN);
