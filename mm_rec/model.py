@@ -209,8 +209,8 @@ class MMRecModel(nn.Module):
         self, tokens: Tensor, state: ModelState | None, domain: str | None, reset: Tensor | None, *, with_loss: bool
     ) -> tuple[Tensor, Tensor, ModelState]:
         batch, time = tokens.shape
-        if state is None:
-            state = self.initial_state(batch, domain)
+        if state is None:  # on the device of the tokens: offloaded weights are on "meta" until they are needed
+            state = initial_state(self.config, batch, self._domains(domain), dtype=self.dtype, device=tokens.device)
         names = self.running_experts(state, domain)
         position = document_positions(state.position, reset, time)
         residual_type = torch.promote_types(self.dtype, torch.float32)

@@ -39,7 +39,8 @@ class MMRecBackbone(MMRecModel):
         """Type of the activations: that of autocast where it is on. bfloat16 stands in for float16."""
         weight = self.embedding.weight
         kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        has_autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # offloaded weights are on "meta"
+        dtype = torch.get_autocast_dtype(kind) if has_autocast else weight.dtype
         return torch.bfloat16 if dtype == torch.float16 else dtype
 
     def forward(  # type: ignore[override]

@@ -11,6 +11,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -35,6 +36,21 @@ def one_step(model: torch.nn.Module, tokenizer: object, rows: Rows, output: Path
     trainer.train()
     trainer.save_model(str(output))
     return output
+
+
+def test_offloaded_blocks_are_brought_back_whole(exported: Path, tmp_path: Path) -> None:
+    """Offloaded weights are on "meta", where no autocast and no state can be."""
+    ids = torch.arange(300, 320)[None]
+    model = AutoModelForCausalLM.from_pretrained(exported).eval()
+    expected = model(ids).logits
+    blocks = ["MMRecLayeredBlock"]
+    kept = accelerate.cpu_offload(model, execution_device="cpu", preload_module_classes=blocks)
+    assert kept.model.embedding.weight.device.type == "meta"
+    assert torch.equal(kept(ids).logits, expected)
+    assert kept.generate(ids, max_new_tokens=3).shape == (1, 23)
+    stored = AutoModelForCausalLM.from_pretrained(exported).eval()
+    accelerate.disk_offload(stored, str(tmp_path), execution_device="cpu", preload_module_classes=blocks)
+    assert torch.equal(stored(ids).logits, expected)
 
 
 def test_added_tokens_are_trained_saved_and_loaded(folder: Path, rows: Rows, tmp_path: Path) -> None:
