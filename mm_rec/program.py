@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line that points to ``--help``."""
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"error: {_one_line(message)}; see {self.prog} --help\n")
 
 
 def positive_int(text: str) -> int:
@@ -118,13 +118,16 @@ def _check_process() -> None:
         raise UserError(f"a process may have only {limit} files open here; raise the limit with `ulimit -n 1024`")
 
 
-def _fail(message: str) -> int:
-    """Print an error in one line of bounded length; returns the exit code."""
+def _one_line(message: str) -> str:
+    """Returns a message in one line of bounded length: arguments and paths of a user may be of any length."""
     line = " ".join(message.split("\n"))
-    if len(line) > LONGEST_LINE:
-        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+
+
+def _fail(message: str) -> int:
+    """Print an error in one line; returns the exit code."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # closed or full: the exit code is left
-        sys.stderr.write(f"error: {line}\n")
+        sys.stderr.write(f"error: {_one_line(message)}\n")
         sys.stderr.flush()
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()

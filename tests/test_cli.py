@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import functools
 import importlib
@@ -263,3 +264,13 @@ def test_what_the_system_refuses_is_one_line_of_bounded_length(capsys: pytest.Ca
         assert line.startswith("error: ")
         assert line.count("\n") == 1
         assert len(line) < 2100
+
+
+@pytest.mark.parametrize("arguments", [["a/" * 3000], ["--domain", "a/" * 3000], ["--stage", "a\n" * 3000]])
+def test_an_error_shows_no_argument_at_full_length(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        assert main(["train", "--use_synthetic", *arguments]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1
+    assert len(line) < 2100
