@@ -28,7 +28,7 @@ REBUILD = "python -m mm_rec.cpp.build"
 REBUILD_CUDA = f"{REBUILD} cuda"
 
 # No -march=native and no -ffast-math: one library for every machine, and NaN stays NaN. Contraction of a * b + c
-# is the one licence given. There is no -fopenmp: parallel.cpp finds the runtime that PyTorch has loaded.
+# is the one licence given. There is no -fopenmp: parallel.cpp finds the runtime that PyTorch was linked with.
 COMPILE_FLAGS = [
     "-std=c++17", "-O3", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-math-errno",
     "-ffp-contract=fast", "-Wall", "-Wextra",
