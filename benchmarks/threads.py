@@ -117,7 +117,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     ops.status()
     library = CpuLibrary()
-    if not library.use_openmp(1):
+    if not library.use_openmp(True):
         sys.exit("error: this process has no OpenMP to compare with")
     result: dict[str, object] = {"machine": describe_machine(), "threads": options.threads}
     for precision in ("bf16", "fp32"):

@@ -28,7 +28,7 @@ REBUILD = "python -m mm_rec.cpp.build"
 REBUILD_CUDA = f"{REBUILD} cuda"
 
 # No -march=native and no -ffast-math: one library for every machine, and NaN stays NaN. Contraction of a * b + c
-# is the one licence given. There is no -fopenmp: parallel.cpp finds the runtime that PyTorch has loaded.
+# is the one licence given. There is no -fopenmp: parallel.cpp finds the runtime that PyTorch was linked with.
 COMPILE_FLAGS = [
     "-std=c++17", "-O3", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-math-errno",
     "-ffp-contract=fast", "-Wall", "-Wextra",
@@ -47,6 +47,7 @@ SOURCES = ("kernels.cpp", "step.cpp", "products.cpp")
 SHARED_SOURCES = ("level.cpp", "parallel.cpp")  # compiled once, for the oldest processor
 SOURCES_OF = {"cpu": ("src", (".cpp", ".h")), "cuda": ("cuda", (".cu", ".cuh"))}
 ONLY_SOURCES = {"amx": ("products.cpp",)}  # everything else of this level is that of the one before
+LEVELS_OF_LINUX = ("amx",)  # level.cpp asks Linux alone for its registers; GCC for Windows can't compile it either
 
 COMPILERS = ["clang-cl", "clang++", "g++"] if sys.platform == "win32" else ["g++", "c++", "clang++"]
 INSTALL_COMPILER = {
@@ -134,6 +135,13 @@ def _system_flags(compiler: list[str], target: str) -> tuple[str, list[str], lis
     return "linux", ["-fPIC"], ["-Wl,--as-needed", "-Wl,-z,defs", "-lm", "-ldl", "-lpthread"]
 
 
+def _levels_for(target: str, system: str) -> list[str]:
+    """Returns the levels to compile for a target like "x86_64-linux-gnu" of a system like "linux"."""
+    if not target.startswith(("x86_64", "amd64")):
+        return ["baseline"]
+    return [level for level in LEVELS if system == "linux" or level not in LEVELS_OF_LINUX]
+
+
 def build_cpu(folder: Path = HERE) -> Path:
     """Compile the CPU kernels, once per instruction set of the target, into one library in ``folder``.
 
@@ -147,7 +155,7 @@ def build_cpu(folder: Path = HERE) -> Path:
     system, flags, link = _system_flags(compiler, target)
     command = [*compiler, *COMPILE_FLAGS, _sources_flag("cpu"), *flags]
     jobs = [(command, HERE / "src" / source) for source in SHARED_SOURCES]
-    for level in LEVELS if target.startswith(("x86_64", "amd64")) else LEVELS[:1]:
+    for level in _levels_for(target, system):
         of_level = [*command, f"-DMM_LEVEL={level}", *LEVEL_FLAGS[level]]
         jobs += [(of_level, HERE / "src" / source) for source in ONLY_SOURCES.get(level, SOURCES)]
     library = folder / library_name("cpu", system)

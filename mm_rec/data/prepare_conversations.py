@@ -113,6 +113,7 @@ def _make(
                 "tokens": store.n_tokens,
                 "answer_tokens": store.loss_mask.sum(),
             }
+            del store  # Windows renames no folder in which a file is open
         write_report(temporary, tokenizer, {name: entry})
         check()
 

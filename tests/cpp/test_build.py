@@ -143,8 +143,9 @@ while [ $# -gt 0 ] && [ "$1" != -o ]; do shift; done
         ("g++", "x86_64-linux-gnu", "libmm_rec_cpu.so", 5, "-fPIC"),
         ("g++", "aarch64-linux-gnu", "libmm_rec_cpu.so", 1, "-fPIC"),
         ("clang++", "arm64-apple-darwin24.1.0", "libmm_rec_cpu.dylib", 1, "-fPIC"),
-        ("g++", "x86_64-w64-mingw32", "libmm_rec_cpu.dll", 5, "-Wa,-muse-unaligned-vector-move"),
-        ("clang-cl", "x86_64-pc-windows-msvc", "libmm_rec_cpu.dll", 5, "--driver-mode=g++"),
+        ("clang++", "x86_64-apple-darwin24.1.0", "libmm_rec_cpu.dylib", 4, "-fPIC"),
+        ("g++", "x86_64-w64-mingw32", "libmm_rec_cpu.dll", 4, "-Wa,-muse-unaligned-vector-move"),
+        ("clang-cl", "x86_64-pc-windows-msvc", "libmm_rec_cpu.dll", 4, "--driver-mode=g++"),
     ],
 )
 def test_what_the_compiler_compiles_for_decides(

@@ -27,11 +27,12 @@ def library() -> Iterator[CpuLibrary]:
     before = torch.get_num_threads()
     found = CpuLibrary()
     yield found
-    found.use_openmp(1)
+    found.use_openmp(True)
     torch.set_num_threads(before)
 
 
 @pytest.mark.native
+@pytest.mark.skipif(sys.platform == "win32", reason="PyTorch's OpenMP there does not have GCC's functions")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("make", [training_step, single_tokens])
 def test_both_kinds_of_threads_give_the_same_bits(
@@ -40,12 +41,20 @@ def test_both_kinds_of_threads_give_the_same_bits(
     for threads in (2, 3, 5):
         torch.set_num_threads(threads)
         found = []
-        for wanted in (1, 0):
+        for wanted in (True, False):
             assert library.use_openmp(wanted) == wanted
             action = make("tiny", precision)
             action()
             found.append(action())
         assert torch.equal(*found)
+
+
+@pytest.mark.native
+def test_openmp_is_that_of_the_library_that_is_named(library: CpuLibrary) -> None:
+    """PyTorch's runtime is not among the names that everybody sees where only PyTorch's own libraries ask for it."""
+    assert library.use_openmp(True) == (library.threads == "OpenMP")
+    assert not library.use_openmp(True, user=str(library.path))  # is loaded, and was linked with none
+    assert not library.use_openmp(True, user="not-loaded.so")
 
 
 CHILD = """

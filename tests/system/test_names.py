@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ import pytest
 from mm_rec import system
 from mm_rec.data.documents.reading import ReadOptions
 from mm_rec.data.download.local import take_own
+from mm_rec.data.prepare import prepare
+from mm_rec.data.prepare_conversations import prepare_conversations
+from mm_rec.data.prepare_recall import add_recall_rows
+from mm_rec.data.synthetic import write_synthetic
 from mm_rec.errors import UserError
 from mm_rec.serve.errors import ApiError
 from mm_rec.serve.sessions import SessionStore
@@ -94,3 +99,26 @@ def test_a_checkpoint_that_somebody_reads_is_pruned_later(tmp_path: Path, monkey
             files.remove_folder(tmp_path / names[0])
     assert [path.name for path in checkpoint.prune(tmp_path, 2)] == [names[0]]
     assert sorted(path.name for path in tmp_path.iterdir()) == names[2:]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which files are open")
+def test_nothing_is_open_in_a_folder_that_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows would not rename it."""
+    rename = system.rename
+    renamed = []
+
+    def check(source: Path, target: Path) -> None:
+        for number in os.listdir("/proc/self/fd"):
+            path = Path("/proc/self/fd") / number
+            assert not path.is_symlink() or source not in Path(os.readlink(path)).parents
+        renamed.append(target.parent.name)
+        rename(source, target)
+
+    monkeypatch.setattr(system, "rename", check)
+    write_synthetic(tmp_path / "data", 40)
+    rows = [{"prompt": f"What is {i}?", "completion": f"It is {i * i}."} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    prepared = prepare(tmp_path / "data", 300)
+    add_recall_rows(prepared, share=0.1, seed=1, longest=200)
+    prepare_conversations(tmp_path / "rows.jsonl", prepared.tokenizer, name="chat", cache=tmp_path / "conversations")
+    assert renamed == ["prepared", "prepared", "conversations"]

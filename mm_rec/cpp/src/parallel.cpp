@@ -1,6 +1,6 @@
-// The threads of parallel.h. Where the process has loaded an OpenMP runtime, as PyTorch does on Linux and macOS, these
-// are its threads, so that two pools don't compete for the processors; it is found by its names, so that nothing has to
-// be linked. Elsewhere they are a pool of our own, made of what the operating system has.
+// The threads of parallel.h. Where PyTorch uses an OpenMP runtime, as on Linux and macOS, these are its threads, so that
+// two pools don't compete for the processors; it is found by its names among what PyTorch was linked with, so that nothing
+// has to be linked here. Elsewhere they are a pool of our own, made of what the operating system has.
 //
 // The pool grows to what a call asks for, and its threads stay: they look for work for a while and then sleep. One call
 // has it at a time: another one, from a body or from another thread, runs in its own thread alone. A forked process
@@ -200,15 +200,19 @@ void run_openmp_job(void* data) {
 }
 
 template <class F>
-bool find(F*& function, const char* name) {
-    return (function = reinterpret_cast<F*>(dlsym(RTLD_DEFAULT, name)));
+bool find(void* library, F*& function, const char* name) {
+    return (function = reinterpret_cast<F*>(dlsym(library, name)));
 }
-bool find_openmp() {
-    return find(openmp.parallel, "GOMP_parallel") && find(openmp.thread, "omp_get_thread_num") &&
-           find(openmp.threads, "omp_get_num_threads");
+
+// Among the names that everybody sees (RTLD_DEFAULT) it would not do to look: PyTorch's runtime is there on Linux x86-64
+// alone, and that of another package may be.
+bool find_openmp(const char* user) {
+    void* const library = dlopen(user, RTLD_LAZY | RTLD_NOLOAD);
+    return library && find(library, openmp.parallel, "GOMP_parallel") &&
+           find(library, openmp.thread, "omp_get_thread_num") && find(library, openmp.threads, "omp_get_num_threads");
 }
 #else
-bool find_openmp() { return false; }
+bool find_openmp(const char*) { return false; }
 #endif
 
 int use_openmp;
@@ -236,7 +240,8 @@ void run_threads(int threads, ThreadBody body, const void* context) {
 
 }  // namespace mm_rec
 
-// Whether the threads are those of OpenMP from now on: if they should be, and its runtime is loaded.
-MM_PUBLIC int mm_rec_use_openmp([[maybe_unused]] int wanted) {
-    return mm_rec::use_openmp = wanted && mm_rec::find_openmp();
+// Whether the threads are those of OpenMP from now on: if a library is named, it is loaded, and it or one of those that it
+// was linked with is an OpenMP runtime.
+MM_PUBLIC int mm_rec_use_openmp(const char* user) {
+    return mm_rec::use_openmp = user && mm_rec::find_openmp(user);
 }

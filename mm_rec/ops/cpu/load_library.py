@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch  # noqa: F401 - loads PyTorch's OpenMP runtime first, which the library then shares
+import torch  # loads its OpenMP runtime, whose threads the kernels run in
 
 from mm_rec import system
 from mm_rec.cpp.build import CPU_LIBRARY, LEVELS, REBUILD, hash_of_sources
@@ -107,7 +107,8 @@ class CpuLibrary:
             )
         self.best_level = LEVELS[best]
         self.level = _choose_level(best)
-        self.use_openmp = library.mm_rec_use_openmp
+        self._use_openmp = library.mm_rec_use_openmp
+        self._use_openmp.argtypes = [ctypes.c_char_p]
         self.threads = "OpenMP" if self.use_openmp(_wants_openmp()) else "own"
         self.call = SimpleNamespace()
         for name, (arguments, result) in _SIGNATURES.items():
@@ -120,6 +121,13 @@ class CpuLibrary:
             function.argtypes = [_TYPES[code] for code in arguments.replace(" ", "")]
             function.restype = None if result == "-" else _TYPES[result]
             setattr(self.call, name, function)
+
+    def use_openmp(self, wanted: bool, user: str = torch._C.__file__) -> bool:
+        """Run the kernels in the threads of the OpenMP runtime that ``user``, a loaded library, was linked with.
+
+        They run in threads of their own if it has none, or if OpenMP is not wanted. Returns whether they are OpenMP's.
+        """
+        return bool(self._use_openmp(os.fsencode(user) if wanted else None))
 
 
 def _compiled_for(name: str, level: str) -> str:
