@@ -22,7 +22,7 @@ __all__ = ["SORTS", "Pair", "Questions", "count_pairs", "make_questions"]
 SORTS = ("open", "memory")
 """With a passage at hand, or without."""
 
-HELD_OUT_SHARE = 0.05
+HELD_OUT_SHARE = 0.06
 LEAST_SIMILARITY = 0.8
 """From here on two questions count as the same."""
 
@@ -101,8 +101,9 @@ def make_questions(entries: Iterable[Entry], *, seed: int = 0, most: int | None 
     distinct = list({entry.passage: entry for entry in entries}.values())
     random.Random(seed).shuffle(distinct)
     kept = [entry for entry in distinct if not _is_held_out(entry)]
-    train = _limit_alike([pair for entry in kept for pair in _pairs(entry, seed)])[:most]
-    held_out = _limit_alike([pair for entry in distinct if _is_held_out(entry) for pair in _pairs(entry, seed)])
+    train = _limit_alike([pair for entry in kept for pair in _pairs(entry, seed, _MEMORY_SHARE)])[:most]
+    others = [entry for entry in distinct if _is_held_out(entry)]
+    held_out = _limit_alike([pair for entry in others for pair in _pairs(entry, seed, 1.0)])
     conversations = [talk for entry in kept if len(talk := _conversation(entry, seed)) > 2]
     conversations = conversations[: None if most is None else most // 3]
     asked = [pair.question for pair in train]
@@ -117,12 +118,12 @@ def _is_held_out(entry: Entry) -> bool:
     return int.from_bytes(first, "big") < HELD_OUT_SHARE * 2**64
 
 
-def _pairs(entry: Entry, seed: int) -> list[Pair]:
-    """Some of the questions about an entry: one of each kind at most, and one from memory now and then."""
+def _pairs(entry: Entry, seed: int, memory_share: float) -> list[Pair]:
+    """Some of the questions about an entry: one of each kind at most, and one from memory for a share of these."""
     chance = _chance(entry, seed)
     pairs = [_ask(entry, fact, "open", chance) for fact in _choose(entry, chance, _QUESTIONS_OF_AN_ENTRY)]
     remembered = [fact for fact in entry.facts if fact.kind in MEMORY_KINDS]
-    if remembered and chance.random() < _MEMORY_SHARE * len(pairs):
+    if remembered and chance.random() < memory_share * len(pairs):
         pairs.append(_ask(entry, chance.choice(remembered), "memory", chance))
     return pairs
 
