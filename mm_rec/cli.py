@@ -20,7 +20,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("mm_rec.scripts.auto_train", "all of it once: data, tokenizer, a first training, samples"),
+    "demo": Command("mm_rec.scripts.demo_command", "all of it once, in 20 minutes: data, training, answers"),
     "data": Command("mm_rec.data.download_data", "download text and code, or take what this machine has"),
     "tokenizer": Command("mm_rec.scripts.tokenizer_command", "train a tokenizer, or see how one cuts a text"),
     "train": Command("mm_rec.scripts.train_command", "train one stage or all, and go on with a stopped run"),

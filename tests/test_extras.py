@@ -158,4 +158,4 @@ def test_a_container_can_train(name: str) -> None:
 def test_demo_is_make_demo() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(r"^demo: .*\n\t\$\(BIN\)/mm-rec demo$", makefile, re.MULTILINE)
-    assert cli.COMMANDS["demo"].module == "mm_rec.scripts.auto_train"
+    assert cli.COMMANDS["demo"].module == "mm_rec.scripts.demo_command"

@@ -31,6 +31,11 @@ class Fusion(nn.Module):
         self.gate.zero_()
         nn.init.eye_(self.mix)
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether any step has trained it: W_f is zero before."""
+        return bool(self.gate.any())
+
     def forward(self, outputs: list[Tensor]) -> Tensor:
         """Fuse the experts' outputs, each (B, T, D), into one (B, T, D) of the same type."""
         alpha = F.linear(torch.cat(outputs, dim=-1), self.gate).float().softmax(dim=-1).to(outputs[0].dtype)

@@ -16,7 +16,7 @@ from mm_rec.storage.files import some_names
 
 __all__ = ["DomainFiles", "choose_root", "find_domains", "find_named"]
 
-_OTHER_FOLDERS = ("prepared", "synthetic", "instruct", "chat")
+_OTHER_FOLDERS = ("prepared", "synthetic", "instruct", "chat", "questions")
 """Folders of a data folder that hold no documents to pre-train on."""
 
 _HOW_TO_GET_DATA = (

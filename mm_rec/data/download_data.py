@@ -16,7 +16,7 @@ from mm_rec.config import DOMAINS
 from mm_rec.data.documents.reading import ReadOptions, read_options
 from mm_rec.data.download.fetch import fetch
 from mm_rec.data.download.hub import UnreachableError
-from mm_rec.data.download.local import take_builtin, take_own
+from mm_rec.data.download.local import take_builtin, take_builtin_questions, take_own
 from mm_rec.data.download.sources import BUILTIN, DEFAULT_SOURCES, Source, describe_sources, find_source
 from mm_rec.errors import UserError
 from mm_rec.program import Parser, positive_int, run_program
@@ -55,6 +55,7 @@ class Request:
         samples: how many of each source, by its kind; :data:`DEFAULT_SAMPLES` for a kind that is missing.
         sources: names of sources; none takes the defaults for text and code.
         text, code: whether the defaults, or ``builtin``, are taken for text and for code.
+        chat: whether ``builtin`` gives questions with answers, too.
         text_dir, code_dir: the user's own files, in place of the defaults.
         reading: how those files are to be read.
         name_left_out: tell the name of every one of them that is not read.
@@ -64,6 +65,7 @@ class Request:
     sources: tuple[str, ...] = ()
     text: bool = True
     code: bool = True
+    chat: bool = True
     text_dir: Path | None = None
     code_dir: Path | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
@@ -108,6 +110,8 @@ def download(
         ]
         if BUILTIN in names:
             files += [take_builtin(kind, request.samples.get(kind), data_dir, tell) for kind in kinds]
+        if BUILTIN in names and request.chat:
+            files += take_builtin_questions(request.samples.get("instruct"), data_dir, tell)
         for source in sources:
             files.append(_fetch(source, request, data_dir, on_unreachable, tell))
     finally:
@@ -136,6 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument("--no_code", action="store_true", help="no code")
     parser.add_argument("--no_wikitext", action="store_true", help="no text")
+    parser.add_argument("--no_chat", action="store_true", help="no questions and answers of the source builtin")
     parser.add_argument(
         "--source", action="append", default=[], metavar="NAME", help="from the table; may be given often"
     )
@@ -160,6 +165,7 @@ def read_arguments(options: argparse.Namespace) -> Request:
         sources=tuple(options.source),
         text=not options.no_wikitext,
         code=not options.no_code,
+        chat=not options.no_chat,
         text_dir=options.text_dir,
         code_dir=options.code_dir,
         reading=read_options(options.encoding, options.columns, options.skip_bad),

@@ -44,9 +44,10 @@ def export(
     """
     loaded = load_model(source, device="cpu", precision="fp32", adapter=adapter)
     weights = loaded.model.state_dict()
+    taught = loaded.stage if loaded.learned_to_chat else None
     n_bytes = sum(tensor.nbytes for tensor in weights.values())
     with files.atomic_folder(output, n_bytes + SMALL_FILES_BYTES) as folder:
-        hf_folder.write_model_files(folder, loaded.model.config, loaded.tokenizer, loaded.choose_domain(domain))
+        hf_folder.write_model_files(folder, loaded.model.config, loaded.tokenizer, loaded.choose_domain(domain), taught)
         checkpoint.write_tensors(folder / WEIGHTS, hf_folder.module_names(weights))
         return compare(folder, loaded)
 

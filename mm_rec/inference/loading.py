@@ -40,6 +40,7 @@ class Loaded(NamedTuple):
             is trained, else the first expert; :meth:`choose_domain` knows better where there is a prompt.
         path: the checkpoint.
         weights: of :data:`mm_rec.config.WEIGHTS`, as they were loaded.
+        stage: the stage that trained it last; None if that is not known.
     """
 
     model: MMRecModel
@@ -47,6 +48,24 @@ class Loaded(NamedTuple):
     domain: str | None
     path: Path
     weights: str
+    stage: str | None = None
+
+    @property
+    def learned_to_chat(self) -> bool | None:
+        """Whether it was taught to answer in conversations; None if that is not known."""
+        stage = STAGES.get(self.stage or "")
+        return None if stage is None else stage.conversations
+
+    @property
+    def untaught_notice(self) -> str | None:
+        """What to say to who wants to chat with it if it never learned to, and what to run."""
+        if self.learned_to_chat is not False:
+            return None
+        return (
+            f"this model never learned to chat ({self.stage} taught it to continue texts), so its answers mean little; "
+            f"teach it with `mm-rec finetune --task instruct --init_from {self.path} --pairs_from DOCUMENTS` "
+            "or --data CONVERSATIONS"
+        )
 
     def choose_domain(self, requested: str | None, prompt: str = "") -> str | None:
         """Returns the domain that a user asks for: an expert, None (all fused) for ``all``, the default for None.
@@ -58,7 +77,7 @@ class Loaded(NamedTuple):
         """
         experts = self.model.config.experts
         if requested is None:
-            is_fused = self.domain != experts[0] or bool(self.model.fusion.gate.any())
+            is_fused = self.domain != experts[0] or self.model.fusion.is_trained
             return self.domain if is_fused or len(experts) == 1 or not prompt else self._best_expert(prompt)
         if requested not in (*experts, "all"):
             raise UserError(f"there is no expert {requested!r}; use --domain {', '.join(experts)} or all")
@@ -174,7 +193,16 @@ def load_model(
     model.to(place).eval()
     if weights == "full":
         pack_matrices(model)
-    return Loaded(model, tokenizer, found.domain, found.path, weights)
+    return Loaded(model, tokenizer, found.domain, found.path, weights, _last_stage(found.path, adapter))
+
+
+def _last_stage(path: Path, adapter: Path | None) -> str | None:
+    """The stage that trained the checkpoint at ``path`` last, or the adapter that is added to it."""
+    if adapter is None:
+        return checkpoint.stage_of(path)
+    folder = checkpoint.resolve(adapter, _warn) if (adapter / CHECKPOINTS).is_dir() else adapter
+    folder = folder.parent if folder.name == ADAPTER_FOLDER else folder
+    return checkpoint.stage_of(folder) if checkpoint.is_of_a_run(folder) else None
 
 
 def _check_state(model: MMRecModel) -> None:

@@ -94,6 +94,8 @@ def _open_session(options: argparse.Namespace) -> ChatSession:
         adapter=options.adapter,
     )
     model, tokenizer = loaded.model, loaded.tokenizer
+    if loaded.untaught_notice is not None:
+        print(f"note: {loaded.untaught_notice}", file=sys.stderr)
     if options.resume:
         session = ChatSession.load(options.session, model, tokenizer)
         session.sampling = dataclasses.replace(session.sampling, **given)

@@ -25,9 +25,9 @@ EPILOG = """examples:
   mm-rec eval --model checkpoints_cpu --documents text=books.jsonl --distances 1024,16384 --trials 50
   mm-rec eval --model checkpoints_cpu --tasks arc_easy,lambada_openai --limit 200
 
-Documents are .txt, .jsonl (plain, .gz, .zst, .xz) or .parquet, a file or a folder, and are read by each expert and by
-all fused. Needles (something said once, and asked for many tokens later) are hidden in the first of these sets; without
-one only a pass key is, in a text of a few sentences. Tasks need the extra `eval`.
+Documents are .txt, .jsonl (plain, .gz, .zst, .xz) or .parquet, a file or a folder, and are read by each expert and,
+once fusion is trained, by all fused. Needles (something said once, and asked for many tokens later) are hidden in the
+first of these sets; without one only a pass key is, in a text of a few sentences. Tasks need the extra `eval`.
 """
 
 DISTANCES = {"cpu": [1024, 4096], "cuda": [1024, 4096, 16_384, 65_536]}
@@ -171,8 +171,7 @@ def _costs(
                 torch.cuda.synchronize()
         return (time.monotonic() - start) / ids.numel()
 
-    # Each expert reads every document, and all of them once more to be fused.
-    readings = 2 * len(experts) if len(experts) > 1 else 1
+    readings = sum(1 if reader else len(experts) for reader in _readers(loaded))
     of_documents = readings * sum(len(tokens) for one in documents.values() for tokens in one.tokens)
     of_needles = trials * sum(map(recall.row_tokens, distances))
     rows, tokens = recall.piece_of(trials, device)
@@ -216,7 +215,7 @@ class _Clock:
 def _read(
     loaded: Loaded, documents: Mapping[str, Documents], measured: Measurements, progress: Callable[[int], None]
 ) -> None:
-    """Bits per byte of every set, by each expert and by all fused, whole and by position."""
+    """Bits per byte of every set, by each expert and by all fused if that is trained, whole and by position."""
     import numpy as np
 
     from mm_rec.evaluation.bits_per_byte import bytes_by_position, evaluate
@@ -226,7 +225,7 @@ def _read(
     for name, one in documents.items():
         sizes = bytes_by_position(one, token_bytes)
         measured.bits_per_byte[name], measured.by_position[name] = {}, {}
-        for reader in (*experts, None) if len(experts) > 1 else experts:
+        for reader in _readers(loaded):
             runs = 1 if reader else len(experts)
             score = evaluate(loaded.model, one, reader, progress=partial(_times, progress, runs))
             measured.bits_per_byte[name][reader or "fused"] = score.bits_per_byte
@@ -235,6 +234,12 @@ def _read(
             ]
         scores = ", ".join(f"{reader} {score:.4f}" for reader, score in measured.bits_per_byte[name].items())
         print(f"{name}: bits per byte by {scores}", flush=True)
+
+
+def _readers(loaded: Loaded) -> tuple[str | None, ...]:
+    """Who reads documents: each expert, and None for all of them fused, where fusion is trained."""
+    experts = loaded.model.config.experts
+    return (*experts, None) if len(experts) > 1 and loaded.model.fusion.is_trained else experts
 
 
 def _times(progress: Callable[[int], None], runs: int, tokens: int) -> None:

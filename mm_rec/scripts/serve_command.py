@@ -142,6 +142,7 @@ def _build(settings: ServeSettings, path: Path, origins: list[str], connections:
         max_prompt_bytes=settings.max_prompt_bytes,
         max_tokens=settings.max_tokens,
         seconds=settings.time_limit,
+        learned_to_chat=loaded.learned_to_chat,
     )
     limits = Limits(
         # JSON writes some characters with six bytes; the rest is for what stands around the text.
@@ -149,6 +150,8 @@ def _build(settings: ServeSettings, path: Path, origins: list[str], connections:
         max_requests=settings.max_streams + settings.max_queue,
     )
     sys.stdout.write(f"model {loaded.path}, {model.dtype}, expert {domain or 'all'}\n")
+    if loaded.untaught_notice is not None:
+        sys.stdout.write(f"note: {loaded.untaught_notice}\n")
     app = create_app(service, api_key=settings.api_key, limits=limits, connections=connections, cors_origins=origins)
     return app, service.engine
 

@@ -127,6 +127,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
             waiting=engine.waiting,
             slots=engine.max_streams,
             memory_bytes=memory_bytes,
+            learned_to_chat=service.learned_to_chat,
         )
 
     @app.get("/v1/models", responses=ERRORS)

@@ -310,7 +310,7 @@ class Health(BaseModel):
     """How busy the server is.
 
     ``memory_bytes`` is what the model remembers of one stream, whatever its length; ``file_bytes`` in sessions
-    is a little more.
+    is a little more. ``learned_to_chat`` is null if it is not known.
     """
 
     status: Literal["ok"] = "ok"
@@ -319,3 +319,4 @@ class Health(BaseModel):
     waiting: int
     slots: int
     memory_bytes: int
+    learned_to_chat: bool | None = None

@@ -36,6 +36,7 @@ class Service:
         max_prompt_bytes: bytes of text in a request at most, checked before it is tokenized; also the most token ids.
         max_tokens: tokens of one choice at most.
         seconds: time limit of one request.
+        learned_to_chat: whether the model was taught to answer in conversations; None if that is not known.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Service:
     max_prompt_bytes: int = 262_144
     max_tokens: int = 2048
     seconds: float = 600.0
+    learned_to_chat: bool | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:

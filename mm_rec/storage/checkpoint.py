@@ -54,6 +54,7 @@ __all__ = [
     "resolve",
     "save",
     "set_aside",
+    "stage_of",
     "started_from",
     "write_tensors",
 ]
@@ -266,6 +267,21 @@ def started_from(path: Path) -> str | None:
     with _reading(path / TRAINER):
         found: str | None = json.loads(content)["run"]["identity"]["starts_from"]
     return found
+
+
+def stage_of(path: Path) -> str | None:
+    """Returns the stage that trained a checkpoint last, or the one that ``config.json`` of another folder states.
+
+    None if neither is known: exported folders state the stages that teach conversations alone.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    file = path / (TRAINER if is_of_a_run(path) else "config.json")
+    with _reading(file):
+        values = json.loads(read_regular(file))
+        stage = (values.get("run", {}) if file.name == TRAINER else values).get("stage")
+    return stage if isinstance(stage, str) else None
 
 
 def check_shape(found: Checkpoint) -> None:

@@ -356,14 +356,19 @@ class Trainer:
         return path
 
     def _evaluate(self, line: ProgressLine) -> None:
-        """Bits per byte on held-out documents: as the stage runs the model and, where it fuses, by own expert too."""
+        """Bits per byte on held-out documents: as the stage runs the model and, where it fuses, by own expert too.
+
+        Before the first step that trains the fusion there are those by own expert alone.
+        """
         if not self.valid:
             return
-        mixed = self.plan.stage.mixed
-        scores = {name: self._score(name, None if mixed else name) for name in self.valid}
+        stage, records = self.plan.stage, {}
+        scores: dict[str, float] = {}
+        if not stage.fuses or self.progress.step > 0 or self.model.fusion.is_trained:
+            scores = {name: self._score(name, None if stage.mixed else name) for name in self.valid}
+            records["valid"] = scores
         shown = [f"{name} {score:.3f}" for name, score in scores.items()]
-        records = {"valid": scores}
-        if mixed and not self.plan.stage.conversations:
+        if stage.fuses:
             records["valid_by_expert"] = {name: self._score(name, name) for name in self.valid}
             shown += [f"{name} by its expert {score:.3f}" for name, score in records["valid_by_expert"].items()]
         self.run.log_metrics(self.progress.step, **records)

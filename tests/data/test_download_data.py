@@ -1,19 +1,22 @@
 """The command: the guides' flags, the way to other sources, and what happens without a hub."""
 
 import gzip
+import hashlib
 import json
 import re
 
 import pytest
 
 from mm_rec.data import download_data
+from mm_rec.data.conversations import parse_conversation
 from mm_rec.data.documents.reading import ReadOptions
-from mm_rec.data.download import builtin
+from mm_rec.data.download import builtin, local
 from mm_rec.data.download.sources import DEFAULT_SOURCES, SOURCES, describe_sources, find_source
 from mm_rec.data.download_data import Request, download, main
 from mm_rec.data.files import BadRows, read_texts
 from mm_rec.data.manifest import read_manifest
 from mm_rec.data.prepare import prepare
+from mm_rec.data.questions.entries import Entry, Fact
 from mm_rec.data.synthetic import synthetic_code, synthetic_text
 from mm_rec.errors import UserError
 from mm_rec.program import run_program
@@ -136,7 +139,10 @@ def test_without_a_hub_the_builtin_source_can_take_its_place(tmp_path, no_hub):
 
 
 def test_the_builtin_source_by_name(tmp_path, no_hub):
-    assert main(["--output_dir", str(tmp_path), "--source", "builtin", "--text_samples", "3", "--no_code"]) == 0
+    assert (
+        main(["--output_dir", str(tmp_path), "--source", "builtin", "--text_samples", "3", "--no_code", "--no_chat"])
+        == 0
+    )
     assert len(list(read_texts(tmp_path / "text" / "builtin.jsonl", BadRows()))) == 3
     assert not (tmp_path / "code").exists()
 
@@ -219,3 +225,26 @@ def test_both_domains_from_the_guides_command_to_tokens(tmp_path, connect):
     ]  # fmt: skip
     report = prepare(tmp_path, 512).report["domains"]
     assert {name: entry["read"] for name, entry in report.items()} == {"text": 50, "code": 50}
+
+
+def test_the_builtin_source_has_questions_for_both_tasks_and_some_to_test_with(tmp_path, no_hub, monkeypatch):
+    def entries():
+        for at in range(900):
+            name = hashlib.sha256(str(at).encode()).hexdigest()[:12]
+            facts = (Fact("does", f"does {name}"), Fact("returns", f"gives {name}"))
+            yield Entry(name, name[::-1], f"{name} does {name} and gives {name}", facts)
+
+    monkeypatch.setattr(local, "builtin_entries", entries)
+    told = []
+    request = Request({"text": 1, "code": 1, "instruct": 300}, ("builtin",))
+    files = download(tmp_path, request, tell=told.append)
+    rows = {file.parent.name: file.read_text().splitlines() for file in files}
+    assert list(rows) == ["text", "code", "instruct", "chat", "questions"]
+    assert (len(rows["instruct"]), len(rows["chat"])) == (300, 100)
+    asked = [{json.loads(row)["entry"] for row in rows[kind]} for kind in ("instruct", "questions")]
+    assert asked[1]
+    assert not asked[0] & asked[1]
+    assert all(parse_conversation(json.loads(row)) for kind in ("instruct", "chat") for row in rows[kind])
+    before = [file.stat().st_mtime_ns for file in files]
+    assert download(tmp_path, request, tell=told.append) == files
+    assert [file.stat().st_mtime_ns for file in files] == before

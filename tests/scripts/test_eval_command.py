@@ -47,6 +47,23 @@ def own_documents(model: Path) -> Documents:
     return Documents(tokens, sum(len(text.encode()) for text in TEXTS))
 
 
+def test_a_fusion_that_was_never_trained_has_no_number(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = checkpoint.load(model)
+    untrained = tmp_path / "step_000001"
+    weights = {**found.weights, "fusion.gate": torch.zeros_like(found.weights["fusion.gate"])}
+    tokenizer = found.load_tokenizer()
+    checkpoint.save(
+        untrained, config=CONFIG, weights=weights, optimizer={}, carried={}, trainer={}, tokenizer=tokenizer
+    )
+    (tmp_path / "own.txt").write_text(" ".join(TEXTS))
+    assert run(untrained, tmp_path, "--documents", f"own={tmp_path / 'own.txt'}", "--distances", "none") == 0
+    assert "fused" not in capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["bits_per_byte"]["own"]) == set(results["by_position"]["own"]) == {"text", "code"}
+
+
 def test_the_report_holds_what_was_measured(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     documents = tmp_path / "texts.jsonl"
     documents.write_text("\n".join(map(json.dumps, TEXTS)))

@@ -193,3 +193,28 @@ def test_what_an_adapter_cannot_do_is_named(folder: Path, capsys: pytest.Capture
     model = str(folder / "runs" / "stage1")
     assert main(["generate", "--model", model, "--adapter", str(folder / "data"), "--prompt", "x"]) == 2
     assert "there is no adapter in" in capsys.readouterr().err
+
+
+def test_questions_are_made_from_documents(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documents = folder / "documents"
+    documents.mkdir()
+    for word in ("shelf", "board", "chair", "table", "lamp", "door", "wall", "roof", "floor", "stair"):
+        text = f"# Of the {word}\n\nThe {word} is a thing of wood that stands in every house.\n"
+        (documents / f"{word}.md").write_text(text)
+    flags = ["--preset", "tiny", "--seq_len", "16", "--max_steps", "3"]
+    assert run(folder, "train", "--stage", "stage1", *flags) == 0
+    capsys.readouterr()
+    made = ["finetune", "--init_from", str(folder / "runs" / "stage1"), "--pairs_from", str(documents), *flags[2:]]
+    assert run(folder, *made, "--preview") == 0
+    out = capsys.readouterr().out
+    assert "pairs to train on" in out
+    assert "question: The " in out
+    assert "answer: The " in out
+    assert not (folder / "runs" / "instruct").exists()
+    assert run(folder, *made) == 0
+    assert run(folder, *made) == 0
+    assert "instruct is finished" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(folder, *made, "--data", str(documents))
+    with pytest.raises(SystemExit):
+        run(folder, "finetune", "--preview")

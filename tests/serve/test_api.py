@@ -48,7 +48,7 @@ def stream(client: TestClient, path: str, **fields: Any) -> list[dict[str, Any]]
 def test_health_and_models(client: TestClient, service: Service) -> None:
     assert client.get("/health").json() == {
         "status": "ok", "model": "tiny", "running": 0, "waiting": 0, "slots": 8,
-        "memory_bytes": service.engine.memory_bytes,
+        "memory_bytes": service.engine.memory_bytes, "learned_to_chat": None,
     }  # fmt: skip
     [card] = client.get("/v1/models").json()["data"]
     assert card["id"] == "tiny"

@@ -174,3 +174,49 @@ def test_names_that_no_domain_can_have(changes: dict[str, object], message: str)
 def test_a_domain_is_a_name_and_a_path(given: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--domain", given]) == 2
     assert "--domain must be NAME=PATH, each name once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["stage1", "instruct"])
+def test_what_a_model_was_taught_travels_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    (folder,) = folders(tmp_path, ["text"])
+    runs = tmp_path / "runs"
+    assert main(["train", f"--text_dir={folder}", "--checkpoint_dir", str(runs), *FLAGS]) == 0
+    if stage == "instruct":
+        (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+        command = ["finetune", "--data", str(tmp_path / "rows.json"), "--checkpoint_dir", str(runs)]
+        assert main([*command, "--init_from", str(runs / "stage1"), *FINETUNING]) == 0
+    exported = tmp_path / "exported"
+    assert main(["export", "--model", str(runs), "--output", str(exported)]) == 0
+    for place, known in ((runs, True), (exported, stage == "instruct")):
+        loaded = load_model(place, device="cpu", precision="fp32")
+        assert loaded.learned_to_chat == ((stage == "instruct") if known else None)
+        capsys.readouterr()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))
+        assert main(["chat", "--model", str(place), "--device", "cpu", "--max_new_tokens", "4"]) == 0
+        told = capsys.readouterr().err
+        told_apps: list[Any] = []
+        monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets, to=told_apps: to.append(server.config.app))
+        served = ["serve", "--model", str(place), "--device", "cpu", "--port", "0"]
+        assert main([*served, "--session_dir", str(tmp_path / "sessions")]) == 0
+        said = capsys.readouterr().out
+        with TestClient(told_apps[0], base_url="http://localhost") as client:
+            assert client.get("/health").json()["learned_to_chat"] is loaded.learned_to_chat
+            assert 'id="untaught"' in client.get("/").text
+        for words in (told, said):
+            assert ("never learned to chat" in words) == (known and stage == "stage1")
+            assert ("mm-rec finetune --task instruct --init_from" in words) == (known and stage == "stage1")
+
+
+def test_a_fusion_has_no_number_before_it_is_trained(tmp_path: Path) -> None:
+    names = ["law", "medicine"]
+    flags = [f"--domain={name}={path}" for name, path in zip(names, folders(tmp_path, names), strict=True)]
+    runs = tmp_path / "runs"
+    assert main(["train", "--stage", "all", *flags, "--checkpoint_dir", str(runs), *FLAGS]) == 0
+    lines = map(json.loads, (runs / "stage3" / "metrics.jsonl").read_text().splitlines())
+    first, *others = [record for record in lines if "valid_by_expert" in record]
+    assert first["step"] == 0
+    assert "valid" not in first
+    assert others
+    assert all(set(record["valid"]) == set(names) for record in others)

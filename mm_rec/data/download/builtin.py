@@ -2,7 +2,8 @@
 
 Code: the modules of Python's own standard library. Text: English prose from the documentation that is installed, that
 is Python's language reference, the docstrings of the standard library and of installed packages, and their README and
-other documentation files. The same installation gives the same documents.
+other documentation files. The same installation gives the same documents. What questions and answers are made of
+(:mod:`mm_rec.data.questions`) is read from the same places.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from inspect import cleandoc
+from itertools import islice
 from pathlib import Path
 
+from mm_rec.data.questions.entries import Entry
+from mm_rec.data.questions.programs import entries_of_program
+from mm_rec.data.questions.texts import entries_of_text
 from mm_rec.regular_file import read_regular
 
-__all__ = ["builtin_code", "builtin_text", "prose"]
+__all__ = ["builtin_code", "builtin_entries", "builtin_text", "prose"]
 
 _MAX_TEXT = 12_000_000  # bytes of all documents: more than a CPU reads in days of training
 _MAX_CODE = 20_000_000
 _MAX_PACKAGE = 2_500_000  # bytes of prose from one package, so that none sets the tone
+_MAX_ENTRIES = 1500  # of one package, for questions
 _MAX_FILE = 500_000  # bytes; larger modules hold tables
 _MIN_DOCUMENT = 300  # characters of prose in a module or file
 
@@ -56,6 +62,41 @@ def builtin_text(roots: Iterable[Path] | None = None) -> Iterator[str]:
     sources.extend(map(_documentation, roots))
     documents = (text for source in sources for text in _first(_MAX_PACKAGE, _distinct_prose(source, seen)))
     yield from _first(_MAX_TEXT, documents)
+
+
+def builtin_entries(roots: Iterable[Path] | None = None) -> Iterator[Entry]:
+    """What questions can be made from: of Python's language reference, the standard library and installed packages.
+
+    Tests are left out, and of a package what comes after its first entries.
+
+    Args:
+        roots: the folders to read in place of all these.
+    """
+    if roots is None:
+        reference: dict[str, str] = import_module("pydoc_data.topics").topics
+        for text in reference.values():
+            yield from entries_of_text(text)
+        roots = _installed()
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    for root in roots:
+        entries = _entries(root, root if root == stdlib else root.parent)
+        yield from entries if root == stdlib else islice(entries, _MAX_ENTRIES)
+
+
+def _entries(root: Path, home: Path) -> Iterator[Entry]:
+    """Yields the entries of the files below ``root``, whose modules are named as seen from ``home``."""
+    for path in _files(root, (".py", ".md", ".rst", ".txt", "METADATA")):
+        place = path.relative_to(home).with_suffix("")
+        if any("test" in part for part in place.parts) or (path.suffix != ".py" and _SKIPPED_FILES.search(path.name)):
+            continue
+        content = _read(path)
+        if content is None:
+            continue
+        if path.suffix == ".py":
+            parts = place.parts[:-1] if place.name == "__init__" else place.parts
+            yield from entries_of_program(content, ".".join(parts))
+        else:
+            yield from entries_of_text(content)
 
 
 def prose(text: str) -> Iterator[str]:

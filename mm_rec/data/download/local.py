@@ -16,14 +16,20 @@ from mm_rec.data.documents.folder import find_documents
 from mm_rec.data.documents.kinds import readable_endings
 from mm_rec.data.documents.parsing import Parser
 from mm_rec.data.documents.reading import Documents, ReadOptions
-from mm_rec.data.download.builtin import builtin_code, builtin_text
+from mm_rec.data.download.builtin import builtin_code, builtin_entries, builtin_text
 from mm_rec.data.download.sources import BUILTIN
 from mm_rec.data.manifest import check_files, read_manifest, record_file
 from mm_rec.data.pack import file_sha256
+from mm_rec.data.questions.make import make_questions
 from mm_rec.errors import UserError
 from mm_rec.storage.files import format_bytes, reporting_errors
 
-__all__ = ["take_builtin", "take_own"]
+__all__ = ["QUESTIONS", "take_builtin", "take_builtin_questions", "take_own"]
+
+QUESTIONS = "questions"
+"""Folder of the questions that are held out from training."""
+
+MOST_PAIRS = 30_000
 
 
 def take_builtin(kind: str, samples: int | None, data_dir: Path, tell: Callable[[str], None]) -> Path:
@@ -37,16 +43,57 @@ def take_builtin(kind: str, samples: int | None, data_dir: Path, tell: Callable[
         data_dir: the data folder.
         tell: takes a line about what happens.
     """
-    name = f"{kind}/{BUILTIN}.jsonl"
-    entry = read_manifest(data_dir).get(name)
-    if entry is not None and entry.get("asked") == samples and (data_dir / name).exists():
-        check_files(data_dir, [data_dir / name])
-        tell(f"{BUILTIN}: {data_dir / name} is there already")
-        return data_dir / name
+    if _is_there(kind, samples, data_dir, tell):
+        return data_dir / _builtin_file(kind)
     tell(f"{BUILTIN}: reading {kind} from this machine's Python installation")
     texts = builtin_code() if kind == "code" else builtin_text()
-    entry = {"source": BUILTIN, "revision": sys.version, "licence": "as each package", "asked": samples}
-    return _write(data_dir, name, islice(texts, samples), entry, tell)
+    return _write(data_dir, _builtin_file(kind), islice(texts, samples), _builtin_entry(samples), tell)
+
+
+def take_builtin_questions(samples: int | None, data_dir: Path, tell: Callable[[str], None]) -> list[Path]:
+    """Write questions with answers from what is installed, unless they are there; returns the files.
+
+    ``data_dir/instruct/builtin.jsonl`` has pairs of a question and an answer, ``data_dir/chat/builtin.jsonl``
+    conversations of several turns, and ``data_dir/questions/builtin.jsonl`` pairs about other things, by which a model
+    can be tested.
+
+    Args:
+        samples: how many pairs at most; None for the usual number. A third as many are conversations.
+        data_dir: the data folder.
+        tell: takes a line about what happens.
+    """
+    kinds = ("instruct", "chat", QUESTIONS)
+    if not all(_is_there(kind, samples, data_dir, tell) for kind in kinds):
+        tell(f"{BUILTIN}: making questions from this machine's Python installation")
+        questions = make_questions(builtin_entries(), most=samples or MOST_PAIRS)
+        tell(f"{BUILTIN}: {questions.describe()}")
+        rows: dict[str, list[dict[str, Any]]] = {
+            "instruct": [pair.row() for pair in questions.train],
+            "chat": [{"messages": talk} for talk in questions.conversations],
+            QUESTIONS: [pair.row() for pair in questions.held_out],
+        }
+        for kind in kinds:
+            _write(data_dir, _builtin_file(kind), rows[kind], _builtin_entry(samples), tell)
+    return [data_dir / _builtin_file(kind) for kind in kinds]
+
+
+def _is_there(kind: str, samples: int | None, data_dir: Path, tell: Callable[[str], None]) -> bool:
+    """Whether the builtin data of a kind were written for as many samples; those that are damaged are refused."""
+    path = data_dir / _builtin_file(kind)
+    entry = read_manifest(data_dir).get(_builtin_file(kind))
+    if entry is None or entry.get("asked") != samples or not path.exists():
+        return False
+    check_files(data_dir, [path])
+    tell(f"{BUILTIN}: {path} is there already")
+    return True
+
+
+def _builtin_file(kind: str) -> str:
+    return f"{kind}/{BUILTIN}.jsonl"
+
+
+def _builtin_entry(samples: int | None) -> dict[str, Any]:
+    return {"source": BUILTIN, "revision": sys.version, "licence": "as each package", "asked": samples}
 
 
 def take_own(
@@ -85,7 +132,14 @@ def take_own(
     return target
 
 
-def _write(data_dir: Path, name: str, texts: Iterable[str], entry: dict[str, Any], tell: Callable[[str], None]) -> Path:
+def _write(
+    data_dir: Path,
+    name: str,
+    samples: Iterable[str | dict[str, Any]],
+    entry: dict[str, Any],
+    tell: Callable[[str], None],
+) -> Path:
+    """Write a file of JSON, a sample a line, and enter it in the manifest; returns the file."""
     target = data_dir / name
     part = target.with_name(f".{target.name}.part")
     count = 0
@@ -96,8 +150,8 @@ def _write(data_dir: Path, name: str, texts: Iterable[str], entry: dict[str, Any
         try:
             part.unlink(missing_ok=True)
             with part.open("xb") as file:
-                for text in texts:
-                    file.write(json.dumps(text, ensure_ascii=False).encode() + b"\n")
+                for sample in samples:
+                    file.write(json.dumps(sample, ensure_ascii=False).encode() + b"\n")
                     count += 1
                 file.flush()
                 system.sync_descriptor(file.fileno())

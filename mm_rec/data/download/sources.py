@@ -114,7 +114,7 @@ def find_source(name: str) -> Source:
 
 def describe_sources() -> str:
     """The table for people, a line a source."""
-    lines = [f"  {BUILTIN:14} text and code of this machine's own Python installation; needs no network"]
+    lines = [f"  {BUILTIN:14} text, code, questions and answers of this machine's own Python installation; no network"]
     for source in _TABLE:
         note = f"{source.note}; " if source.note else ""
         gate = ", gated: accept its terms there first and set HF_TOKEN" if source.gated else ""

@@ -1,7 +1,7 @@
 from itertools import islice
 
 from mm_rec.data.download import builtin
-from mm_rec.data.download.builtin import builtin_code, builtin_text
+from mm_rec.data.download.builtin import builtin_code, builtin_entries, builtin_text
 
 PROSE = (
     "This is a paragraph of English that you can read, and it is long enough to be taken for what it is. " * 4 + "So"
@@ -58,3 +58,16 @@ def test_this_installation_has_real_text_and_code():
     assert text == list(islice(builtin_text(), 40))
     assert sum("import " in module for module in code) > 30
     assert sum(" the " in document for document in text) > 30
+
+
+def test_questions_are_made_of_modules_and_documents_but_not_of_tests(tmp_path, monkeypatch):
+    program = '"""A module."""\ndef add(a, b=1):\n    """Return the sum of both."""\n    return a + b\n'
+    root = make(
+        tmp_path / "pack",
+        {"m.py": program, "sub/__init__.py": program, "tests/test_m.py": program,
+         "guide.md": "# What is a pack?\n\nA pack is a folder with modules in it.\n"},
+    )  # fmt: skip
+    entries = list(builtin_entries([root]))
+    assert {entry.full_name for entry in entries} == {"What is a pack?", "pack", "pack.m.add", "pack.sub.add"}
+    monkeypatch.setattr(builtin, "_MAX_ENTRIES", 2)
+    assert list(builtin_entries([root])) == entries[:2]
