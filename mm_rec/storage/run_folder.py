@@ -185,8 +185,12 @@ class RunFolder:
 
     def note_completed(self, step: int) -> None:
         """Note outside of the checkpoints that the one of ``step`` is complete, and the newest."""
-        if self.config.get(COMPLETED) != step:
-            self.config[COMPLETED] = step
+        self.note(COMPLETED, step)
+
+    def note(self, key: str, value: Any) -> None:
+        """Keep a plain value in the configuration of the run, beside what identifies it."""
+        if self.config.get(key) != value:
+            self.config[key] = value
             write_config(self.path, self.config)
 
     @property
@@ -202,8 +206,7 @@ class RunFolder:
             steps: how many there are to be in all.
             seconds: how much of the time is used.
         """
-        self.config[LENGTHS] = [*(self.config.get(LENGTHS) or ()), [step, steps, round(seconds, 3)]]
-        write_config(self.path, self.config)
+        self.note(LENGTHS, [*(self.config.get(LENGTHS) or ()), [step, steps, round(seconds, 3)]])
 
     def _sync_records(self, folder: Path) -> dict[str, int]:
         """Flush the records to the disk; their sizes in bytes."""

@@ -29,11 +29,13 @@ class StartingPoint(NamedTuple):
         config: the shape of the model.
         weights: the final weights of the stage before, or those named by ``init_from``; None for new ones.
         identity: all that decides the result of the run; runs of one identity are the same run.
+        path: the checkpoint that is started from or gone on with; None for new weights.
     """
 
     config: ModelConfig
     weights: Mapping[str, Tensor] | None
     identity: dict[str, Any]
+    path: Path | None
 
 
 class _Weights(NamedTuple):
@@ -73,7 +75,8 @@ def find_starting_point(settings: TrainSettings, plan: Plan, data: Prepared, dev
         "starts_from": starts_from,
         "model": config.to_dict(),
     }
-    return StartingPoint(config, start and start.weights, identity)
+    path = named.path if named is not None else start and start.path
+    return StartingPoint(config, start and start.weights, identity, path)
 
 
 def starting_checkpoint(settings: TrainSettings) -> Path | None:

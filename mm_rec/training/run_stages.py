@@ -22,6 +22,7 @@ from mm_rec.machine.signals import SignalGuard
 from mm_rec.program import say
 from mm_rec.stages import STAGES
 from mm_rec.storage import checkpoint
+from mm_rec.storage.lineage import TRAINED_ON, extended
 from mm_rec.storage.resume import cut_back, find_newest, open_run
 from mm_rec.storage.run_config import differences
 from mm_rec.storage.run_folder import Run, RunFolder
@@ -102,6 +103,7 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
     processes.check_rows(plan.batch_size)
     point = find_starting_point(settings, plan, data, device) if processes.is_rank_zero() else None
     available = memory_of_process(device)  # before anything of the run is loaded
+    places = [] if point is None else extended(point.path, data.path, data.documents_sha256)
     with NoRunFolder() if point is None else _open_run(settings, plan, point, console) as run:
         start = broadcast_start(None if point is None else _read_start(run, plan_of, point))
         plan = plan_of(start.lengths)
@@ -129,6 +131,7 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
         announce(console, trainer, data, estimate)
         if isinstance(run, RunFolder):  # nothing that cannot be undone comes before all that can refuse
             cut_back(run, saved)
+            run.note(TRAINED_ON, places)
             if first is not None:
                 run.note_length(*first)
         path = trainer.fit()
