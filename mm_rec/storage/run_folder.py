@@ -63,6 +63,9 @@ class Run(Protocol):
     def save(self, step: int, *, trainer: Mapping[str, Any], **content: Any) -> Path:
         """Write the checkpoint of ``step``; returns its path."""
 
+    def note(self, key: str, value: Any) -> None:
+        """Keep a plain value in the configuration of the run."""
+
     def log_metrics(self, step: int, **values: Any) -> None:
         """Record what a repeated run would yield again."""
 
