@@ -37,7 +37,7 @@ class TrainedRun:
 
     Attributes:
         folder: the run folder, with its records, samples, picture and checkpoints.
-        checkpoint: the folder of its last checkpoint.
+        checkpoint: the folder of its checkpoint that is best by validation, as a rule the last.
     """
 
     def __init__(self, checkpoint: Path) -> None:

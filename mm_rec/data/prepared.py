@@ -55,6 +55,11 @@ class Prepared:
     report: dict[str, Any]
     recall: dict[str, TokenStore] = field(default_factory=dict)
 
+    @property
+    def documents_sha256(self) -> str:
+        """The ``data_sha256`` of the documents alone, without rows that train recall."""
+        return _sha256_of(self.train, self.valid)
+
 
 class StoreFolder(NamedTuple):
     """A folder of token stores that :func:`make_folder` made.
@@ -117,9 +122,12 @@ def open_prepared(path: Path) -> Prepared:
         if tokenizer is None:
             raise DamageError(f"{path} has no tokenizer")
         train, valid = ({name: stores[f"{name}-{split}"] for name in report["domains"]} for split in ("train", "valid"))
+    return Prepared(path, tokenizer, train, valid, _sha256_of(train, valid), report)
+
+
+def _sha256_of(train: Mapping[str, TokenStore], valid: Mapping[str, TokenStore]) -> str:
     hashes = [[name, train[name].sha256, valid[name].sha256] for name in sorted(train)]
-    data_sha256 = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-    return Prepared(path, tokenizer, train, valid, data_sha256, report)
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def open_folder(path: Path) -> StoreFolder:

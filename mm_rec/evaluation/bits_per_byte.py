@@ -31,11 +31,13 @@ class Documents:
         tokens: of each, BOS first.
         n_bytes: UTF-8 bytes of all that counts.
         masks: for each document and token whether it counts, as in a :class:`TokenStore`; None if all do.
+        cut: the numbers of those that are the beginning of a longer document.
     """
 
     tokens: list[np.ndarray]
     n_bytes: int
     masks: list[np.ndarray] | None = None
+    cut: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def select_documents(store: TokenStore, token_bytes: np.ndarray, max_bytes: int 
     """
     chosen: list[np.ndarray] = []
     masks: list[np.ndarray] = []
+    cut: set[int] = set()
     total = 0
     for index in range(store.n_documents):
         tokens, mask = store.document(index), store.mask(index)
@@ -106,13 +109,15 @@ def select_documents(store: TokenStore, token_bytes: np.ndarray, max_bytes: int 
                 size = int(ends[len(tokens) - 1]) if len(tokens) else 0
         if len(tokens) < 2 or size == 0:
             continue
+        if size < store.n_bytes[index]:
+            cut.add(len(chosen))
         chosen.append(tokens)
         if mask is not None:
             masks.append(mask[: len(tokens)])
         total += size
         if max_bytes is not None and total >= max_bytes - max_bytes // 64:
             break
-    return Documents(chosen, total, masks if store.loss_mask is not None else None)
+    return Documents(chosen, total, masks if store.loss_mask is not None else None, frozenset(cut))
 
 
 @torch.inference_mode()

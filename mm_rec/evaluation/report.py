@@ -40,6 +40,7 @@ class Measurements:
 
     Attributes:
         model: facts about the model, in words, by name.
+        origin: of each set of documents, whether it was held out or how much of it was seen in training.
         bits_per_byte: of each set of documents, by who read them (the name of an expert, or ``fused``).
         by_position: of each set of documents, by who read them, bits per byte by the place in a document, for the
             ranges of :func:`mm_rec.evaluation.bits_per_byte.position_bounds`; None where there is nothing.
@@ -49,6 +50,7 @@ class Measurements:
     """
 
     model: dict[str, str]
+    origin: dict[str, str] = field(default_factory=dict)
     bits_per_byte: dict[str, dict[str, float]] = field(default_factory=dict)
     by_position: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
     needles: list[Needles] = field(default_factory=list)
@@ -77,7 +79,7 @@ def write_report(folder: Path, measured: Measurements) -> Path:
 def _page(measured: Measurements) -> str:
     sections = [
         _table("", {name: [value] for name, value in measured.model.items()}),
-        *_bits_per_byte(measured.bits_per_byte),
+        *_bits_per_byte(measured.bits_per_byte, measured.origin),
         *_by_position(measured.by_position),
         *_needles(measured.needles),
     ]
@@ -97,11 +99,11 @@ def _page(measured: Measurements) -> str:
     )
 
 
-def _bits_per_byte(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
+def _bits_per_byte(scores: Mapping[str, Mapping[str, float]], origin: Mapping[str, str]) -> list[str]:
     if not scores:
         return []
     readers = list(next(iter(scores.values())))
-    rows = {name: [f"{one[reader]:.4f}" for reader in readers] for name, one in scores.items()}
+    rows = {name: [*(f"{one[reader]:.4f}" for reader in readers), origin.get(name, "")] for name, one in scores.items()}
     figure, axes = _figure()
     width = 0.8 / len(readers)
     for index, reader in enumerate(readers):
@@ -114,10 +116,15 @@ def _bits_per_byte(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
     axes.set_ylabel("bits per byte", fontsize=12)
     axes.set_ylim(top=1.15 * max(value for one in scores.values() for value in one.values()))
     figure.legend(title="read by", loc="outside upper right", fontsize=11, ncols=len(readers))
-    note = "Held-out documents, each read from its start to its end with the state carried. Lower is better."
+    note = (
+        "How many bits the model needs, on average, to tell each byte of a text: lower is better, and a model that "
+        "knows nothing needs 8. Each document is read from its start to its end with the state carried."
+    )
     return [
-        _heading("Bits per byte", note), _table("documents", rows, readers), _picture(figure, "bits per byte by reader")
-    ]  # fmt: skip
+        _heading("Bits per byte", note),
+        _table("documents", rows, [*readers, "where from"]),
+        _picture(figure, "bits per byte by reader"),
+    ]
 
 
 def _by_position(scores: Mapping[str, Mapping[str, Sequence[float | None]]]) -> list[str]:

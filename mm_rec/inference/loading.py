@@ -19,6 +19,7 @@ from mm_rec.stages import STAGES
 from mm_rec.state import flatten_state, initial_state
 from mm_rec.storage import checkpoint
 from mm_rec.storage.adapter import ADAPTER_FOLDER, merged, read_adapter
+from mm_rec.storage.best import best_or_newest, resolve
 from mm_rec.storage.files import format_bytes
 from mm_rec.storage.resume import require_checkpoints
 from mm_rec.storage.run_config import CHECKPOINTS, COMPLETED, list_runs, require_configs
@@ -96,9 +97,10 @@ class Loaded(NamedTuple):
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Returns the checkpoint at ``path``: a checkpoint, a run folder (its newest valid one) or a folder of runs.
+    """Returns the checkpoint at ``path``: a checkpoint, a run folder (its best by validation) or a folder of runs.
 
-    In a folder of runs it is the newest valid one of the newest run of the last stage that has completed one. A run
+    In a folder of runs it is that of the newest run of the last stage that has completed one. Where there was no
+    validation, or the best one is damaged, the newest valid one takes its place. A run
     that was stopped before its first step is taken only if there is no other. Each damaged checkpoint, and each such
     run, that is passed over is a warning.
 
@@ -114,7 +116,7 @@ def find_checkpoint(path: Path) -> Path:
             _, run, config = entry
             if config is None:
                 continue
-            newest = checkpoint.newest_valid(run / CHECKPOINTS, _warn)
+            newest = best_or_newest(run, _warn)
             if newest is None:
                 require_checkpoints(run, config)
             elif checkpoint.checkpoint_step(newest) == 0 and not config.get(COMPLETED):
@@ -123,7 +125,7 @@ def find_checkpoint(path: Path) -> Path:
                 for one in untrained:
                     _warn(f"passed over {one.parent.parent}, which was stopped before its first step")
                 return newest
-    return untrained[0] if untrained else checkpoint.resolve(path, _warn)
+    return untrained[0] if untrained else resolve(path, _warn)
 
 
 def _warn(message: str) -> None:
@@ -136,7 +138,7 @@ def _adapted(base: checkpoint.Checkpoint, adapter: Path) -> Mapping[str, Tensor]
     Raises:
         UserError: if it is no adapter of this model, or was trained in a run that started from another checkpoint.
     """
-    folder = checkpoint.resolve(adapter, _warn) if (adapter / CHECKPOINTS).is_dir() else adapter
+    folder = resolve(adapter, _warn) if (adapter / CHECKPOINTS).is_dir() else adapter
     changes = read_adapter(folder)
     started_from = checkpoint.started_from(folder.parent if folder.name == ADAPTER_FOLDER else folder)
     if started_from not in (None, base.sha256) and checkpoint.is_of_a_run(base.path):

@@ -1,11 +1,14 @@
-"""Measure a model: bits per byte, how far back it remembers, tasks of lm-eval. Writes a page with pictures."""
+"""Measure a model: bits per byte, how far back it remembers, tasks of lm-eval. Writes a page with pictures.
+
+Bits per byte say how well a model predicts a text: how many bits it needs, on average, to tell each byte of it. Fewer
+are better; a model that knows nothing needs 8.
+"""
 
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,23 +19,28 @@ from mm_rec.scripts.sampling_options import add_domain_argument, add_weights_arg
 
 if TYPE_CHECKING:
     from mm_rec.evaluation.bits_per_byte import Documents
-    from mm_rec.evaluation.recall import Needles
+    from mm_rec.evaluation.recall import Haystack, Needles
     from mm_rec.evaluation.report import Measurements
     from mm_rec.inference.loading import Loaded
 
 EPILOG = """examples:
-  mm-rec eval --model checkpoints_cpu --documents text=books.jsonl --documents code=python.jsonl.xz
-  mm-rec eval --model checkpoints_cpu --documents text=books.jsonl --distances 1024,16384 --trials 50
+  mm-rec eval --model checkpoints_cpu
+  mm-rec eval --model checkpoints_cpu --distances 1024,16384 --trials 50
+  mm-rec eval --model checkpoints_cpu --documents books=books.jsonl --documents code=python.jsonl.xz
   mm-rec eval --model checkpoints_cpu --tasks arc_easy,lambada_openai --limit 200
 
-Documents are .txt, .jsonl (plain, .gz, .zst, .xz) or .parquet, a file or a folder, and are read by each expert and,
-once fusion is trained, by all fused. Needles (something said once, and asked for many tokens later) are hidden in the
-first of these sets; without one only a pass key is, in a text of a few sentences. Tasks need the extra `eval`.
+Without --documents the model reads what its run held out, the same as training validates on. Documents that are named
+are compared with the training data, paragraph by paragraph, and what was seen in training is told apart. They are .txt,
+.jsonl (plain, .gz, .zst, .xz), .parquet and more, a file or a folder. Each expert reads them and, once fusion is
+trained, all fused. Needles (something said once, and asked for many tokens later) are hidden in the first set; without
+one only a pass key is, in a text of a few sentences. Tasks need the extra `eval`.
 """
 
 DISTANCES = {"cpu": [1024, 4096], "cuda": [1024, 4096, 16_384, 65_536]}
 TRIALS = {"cpu": 16, "cuda": 200}
 PROGRESS_SECONDS = 10.0
+NEEDLE_SECONDS = 60.0
+"""Where no distances are named, needles are hidden over as many as take this time."""
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
@@ -46,16 +54,19 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
         default=[],
         type=_named_path,
         metavar="NAME=PATH",
-        help="to read; may be repeated",
+        help="to read in place of what the run held out; may be repeated",
     )
-    parser.add_argument("--max_bytes", type=int, metavar="INT", help="of each set of documents; all if not given")
+    parser.add_argument(
+        "--max_bytes", type=positive_int, metavar="INT",
+        help="of each set of documents (default: all of named ones; of held-out ones as many as training validates on)",
+    )  # fmt: skip
     parser.add_argument(
         "--skip_bad", type=int, default=0, metavar="INT", help="rows that cannot be read to leave out of each set"
     )
     parser.add_argument(
         "--distances", type=_distances, metavar="LIST",
-        help="tokens over which to remember, such as 1024,4096; `none` leaves needles out (default up to 4,096 on a "
-        "CPU, 65,536 on a GPU)",
+        help="tokens over which to remember, such as 1024,4096; `none` leaves needles out (default: what takes a "
+        "minute, up to 4,096 on a CPU, 65,536 on a GPU)",
     )  # fmt: skip
     parser.add_argument(
         "--trials", type=positive_int, metavar="INT", help="at each distance (default 16 on a CPU, 200 on a GPU)"
@@ -105,28 +116,28 @@ def _evaluate(options: argparse.Namespace) -> int:
     model, tokenizer, domain = loaded.model, loaded.tokenizer, loaded.choose_domain(options.domain)
     with reporting_errors(options.output):  # before hours of measuring
         options.output.mkdir(parents=True, exist_ok=True)
-    device = model.embedding.weight.device.type
-    options.distances = DISTANCES[device] if options.distances is None else options.distances
-    options.trials = options.trials or TRIALS[device]
+    trials = options.trials or TRIALS[model.embedding.weight.device.type]
     measured = Measurements(_facts(loaded, domain))
     print(f"state: {measured.model['state']}")
-    documents = {
-        name: _read_documents(path, loaded, options.max_bytes, options.skip_bad) for name, path in options.documents
-    }
-    haystack = next((Haystack(one.tokens, tokenizer) for one in documents.values()), None)
-    needles = cells(options.distances, haystack)
-    costs = _costs(loaded, domain, documents, options.trials, [distance for _, distance in needles])
-    clock = _Clock(costs)
-    _read(loaded, documents, measured, clock.counting(costs.reading))
+    documents = _choose_documents(options, loaded, measured)
+    haystack = next((Haystack(one.tokens, tokenizer) for one in documents.values() if one.masks is None), None)
+    speeds = _speeds(loaded, domain, trials)
+    distances = _choose_distances(options.distances, loaded, haystack, trials, speeds.needles)
+    needles = cells(distances, haystack)
+    clock = _Clock(
+        speeds.reading * _tokens_to_read(loaded, documents),
+        speeds.needles * _tokens_of_needles(trials, [distance for _, distance in needles]),
+    )
+    _read(loaded, documents, measured, clock.counting(speeds.reading))
     for kind, distance in needles:
         measured.needles.append(
             find_needles(
                 model, tokenizer, domain, kind, distance, haystack,
-                trials=options.trials, seed=options.seed, progress=clock.counting(costs.needles),
+                trials=trials, seed=options.seed, progress=clock.counting(speeds.needles),
             )
         )  # fmt: skip
         print(_needles_in_words(measured.needles[-1]), flush=True)
-    too_far = [one for one in options.distances if haystack is not None and not haystack.holds(one)]
+    too_far = [one for one in distances if haystack is not None and not haystack.holds(one)]
     if too_far:
         print(f"the documents have too few tokens for needles over {', '.join(f'{one:,}' for one in too_far)}")
     if options.tasks:
@@ -141,25 +152,68 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-class _Costs(NamedTuple):
-    """Tokens to read in documents, once for each expert that reads them, and in needles; seconds for each token."""
+def _choose_documents(options: argparse.Namespace, loaded: Loaded, measured: Measurements) -> dict[str, Documents]:
+    """The sets of documents to read, and in ``measured`` where each is from and what of it was seen in training."""
+    from mm_rec.evaluation.document_sets import held_out, read_documents
 
-    tokens_of_documents: int
-    tokens_of_needles: int
+    tokenizer = loaded.tokenizer
+    if options.documents:
+        named = {
+            name: read_documents(path, tokenizer, options.max_bytes, options.skip_bad, print)
+            for name, path in options.documents
+        }
+        return _tell_apart(named, loaded, measured)
+    try:
+        documents, data = held_out(loaded.path, tokenizer, options.max_bytes)
+    except UserError as error:
+        print(f"no held-out documents are read: {error}; name some with --documents NAME=PATH")
+        return {}
+    print(f"held-out documents of {data.path}, which training has not seen:")
+    for name, one in documents.items():
+        what = "answers in conversations" if one.masks is not None else "documents"
+        measured.origin[name] = f"held out, {len(one.tokens):,} {what}, {one.n_bytes:,} bytes"
+        print(f"  {name}: {len(one.tokens):,} {what}, {one.n_bytes:,} bytes")
+    return documents
+
+
+def _tell_apart(named: Mapping[str, Documents], loaded: Loaded, measured: Measurements) -> dict[str, Documents]:
+    """The sets of documents and, of each that was seen in part, the rest as one more set."""
+    from mm_rec.evaluation.document_sets import open_training_data
+    from mm_rec.evaluation.seen_in_training import compare
+
+    try:
+        training = [store for data in open_training_data(loaded.path) for store in data.train.values()]
+    except UserError as error:
+        print(f"nothing says whether these documents were seen in training: {error}")
+        measured.origin = dict.fromkeys(named, "not compared with the training data")
+        return dict(named)
+    print(f"comparing with {sum(store.n_tokens for store in training):,} tokens of training data", flush=True)
+    sets: dict[str, Documents] = {}
+    for name, documents in named.items():
+        seen = compare(documents, training, loaded.tokenizer.token_bytes)
+        sets[name], measured.origin[name] = documents, seen.describe()
+        print(f"{name}: {seen.describe()}")
+        if seen.rest is not None:
+            rest = f"{name}, unseen part"
+            sets[rest], measured.origin[rest] = seen.rest, f"the paragraphs of {name} that training has not seen"
+    return sets
+
+
+class _Speeds(NamedTuple):
+    """Seconds for each token that one expert reads of documents, and that is read for needles."""
+
     reading: float
     needles: float
 
 
-def _costs(
-    loaded: Loaded, domain: str | None, documents: Mapping[str, Documents], trials: int, distances: list[int]
-) -> _Costs:
-    """Measure how long a piece of a document and of a needle's row takes; ``distances`` are those of all needles."""
+def _speeds(loaded: Loaded, domain: str | None, trials: int) -> _Speeds:
+    """Measure how long a piece of a document and of a needle's row takes."""
     import torch
 
     from mm_rec.evaluation import bits_per_byte, recall
 
     model = loaded.model
-    device, experts = model.embedding.weight.device, model.config.experts
+    device = model.embedding.weight.device
 
     @torch.inference_mode()
     def seconds_per_token(rows: int, tokens: int, domain: str | None) -> float:
@@ -171,24 +225,50 @@ def _costs(
                 torch.cuda.synchronize()
         return (time.monotonic() - start) / ids.numel()
 
-    readings = sum(1 if reader else len(experts) for reader in _readers(loaded))
-    of_documents = readings * sum(len(tokens) for one in documents.values() for tokens in one.tokens)
-    of_needles = trials * sum(map(recall.row_tokens, distances))
-    rows, tokens = recall.piece_of(trials, device)
     chunk = bits_per_byte.CHUNK
-    return _Costs(
-        of_documents,
-        of_needles,
-        seconds_per_token(bits_per_byte.TOKENS_PER_BATCH // chunk, chunk, experts[0]) if of_documents else 0.0,
-        seconds_per_token(rows, tokens, domain) if of_needles else 0.0,
-    )
+    reading = seconds_per_token(bits_per_byte.TOKENS_PER_BATCH // chunk, chunk, model.config.experts[0])
+    return _Speeds(reading, seconds_per_token(*recall.piece_of(trials, device), domain))
+
+
+def _tokens_to_read(loaded: Loaded, documents: Mapping[str, Documents]) -> int:
+    """Tokens of documents, once for each expert that reads them, and as often again for all fused, if they are read."""
+    readings = sum(1 if reader else len(loaded.model.config.experts) for reader in _readers(loaded))
+    return readings * sum(len(tokens) for one in documents.values() for tokens in one.tokens)
+
+
+def _tokens_of_needles(trials: int, distances: Sequence[int]) -> int:
+    from mm_rec.evaluation.recall import row_tokens
+
+    return trials * sum(map(row_tokens, distances))
+
+
+def _choose_distances(
+    named: list[int] | None, loaded: Loaded, haystack: Haystack | None, trials: int, seconds: float
+) -> list[int]:
+    """The distances that were named, else the shortest of the usual ones that take NEEDLE_SECONDS together."""
+    from mm_rec.evaluation.recall import cells
+
+    if named is not None:
+        return named
+    usual = DISTANCES[loaded.model.embedding.weight.device.type]
+
+    def time_of(distances: list[int]) -> float:
+        return seconds * _tokens_of_needles(trials, [distance for _, distance in cells(distances, haystack)])
+
+    count = sum(time_of(usual[: number + 1]) <= NEEDLE_SECONDS for number in range(len(usual)))
+    if count < len(usual):
+        left_out = usual[count:]
+        print(
+            f"needles over {', '.join(f'{one:,}' for one in left_out)} tokens are left out: they would take about "
+            f"{_in_words(time_of(left_out))}; --distances {','.join(map(str, usual))} asks for them"
+        )
+    return usual[:count]
 
 
 class _Clock:
     """Tells before a long measurement how long it will take, and during it how much is left."""
 
-    def __init__(self, costs: _Costs) -> None:
-        reading, needles = costs.tokens_of_documents * costs.reading, costs.tokens_of_needles * costs.needles
+    def __init__(self, reading: float, needles: float) -> None:
         self._total, self._done = reading + needles, 0.0
         self._start = self._said = time.monotonic()
         if self._total:
@@ -282,40 +362,6 @@ def _facts(loaded: Loaded, domain: str | None) -> dict[str, str]:
         "state": f"{whole / 1000:,.0f} kB of a text read by all experts, {one / 1000:,.0f} kB by one",
         "device": str(weight.device),
     }
-
-
-def _read_documents(path: Path, loaded: Loaded, max_bytes: int | None, skip_bad: int) -> Documents:
-    """The documents at ``path`` as tokens, of each no more than a part if there is a cap."""
-    import numpy as np
-
-    from mm_rec.data.documents.account import count_kinds, table
-    from mm_rec.data.documents.folder import find_documents
-    from mm_rec.data.documents.parsing import Parser
-    from mm_rec.data.documents.reading import Documents as Reader
-    from mm_rec.data.documents.reading import ReadOptions
-    from mm_rec.data.pack import Document, write_store
-    from mm_rec.evaluation.bits_per_byte import select_documents
-
-    tokenizer = loaded.tokenizer
-    found = find_documents(path)
-    with tempfile.TemporaryDirectory() as folder, Parser(Path(folder)) as parser:
-        reader = Reader(found.paths, parser, ReadOptions(skip_bad=skip_bad))
-        texts = (document.text for document in reader.read() if document.text)
-        documents = (Document([tokenizer.bos_id, *tokenizer.encode(text)], len(text.encode())) for text in texts)
-        try:
-            store = write_store(Path(folder) / "documents", documents, vocab_size=tokenizer.vocab_size)
-        except ValueError as error:
-            raise UserError(f"there are no documents in {path}") from error
-        token_bytes = np.array([len(one) for one in tokenizer.token_bytes])
-        chosen = select_documents(store, token_bytes, max_bytes)
-        del store  # whose folder can't be removed on Windows while it is open
-    for line in table(str(path), count_kinds(reader), [*found.left_out, *reader.left_out.values()], []):
-        print(line)
-    if reader.bad_rows:
-        print(f"{path}: {len(reader.bad_rows)} bad rows left out, the first: {reader.bad_rows[0]}")
-    if not chosen.tokens:
-        raise UserError(f"--max_bytes {max_bytes} leaves nothing of the documents in {path}")
-    return chosen
 
 
 if __name__ == "__main__":

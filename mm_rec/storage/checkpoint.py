@@ -56,6 +56,7 @@ __all__ = [
     "set_aside",
     "stage_of",
     "started_from",
+    "verify",
     "write_tensors",
 ]
 
@@ -330,7 +331,7 @@ def newest_valid(folder: Path, on_event: Event | None = None) -> Path | None:
     """Where the checkpoint of :func:`load_newest` is; its files are compared with the manifest, not loaded."""
 
     def checked(path: Path) -> Path:
-        _verify(path)
+        verify(path)
         return path
 
     return _newest(folder, checked, on_event)
@@ -363,19 +364,21 @@ def resolve(path: Path, on_event: Event | None = None) -> Path:
     return path
 
 
-def prune(folder: Path, keep_last: int) -> list[Path]:
+def prune(folder: Path, keep_last: int, keep_step: int | None = None) -> list[Path]:
     """Remove old checkpoints, and old ones that :func:`set_aside` has renamed; returns them.
 
     Args:
         folder: of checkpoints.
         keep_last: how many to keep of either, at least 1.
+        keep_step: the step of one that is kept in any case.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last must be at least 1, got {keep_last}")
     aside = sorted(
         (path for path in folder.glob("step_*.damaged*") if path.is_dir()), key=lambda path: path.stat().st_mtime
     )
-    removed = [*list_checkpoints(folder)[:-keep_last], *aside[:-keep_last]]
+    old = [path for path in list_checkpoints(folder)[:-keep_last] if checkpoint_step(path) != keep_step]
+    removed = [*old, *aside[:-keep_last]]
     for path in list(removed):
         try:
             files.remove_folder(path)
@@ -395,8 +398,12 @@ def set_aside(path: Path) -> Path:
     return target
 
 
-def _verify(path: Path) -> None:
-    """Compare a checkpoint with its manifest, without keeping anything of it."""
+def verify(path: Path) -> None:
+    """Compare a checkpoint with its manifest, without keeping anything of it.
+
+    Raises:
+        CheckpointError: naming the file that is missing or damaged.
+    """
     try:
         files.verify_folder(path)
         _check_names(path, files.read_manifest(path), weights_only=False)

@@ -63,6 +63,9 @@ class Run(Protocol):
     def save(self, step: int, *, trainer: Mapping[str, Any], **content: Any) -> Path:
         """Write the checkpoint of ``step``; returns its path."""
 
+    def note(self, key: str, value: Any) -> None:
+        """Keep a plain value in the configuration of the run."""
+
     def log_metrics(self, step: int, **values: Any) -> None:
         """Record what a repeated run would yield again."""
 
@@ -185,8 +188,12 @@ class RunFolder:
 
     def note_completed(self, step: int) -> None:
         """Note outside of the checkpoints that the one of ``step`` is complete, and the newest."""
-        if self.config.get(COMPLETED) != step:
-            self.config[COMPLETED] = step
+        self.note(COMPLETED, step)
+
+    def note(self, key: str, value: Any) -> None:
+        """Keep a plain value in the configuration of the run, beside what identifies it."""
+        if self.config.get(key) != value:
+            self.config[key] = value
             write_config(self.path, self.config)
 
     @property
@@ -202,8 +209,7 @@ class RunFolder:
             steps: how many there are to be in all.
             seconds: how much of the time is used.
         """
-        self.config[LENGTHS] = [*(self.config.get(LENGTHS) or ()), [step, steps, round(seconds, 3)]]
-        write_config(self.path, self.config)
+        self.note(LENGTHS, [*(self.config.get(LENGTHS) or ()), [step, steps, round(seconds, 3)]])
 
     def _sync_records(self, folder: Path) -> dict[str, int]:
         """Flush the records to the disk; their sizes in bytes."""

@@ -182,7 +182,7 @@ def with_margin(training: int, activations: float) -> int:
 
 
 def check_disk(folder: Path, checkpoint: int, keep: int, existing: int) -> None:
-    """Refuse a run whose checkpoints would fill the disk: those kept and one more, being written.
+    """Refuse a run whose checkpoints would fill the disk: those kept, the best by validation, one being written.
 
     Args:
         folder: where they go; need not exist yet.
@@ -190,7 +190,7 @@ def check_disk(folder: Path, checkpoint: int, keep: int, existing: int) -> None:
         keep: how many are kept.
         existing: how many are there already.
     """
-    needed = checkpoint * max(1, keep + 1 - existing)
+    needed = checkpoint * max(1, keep + 2 - existing)
     free = free_bytes(folder)
     if needed > free:
         raise UserError(

@@ -14,6 +14,7 @@ from mm_rec.data.prepared import Prepared
 from mm_rec.errors import UserError
 from mm_rec.stages import STAGES
 from mm_rec.storage import checkpoint
+from mm_rec.storage.best import best_or_newest, resolve, stopped_early
 from mm_rec.storage.run_config import differences, list_runs, require_configs
 from mm_rec.training.plan import Plan
 from mm_rec.training.runtime import choose_runtime
@@ -27,13 +28,15 @@ class StartingPoint(NamedTuple):
 
     Attributes:
         config: the shape of the model.
-        weights: the final weights of the stage before, or those named by ``init_from``; None for new ones.
+        weights: the best weights of the stage before, or those named by ``init_from``; None for new ones.
         identity: all that decides the result of the run; runs of one identity are the same run.
+        path: the checkpoint that is started from or gone on with; None for new weights.
     """
 
     config: ModelConfig
     weights: Mapping[str, Tensor] | None
     identity: dict[str, Any]
+    path: Path | None
 
 
 class _Weights(NamedTuple):
@@ -73,11 +76,12 @@ def find_starting_point(settings: TrainSettings, plan: Plan, data: Prepared, dev
         "starts_from": starts_from,
         "model": config.to_dict(),
     }
-    return StartingPoint(config, start and start.weights, identity)
+    path = named.path if named is not None else start and start.path
+    return StartingPoint(config, start and start.weights, identity, path)
 
 
 def starting_checkpoint(settings: TrainSettings) -> Path | None:
-    """Returns the checkpoint whose weights a stage starts from: the one named, else the last of the stage before.
+    """Returns the checkpoint whose weights a stage starts from: the one named, else the best of the stage before.
 
     None for the first stage, which starts from new weights.
 
@@ -85,7 +89,7 @@ def starting_checkpoint(settings: TrainSettings) -> Path | None:
         UserError: if there is no such checkpoint, or the stage before is not finished.
     """
     if settings.init_from is not None:
-        return checkpoint.resolve(settings.init_from, _refuse)
+        return resolve(settings.init_from, _refuse)
     before = _stage_before(settings.checkpoint_dir, settings.stage)
     return _final_checkpoint(settings.checkpoint_dir, before, settings.stage) if before else None
 
@@ -144,7 +148,7 @@ def _newest_run(root: Path, stage: str, following: str) -> Path:
 
 
 def _final_checkpoint(root: Path, stage: str, following: str) -> Path:
-    """The final checkpoint of the newest run of ``stage``; an error if that run is not finished."""
+    """The best checkpoint of the newest run of ``stage``; an error if that run is not finished."""
     run = _newest_run(root, stage, following)
     newest = checkpoint.load_newest(run / "checkpoints")
     if newest is None:
@@ -153,12 +157,12 @@ def _final_checkpoint(root: Path, stage: str, following: str) -> Path:
             f"or name the checkpoint that {following} starts from with --init_from"
         )
     done, steps = newest.trainer["step"], min(newest.trainer["steps"], step_cap() or newest.trainer["steps"])
-    if done < steps:
+    if done < steps and stopped_early(run) != done:
         raise UserError(
             f"{run} is not finished ({done} of {steps} steps); go on with `{_command(stage)}`, "
             f"or start {following} from what is there with --init_from {run}"
         )
-    return newest.path
+    return best_or_newest(run, _refuse) or newest.path
 
 
 def _command(stage: str) -> str:

@@ -58,6 +58,7 @@ class Plan:
         optimizer: one of :data:`mm_rec.training.schedule.OPTIMIZERS`.
         lora_rank, lora_alpha: of the adapters that are trained in place of the weights; None trains the weights.
         minutes: the time that the stage may take; None if its steps decide.
+        stops_early: end the stage where validation rises and the data are read again.
     """
 
     stage: Stage
@@ -79,6 +80,7 @@ class Plan:
     lora_rank: int | None = None
     lora_alpha: float | None = None
     minutes: float | None = None
+    stops_early: bool = True
 
     @property
     def steps(self) -> int:
@@ -207,6 +209,7 @@ def make_plan(
         lora_rank=settings.lora,
         lora_alpha=None if settings.lora is None else _alpha(settings, settings.lora),
         minutes=settings.minutes,
+        stops_early=not settings.no_early_stop,
     )
 
 

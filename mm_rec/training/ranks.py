@@ -40,7 +40,7 @@ class StageStart:
         config: the shape of the model.
         weights: the weights to start from, by parameter name; None for new ones.
         checkpoint: the checkpoint of this run to go on from; None before its first.
-        finished: the final checkpoint if nothing is left to do, else None.
+        finished: the best checkpoint if nothing is left to do, else None.
         lengths: how many steps a run with a time budget was given so far, as in :meth:`RunFolder.lengths`.
     """
 
@@ -139,6 +139,9 @@ class NoRunFolder:
         """Only note the step: rank 0 writes the checkpoint."""
         self.step = step
         return self.path
+
+    def note(self, key: str, value: Any) -> None:
+        """Do nothing: rank 0 writes the configuration."""
 
     def log_metrics(self, step: int, **values: Any) -> None:
         """Do nothing: rank 0 writes the records."""

@@ -113,7 +113,7 @@ def announce(console: Console, trainer: Trainer, data: Prepared, estimate: RunEs
         f"{plan.tokens_per_step / seconds:,.0f} tokens/s)",
         f"  memory  about {format_bytes(estimate.memory)} of {format_bytes(estimate.available)} free",
         f"  disk    {format_bytes(_checkpoint_bytes(trainer, estimate.parameters))} a checkpoint, "
-        f"{plan.keep_checkpoints} kept, {format_bytes(free_bytes(trainer.run.path))} free",
+        f"{plan.keep_checkpoints} kept and the best, {format_bytes(free_bytes(trainer.run.path))} free",
         f"  run     {trainer.run.path}",
     ):
         say(console, line)

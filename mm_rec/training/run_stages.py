@@ -22,6 +22,8 @@ from mm_rec.machine.signals import SignalGuard
 from mm_rec.program import say
 from mm_rec.stages import STAGES
 from mm_rec.storage import checkpoint
+from mm_rec.storage.best import best_or_newest, stopped_early
+from mm_rec.storage.lineage import TRAINED_ON, extended
 from mm_rec.storage.resume import cut_back, find_newest, open_run
 from mm_rec.storage.run_config import differences
 from mm_rec.storage.run_folder import Run, RunFolder
@@ -60,7 +62,7 @@ def train_stages(settings: TrainSettings, data: Prepared, guard: SignalGuard, co
     A finished stage is reported and passed over; a stopped one goes on.
 
     Returns:
-        The final checkpoint of the last stage.
+        The checkpoint of the last stage that is best by validation, as a rule its final one.
 
     Raises:
         UserError: if something does not fit: the memory, the disk, the data or an earlier run.
@@ -76,7 +78,7 @@ def train_stages(settings: TrainSettings, data: Prepared, guard: SignalGuard, co
 
 
 def _run_or_skip(settings: TrainSettings, data: Prepared, guard: SignalGuard, console: Console) -> Path:
-    """Train one stage, or pass over it if it fuses experts and the model has one; returns the final checkpoint."""
+    """Train one stage, or pass over it if it fuses experts and the model has one; returns its best checkpoint."""
     if STAGES[settings.stage].fuses and settings.resume_from is None:
         path = _checkpoint_of_one_expert(settings) if processes.is_rank_zero() else None
         skipped = processes.broadcast_json(None if path is None else str(path))
@@ -93,7 +95,7 @@ def _checkpoint_of_one_expert(settings: TrainSettings) -> Path | None:
 
 
 def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, console: Console) -> Path:
-    """Train one stage, or find it finished; returns its final checkpoint."""
+    """Train one stage, or find it finished; returns its best checkpoint."""
     started = time.monotonic()
     device = select_device(settings.device)
     plan_of = functools.partial(_plan, settings, device, data)
@@ -102,13 +104,15 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
     processes.check_rows(plan.batch_size)
     point = find_starting_point(settings, plan, data, device) if processes.is_rank_zero() else None
     available = memory_of_process(device)  # before anything of the run is loaded
+    places = [] if point is None else extended(point.path, data.path, data.documents_sha256)
     with NoRunFolder() if point is None else _open_run(settings, plan, point, console) as run:
         start = broadcast_start(None if point is None else _read_start(run, plan_of, point))
         plan = plan_of(start.lengths)
         if start.finished is not None:
             say(
                 console,
-                f"{settings.stage} is finished: {start.finished}; more --max_steps continue it, --fresh starts anew",
+                f"{settings.stage} is finished: {start.finished}; more --max_steps continue it, --no_early_stop if it "
+                "was stopped early; --fresh starts anew",
             )
             return start.finished
         runtime = _choose_runtime(settings, plan, start, run, device, available)
@@ -129,12 +133,16 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
         announce(console, trainer, data, estimate)
         if isinstance(run, RunFolder):  # nothing that cannot be undone comes before all that can refuse
             cut_back(run, saved)
+            run.note(TRAINED_ON, places)
             if first is not None:
                 run.note_length(*first)
         path = trainer.fit()
-    path = broadcast_path(path)
+        best = (best_or_newest(run.path, run.event) if isinstance(run, RunFolder) else None) or path
+    path, best = broadcast_path(path), broadcast_path(best)
     say(console, f"{settings.stage}: {trainer.progress.step} steps done, saved in {path}")
-    return path
+    if best != path:
+        say(console, f"  best by validation is {best}, which other commands and stages take")
+    return best
 
 
 def _plan(settings: TrainSettings, device: torch.device, data: Prepared, lengths: Lengths = ()) -> Plan:
@@ -183,11 +191,12 @@ def _read_start(run: Run, plan_of: Callable[[Lengths], Plan], point: StartingPoi
 
 
 def _finished(run: Run, plan: Plan) -> Path | None:
-    """The final checkpoint of a run that has nothing left to do; its last sample is the last file that is written."""
+    """The best checkpoint of a run that has nothing left to do; its last sample is the last file that is written."""
     newest = checkpoint.newest_valid(run.checkpoints)
     step = checkpoint.checkpoint_step(newest) if newest else 0
-    done = step >= plan.last_step and (run.samples / f"{checkpoint.checkpoint_name(step)}.txt").exists()
-    return newest if done else None
+    ended = step >= plan.last_step or (plan.stops_early and step > 0 and stopped_early(run.path) == step)
+    done = ended and (run.samples / f"{checkpoint.checkpoint_name(step)}.txt").exists()
+    return best_or_newest(run.path) if done else None
 
 
 def _choose_runtime(

@@ -116,8 +116,11 @@ class TrainSettings:
         int, Option("of the initial weights, the order of the data and the samples", minimum=0, maximum=2**63 - 1)
     ] = 0
     checkpoint_interval: Annotated[int | None, Option("steps between two checkpoints", minimum=1)] = None
-    keep_checkpoints: Annotated[int, Option("newest checkpoints to keep", minimum=1)] = 3
+    keep_checkpoints: Annotated[int, Option("newest checkpoints to keep, beside the best by validation", minimum=1)] = 3
     eval_interval: Annotated[int | None, Option("steps between two validations and samples", minimum=1)] = None
+    no_early_stop: Annotated[
+        bool, Option("train to the last step, also where validation rises while the data are read again")
+    ] = False
     valid_bytes: Annotated[int, Option("held-out bytes of each domain to validate on", minimum=1)] = 32_768
     precision: Annotated[str, Option("type of the matrices", choices=("auto", "bf16", "fp32"))] = "auto"
     threads: Annotated[int | None, Option("CPU threads; if not given, as many as pay here", minimum=1)] = None

@@ -32,6 +32,7 @@ from mm_rec.machine.signals import Interrupted, SignalGuard
 from mm_rec.model import MMRecModel
 from mm_rec.optim import AdamW
 from mm_rec.state import ModelState, detach_state, flatten_state, map_state, unflatten_state
+from mm_rec.storage.best import BEST, STOPPED_EARLY
 from mm_rec.storage.checkpoint import Checkpoint, checkpoint_name, prune
 from mm_rec.storage.files import DamageError, write_atomic
 from mm_rec.storage.run_folder import METRICS, Run
@@ -46,6 +47,7 @@ from mm_rec.training.progress import TrainingProgress
 from mm_rec.training.ranks import own_batch, rewind_run
 from mm_rec.training.runtime import Runtime
 from mm_rec.training.tensorboard import Board
+from mm_rec.training.validations import Validations
 
 __all__ = ["MIXED", "Trainer"]
 
@@ -108,6 +110,7 @@ class Trainer:
         self.console = console
         self.board = board
         self.pace = pace
+        self.validations = Validations()
         self.device = model.embedding.weight.device
         self.progress = TrainingProgress()
         self.carried: dict[str, ModelState] = {}
@@ -156,6 +159,7 @@ class Trainer:
             UserError: if memory runs out, training stays unstable or the data was changed meanwhile.
         """
         line = ProgressLine(self.console, self.plan.last_step, self.progress.step + 1, Meter(self.runtime.threads))
+        self._read_validations()
         with line.running(), self.guard.deferred():
             try:
                 self._loop(line)
@@ -202,7 +206,7 @@ class Trainer:
                     title = f"{plan.stage.name}: {self.run.path}"
                     with self._pausing("draw"):
                         draw_losses(self.run.path / METRICS, self.run.path / "loss.png", title)
-            if last:
+            if last or (evaluate_now and self._stops_early(line)):
                 return
             processes.check_signals(self.guard)
             report = self._take_step()
@@ -210,6 +214,33 @@ class Trainer:
                 self._show(report, line)
             if self.pace is not None:
                 self._decide_length(self.pace, line)
+
+    def _read_validations(self) -> None:
+        """Take the validations from the records, which were cut back to the step of this trainer."""
+        if processes.is_rank_zero():
+            self.validations = Validations.read(self.run.path / METRICS)
+            self._note_best()
+
+    def _note_best(self) -> None:
+        step, score = self.validations.best_step, self.validations.best_score
+        self.run.note(BEST, None if step is None else {"step": step, "bits_per_byte": score})
+
+    def _stops_early(self, line: ProgressLine) -> bool:
+        """Whether to end here, since validation rises and all data were read before; rank 0 decides for all.
+
+        The decision follows from the records alone; it is noted so that the run counts as finished.
+        """
+        plan, progress = self.plan, self.progress
+        rises = self.validations.is_rising and progress.tokens >= self.batches.tokens_per_epoch
+        if not processes.all_max(int(plan.stops_early and rises and processes.is_rank_zero())):
+            return False
+        self.run.note(STOPPED_EARLY, progress.step)
+        line.message(
+            f"stopped early, at step {progress.step} of {plan.steps}: validation rises since step "
+            f"{self.validations.best_step}, so more passes over the same data make the model worse on other texts; "
+            "--no_early_stop trains on"
+        )
+        return True
 
     def _pausing(self, what: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.pace is None else self.pace.pausing(what)
@@ -328,6 +359,7 @@ class Trainer:
         checkpoint = rewind_run(self.run)
         assert checkpoint is not None, "a run saves its start"
         self.restore(checkpoint)
+        self._read_validations()
         self.progress.skipped, self.progress.rate_scale = skipped, scale
         self.run.event(
             f"{trouble} in step {step}: went back to step {self.progress.step}; "
@@ -352,7 +384,7 @@ class Trainer:
             adapter=self.optimizer.adapter(),
         )
         if processes.is_rank_zero():
-            prune(self.run.checkpoints, self.plan.keep_checkpoints)
+            prune(self.run.checkpoints, self.plan.keep_checkpoints, self.validations.best_step)
         return path
 
     def _evaluate(self, line: ProgressLine) -> None:
@@ -372,6 +404,8 @@ class Trainer:
             records["valid_by_expert"] = {name: self._score(name, name) for name in self.valid}
             shown += [f"{name} by its expert {score:.3f}" for name, score in records["valid_by_expert"].items()]
         self.run.log_metrics(self.progress.step, **records)
+        self.validations.add(self.progress.step, scores)
+        self._note_best()
         if self.board is not None:
             self.board.add(self.progress.step, {f"valid/{name}": score for name, score in scores.items()})
         line.message(f"validation at step {self.progress.step}, bits per byte: {', '.join(shown)}")

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from mm_rec.cli import main
-from mm_rec.config import ModelConfig
+from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.evaluation.bits_per_byte import Documents, evaluate
 from mm_rec.evaluation.lm_eval import run_harness
 from mm_rec.evaluation.recall import KINDS, Haystack, Needles, find_needles
@@ -20,7 +21,9 @@ from mm_rec.inference.loading import load_model
 from mm_rec.model import MMRecModel
 from mm_rec.scripts import eval_command
 from mm_rec.storage import checkpoint
+from mm_rec.storage.run_config import read_config, write_config
 from mm_rec.text.tokenizer import train_tokenizer
+from mm_rec.training import trainer
 
 CONFIG = ModelConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, kept_pairs=6)
 TEXTS = ["The grass is green.", "One and two are three. " * 60, "Hello, what is your name? <b>&amp;"]
@@ -98,6 +101,107 @@ def test_the_report_holds_what_was_measured(model: Path, tmp_path: Path, capsys:
     assert not re.search(r"""(?:src|href)=["'](?!data:)""", page)  # it needs no other file
     assert results["conversation"].startswith("user: ")
     assert f"report in {output / 'report.html'}" in told
+
+
+PARAGRAPHS = [f"Paragraph {number} of this text is about the number {number * 7919}." for number in range(60)]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps on twelve documents of five paragraphs each."""
+    home = tmp_path_factory.mktemp("run")
+    (home / "mine").mkdir()
+    for number in range(12):
+        text = "\n\n".join(PARAGRAPHS[5 * number : 5 * number + 5]) + "\n"
+        (home / "mine" / f"{number}.txt").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", CONFIG)
+        patch.setattr(trainer, "SAMPLE_TOKENS", 3)
+        flags = ["--preset", "tiny", "--max_steps", "2", "--seq_len", "16", "--valid_bytes", "1600", "--threads", "1"]
+        flags += [
+            "--device",
+            "cpu",
+            "--precision",
+            "fp32",
+            "--text_dir",
+            str(home / "mine"),
+            "--checkpoint_dir",
+            str(home / "runs"),
+        ]
+        assert main(["train", *flags]) == 0
+    return home
+
+
+def test_what_the_run_held_out_is_read_by_default(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_path = run_folder / "runs" / "stage1"
+    assert run(run_path, tmp_path, "--distances", "none") == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    records = [json.loads(line) for line in (run_path / "metrics.jsonl").read_text().splitlines()]
+    [validated] = [one["valid"]["text"] for one in records if one["step"] == 2 and "valid" in one]
+    assert results["bits_per_byte"]["text"]["text"] == pytest.approx(validated, rel=1e-5)
+    assert results["origin"]["text"].startswith("held out, ")
+    told = capsys.readouterr().out
+    [prepared] = (run_folder / "runs" / "prepared").glob("*/")
+    assert f"held-out documents of {prepared}, which training has not seen:\n  text: " in told
+    assert "held out, " in (tmp_path / "report.html").read_text()
+    assert run(run_path, tmp_path, "--distances", "none", "--max_bytes", 10_000) == 0
+    whole = sum(path.stat().st_size for path in (run_folder / "mine").iterdir())
+    size = int(re.search(r"  text: \d+ documents, ([\d,]+) bytes", capsys.readouterr().out)[1])
+    assert 200 < size < whole / 4
+
+
+def test_documents_are_compared_with_the_training_data(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "half.txt").write_text("\n\n".join([*PARAGRAPHS, *(one.upper() for one in PARAGRAPHS)]))
+    (tmp_path / "new.txt").write_text("\n\n".join(one.upper() for one in PARAGRAPHS))
+    named = ["--documents", f"half={tmp_path / 'half.txt'}", "--documents", f"new={tmp_path / 'new.txt'}"]
+    assert run(run_folder / "runs", tmp_path / "report", *named, "--distances", "none") == 0
+    told = capsys.readouterr().out
+    count = int(re.search(r"half: 4\d% of its paragraphs \((\d+) of 120\) were seen in training", told)[1])
+    assert 45 <= count < 60  # the others are held out
+    assert "new: none of its 60 paragraphs was seen in training" in told
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert results["bits_per_byte"].keys() == {"half", "half, unseen part", "new"}
+    loaded = load_model(run_folder / "runs", device="cpu", precision="fp32")
+    texts = (tmp_path / "half.txt").read_text()
+    tokens = [np.array([loaded.tokenizer.bos_id, *loaded.tokenizer.encode(texts)])]
+    whole = evaluate(loaded.model, Documents(tokens, len(texts)), "text").bits_per_byte
+    assert results["bits_per_byte"]["half"]["text"] == pytest.approx(whole, rel=1e-6)
+    assert results["bits_per_byte"]["half, unseen part"]["text"] != pytest.approx(whole, rel=1e-3)
+
+
+def test_what_training_saw_may_be_gone_or_unknown(
+    model: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run_folder / "runs", tmp_path / "runs")
+    path = tmp_path / "runs" / "stage1" / "config.yaml"
+    config = read_config(path.parent)
+    config["trained_on"][0]["path"] = str(tmp_path / "gone")
+    write_config(path.parent, config)
+    (tmp_path / "new.txt").write_text(PARAGRAPHS[0])
+    for source, why in ((tmp_path / "runs", "gone, which the model was trained on"), (model, "lies in no run folder")):
+        assert run(source, tmp_path, "--distances", "none") == 0
+        told = capsys.readouterr().out
+        assert re.search(f"no held-out documents are read: .*{why}.*; name some with --documents NAME=PATH", told)
+        assert run(source, tmp_path, "--distances", "none", "--documents", f"new={tmp_path / 'new.txt'}") == 0
+        told = capsys.readouterr().out
+        assert re.search(f"nothing says whether these documents were seen in training: .*{why}", told)
+
+
+def test_needles_take_a_minute_unless_distances_are_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(eval_command.DISTANCES, "cpu", [16, 32])
+    assert run(model, tmp_path) == 0
+    assert "needle, pass key, over 32 tokens" in capsys.readouterr().out
+    monkeypatch.setattr(eval_command, "NEEDLE_SECONDS", 0.0)
+    assert run(model, tmp_path) == 0
+    told = capsys.readouterr().out
+    assert "needle, " not in told
+    assert re.search(r"needles over 16, 32 tokens are left out: .* about .*; --distances 16,32 asks for them", told)
 
 
 def test_a_long_measurement_tells_how_much_is_left(

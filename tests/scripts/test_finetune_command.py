@@ -133,6 +133,7 @@ def lora_run(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, stopped_a
     start = ["--init_from", str(folder / "runs" / "stage1" / "checkpoints" / "step_000002")]
     tuning = ["finetune", "--task", "instruct", "--seq_len", "32", "--max_steps", "40", "--lora", "2", "--lr", "0.3"]
     tuning += [*start, "--data_dir", str(folder / "data"), "--checkpoint_dir", str(folder / name), *FLAGS]
+    tuning += ["--eval_interval", "100"]  # at the end alone, so that the last checkpoint is the best
     if stopped_at is not None:
         monkeypatch.setenv("MM_REC_MAX_STEPS", str(stopped_at))
         assert main(tuning) == 0

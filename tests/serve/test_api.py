@@ -365,3 +365,4 @@ def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
     page = (Path(inspect.getfile(mm_rec.serve.app)).parent / "chat_page.html").read_text(encoding="utf-8")
     assert reply.text == page
     assert "://" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert (page.count("tokens/s"), page.count("token/sn")) == (1, 1)  # one rate, in each language

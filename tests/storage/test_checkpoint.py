@@ -182,6 +182,13 @@ def test_prune(tmp_path: Path, keep_last: int, kept: list[int]) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"notes", *(checkpoint.checkpoint_name(step) for step in kept)}
 
 
+def test_prune_keeps_one_of_a_step_that_is_named(tmp_path: Path) -> None:
+    for step in range(10, 101, 10):
+        (tmp_path / checkpoint.checkpoint_name(step)).mkdir()
+    checkpoint.prune(tmp_path, 2, 30)
+    assert [checkpoint.checkpoint_step(path) for path in checkpoint.list_checkpoints(tmp_path)] == [30, 90, 100]
+
+
 def test_prune_keeps_as_many_damaged_ones_aside(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         (tmp_path / checkpoint.checkpoint_name(step)).mkdir()
