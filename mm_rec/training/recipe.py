@@ -49,13 +49,14 @@ class Recipe:
 
     Attributes:
         preset: size of the model.
-        code_samples: modules of the standard library to pre-train on.
+        text_samples, code_samples: documents and modules of what is installed to pre-train on.
         plain_pairs: questions with answers that stand in the text of pre-training.
         stages: the stages, in their order.
         batch_size, seq_len: rows of a micro-batch and tokens of a row.
     """
 
     preset: str = "small"
+    text_samples: int = 2500
     code_samples: int = 400
     plain_pairs: int = 10_000
     stages: tuple[StageShare, ...] = (
@@ -96,7 +97,9 @@ def recipe_data(recipe: Recipe, settings: TrainSettings, console: Console) -> Pr
     """
     tell = functools.partial(say, console)
     folder = settings.data_dir
-    download(folder, Request({"code": recipe.code_samples}, sources=("builtin",)), tell=tell)
+    download(
+        folder, Request({"text": recipe.text_samples, "code": recipe.code_samples}, sources=("builtin",)), tell=tell
+    )
     _write_plain_pairs(folder, recipe.plain_pairs)
     return prepare(
         folder,

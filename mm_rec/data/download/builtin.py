@@ -27,7 +27,7 @@ __all__ = ["builtin_code", "builtin_entries", "builtin_text", "prose"]
 _MAX_TEXT = 12_000_000  # bytes of all documents: more than a CPU reads in days of training
 _MAX_CODE = 20_000_000
 _MAX_PACKAGE = 2_500_000  # bytes of prose from one package, so that none sets the tone
-_MAX_ENTRIES = 1500  # of one package, for questions
+_MAX_ENTRIES = 600  # of one package, for questions
 _MAX_FILE = 500_000  # bytes; larger modules hold tables
 _MIN_DOCUMENT = 300  # characters of prose in a module or file
 
