@@ -1,7 +1,8 @@
 """The recipe of a small model that answers questions: pre-training, then instruct, then chat, in one budget.
 
 All text is one domain, so that the model has one expert: half the memory and the time of two, and nothing to fuse. Some
-of the questions with answers stand in the text of pre-training, too.
+of the questions with answers stand in the text of pre-training, too. Shares and rates are those that answered best of
+what `benchmarks/answers.py` measured (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class Recipe:
     code_samples: int = 400
     plain_pairs: int = 10_000
     stages: tuple[StageShare, ...] = (
-        StageShare("stage1", 0.5, 2e-3),
-        StageShare("instruct", 0.4, 1e-3),
+        StageShare("stage1", 0.3, 2e-3),
+        StageShare("instruct", 0.6, 2e-3),
         StageShare("chat", 0.1, 5e-4),
     )
     batch_size: int = 2
