@@ -84,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=default.batch_size)
     parser.add_argument("--seq_len", type=int, default=default.seq_len)
     parser.add_argument("--plain_pairs", type=int, default=default.plain_pairs, help="pairs in the pre-training text")
+    parser.add_argument("--text_samples", type=int, default=default.text_samples, help="documents to pre-train on")
     parser.add_argument("--code_samples", type=int, default=default.code_samples, help="modules to pre-train on")
     parser.add_argument("--optimizer", default="auto")
     parser.add_argument("--device", default="cpu")
@@ -94,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     recipe = Recipe(
         preset=options.preset,
+        text_samples=options.text_samples,
         code_samples=options.code_samples,
         plain_pairs=options.plain_pairs,
         stages=tuple(

@@ -58,7 +58,7 @@ You can keep a book for four weeks. After that you pay a fee.
 A fence is a thing that is not read here at all.
 ```
 
-**Loan**: the time for which a book is given away.
+**Loan**: the [time](https://example.org/time) for which a book is given away.
 
 Q: Who may borrow books? A: Everybody who lives in the town may borrow them.
 
