@@ -15,7 +15,7 @@ from mm_rec.config import WEIGHTS
 from mm_rec.errors import UserError
 from mm_rec.options import Option, add_arguments, from_arguments
 from mm_rec.program import Parser, run_program
-from mm_rec.scripts.sampling_options import ADAPTER_HELP, WEIGHTS_HELP
+from mm_rec.scripts.sampling_options import ADAPTER_HELP, MEMORY_HELP, WEIGHTS_HELP, tell_on_stderr
 from mm_rec.serve.connections import FEWEST, Connections, most_connections
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class ServeSettings:
     model: Annotated[Path | None, Option("checkpoint, run folder or folder of runs (required)")] = None
     name: Annotated[str, Option("of the model, as clients ask for it")] = "mm-rec"
     adapter: Annotated[Path | None, Option(ADAPTER_HELP)] = None
+    memory: Annotated[Path | None, Option(f"{MEMORY_HELP}; every new conversation begins from it")] = None
     domain: Annotated[str | None, Option("the expert to use, or `all` to fuse them; what training reached")] = None
     host: Annotated[str, Option("address to listen on; others than this machine's need an API key")] = "127.0.0.1"
     port: Annotated[int, Option("to listen on; 0 takes a free one", minimum=0)] = 8000
@@ -129,7 +130,13 @@ def _build(settings: ServeSettings, path: Path, origins: list[str], connections:
         adapter=settings.adapter,
     )
     model, tokenizer = loaded.model, loaded.tokenizer
-    domain = loaded.choose_domain(settings.domain)
+    beginning = None
+    if settings.memory is None:
+        domain = loaded.choose_domain(settings.domain)
+    else:
+        from mm_rec.inference.folder_memory import read_folder
+
+        beginning, domain, _ = read_folder(settings.memory, loaded, settings.domain, tell_on_stderr)
     identity = fingerprint(model)
     sessions = SessionStore(
         settings.session_dir, model, tokenizer, domain, fingerprint=identity, max_sessions=settings.max_sessions
@@ -142,6 +149,7 @@ def _build(settings: ServeSettings, path: Path, origins: list[str], connections:
         max_prompt_bytes=settings.max_prompt_bytes,
         max_tokens=settings.max_tokens,
         seconds=settings.time_limit,
+        beginning=beginning,
     )
     limits = Limits(
         # JSON writes some characters with six bytes; the rest is for what stands around the text.

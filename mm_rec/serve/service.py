@@ -16,6 +16,7 @@ from mm_rec.inference.sampling import Sampling, SamplingOptions
 from mm_rec.serve.engine import Engine
 from mm_rec.serve.errors import ApiError
 from mm_rec.serve.sessions import SessionStore
+from mm_rec.state import ModelState
 from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = ["AS_OPENAI", "Service"]
@@ -36,6 +37,7 @@ class Service:
         max_prompt_bytes: bytes of text in a request at most, checked before it is tokenized; also the most token ids.
         max_tokens: tokens of one choice at most.
         seconds: time limit of one request.
+        beginning: the state of one row that new conversations begin from; None for an empty one.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Service:
     max_prompt_bytes: int = 262_144
     max_tokens: int = 2048
     seconds: float = 600.0
+    beginning: ModelState | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -57,6 +57,20 @@ def test_a_restarted_server_goes_on_bitwise(make_service: MakeService, connect: 
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_conversations_begin_from_what_was_read_before(make_service: MakeService, connect: Connect) -> None:
+    first = make_service(folder="one")
+    with connect(first) as client:
+        say(client, "hello")
+        memory = first.sessions.load("talk")
+        assert memory is not None
+        expected = content(say(client, "and then?"))
+        assert content(say(client, "and then?", session=None)) != expected
+    with connect(make_service(folder="two", beginning=memory.state)) as client:
+        for session in (None, "new", None):  # it stays as it is
+            assert content(say(client, "and then?", session=session)) == expected
+        assert client.get("/v1/sessions/new").json()["tokens"] > memory.tokens
+
+
 def test_a_session_remembers_what_sending_all_would_say(client: TestClient, tokenizer: Tokenizer) -> None:
     history: list[dict[str, str]] = [{"role": "system", "content": "Be brief."}]
     for text in ("hello", "why?", "again"):
