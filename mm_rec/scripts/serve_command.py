@@ -42,7 +42,10 @@ class ServeSettings:
     name: Annotated[str, Option("of the model, as clients ask for it")] = "mm-rec"
     adapter: Annotated[Path | None, Option(ADAPTER_HELP)] = None
     memory: Annotated[Path | None, Option(f"{MEMORY_HELP}; every new conversation begins from it")] = None
-    domain: Annotated[str | None, Option("the expert to use, or `all` to fuse them; what training reached")] = None
+    domain: Annotated[
+        str | None,
+        Option("the expert to use, or `all` to fuse them; all once fusion is trained, else the best for each prompt"),
+    ] = None
     host: Annotated[str, Option("address to listen on; others than this machine's need an API key")] = "127.0.0.1"
     port: Annotated[int, Option("to listen on; 0 takes a free one", minimum=0)] = 8000
     api_key: Annotated[str | None, Option(f"that clients have to send; {API_KEY_VARIABLE} keeps it out of `ps`")] = None
@@ -138,12 +141,26 @@ def _build(settings: ServeSettings, path: Path, origins: list[str], connections:
 
         beginning, domain, _ = read_folder(settings.memory, loaded, settings.domain, tell_on_stderr)
     identity = fingerprint(model)
+    is_routed = settings.domain is None and settings.memory is None and loaded.is_routed
     sessions = SessionStore(
-        settings.session_dir, model, tokenizer, domain, fingerprint=identity, max_sessions=settings.max_sessions
+        settings.session_dir,
+        model,
+        tokenizer,
+        domain,
+        fingerprint=identity,
+        max_sessions=settings.max_sessions,
+        any_domain=is_routed,
     )
     service = Service(
         name=settings.name,
-        engine=Engine(model, tokenizer, domain, max_streams=settings.max_streams, max_queue=settings.max_queue),
+        engine=Engine(
+            model,
+            tokenizer,
+            domain,
+            choose=loaded.best_expert if is_routed else None,
+            max_streams=settings.max_streams,
+            max_queue=settings.max_queue,
+        ),
         sessions=sessions,
         fingerprint=identity,
         max_prompt_bytes=settings.max_prompt_bytes,
@@ -156,7 +173,8 @@ def _build(settings: ServeSettings, path: Path, origins: list[str], connections:
         max_body_bytes=6 * settings.max_prompt_bytes + 65_536,
         max_requests=settings.max_streams + settings.max_queue,
     )
-    sys.stdout.write(f"model {loaded.path}, {model.dtype}, expert {domain or 'all'}\n")
+    expert = "chosen by the prompt" if is_routed else domain or "all"
+    sys.stdout.write(f"model {loaded.path}, {model.dtype}, expert {expert}\n")
     app = create_app(service, api_key=settings.api_key, limits=limits, connections=connections, cors_origins=origins)
     return app, service.engine
 

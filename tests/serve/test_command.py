@@ -40,7 +40,7 @@ def test_it_serves_until_it_is_told_to_stop(saved: Path, tmp_path: Path) -> None
         try:
             assert server.stdout is not None
             described, place = server.stdout.readline(), server.stdout.readline()
-            assert re.fullmatch(rf"model {saved}, torch.float32, expert \w+\n", described)
+            assert re.fullmatch(rf"model {saved}, torch.float32, expert chosen by the prompt\n", described)
             address = re.fullmatch(r"serving at (http://127\.0\.0\.1:\d+/) \(Ctrl-C stops\)\n", place)
             assert address is not None
             with openai.OpenAI(base_url=f"{address[1]}v1", api_key="secret") as client:
