@@ -26,8 +26,9 @@ VERSIONS = {
     # the file of a chat session; written in its settings
     "session": 4,
     # a folder of prepared data, and whatever makes the same input come out differently: part of the identity that
-    # names the folder, so that one of another number is not opened but made anew beside it
-    "documents": 4,
+    # names the folder, so that one of another number is not opened but made anew beside it. Folders of documents of
+    # number 4 are used again (mm_rec/data/prepare.py)
+    "documents": 5,
     "conversations": 2,
     # what the readers make of files of other kinds than JSONL and Parquet: part of that identity if there are some
     "document readers": 1,

@@ -205,7 +205,7 @@ class Trainer:
                 if self.progress.step > 0 and processes.is_rank_zero():
                     title = f"{plan.stage.name}: {self.run.path}"
                     with self._pausing("draw"):
-                        draw_losses(self.run.path / METRICS, self.run.path / "loss.png", title)
+                        draw_losses(self.run.path / METRICS, self.run.path / "loss.png", title, self.bytes_per_token)
             if last or (evaluate_now and self._stops_early(line)):
                 return
             processes.check_signals(self.guard)
