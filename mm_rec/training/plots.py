@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -14,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mm_rec.regular_file import read_regular
 from mm_rec.storage.files import write_atomic
+from mm_rec.storage.run_folder import read_metrics
 from mm_rec.training.validations import Validations
 
 __all__ = ["draw_losses"]
@@ -40,8 +39,7 @@ def draw_losses(metrics: Path, picture: Path, title: str, bytes_per_token: Mappi
     valid: dict[str, Points] = defaultdict(list)
     by_expert: dict[str, Points] = defaultdict(list)
     validations = Validations()
-    for line in read_regular(metrics).decode().splitlines():
-        record = json.loads(line)
+    for record in read_metrics(metrics):
         for domain, loss in record.get("losses", {}).items():
             train[domain].append((record["step"], loss / (bytes_per_token[domain] * math.log(2))))
         for domain, score in record.get("valid", {}).items():

@@ -409,6 +409,11 @@ class Trainer:
         if self.board is not None:
             self.board.add(self.progress.step, {f"valid/{name}": score for name, score in scores.items()})
         line.message(f"validation at step {self.progress.step}, bits per byte: {', '.join(shown)}")
+        if self.progress.step == 0:
+            line.message(
+                "  (so many bits the model needs, on average, to tell each byte of texts that it is not trained on: "
+                "fewer are better, and one that knows nothing needs 8)"
+            )
 
     def _score(self, name: str, domain: str | None) -> float:
         return evaluate(self.model, self.valid[name], domain, between=self._between).bits_per_byte

@@ -50,6 +50,7 @@ def test_little_data_is_told_before_the_first_step(data: Prepared, tmp_path: Pat
     told = " ".join(output.getvalue().split())
     assert f"({passes}.0 passes over the data)" in told
     assert ("little data: " in told) == bool(expected)
+    assert told.count("fewer are better, and one that knows nothing needs 8") == 1
     assert expected in told
     assert ("training ends where validation rises" in told) == bool(expected)
 
