@@ -19,9 +19,11 @@ from mm_rec.data.download.hub import UnreachableError
 from mm_rec.data.download.local import take_builtin, take_own
 from mm_rec.data.download.sources import BUILTIN, DEFAULT_SOURCES, Source, describe_sources, find_source
 from mm_rec.errors import UserError
+from mm_rec.options import with_default
 from mm_rec.program import Parser, positive_int, run_program
 from mm_rec.storage.files import reporting_errors
 from mm_rec.storage.lock import Lock
+from mm_rec.translation import Translatable, translate
 
 __all__ = ["DEFAULT_SAMPLES", "Request", "add_arguments", "download", "main", "read_arguments", "run"]
 
@@ -122,18 +124,27 @@ def _fetch(source: Source, request: Request, data_dir: Path, on_unreachable: str
     except UnreachableError as error:
         if on_unreachable == "error" or source.kind not in DOMAINS:
             raise
-        tell(f"{error.what}: taking the builtin {source.kind} in place of {source.name}")
+        tell(
+            Translatable(
+                "{what}: taking the builtin {kind} in place of {name}",
+                what=error.what,
+                kind=source.kind,
+                name=source.name,
+            )
+        )
         return take_builtin(source.kind, request.samples.get(source.kind), data_dir, tell)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.add_argument("--output_dir", type=Path, default=Path("data"), help="data folder (default ./data)")
-    for kind, text in (("text", "text source"), ("code", "code source"), ("chat", "instruct or chat source")):
+    for kind, text in (
+        ("text", Translatable("from each text source")),
+        ("code", Translatable("from each code source")),
+        ("chat", Translatable("from each instruct or chat source")),
+    ):
         default = f"{DEFAULT_SAMPLES[kind]:,}"
-        parser.add_argument(
-            f"--{kind}_samples", type=positive_int, metavar="N", help=f"from each {text} (default {default})"
-        )
+        parser.add_argument(f"--{kind}_samples", type=positive_int, metavar="N", help=with_default(text, default))
     parser.add_argument("--no_code", action="store_true", help="no code")
     parser.add_argument("--no_wikitext", action="store_true", help="no text")
     parser.add_argument(
@@ -171,20 +182,25 @@ def run(options: argparse.Namespace) -> int:
     """Do what the flags of :func:`add_arguments` say; returns the exit code."""
     files = download(options.output_dir, read_arguments(options), tell=_say)
     if any(file.parent.name in DOMAINS for file in files):
-        _say(f"to train on it: python3 -m mm_rec.scripts.train_cpu --stage stage1 --data_dir {options.output_dir}")
+        _say(
+            Translatable(
+                "to train on it: python3 -m mm_rec.scripts.train_cpu --stage stage1 --data_dir {output_dir}",
+                output_dir=options.output_dir,
+            )
+        )
     return 0
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     """Parse the flags and download."""
     parser = Parser(prog=prog or "python3 -m mm_rec.data.download_data", description=__doc__)
-    parser.epilog = EPILOG.format(prog=parser.prog, sources=describe_sources())
+    parser.epilog = Translatable(EPILOG, prog=parser.prog, sources=describe_sources())
     add_arguments(parser)
     return run(parser.parse_args(arguments))
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
+    sys.stdout.write(translate(line) + "\n")
     sys.stdout.flush()
 
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from mm_rec.errors import SettingError
+from mm_rec.translation import Translatable
 
 __all__ = [
     "BACKENDS",
@@ -159,7 +160,9 @@ def keeps_backend(function: Callable[..., T]) -> Callable[..., T]:
 def _from_environment() -> str | None:
     name = os.environ.get("MM_REC_BACKEND") or None
     if name is not None and name not in BACKENDS:
-        raise SettingError(f"MM_REC_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+        raise SettingError(
+            "MM_REC_BACKEND must be one of {choices}, got {name!r}", choices=", ".join(BACKENDS), name=name
+        )
     return name
 
 
@@ -191,7 +194,13 @@ def _native_serves(op: str, device_type: str, forced: str | None) -> bool:
         raise NativeUnavailableError(f"the native back end is forced but cannot run: {loaded}")
     if device_type not in _warned:
         _warned.add(device_type)
-        warnings.warn(f"mm_rec runs its slow reference ops on {device_type}: {loaded}", RuntimeWarning, stacklevel=4)
+        warnings.warn(
+            Translatable(
+                "mm_rec runs its slow reference ops on {device_type}: {loaded}", device_type=device_type, loaded=loaded
+            ),
+            RuntimeWarning,
+            stacklevel=4,
+        )
     return False
 
 
@@ -217,7 +226,9 @@ def _native_fits(op: str, device_type: str, dtype: torch.dtype, dim: int, taps: 
         raise NativeUnavailableError(f"the native back end is forced but cannot run: {problem}")
     if problem not in _warned:
         _warned.add(problem)
-        warnings.warn(f"mm_rec runs a slow reference op: {problem}", RuntimeWarning, stacklevel=4)
+        warnings.warn(
+            Translatable("mm_rec runs a slow reference op: {problem}", problem=problem), RuntimeWarning, stacklevel=4
+        )
     return False
 
 

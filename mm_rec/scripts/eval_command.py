@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mm_rec.errors import UserError
-from mm_rec.program import Parser, positive_int, run_program
+from mm_rec.program import Parser, positive_int, run_program, wrong_argument
 from mm_rec.scripts.sampling_options import add_domain_argument, add_weights_argument
+from mm_rec.translation import Translatable, translate
 
 if TYPE_CHECKING:
     from mm_rec.evaluation.bits_per_byte import Documents
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 def _named_path(text: str) -> tuple[str, Path]:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+        raise wrong_argument("{text!r} is not NAME=PATH", text=text)
     return name, Path(path)
 
 
@@ -89,7 +90,7 @@ def _distances(text: str) -> list[int]:
     except ValueError:
         distances = [-1]
     if min(distances) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers separated by commas")
+        raise wrong_argument("{text!r} is not a list of whole numbers separated by commas", text=text)
     return sorted(set(distances))
 
 
@@ -109,7 +110,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     options.distances = DISTANCES[device] if options.distances is None else options.distances
     options.trials = options.trials or TRIALS[device]
     measured = Measurements(_facts(loaded, domain))
-    print(f"state: {measured.model['state']}")
+    print(translate("state: {state}", state=measured.model["state"]))
     documents = {
         name: _read_documents(path, loaded, options.max_bytes, options.skip_bad) for name, path in options.documents
     }
@@ -128,7 +129,12 @@ def _evaluate(options: argparse.Namespace) -> int:
         print(_needles_in_words(measured.needles[-1]), flush=True)
     too_far = [one for one in options.distances if haystack is not None and not haystack.holds(one)]
     if too_far:
-        print(f"the documents have too few tokens for needles over {', '.join(f'{one:,}' for one in too_far)}")
+        print(
+            translate(
+                "the documents have too few tokens for needles over {distances}",
+                distances=", ".join(f"{one:,}" for one in too_far),
+            )
+        )
     if options.tasks:
         measured.tasks = run_harness(
             loaded.path, options.tasks.split(","), task_dir=options.task_dir, domain=domain, limit=options.limit,
@@ -137,7 +143,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         for task, numbers in measured.tasks.items():
             print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
     measured.conversation = transcript(ChatSession.start(model, tokenizer, domain=domain), QUESTIONS)
-    print(f"report in {write_report(options.output, measured)}")
+    print(translate("report in {path}", path=write_report(options.output, measured)))
     return 0
 
 
@@ -194,8 +200,12 @@ class _Clock:
         self._start = self._said = time.monotonic()
         if self._total:
             print(
-                f"reading takes about {_in_words(self._total)}: {_in_words(reading)} for documents, "
-                f"{_in_words(needles)} for needles",
+                translate(
+                    "reading takes about {total}: {reading} for documents, {needles} for needles",
+                    total=_in_words(self._total),
+                    reading=_in_words(reading),
+                    needles=_in_words(needles),
+                ),
                 flush=True,
             )
 
@@ -208,7 +218,14 @@ class _Clock:
             if now - self._said > PROGRESS_SECONDS and self._done:
                 self._said = now
                 left = (self._total / self._done - 1) * (now - self._start)
-                print(f"  {min(self._done / self._total, 1):.0%}, about {_in_words(max(left, 0))} to go", flush=True)
+                print(
+                    translate(
+                        "  {done:.0%}, about {left} to go",
+                        done=min(self._done / self._total, 1),
+                        left=_in_words(max(left, 0)),
+                    ),
+                    flush=True,
+                )
 
         return add
 
@@ -234,7 +251,7 @@ def _read(
                 bits / size if size else None for bits, size in zip(score.bits_by_position, sizes, strict=True)
             ]
         scores = ", ".join(f"{reader} {score:.4f}" for reader, score in measured.bits_per_byte[name].items())
-        print(f"{name}: bits per byte by {scores}", flush=True)
+        print(translate("{name}: bits per byte by {scores}", name=name, scores=scores), flush=True)
 
 
 def _times(progress: Callable[[int], None], runs: int, tokens: int) -> None:
@@ -243,10 +260,16 @@ def _times(progress: Callable[[int], None], runs: int, tokens: int) -> None:
 
 
 def _needles_in_words(found: Needles) -> str:
-    return (
-        f"needle, {found.kind}, over {found.distance:,} tokens: {found.accuracy:.1%} right "
-        f"({found.low:.0%} to {found.high:.0%}, {found.chance:.0%} by chance), "
-        f"{found.free / found.trials:.1%} in free answers"
+    return translate(
+        "needle, {kind}, over {distance:,} tokens: {accuracy:.1%} right ({low:.0%} to {high:.0%}, {chance:.0%} by "
+        "chance), {free:.1%} in free answers",
+        kind=found.kind,
+        distance=found.distance,
+        accuracy=found.accuracy,
+        low=found.low,
+        high=found.high,
+        chance=found.chance,
+        free=found.free / found.trials,
     )
 
 
@@ -274,7 +297,9 @@ def _facts(loaded: Loaded, domain: str | None) -> dict[str, str]:
         "vocabulary": f"{loaded.tokenizer.vocab_size:,} tokens",
         "answers by": domain or "all experts, fused",
         "precision": precision + (", int8" if loaded.weights == "int8" else ""),
-        "state": f"{whole / 1000:,.0f} kB of a text read by all experts, {one / 1000:,.0f} kB by one",
+        "state": Translatable(
+            "{whole:,.0f} kB of a text read by all experts, {one:,.0f} kB by one", whole=whole / 1000, one=one / 1000
+        ),
         "device": str(weight.device),
     }
 
@@ -300,16 +325,25 @@ def _read_documents(path: Path, loaded: Loaded, max_bytes: int | None, skip_bad:
         try:
             store = write_store(Path(folder) / "documents", documents, vocab_size=tokenizer.vocab_size)
         except ValueError as error:
-            raise UserError(f"there are no documents in {path}") from error
+            raise UserError("there are no documents in {path}", path=path) from error
         token_bytes = np.array([len(one) for one in tokenizer.token_bytes])
         chosen = select_documents(store, token_bytes, max_bytes)
         del store  # whose folder can't be removed on Windows while it is open
     for line in table(str(path), count_kinds(reader), [*found.left_out, *reader.left_out.values()], []):
         print(line)
     if reader.bad_rows:
-        print(f"{path}: {len(reader.bad_rows)} bad rows left out, the first: {reader.bad_rows[0]}")
+        print(
+            translate(
+                "{path}: {count} bad rows left out, the first: {first}",
+                path=path,
+                count=len(reader.bad_rows),
+                first=reader.bad_rows[0],
+            )
+        )
     if not chosen.tokens:
-        raise UserError(f"--max_bytes {max_bytes} leaves nothing of the documents in {path}")
+        raise UserError(
+            "--max_bytes {max_bytes} leaves nothing of the documents in {path}", max_bytes=max_bytes, path=path
+        )
     return chosen
 
 

@@ -30,8 +30,12 @@ def conversations_of(task: str, data: Path | None, data_dir: Path) -> Path:
     if not path.exists():
         source = {"instruct": "alpaca", "chat": "ultrachat"}[task]
         raise UserError(
-            f"there are no conversations for {task} in {path}; name a file or folder of your own, "
-            f"or download some with `mm-rec data --source {source} --output_dir {data_dir}`"
+            "there are no conversations for {task} in {path}; name a file or folder of your own, "
+            "or download some with `mm-rec data --source {source} --output_dir {data_dir}`",
+            task=task,
+            path=path,
+            source=source,
+            data_dir=data_dir,
         )
     return path
 

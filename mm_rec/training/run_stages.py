@@ -47,6 +47,7 @@ from mm_rec.training.runtime import (
     model_and_optimizer_bytes,
 )
 from mm_rec.training.settings import TrainSettings
+from mm_rec.translation import Translatable
 
 __all__ = ["train_stages"]
 
@@ -81,7 +82,12 @@ def _run_or_skip(settings: TrainSettings, data: Prepared, guard: SignalGuard, co
         path = _checkpoint_of_one_expert(settings) if processes.is_rank_zero() else None
         skipped = processes.broadcast_json(None if path is None else str(path))
         if skipped is not None:
-            say(console, f"{settings.stage} is skipped: the model has one domain, so there is nothing to fuse")
+            say(
+                console,
+                Translatable(
+                    "{stage} is skipped: the model has one domain, so there is nothing to fuse", stage=settings.stage
+                ),
+            )
             return Path(skipped)
     return _run_stage(settings, data, guard, console)
 
@@ -108,7 +114,11 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
         if start.finished is not None:
             say(
                 console,
-                f"{settings.stage} is finished: {start.finished}; more --max_steps continue it, --fresh starts anew",
+                Translatable(
+                    "{stage} is finished: {finished}; more --max_steps continue it, --fresh starts anew",
+                    stage=settings.stage,
+                    finished=start.finished,
+                ),
             )
             return start.finished
         runtime = _choose_runtime(settings, plan, start, run, device, available)
@@ -133,7 +143,12 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
                 run.note_length(*first)
         path = trainer.fit()
     path = broadcast_path(path)
-    say(console, f"{settings.stage}: {trainer.progress.step} steps done, saved in {path}")
+    say(
+        console,
+        Translatable(
+            "{stage}: {step} steps done, saved in {path}", stage=settings.stage, step=trainer.progress.step, path=path
+        ),
+    )
     return path
 
 

@@ -46,6 +46,7 @@ from mm_rec.training.progress import TrainingProgress
 from mm_rec.training.ranks import own_batch, rewind_run
 from mm_rec.training.runtime import Runtime
 from mm_rec.training.tensorboard import Board
+from mm_rec.translation import Translatable, join_texts
 
 __all__ = ["MIXED", "Trainer"]
 
@@ -127,8 +128,10 @@ class Trainer:
             self.optimizer.load_state_tensors(checkpoint.optimizer)
         except ValueError as error:
             raise UserError(
-                f"{checkpoint.path} was trained by another optimizer ({error}); train on by the same --optimizer, or "
-                "start from its weights with --init_from"
+                "{path} was trained by another optimizer ({error}); train on by the same "
+                "--optimizer, or start from its weights with --init_from",
+                path=checkpoint.path,
+                error=error,
             ) from None
         self.progress = TrainingProgress(**checkpoint.trainer["position"])
         self.carried = self._carried_in(checkpoint)
@@ -138,7 +141,13 @@ class Trainer:
         carried = dict(checkpoint.carried)  # once: with several processes each look at a tensor sends it
         rows = {len(tensor) for tensor in carried.values()}
         if rows - {self.plan.batch_size}:
-            self.run.event(f"the carried state of {max(rows)} rows is left out: a batch has {self.plan.batch_size}")
+            self.run.event(
+                Translatable(
+                    "the carried state of {rows} rows is left out: a batch has {batch_size}",
+                    rows=max(rows),
+                    batch_size=self.plan.batch_size,
+                )
+            )
             return {}
         flat: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in carried.items():
@@ -161,12 +170,23 @@ class Trainer:
                 self._loop(line)
             except Interrupted:
                 path = self._save()
-                line.message(f"stopped at step {self.progress.step}, saved in {path}; {self.run.next_command}")
+                line.message(
+                    Translatable(
+                        "stopped at step {step}, saved in {path}; {next_command}",
+                        step=self.progress.step,
+                        path=path,
+                        next_command=self.run.next_command,
+                    )
+                )
                 raise
             except DamageError:  # of the data, before an update
                 self.optimizer.zero_grad()
                 if processes.world_size() == 1:  # the others may not have seen it and would not save along
-                    line.message(f"stopped at step {self.progress.step}, saved in {self._save()}")
+                    line.message(
+                        Translatable(
+                            "stopped at step {step}, saved in {path}", step=self.progress.step, path=self._save()
+                        )
+                    )
                 raise
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -174,7 +194,9 @@ class Trainer:
                 self.optimizer.zero_grad()
                 traceback.clear_frames(error.__traceback__)  # lest they keep tensors and graphs
                 remedy = memory_remedy(self.plan.batch_size, self.plan.seq_len)
-                raise UserError(f"out of memory in step {self.progress.step + 1}; {remedy}") from error
+                raise UserError(
+                    "out of memory in step {step}; {remedy}", step=self.progress.step + 1, remedy=remedy
+                ) from error
             finally:
                 self._graphs = None
                 if self.board is not None:
@@ -290,7 +312,7 @@ class Trainer:
         means = {key: sum(some) / len(some) for key, some in losses.items()}
         trouble = self.progress.trouble(means)
         if trouble is None and not math.isfinite(norm):
-            trouble = f"the norm of the gradient is {norm}"
+            trouble = Translatable("the norm of the gradient is {norm}", norm=norm)
         if trouble is not None:
             self._roll_back(step, trouble)
             return None
@@ -321,17 +343,26 @@ class Trainer:
         skipped, scale = [*self.progress.skipped, step], self.progress.rate_scale / 2
         if len(skipped) > MAX_ROLLBACKS:
             raise UserError(
-                f"training is unstable: {trouble} in step {step}, after {MAX_ROLLBACKS} times back; "
-                f"the last good checkpoint is in {self.run.checkpoints}; start anew with a lower --lr "
-                f"(the peak was {self.plan.rate:.1e})"
+                "training is unstable: {trouble} in step {step}, after {rollbacks} times back; "
+                "the last good checkpoint is in {checkpoints}; start anew with a lower --lr (the "
+                "peak was {rate:.1e})",
+                trouble=trouble,
+                step=step,
+                rollbacks=MAX_ROLLBACKS,
+                checkpoints=self.run.checkpoints,
+                rate=self.plan.rate,
             )
         checkpoint = rewind_run(self.run)
         assert checkpoint is not None, "a run saves its start"
         self.restore(checkpoint)
         self.progress.skipped, self.progress.rate_scale = skipped, scale
         self.run.event(
-            f"{trouble} in step {step}: went back to step {self.progress.step}; "
-            "that batch is left out and the rate halved"
+            Translatable(
+                "{trouble} in step {step}: went back to step {good}; that batch is left out and the rate halved",
+                trouble=trouble,
+                step=step,
+                good=self.progress.step,
+            )
         )
 
     def _save(self) -> Path:
@@ -361,15 +392,24 @@ class Trainer:
             return
         mixed = self.plan.stage.mixed
         scores = {name: self._score(name, None if mixed else name) for name in self.valid}
-        shown = [f"{name} {score:.3f}" for name, score in scores.items()]
+        shown: list[str] = [f"{name} {score:.3f}" for name, score in scores.items()]
         records = {"valid": scores}
         if mixed and not self.plan.stage.conversations:
             records["valid_by_expert"] = {name: self._score(name, name) for name in self.valid}
-            shown += [f"{name} by its expert {score:.3f}" for name, score in records["valid_by_expert"].items()]
+            shown += [
+                Translatable("{name} by its expert {score:.3f}", name=name, score=score)
+                for name, score in records["valid_by_expert"].items()
+            ]
         self.run.log_metrics(self.progress.step, **records)
         if self.board is not None:
             self.board.add(self.progress.step, {f"valid/{name}": score for name, score in scores.items()})
-        line.message(f"validation at step {self.progress.step}, bits per byte: {', '.join(shown)}")
+        line.message(
+            Translatable(
+                "validation at step {step}, bits per byte: {scores}",
+                step=self.progress.step,
+                scores=join_texts(", ", shown),
+            )
+        )
 
     def _score(self, name: str, domain: str | None) -> float:
         return evaluate(self.model, self.valid[name], domain, between=self._between).bits_per_byte
@@ -388,7 +428,7 @@ class Trainer:
         if not processes.is_rank_zero():
             return
         write_atomic(self.run.samples / f"{checkpoint_name(self.progress.step)}.txt", sample.encode("utf-8", "replace"))
-        line.message(f"sample at step {self.progress.step}:\n{sample}")
+        line.message(Translatable("sample at step {step}:\n{sample}", step=self.progress.step, sample=sample))
 
     def _same_logits(self) -> contextlib.AbstractContextManager[None]:
         if not self._sharded:

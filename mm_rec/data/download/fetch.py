@@ -22,13 +22,14 @@ from typing import IO, Any
 from mm_rec import system
 from mm_rec.data.download.hub import Rows, UnreachableError, explain, find_revision, quiet, retry_delay
 from mm_rec.data.download.sources import Source
-from mm_rec.data.filters import quality_problem
+from mm_rec.data.filters import count_reasons, quality_problem
 from mm_rec.data.manifest import check_files, read_manifest, record_file
 from mm_rec.data.pack import file_sha256
 from mm_rec.errors import UserError
 from mm_rec.regular_file import read_regular
 from mm_rec.storage.files import remove_leftovers, reporting_errors, write_atomic
 from mm_rec.text.message import without_nulls
+from mm_rec.translation import Translatable
 
 __all__ = ["fetch"]
 
@@ -86,17 +87,18 @@ def fetch(source: Source, samples: int, data_dir: Path, tell: Callable[[str], No
         for folder in (data_dir, download.target.parent):
             remove_leftovers(folder)
         if download.is_complete():
-            tell(f"{source.name}: {download.target} is there already")
+            tell(Translatable("{name}: {target} is there already", name=source.name, target=download.target))
             return download.target
         download.target.parent.mkdir(parents=True, exist_ok=True)
         with quiet():
             download.read()
         entry = download.finish()
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in entry["dropped"].items())
-    tell(
-        f"{source.name}: {entry['samples']:,} samples in {download.target}"
-        + (f"; left out: {dropped}" if dropped else "")
+    line = Translatable(
+        "{name}: {samples:,} samples in {target}", name=source.name, samples=entry["samples"], target=download.target
     )
+    if entry["dropped"]:
+        line = Translatable("{line}; left out: {dropped}", line=line, dropped=count_reasons(entry["dropped"]))
+    tell(line)
     return download.target
 
 
@@ -122,7 +124,9 @@ class _Download:
             return False
         entry = read_manifest(self.data_dir).get(self.source.path)
         if entry is None:
-            raise UserError(f"{self.target} is in the way: it is not from a download; move it or use another folder")
+            raise UserError(
+                "{target} is in the way: it is not from a download; move it or use another folder", target=self.target
+            )
         check_files(self.data_dir, [self.target])
         enough = entry.get("asked") == self.samples or entry["samples"] < min(self.samples, entry["asked"])
         return bool(entry.get("origin") == self.origin and enough)
@@ -146,7 +150,14 @@ class _Download:
                 absent = not self.reached and isinstance(explained, UnreachableError) and explained.status is None
                 if delay is None or attempt == _ATTEMPTS or absent:
                     raise explained from error
-                self.tell(f"{self.source.name}: {_first_line(error)}; trying again in {delay:.0f} s")
+                self.tell(
+                    Translatable(
+                        "{name}: {error}; trying again in {delay:.0f} s",
+                        name=self.source.name,
+                        error=_first_line(error),
+                        delay=delay,
+                    )
+                )
                 time.sleep(delay)
 
     def finish(self) -> dict[str, Any]:
@@ -217,7 +228,14 @@ class _Download:
                     return
                 if time.monotonic() > told + _TELL_SECONDS:
                     told = time.monotonic()
-                    self.tell(f"{self.source.name}: {journal.kept:,} of {self.samples:,} samples")
+                    self.tell(
+                        Translatable(
+                            "{name}: {kept:,} of {samples:,} samples",
+                            name=self.source.name,
+                            kept=journal.kept,
+                            samples=self.samples,
+                        )
+                    )
             journal.done = True
             self._commit(journal, file)
 
@@ -243,9 +261,9 @@ class _Download:
 
     def _problem(self, text: Any) -> str | None:
         if not isinstance(text, str) or "\0" in text:
-            return "no text"
+            return Translatable("no text")
         if self.source.kind == "text" and _HEADING.fullmatch(text):
-            return "heading"
+            return Translatable("heading")
         return quality_problem(text, self.source.kind)
 
 

@@ -22,6 +22,7 @@ from mm_rec.data.manifest import check_files, read_manifest, record_file
 from mm_rec.data.pack import file_sha256
 from mm_rec.errors import UserError
 from mm_rec.storage.files import format_bytes, reporting_errors
+from mm_rec.translation import Translatable
 
 __all__ = ["take_builtin", "take_own"]
 
@@ -41,9 +42,9 @@ def take_builtin(kind: str, samples: int | None, data_dir: Path, tell: Callable[
     entry = read_manifest(data_dir).get(name)
     if entry is not None and entry.get("asked") == samples and (data_dir / name).exists():
         check_files(data_dir, [data_dir / name])
-        tell(f"{BUILTIN}: {data_dir / name} is there already")
+        tell(Translatable("{name}: {path} is there already", name=BUILTIN, path=data_dir / name))
         return data_dir / name
-    tell(f"{BUILTIN}: reading {kind} from this machine's Python installation")
+    tell(Translatable("{name}: reading {kind} from this machine's Python installation", name=BUILTIN, kind=kind))
     texts = builtin_code() if kind == "code" else builtin_text()
     entry = {"source": BUILTIN, "revision": sys.version, "licence": "as each package", "asked": samples}
     return _write(data_dir, name, islice(texts, samples), entry, tell)
@@ -67,7 +68,9 @@ def take_own(
     """
     own, given = data_dir / kind, path.resolve()
     if own.exists() and any(one.exists() and one.samefile(own) for one in (given, *given.parents)):
-        raise UserError(f"{path} is in the data folder already and is used as it is; leave out --{kind}_dir")
+        raise UserError(
+            "{path} is in the data folder already and is used as it is; leave out --{kind}_dir", path=path, kind=kind
+        )
     found = find_documents(path, programs_only=kind == "code", skip=[data_dir])
     with Parser(encoding=options.encoding, columns=options.columns) as parser:
         documents = Documents(found.paths, parser, options)
@@ -79,9 +82,19 @@ def take_own(
     for line in [*lines, *(names_of(left_out) if name_left_out else ())]:
         tell(line)
     if target is None or not documents.counts:
-        raise UserError(f"there is no document in {path}; what is read are {readable_endings()}")
+        raise UserError(
+            "there is no document in {path}; what is read are {endings}",
+            path=path,
+            endings=readable_endings(),
+        )
     if documents.bad_rows:
-        tell(f"{len(documents.bad_rows)} bad rows left out, the first one {documents.bad_rows[0]}")
+        tell(
+            Translatable(
+                "{count} bad rows left out, the first one {first}",
+                count=len(documents.bad_rows),
+                first=documents.bad_rows[0],
+            )
+        )
     return target
 
 
@@ -90,7 +103,7 @@ def _write(data_dir: Path, name: str, texts: Iterable[str], entry: dict[str, Any
     part = target.with_name(f".{target.name}.part")
     count = 0
     if target.exists() and name not in read_manifest(data_dir):
-        raise UserError(f"{target} is in the way: this command has not made it; give it another name")
+        raise UserError("{target} is in the way: this command has not made it; give it another name", target=target)
     with reporting_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -108,5 +121,13 @@ def _write(data_dir: Path, name: str, texts: Iterable[str], entry: dict[str, Any
     size = target.stat().st_size
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record_file(data_dir, name, {**entry, "samples": count, "bytes": size, "sha256": file_sha256(target), "date": date})
-    tell(f"{entry['source']}: {count:,} samples, {format_bytes(size)}, in {target}")
+    tell(
+        Translatable(
+            "{name}: {count:,} samples, {size}, in {target}",
+            name=entry["source"],
+            count=count,
+            size=format_bytes(size),
+            target=target,
+        )
+    )
     return target

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mm_rec.errors import UserError
+from mm_rec.translation import Translatable, join_texts
 
 __all__ = ["BUILTIN", "DEFAULT_SOURCES", "SOURCES", "Source", "describe_sources", "find_source"]
 
@@ -107,16 +108,25 @@ def find_source(name: str) -> Source:
     key = _OTHER_NAMES.get(key, key)
     if key not in SOURCES:
         close = difflib.get_close_matches(key, SOURCES, 1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join([*SOURCES, BUILTIN])}"
-        raise UserError(f"there is no source {name!r}; {hint}")
+        hint = Translatable("there are {names}", names=", ".join([*SOURCES, BUILTIN]))
+        if close:
+            hint = Translatable("did you mean {name}?", name=close[0])
+        raise UserError("there is no source {name!r}; {hint}", name=name, hint=hint)
     return SOURCES[key]
 
 
-def describe_sources() -> str:
+def describe_sources() -> Translatable:
     """The table for people, a line a source."""
-    lines = [f"  {BUILTIN:14} text and code of this machine's own Python installation; needs no network"]
+    lines = [
+        Translatable(
+            "  {name:14} text and code of this machine's own Python installation; needs no network", name=BUILTIN
+        )
+    ]
     for source in _TABLE:
-        note = f"{source.note}; " if source.note else ""
-        gate = ", gated: accept its terms there first and set HF_TOKEN" if source.gated else ""
-        lines.append(f"  {source.name:14} {source.kind}: {note}{source.hub_id}, licence {source.licence}{gate}")
-    return "\n".join(lines)
+        line = Translatable("{id}, licence {licence}", id=source.hub_id, licence=Translatable(source.licence))
+        if source.note:
+            line = join_texts("; ", [Translatable(source.note), line])
+        if source.gated:
+            line = Translatable("{line}, gated: accept its terms there first and set HF_TOKEN", line=line)
+        lines.append(Translatable("  {name:14} {kind}: {line}", name=source.name, kind=source.kind, line=line))
+    return join_texts("\n", lines)

@@ -131,7 +131,7 @@ def _wants_openmp() -> bool:
     """Returns whether threads of PyTorch's OpenMP are wanted, where there are any: not if MM_REC_THREADS is "own"."""
     name = os.environ.get("MM_REC_THREADS") or "openmp"
     if name not in ("openmp", "own"):
-        raise SettingError(f"MM_REC_THREADS must be openmp or own, got {name!r}")
+        raise SettingError("MM_REC_THREADS must be openmp or own, got {name!r}", name=name)
     return name == "openmp"
 
 
@@ -141,9 +141,13 @@ def _choose_level(best: int) -> str:
     if not name:
         return LEVELS[best]
     if name not in LEVELS:
-        raise SettingError(f"MM_REC_CPU_LEVEL must be one of {', '.join(LEVELS)}, got {name!r}")
+        raise SettingError(
+            "MM_REC_CPU_LEVEL must be one of {choices}, got {name!r}", choices=", ".join(LEVELS), name=name
+        )
     if LEVELS.index(name) > best:
-        raise SettingError(f"MM_REC_CPU_LEVEL={name}: this processor supports at most {LEVELS[best]}")
+        raise SettingError(
+            "MM_REC_CPU_LEVEL={name}: this processor supports at most {choices}", name=name, choices=LEVELS[best]
+        )
     return name
 
 
