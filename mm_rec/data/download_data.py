@@ -17,7 +17,15 @@ from mm_rec.data.documents.reading import ReadOptions, read_options
 from mm_rec.data.download.fetch import fetch
 from mm_rec.data.download.hub import UnreachableError
 from mm_rec.data.download.local import take_builtin, take_own
-from mm_rec.data.download.sources import BUILTIN, DEFAULT_SOURCES, Source, describe_sources, find_source
+from mm_rec.data.download.sources import (
+    BUILTIN,
+    DEFAULT_SOURCES,
+    DEFAULT_TEXT,
+    ENGLISH,
+    Source,
+    describe_sources,
+    find_source,
+)
 from mm_rec.errors import UserError
 from mm_rec.options import with_default
 from mm_rec.program import Parser, positive_int, run_program
@@ -38,6 +46,7 @@ examples:
   {prog} --text_samples 1000 --no_code
   {prog} --source c4 --source codesearchnet
   {prog} --source builtin
+  {prog} --language tr --source wikipedia --source fineweb-2 --source oasst2
   {prog} --text_dir ~/books --no_code
 
 The hub is the one of HF_ENDPOINT, if that is set; gated sets need HF_TOKEN. Files come as one JSON string a line, e.g.
@@ -56,6 +65,7 @@ class Request:
     Attributes:
         samples: how many of each source, by its kind; :data:`DEFAULT_SAMPLES` for a kind that is missing.
         sources: names of sources; none takes the defaults for text and code.
+        language: code of the language of the samples, for sources that have several.
         text, code: whether the defaults, or ``builtin``, are taken for text and for code.
         text_dir, code_dir: the user's own files, in place of the defaults.
         reading: how those files are to be read.
@@ -64,6 +74,7 @@ class Request:
 
     samples: dict[str, int]
     sources: tuple[str, ...] = ()
+    language: str = ENGLISH
     text: bool = True
     code: bool = True
     text_dir: Path | None = None
@@ -96,8 +107,9 @@ def download(
     own = {kind: path for kind, path in (("text", request.text_dir), ("code", request.code_dir)) if path is not None}
     kinds = [kind for kind, wanted in (("text", request.text), ("code", request.code)) if wanted]
     # Who brings documents wants to train on these alone: the defaults are for those who bring none.
-    names = request.sources or [name for name in DEFAULT_SOURCES if not own and find_source(name).kind in kinds]
-    sources = [find_source(name) for name in names if name != BUILTIN]
+    defaults = DEFAULT_SOURCES if request.language == ENGLISH else (DEFAULT_TEXT, *DEFAULT_SOURCES[1:])
+    names = request.sources or [name for name in defaults if not own and find_source(name).kind in kinds]
+    sources = [find_source(name).in_language(request.language) for name in names if name != BUILTIN]
     if not names and not own:
         raise UserError("nothing to download: leave out --no_code or --no_wikitext, or name a --source")
     with reporting_errors(data_dir):
@@ -122,8 +134,8 @@ def _fetch(source: Source, request: Request, data_dir: Path, on_unreachable: str
     try:
         return fetch(source, samples, data_dir, tell)
     except UnreachableError as error:
-        if on_unreachable == "error" or source.kind not in DOMAINS:
-            raise
+        if on_unreachable == "error" or source.kind not in DOMAINS or source.language not in ("", ENGLISH):
+            raise  # what every machine has is in English
         tell(
             Translatable(
                 "{what}: taking the builtin {kind} in place of {name}",
@@ -150,6 +162,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source", action="append", default=[], metavar="NAME", help="from the table; may be given often"
     )
+    parser.add_argument(
+        "--language",
+        default=ENGLISH,
+        metavar="CODE",
+        help=with_default("language of the samples, such as tr; text then comes from wikipedia", ENGLISH),
+    )
     parser.add_argument("--text_dir", type=Path, metavar="PATH", help="file or folder of your own for text")
     parser.add_argument("--code_dir", type=Path, metavar="PATH", help="file or folder of your own for code")
     parser.add_argument(
@@ -169,6 +187,7 @@ def read_arguments(options: argparse.Namespace) -> Request:
     return Request(
         samples={kind: count for kind, count in counts.items() if count is not None},
         sources=tuple(options.source),
+        language=options.language,
         text=not options.no_wikitext,
         code=not options.no_code,
         text_dir=options.text_dir,

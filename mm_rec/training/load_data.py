@@ -42,7 +42,8 @@ def load_data(settings: TrainSettings, console: Console, request: Request | None
         if settings.use_synthetic:
             write_synthetic(folder, settings.max_samples or DEFAULT_SAMPLES)
         elif settings.download_data:
-            _download_missing(folder, settings.max_samples, request or Request({}), tell)
+            wanted = dataclasses.replace(request or Request({}), language=settings.language)
+            _download_missing(folder, settings.max_samples, wanted, tell)
     return prepare(
         folder,
         settings.vocab_size or PRESETS[settings.preset_name].vocab_size,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mm_rec.config import DEFAULT_PRESET, DOMAINS, PRESETS, ModelConfig, check_expert_name
+from mm_rec.data.download.sources import ENGLISH
 from mm_rec.errors import UserError
 from mm_rec.options import Option
 from mm_rec.stages import PRETRAINING, STAGES, Stage
@@ -81,6 +82,9 @@ class TrainSettings:
         Option("the same for a domain of any name, which gets an expert of its own; may be given often", shared=True),
     ] = field(default_factory=dict)
     download_data: Annotated[bool, Option("download data into --data_dir if none is there", shared=True)] = False
+    language: Annotated[
+        str, Option("language of the text to download, such as tr, which then comes from wikipedia", shared=True)
+    ] = ENGLISH
     use_synthetic: Annotated[bool, Option("made-up data for a quick test, nothing is downloaded", shared=True)] = False
     max_samples: Annotated[int | None, Option("documents of each domain to use", minimum=1, shared=True)] = None
     skip_bad: Annotated[

@@ -52,7 +52,8 @@ __all__ = ["MIXED", "Trainer"]
 
 MIXED = "mixed"
 """In records and carried states, the name of batches that hold all domains."""
-PROMPTS = {"text": "The ", "code": "def "}
+PROMPT_TOKENS = 8
+"""Tokens of a held-out document of which a sample begins with the whole words, so that it is in the data's language."""
 SAMPLE_TOKENS = 60
 MAX_ROLLBACKS = 5
 
@@ -437,12 +438,20 @@ class Trainer:
 
         return same_logits(self.model)
 
+    def _first_words(self, name: str) -> str:
+        """The first words of a held-out document of a domain; nothing where it has none."""
+        if name not in self.valid:
+            return ""
+        beginning = self.tokenizer.decode(self.valid[name].tokens[0][1 : 1 + PROMPT_TOKENS].tolist())
+        line = next(filter(str.strip, beginning.rstrip("\ufffd").splitlines()), "")  # a character may be cut in two
+        return line.rpartition(" ")[0] or line
+
     def _continue_texts(self, sampling: Sampling) -> str:
         texts = []
         for name in self.bytes_per_token:
             if name == MIXED:
                 continue
-            prompt, domain = PROMPTS.get(name, ""), None if self.plan.stage.mixed else name
+            prompt, domain = self._first_words(name), None if self.plan.stage.mixed else name
             pieces = [prompt]
             for piece in generate(self.model, self.tokenizer, prompt, sampling, domain):
                 self._between()

@@ -2,7 +2,8 @@
 
     python tests/messages/extract_messages.py
 
-adds what is new to every catalogue, with an empty translation to fill in, and drops what is no longer there.
+adds what is new to every catalogue, with an empty translation to fill in, and drops what is no longer there. A text of
+several lines that has changed keeps the translations of its other lines, and the mark ``#, fuzzy`` to be taken off.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ PLACES = {
     "Option": 0,
     "_size": 0,
     "LeftOutError": 0,
+    "with_default": 0,
     "add_argument_group": 0,
     "error": 0,  # of a parser
     "say": 1,
@@ -34,6 +36,12 @@ PLACES = {
 
 KEYWORDS = ("help", "summary", "note", "licence")
 """Arguments by name that are texts for people wherever they stand."""
+
+KEYWORDS_OF = {"Parser": ("description", "epilog"), "main": ("description",), "Source": ("size",)}
+"""The same for some functions only."""
+
+FUZZY = "#, fuzzy"
+"""Marks a translation that has to be looked at."""
 
 FOREIGN = "# argparse and the system"
 """The heading, in a catalogue, of messages that are not written in this package."""
@@ -84,7 +92,7 @@ def texts() -> Iterator[Text]:
             if place is not None and place < len(node.args):
                 yield Text(module, node.lineno, node.args[place])
             for keyword in node.keywords:
-                if keyword.arg in KEYWORDS or (name in ("Parser", "main") and keyword.arg in ("description", "epilog")):
+                if keyword.arg in KEYWORDS or keyword.arg in KEYWORDS_OF.get(name, ()):
                     yield Text(module, node.lineno, keyword.value)
 
 
@@ -135,19 +143,33 @@ def read_catalogues() -> dict[Path, dict[str, str]]:
 
 
 def update(path: Path, entries: dict[str, str]) -> int:
-    """Write a catalogue anew: all messages by module, translated where they were; returns how many are not."""
+    """Write a catalogue anew: all messages by module, translated where they were; returns how many need a translator.
+
+    What has changed in a text of several lines is marked as fuzzy, as gettext does, with the lines that it had before.
+    """
     content = path.read_text(encoding="utf-8")
     head, _, rest = content.partition("\n\n")
     foreign = rest[rest.index(FOREIGN) :]
-    found, blocks = messages(), [head]
+    found, blocks, open_ones = messages(), [head], 0
+    by_line = {
+        line: translated
+        for text, translation in entries.items()
+        if text.count("\n") == translation.count("\n")
+        for line, translated in zip(text.split("\n"), translation.split("\n"), strict=True)
+    }
     for module in sorted(set(found.values())):
-        lines = [f"# mm_rec/{module}"]
-        lines += [
-            f"msgid {quoted(text)}\nmsgstr {quoted(entries.get(text, ''))}" for text in found if found[text] == module
-        ]
-        blocks.append("\n\n".join(lines).replace("\n\n", "\n", 1))
-    path.write_text("\n\n".join([*blocks, foreign]), encoding="utf-8")
-    return sum(not entries.get(text) for text in found)
+        lines = []
+        for text in (text for text in found if found[text] == module):
+            translation = entries.get(text, "")
+            fuzzy = f"{FUZZY}\nmsgid {quoted(text)}\n" in content
+            if not translation and any(line in by_line for line in text.split("\n") if line.strip()):
+                translation, fuzzy = "\n".join(by_line.get(line, line) for line in text.split("\n")), True
+            open_ones += fuzzy or not translation
+            mark = f"{FUZZY}\n" if fuzzy else ""
+            lines.append(f"{mark}msgid {quoted(text)}\nmsgstr {quoted(translation)}")
+        blocks.append(f"# mm_rec/{module}\n" + "\n\n".join(lines))
+    path.write_text("\n\n".join([*blocks, foreign]), encoding="utf-8", newline="\n")
+    return open_ones
 
 
 def quoted(text: str) -> str:

@@ -22,6 +22,7 @@ from typing import IO, Any
 from mm_rec import system
 from mm_rec.data.download.hub import Rows, UnreachableError, explain, find_revision, quiet, retry_delay
 from mm_rec.data.download.sources import Source
+from mm_rec.data.download.trees import COLUMNS, TREE, best_conversation
 from mm_rec.data.filters import count_reasons, quality_problem
 from mm_rec.data.manifest import check_files, read_manifest, record_file
 from mm_rec.data.pack import file_sha256
@@ -53,6 +54,7 @@ class _Journal:
         read: rows that were read for them.
         dropped: rows that were left out, by reason.
         done: whether the part file is complete.
+        tree: the messages that were read of a conversation whose rows may go on.
     """
 
     origin: dict[str, Any]
@@ -64,6 +66,7 @@ class _Journal:
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     done: bool = False
+    tree: list[dict[str, Any]] = field(default_factory=list)
 
 
 def fetch(source: Source, samples: int, data_dir: Path, tell: Callable[[str], None]) -> Path:
@@ -113,6 +116,8 @@ class _Download:
         self.journal_path = self.target.with_name(f".{self.target.name}.journal")
         names = ("hub_id", "config", "split", "field", "data_dir", "data_files")
         self.origin = {name: getattr(source, name) for name in names}
+        if source.trees:
+            self.origin["language"] = source.row_language
         self.journal = self._load()
         self.reached = False
 
@@ -213,13 +218,9 @@ class _Download:
             file.seek(journal.n_bytes)
             for row in rows:
                 journal.read += 1
-                line, problem = self._line(row)
-                if problem:
-                    journal.dropped[problem] += 1
-                else:
-                    file.write(line)
-                    journal.n_bytes += len(line)
-                    journal.kept += 1
+                sample = self._gather(row, journal) if self.source.trees else row
+                if sample is not None:
+                    self._write(sample, journal, file)
                 journal.done = journal.kept == self.samples
                 if journal.done or journal.read % _CHUNK == 0:
                     journal.state = rows.state
@@ -236,6 +237,8 @@ class _Download:
                             samples=self.samples,
                         )
                     )
+            if conversation := best_conversation(journal.tree):
+                self._write({"messages": conversation}, journal, file)
             journal.done = True
             self._commit(journal, file)
 
@@ -246,6 +249,28 @@ class _Download:
             system.sync_descriptor(file.fileno())
         write_atomic(self.journal_path, json.dumps(vars(journal)).encode())
         self.journal = copy.deepcopy(journal)
+
+    def _write(self, sample: dict[str, Any], journal: _Journal, file: IO[bytes]) -> None:
+        """Write a sample, or count why it is left out."""
+        line, problem = self._line(sample)
+        if problem:
+            journal.dropped[problem] += 1
+            return
+        file.write(line)
+        journal.n_bytes += len(line)
+        journal.kept += 1
+
+    def _gather(self, row: dict[str, Any], journal: _Journal) -> dict[str, Any] | None:
+        """Add a message to the tree under way; returns the conversation of the tree before, where one is complete."""
+        conversation = []
+        if journal.tree and journal.tree[0][TREE] != row[TREE]:
+            conversation = best_conversation(journal.tree)
+            journal.tree = []
+        if row["lang"] == self.source.row_language:
+            journal.tree.append({name: row[name] for name in COLUMNS})
+        else:
+            journal.dropped[Translatable("of another language")] += 1
+        return {"messages": conversation} if conversation else None
 
     def _line(self, row: dict[str, Any]) -> tuple[bytes, str | None]:
         """A row as a line of JSON, or why it is left out."""
