@@ -112,6 +112,8 @@ def download(
     sources = [find_source(name).in_language(request.language) for name in names if name != BUILTIN]
     if not names and not own:
         raise UserError("nothing to download: leave out --no_code or --no_wikitext, or name a --source")
+    if BUILTIN in names and "text" in kinds and request.language != ENGLISH:
+        raise UserError("{name} is in English; {hint}", name=BUILTIN, hint=Translatable("leave --language out"))
     with reporting_errors(data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
     lock = Lock(data_dir / ".lock")

@@ -8,6 +8,7 @@ The rules for code are those of StarCoder (Li et al. 2023, arXiv:2305.06161, sec
 from __future__ import annotations
 
 import re
+import unicodedata
 import zlib
 from array import array
 from collections.abc import Mapping
@@ -57,7 +58,7 @@ def count_reasons(counts: Mapping[str, int]) -> Translatable:
 
 
 def _text_problem(sample: str) -> str | None:
-    if _matched(_LETTER, sample) < 0.5 * len(sample):
+    if _matched(_LETTER, sample) < 0.5 * len(sample) and _letters_and_marks(sample) < 0.5 * len(sample):
         return Translatable("few letters")
     lines = [line for line in sample.split("\n") if line.strip()]
     if len(lines) >= 6 and len(set(lines)) < 0.7 * len(lines):
@@ -65,6 +66,11 @@ def _text_problem(sample: str) -> str | None:
     if _compressed_share(sample) < 0.15:
         return Translatable("repetitive")
     return None
+
+
+def _letters_and_marks(sample: str) -> int:
+    """Returns the number of letters and of the signs that belong to one, as vowels do in Hindi and Thai."""
+    return sum(unicodedata.category(sign)[0] in "LM" for sign in sample)
 
 
 def _code_problem(sample: str) -> str | None:

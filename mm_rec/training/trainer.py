@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import time
 import traceback
 from collections import defaultdict
@@ -52,8 +53,13 @@ __all__ = ["MIXED", "Trainer"]
 
 MIXED = "mixed"
 """In records and carried states, the name of batches that hold all domains."""
+PROMPTS = {"text": "The ", "code": "def "}
+"""What a sample of English text and of code begins with; others begin with the first words of a held-out document."""
 PROMPT_TOKENS = 8
-"""Tokens of a held-out document of which a sample begins with the whole words, so that it is in the data's language."""
+"""Tokens of a document of which the whole words are taken."""
+ENGLISH = re.compile(r"\b(?:the|and)\b", re.IGNORECASE)
+ENGLISH_SHARE = 0.01
+"""Share of these two words in English text, at least; in other languages they hardly occur."""
 SAMPLE_TOKENS = 60
 MAX_ROLLBACKS = 5
 
@@ -438,10 +444,13 @@ class Trainer:
 
         return same_logits(self.model)
 
-    def _first_words(self, name: str) -> str:
-        """The first words of a held-out document of a domain; nothing where it has none."""
-        if name not in self.valid:
-            return ""
+    def _prompt(self, name: str) -> str:
+        """What a sample of a domain begins with: words in the language of its data."""
+        if name == "code" or name not in self.valid:
+            return PROMPTS.get(name, "")
+        text = "\n".join(self.tokenizer.decode(tokens.tolist()) for tokens in self.valid[name].tokens)
+        if name in PROMPTS and len(ENGLISH.findall(text)) >= ENGLISH_SHARE * len(text.split()):
+            return PROMPTS[name]
         beginning = self.tokenizer.decode(self.valid[name].tokens[0][1 : 1 + PROMPT_TOKENS].tolist())
         line = next(filter(str.strip, beginning.rstrip("\ufffd").splitlines()), "")  # a character may be cut in two
         return line.rpartition(" ")[0] or line
@@ -451,7 +460,7 @@ class Trainer:
         for name in self.bytes_per_token:
             if name == MIXED:
                 continue
-            prompt, domain = self._first_words(name), None if self.plan.stage.mixed else name
+            prompt, domain = self._prompt(name), None if self.plan.stage.mixed else name
             pieces = [prompt]
             for piece in generate(self.model, self.tokenizer, prompt, sampling, domain):
                 self._between()

@@ -69,6 +69,7 @@ def test_flags(tmp_path, fetched, capsys, flags, expected):
         ("--no_code --no_wikitext", "nothing to download"),
         ("--source wikitekst", "did you mean wikitext"),
         ("--language tr --source c4", "c4 is in English; for this language there are wikipedia, fineweb-2, oasst2"),
+        ("--language tr --source builtin", "builtin is in English; leave --language out"),
         ("--language xx --source c4", "c4 is in English; leave --language out"),
         ("--language en --source fineweb-2", "fineweb-2 has no language 'en'; it has ar, az, .*"),
         ("--source nothing-like-it", "there are wikitext, .*builtin"),
