@@ -9,6 +9,7 @@ from pathlib import Path
 from mm_rec.config import DEFAULT_PRESET, PRESETS
 from mm_rec.errors import MissingPackageError
 from mm_rec.program import Parser, positive_int, run_program, wrong_argument
+from mm_rec.translation import translate
 
 EPILOG = """examples:
   mm-rec bench
@@ -55,7 +56,7 @@ def _measure(options: argparse.Namespace) -> int:
     )
 
     def write(line: str) -> None:
-        sys.stdout.write(line + "\n")
+        sys.stdout.write(translate(line) + "\n")
         sys.stdout.flush()
 
     run_bench(settings, write)
