@@ -107,7 +107,10 @@ def check_machine() -> list[Finding]:
     ]
     for entry in ops.status().devices:
         findings.append(
-            Finding("ok" if entry.backend == "native" else "note", Translatable("kernels on {entry}", entry=entry))
+            Finding(
+                "ok" if entry.backend == "native" else "note",
+                Translatable("kernels on {entry}", entry=entry.describe()),
+            )
         )
     free = files.format_bytes(available_memory(device))
     findings.append(

@@ -25,6 +25,7 @@ PLACES = {
     "Option": 0,
     "_size": 0,
     "LeftOutError": 0,
+    "NativeUnavailableError": 0,
     "with_default": 0,
     "add_argument_group": 0,
     "error": 0,  # of a parser

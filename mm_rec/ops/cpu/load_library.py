@@ -91,7 +91,7 @@ class CpuLibrary:
         """
         self.path = path or LIBRARY_PATH
         if not self.path.exists():
-            raise NativeUnavailableError(f"the native library is not built; build it with: {REBUILD}")
+            raise NativeUnavailableError("the native library is not built; build it with: {command}", command=REBUILD)
         try:
             library = ctypes.CDLL(str(self.path))
             library.mm_rec_sources.restype = ctypes.c_uint64
@@ -99,11 +99,12 @@ class CpuLibrary:
             best = library.mm_rec_best_level()
         except (OSError, AttributeError) as error:
             raise NativeUnavailableError(
-                f"the native library is broken ({error}); rebuild it with: {REBUILD}"
+                "the native library is broken ({error}); rebuild it with: {command}", error=error, command=REBUILD
             ) from None
         if sources != hash_of_sources("cpu"):
             raise NativeUnavailableError(
-                f"the native library was built from other sources than those installed; rebuild it with: {REBUILD}"
+                "the native library was built from other sources than those installed; rebuild it with: {command}",
+                command=REBUILD,
             )
         self.best_level = LEVELS[best]
         self.level = _choose_level(best)
@@ -115,7 +116,7 @@ class CpuLibrary:
                 function = library[f"mm_rec_{name}_{_compiled_for(name, self.level)}"]
             except AttributeError as error:
                 raise NativeUnavailableError(
-                    f"the native library is broken ({error}); rebuild it with: {REBUILD}"
+                    "the native library is broken ({error}); rebuild it with: {command}", error=error, command=REBUILD
                 ) from None
             function.argtypes = [_TYPES[code] for code in arguments.replace(" ", "")]
             function.restype = None if result == "-" else _TYPES[result]
