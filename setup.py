@@ -68,6 +68,11 @@ class PlatformWheel(bdist_wheel):
 setup(
     # an extension marks the wheel as one of a platform
     ext_modules=[] if KERNELS == "pure" else [Extension("mm_rec.cpp.kernels", sources=[])],
-    package_data={"mm_rec": ["py.typed"], "mm_rec.cpp": ["src/*", "cuda/*"], "mm_rec.serve": ["*.html"]},
+    package_data={
+        "mm_rec": ["py.typed"],
+        "mm_rec.cpp": ["src/*", "cuda/*"],
+        "mm_rec.serve": ["*.html"],
+        "mm_rec.translation": ["*.po"],
+    },
     cmdclass={"build": CleanBuild, "build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
 )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from mm_rec.errors import UserError, find_missing_package
 from mm_rec.program import run_program
+from mm_rec.translation import translate
 
 __all__ = ["COMMANDS", "main"]
 
@@ -61,8 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
-        commands = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items())
-        sys.stdout.write(HELP.format(commands=commands))
+        commands = "\n".join(f"  {name:{width}}  {translate(command.summary)}" for name, command in COMMANDS.items())
+        sys.stdout.write(translate(HELP, commands=commands))
         return 0 if arguments else 2
     name, *rest = arguments
     if name == "--version":
@@ -71,7 +72,9 @@ def _run(arguments: list[str]) -> int:
         sys.stdout.write(f"mm-rec {__version__}\n")
         return 0
     if name not in COMMANDS:
-        raise UserError(f"there is no command {name[:80]!r}; there are {', '.join(COMMANDS)}")
+        raise UserError(
+            "there is no command {name!r}; there are {commands}", name=name[:80], commands=", ".join(COMMANDS)
+        )
     try:
         module = importlib.import_module(COMMANDS[name].module)
         return int(module.main(rest, prog=f"mm-rec {name}"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mm_rec.errors import UserError
+from mm_rec.translation import Translatable
 
 __all__ = [
     "DEFAULT_PRESET",
@@ -62,7 +63,7 @@ def check_expert_name(name: str) -> None:
     from torch.nn import ModuleDict  # not at the top, so that --help is quick
 
     if not _NAME.fullmatch(name) or name in _TAKEN or hasattr(ModuleDict, name) or hasattr(ModuleDict(), name):
-        raise UserError(f"a domain can't have the name {name!r:.80}; take another of {_NAMES}")
+        raise UserError("a domain can't have the name {name!r:.80}; take another of {names}", name=name, names=_NAMES)
 
 
 @dataclass(frozen=True)
@@ -97,21 +98,53 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "gate_every", "window", "kept_pairs"):
             value, most = getattr(self, name), MAX_MEMORY if name in ("window", "kept_pairs") else MAX_SIZE
             if type(value) is not int or not 1 <= value < most:
-                raise ValueError(f"{name} must be a whole number of at least 1 and below {most:,}, got {value!r:.40}")
+                raise ValueError(
+                    Translatable(
+                        "{name} must be a whole number of at least 1 and below {most:,}, got {value!r:.40}",
+                        name=name,
+                        most=most,
+                        value=value,
+                    )
+                )
         base = self.rotary_base
         if isinstance(base, bool) or not isinstance(base, int | float) or not 0 < base <= MAX_BASE:
-            raise ValueError(f"rotary_base must be a number above 0 and at most {MAX_BASE:g}, got {base!r:.40}")
+            raise ValueError(
+                Translatable(
+                    "rotary_base must be a number above 0 and at most {max_base:g}, got {base!r:.40}",
+                    max_base=MAX_BASE,
+                    base=base,
+                )
+            )
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
-            raise ValueError(f"d_model {self.d_model} does not split into {self.n_heads} heads of even size")
+            raise ValueError(
+                Translatable(
+                    "d_model {d_model} does not split into {n_heads} heads of even size",
+                    d_model=self.d_model,
+                    n_heads=self.n_heads,
+                )
+            )
         if self.window < KEY_TAPS - 1:
-            raise ValueError(f"window must be at least {KEY_TAPS - 1}, got {self.window}")
+            raise ValueError(
+                Translatable(
+                    "window must be at least {key_taps}, got {window}", key_taps=KEY_TAPS - 1, window=self.window
+                )
+            )
         names = self.experts
         if not isinstance(names, tuple) or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
-            raise ValueError(f"experts must be {_NAMES}, got {names!r:.80}")
+            raise ValueError(Translatable("experts must be {allowed}, got {names!r:.80}", allowed=_NAMES, names=names))
         if len(names) * self.n_layers > MAX_BLOCKS:
-            raise ValueError(f"a model has at most {MAX_BLOCKS:,} blocks, got {len(names)} experts of {self.n_layers}")
+            raise ValueError(
+                Translatable(
+                    "a model has at most {max_blocks:,} blocks, got {count} experts of {n_layers}",
+                    max_blocks=MAX_BLOCKS,
+                    count=len(names),
+                    n_layers=self.n_layers,
+                )
+            )
         if not names or len(set(names)) != len(names):
-            raise ValueError(f"experts must be distinct names, at least one, got {names!r:.80}")
+            raise ValueError(
+                Translatable("experts must be distinct names, at least one, got {names!r:.80}", names=names)
+            )
 
     @property
     def head_dim(self) -> int:
@@ -132,7 +165,9 @@ class ModelConfig:
         320
         """
         if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+            raise ValueError(
+                Translatable("unknown preset {name!r}; there are {presets}", name=name, presets=", ".join(PRESETS))
+            )
         return dataclasses.replace(PRESETS[name], **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,7 +180,7 @@ class ModelConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"unknown model settings: {', '.join(unknown)}")
+            raise ValueError(Translatable("unknown model settings: {unknown}", unknown=", ".join(unknown)))
         experts = values.get("experts")
         return cls(**{**values, "experts": tuple(experts)} if isinstance(experts, list) else values)
 

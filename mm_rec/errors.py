@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mm_rec.translation import Translatable
+
 __all__ = [
     "EXTRA_OF",
     "PACKAGE",
@@ -36,8 +38,15 @@ EXTRA_OF = {
 class UserError(Exception):
     """Something the user can mend; the message is one line that says what happened and what helps.
 
-    Command-line programs print ``error: <message>`` and exit with code 2.
+    Command-line programs print ``error: <message>``, in the language of the user's locale, and exit with code 2.
+
+    Args:
+        template: the message, with fields in braces.
+        fields: their values, as :class:`~mm_rec.translation.Translatable` takes them.
     """
+
+    def __init__(self, template: str, /, **fields: object) -> None:
+        super().__init__(Translatable(template, **fields))
 
 
 class SettingError(UserError, ValueError):
@@ -53,7 +62,12 @@ class MissingPackageError(UserError, ImportError):
     """
 
     def __init__(self, what: str, package: str) -> None:
-        super().__init__(f"{what} needs the package {package}; install it with: {install_command(EXTRA_OF[package])}")
+        super().__init__(
+            "{what} needs the package {package}; install it with: {command}",
+            what=Translatable(what),
+            package=package,
+            command=install_command(EXTRA_OF[package]),
+        )
 
 
 def find_missing_package(error: ImportError, what: str = "this") -> MissingPackageError | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import mm_rec
 from mm_rec.errors import UserError
+from mm_rec.translation import Translatable
 
 __all__ = ["FIRST_VERSION", "KEY", "VERSIONS", "FormatError", "check_version", "is_current", "take_version"]
 
@@ -48,11 +49,13 @@ FIRST_VERSION = 1
 """Of a model or training state that states no version, as before there were such numbers."""
 
 _STILL_WORKS = {
-    "model": "the version of MM-Rec that wrote it still runs, trains and exports it",
-    "training": "its weights can still be used: --init_from starts a new run from them, and generate, chat and export "
-    "take them as they are",
-    "session": "the version of MM-Rec that wrote it still continues it, and a new session can be started",
-    "token store": "delete it, the next run makes it anew",
+    "model": Translatable("the version of MM-Rec that wrote it still runs, trains and exports it"),
+    "training": Translatable(
+        "its weights can still be used: --init_from starts a new run from them, and "
+        "generate, chat and export take them as they are"
+    ),
+    "session": Translatable("the version of MM-Rec that wrote it still continues it, and a new session can be started"),
+    "token store": Translatable("delete it, the next run makes it anew"),
 }
 _LONGEST_SHOWN = 20
 
@@ -82,8 +85,13 @@ def check_version(kind: str, found: object, path: Path | str) -> None:
     if len(shown) > _LONGEST_SHOWN:
         shown = f"{shown[:_LONGEST_SHOWN]}..."
     raise FormatError(
-        f"{path} has {kind} format {shown}, and MM-Rec {mm_rec.__version__} reads {VERSIONS[kind]}; "
-        f"{_STILL_WORKS[kind]}"
+        "{path} has {kind} format {shown}, and MM-Rec {version} reads {known}; {still_works}",
+        path=path,
+        kind=kind,
+        shown=shown,
+        version=mm_rec.__version__,
+        known=VERSIONS[kind],
+        still_works=_STILL_WORKS[kind],
     )
 
 

@@ -18,8 +18,9 @@ from typing import Annotated, Any, TypeVar
 from mm_rec.errors import UserError
 from mm_rec.stages import STAGES
 from mm_rec.storage.yaml_file import read_yaml
+from mm_rec.translation import Translatable
 
-__all__ = ["Option", "add_arguments", "from_arguments", "from_values"]
+__all__ = ["Option", "add_arguments", "from_arguments", "from_values", "with_default"]
 
 T = TypeVar("T")
 
@@ -74,19 +75,30 @@ def add_arguments(
             continue
         if _kind(hint) is dict:
             group.add_argument(
-                f"--{name}", action="append", default=argparse.SUPPRESS, metavar="NAME=PATH", help=option.help
+                f"--{name}",
+                action="append",
+                default=argparse.SUPPRESS,
+                metavar="NAME=PATH",
+                help=Translatable(option.help),
             )
             continue
         if hint is bool:
-            group.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=option.help)
+            group.add_argument(
+                f"--{name}", action="store_true", default=argparse.SUPPRESS, help=Translatable(option.help)
+            )
             continue
         group.add_argument(
             f"--{name}",
             default=argparse.SUPPRESS,
             choices=option.choices,
             metavar=None if option.choices else _kind(hint).__name__.upper(),
-            help=option.help + ("" if default is None else f" (default {default})"),
+            help=Translatable(option.help) if default is None else with_default(option.help, default),
         )
+
+
+def with_default(help: str, default: object) -> Translatable:
+    """Returns the help of an option with its default value."""
+    return Translatable("{help} (default {default})", help=Translatable(help), default=default)
 
 
 def from_arguments(cls: type[T], arguments: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> T:
@@ -124,7 +136,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold settings as `name: value` lines, not a {type(content).__name__}")
+        raise UserError(
+            "{path} must hold settings as `name: value` lines, not a {kind}", path=path, kind=type(content).__name__
+        )
     return content
 
 
@@ -134,7 +148,7 @@ def _checked(values: Mapping[str, Any], fields: Mapping[str, tuple[Any, Option]]
     for name, value in values.items():
         where = f"{origin}{name}"
         if name not in fields:
-            raise UserError(f"unknown setting {where}{_suggestion(str(name), fields)}")
+            raise UserError("unknown setting {where}{hint}", where=where, hint=_suggestion(str(name), fields))
         hint, option = fields[name]
         checked[name] = _section(where, value, fields) if option.section else _convert(where, value, hint, option)
     return checked
@@ -143,21 +157,33 @@ def _checked(values: Mapping[str, Any], fields: Mapping[str, tuple[Any, Option]]
 def _section(where: str, value: Any, fields: Mapping[str, tuple[Any, Option]]) -> dict[str, dict[str, Any]]:
     """Settings of single stages, as ``stages: {stage2: {max_steps: 100}}`` in the file."""
     if not isinstance(value, dict) or not all(isinstance(one, dict) for one in value.values()):
-        raise UserError(f"{where} must hold the settings of each stage under its name")
+        raise UserError("{where} must hold the settings of each stage under its name", where=where)
     unknown = [name for name in value if name not in STAGES]
     if unknown:
-        raise UserError(f"unknown stage {where}.{unknown[0]}{_suggestion(str(unknown[0]), STAGES)}")
+        raise UserError(
+            "unknown stage {where}.{name}{hint}",
+            where=where,
+            name=unknown[0],
+            hint=_suggestion(str(unknown[0]), STAGES),
+        )
     for name, one in value.items():
         for key in one:
             if key in fields and fields[key][1].shared:
-                raise UserError(f"{where}.{name}.{key} cannot differ between stages; set {key} outside of {where}")
+                raise UserError(
+                    "{where}.{name}.{key} cannot differ between stages; set {key} outside of {where}",
+                    where=where,
+                    name=name,
+                    key=key,
+                )
     plain = {name: entry for name, entry in fields.items() if not entry[1].section and name != "stage"}
     return {name: _checked(one, plain, f"{where}.{name}.") for name, one in value.items()}
 
 
-def _suggestion(name: str, known: Iterable[str]) -> str:
+def _suggestion(name: str, known: Iterable[str]) -> Translatable:
     close = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(known))}"
+    if close:
+        return Translatable("; did you mean {name}?", name=close[0])
+    return Translatable("; there are {names}", names=", ".join(sorted(known)))
 
 
 def _kind(hint: Any) -> type:
@@ -181,15 +207,32 @@ def _convert(where: str, value: Any, hint: Any, option: Option) -> Any:
         if kind is Path and "\0" in str(value):
             raise ValueError
     except ValueError:
-        wanted = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}.get(kind, "text")
-        raise UserError(f"{where} must be {wanted}, got {_shown(value)}") from None
+        wanted = {
+            int: Translatable("a whole number"),
+            float: Translatable("a number"),
+            bool: Translatable("true or false"),
+            Path: Translatable("a path"),
+        }.get(kind, Translatable("text"))
+        raise UserError(
+            "{where} must be {wanted}, got {value}", where=where, wanted=wanted, value=_shown(value)
+        ) from None
     if option.minimum is not None and not option.minimum <= converted < float("inf"):
-        raise UserError(f"{where} must be at least {option.minimum} and finite, got {_shown(value)}")
+        raise UserError(
+            "{where} must be at least {minimum} and finite, got {value}",
+            where=where,
+            minimum=option.minimum,
+            value=_shown(value),
+        )
     most = min(option.maximum, MAX_INT) if kind is int else option.maximum
     if kind in (int, float) and converted > most:
-        raise UserError(f"{where} must be at most {most}, got {_shown(value)}")
+        raise UserError("{where} must be at most {most}, got {value}", where=where, most=most, value=_shown(value))
     if option.choices and converted not in option.choices:
-        raise UserError(f"{where} must be one of {', '.join(option.choices)}, got {_shown(value)}")
+        raise UserError(
+            "{where} must be one of {choices}, got {value}",
+            where=where,
+            choices=", ".join(option.choices),
+            value=_shown(value),
+        )
     return converted
 
 
@@ -198,10 +241,10 @@ def _named_paths(where: str, value: Any) -> dict[str, Path]:
     if isinstance(value, list):
         pairs = [str(one).partition("=") for one in value]
         if any(not name or not path for name, _, path in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
-            raise UserError(f"{where} must be NAME=PATH, each name once, got {_shown(value)}")
+            raise UserError("{where} must be NAME=PATH, each name once, got {value}", where=where, value=_shown(value))
         return {name: Path(path) for name, _, path in pairs}
     if not isinstance(value, dict) or not all(isinstance(one, str | Path) and one for one in value.values()):
-        raise UserError(f"{where} must hold a path under each name, got {_shown(value)}")
+        raise UserError("{where} must hold a path under each name, got {value}", where=where, value=_shown(value))
     return {str(name): Path(path) for name, path in value.items()}
 
 
@@ -210,5 +253,5 @@ def _shown(value: Any) -> str:
     try:
         text = repr(value)
     except ValueError:  # Python writes no number of so many digits
-        return "a number of thousands of digits"
+        return Translatable("a number of thousands of digits")
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."

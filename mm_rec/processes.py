@@ -71,8 +71,9 @@ def process_group(device: str, *, lasting: bool = False) -> Iterator[None]:
         local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"this host has {torch.cuda.device_count()} GPU(s) and {local_world_size()} processes; "
-                f"use --nproc_per_node {torch.cuda.device_count()}, or --device cpu"
+                "this host has {gpus} GPU(s) and {processes} processes; use --nproc_per_node {gpus}, or --device cpu",
+                gpus=torch.cuda.device_count(),
+                processes=local_world_size(),
             )
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
@@ -219,8 +220,11 @@ def check_rows(batch_size: int) -> None:
     """
     if batch_size % (count := world_size()):
         raise UserError(
-            f"{batch_size} rows of a micro-batch cannot be shared evenly by {count} processes; "
-            f"use --batch_size {max(1, round(batch_size / count)) * count}, or another number of processes"
+            "{batch_size} rows of a micro-batch cannot be shared evenly by {count} processes; "
+            "use --batch_size {rows}, or another number of processes",
+            batch_size=batch_size,
+            count=count,
+            rows=max(1, round(batch_size / count)) * count,
         )
 
 

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mm_rec import system
 from mm_rec.errors import UserError, find_missing_package, is_out_of_memory
 from mm_rec.machine.signals import Interrupted, SignalGuard
+from mm_rec.translation import HelpFormatter, Translatable, join_texts, translate, translated_argparse
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Parser", "positive_int", "run_program", "say"]
+__all__ = ["Parser", "positive_int", "run_program", "say", "wrong_argument"]
 
 LONGEST_LINE = 2000
 """Characters of an error message at most; the midst of a longer one is left out."""
@@ -28,10 +29,20 @@ FEWEST_FILES = 64
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line, in the language of the user's locale, as its help is."""
 
     def __init__(self, **keywords: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **keywords)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **keywords)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Returns what :class:`argparse.ArgumentParser` does."""
+        with translated_argparse():
+            return super().parse_known_args(args, namespace)
+
+    def format_help(self) -> str:
+        """Returns the help in the language of the user's locale."""
+        with translated_argparse():
+            return super().format_help()
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if message:  # argparse itself keeps quiet about an output that takes nothing
@@ -39,7 +50,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line that points to ``--help``."""
-        self.exit(2, f"error: {_one_line(message)}; see {self.prog} --help\n")
+        problem = Translatable(_one_line(message))
+        line = translate("{problem}; see {command} --help", problem=problem, command=self.prog)
+        self.exit(2, f"{translate('error')}: {line}\n")
+
+
+def wrong_argument(template: str, /, **fields: object) -> argparse.ArgumentTypeError:
+    """Returns the error of a value that the ``type`` of an argument refuses, in the language of the user's locale."""
+    return argparse.ArgumentTypeError(translate(template, **fields))
 
 
 def positive_int(text: str) -> int:
@@ -49,13 +67,16 @@ def positive_int(text: str) -> int:
     12
     """
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+        raise wrong_argument("must be a whole number of at least 1, got {text!r}", text=text)
     return int(text)
 
 
 def say(console: Console, text: str) -> None:
-    """Print ``text`` as it is: square brackets are no markup, numbers get no colour, and long lines stay whole."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print ``text`` in the language of the user's locale, and else as it is.
+
+    Square brackets are no markup, numbers get no colour, and long lines stay whole.
+    """
+    console.print(translate(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def run_program(program: Callable[[], int]) -> int:
@@ -78,13 +99,13 @@ def run_program(program: Callable[[], int]) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        return _fail(str(error))
+        return _fail(translate(error))
     except (MemoryError, RuntimeError, SystemError, ImportError) as error:
         if isinstance(error, ImportError) and (missing := find_missing_package(error)):
-            return _fail(str(missing))
+            return _fail(translate(missing))
         if not is_out_of_memory(error):
             raise
-        return _fail("out of memory; free some, or use less data or a smaller model")
+        return _fail(translate("out of memory; free some, or use less data or a smaller model"))
     except Interrupted as stop:
         return stop.exit_code
     except KeyboardInterrupt:
@@ -96,11 +117,12 @@ def run_program(program: Callable[[], int]) -> int:
         if error.encoding.lower().replace("-", "") == "utf8":
             raise
         sign = ascii(error.object[error.start : error.start + 1])
-        return _fail(f"the output has no place for {sign} in {error.encoding}; set PYTHONIOENCODING=utf-8")
+        text = "the output has no place for {sign} in {encoding}; set PYTHONIOENCODING=utf-8"
+        return _fail(translate(text, sign=sign, encoding=error.encoding))
     except OSError as error:
         if error.errno is None:
             raise
-        return _fail(_describe(error))
+        return _fail(translate(_describe(error)))
 
 
 def _check_process() -> None:
@@ -115,7 +137,9 @@ def _check_process() -> None:
         raise UserError("standard output is closed; open it, for example on /dev/null")
     limit = system.open_files_limit()
     if limit is not None and limit < FEWEST_FILES:
-        raise UserError(f"a process may have only {limit} files open here; raise the limit with `ulimit -n 1024`")
+        raise UserError(
+            "a process may have only {limit} files open here; raise the limit with `ulimit -n 1024`", limit=limit
+        )
 
 
 def _one_line(message: str) -> str:
@@ -127,7 +151,7 @@ def _one_line(message: str) -> str:
 def _fail(message: str) -> int:
     """Print an error in one line; returns the exit code."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # closed or full: the exit code is left
-        sys.stderr.write(f"error: {_one_line(message)}\n")
+        sys.stderr.write(f"{translate('error')}: {_one_line(message)}\n")
         sys.stderr.flush()
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
@@ -136,18 +160,20 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _describe(error: OSError) -> str:
+def _describe(error: OSError) -> Translatable:
     """What the system refused, with its file and a remedy where there is one."""
-    where = f"{error.filename}: " if error.filename else "" if error.errno == errno.EMFILE else "a file or the output: "
     remedies = {
-        errno.EMFILE: "raise the limit on open files with `ulimit -n 1024`",
-        errno.ENOSPC: "free some space",
-        errno.ENAMETOOLONG: "use a shorter name",
-        errno.EACCES: "use a place that you may use",
-        errno.ENOTDIR: "a file stands where a folder should be",
+        errno.EMFILE: Translatable("raise the limit on open files with `ulimit -n 1024`"),
+        errno.ENOSPC: Translatable("free some space"),
+        errno.ENAMETOOLONG: Translatable("use a shorter name"),
+        errno.EACCES: Translatable("use a place that you may use"),
+        errno.ENOTDIR: Translatable("a file stands where a folder should be"),
     }
-    remedy = f"; {remedies[error.errno]}" if error.errno in remedies else ""
-    return f"{where}{(error.strerror or str(error)).lower()}{remedy}"
+    where = Translatable(str(error.filename)) if error.filename else Translatable("a file or the output")
+    problem = Translatable((error.strerror or str(error)).lower())
+    if error.errno in remedies:
+        problem = join_texts("; ", [problem, remedies[error.errno]])
+    return problem if error.errno == errno.EMFILE and not error.filename else join_texts(": ", [where, problem])
 
 
 def _drop_output() -> None:
@@ -158,4 +184,5 @@ def _drop_output() -> None:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(f"warning: {str(message)[:LONGEST_LINE]}\n")
+        text = translate(message)[:LONGEST_LINE]
+        sys.stderr.write(f"{translate('warning')}: {text}\n")

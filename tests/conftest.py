@@ -23,6 +23,7 @@ if os.environ.get("MM_REC_TEST_SYSTEM") == "bare":  # before the package is impo
     sys.modules.pop("sitecustomize", None)
     import sitecustomize  # noqa: F401
 
+os.environ["MM_REC_LANG"] = "en"  # whatever the locale of this machine
 if "PYTEST_XDIST_WORKER" in os.environ:  # before OpenMP is loaded: its threads spin, and processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -113,7 +113,7 @@ def test_no_folder_imports_back_and_forth_with_another() -> None:
 
 
 def test_the_top_is_short_and_no_folder_is_almost_empty() -> None:
-    entries = [path for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    entries = [path for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "py.typed")]
     assert len(entries) <= 30, sorted(path.name for path in entries)
     for folder in {path.parent for path in MODULES.values()} - {PACKAGE}:
         sources = [path for path in folder.rglob("*") if path.suffix in SOURCE_SUFFIXES and path.name != "__init__.py"]

@@ -60,7 +60,7 @@ def data_folder(data: Texts | Mapping[str, Texts], root: Path) -> Path:
 def _existing(path: str | Path) -> Path:
     """``path``, which must exist; an empty string would otherwise be the current folder."""
     if not str(path) or not Path(path).exists():
-        raise UserError(f"there is no file or folder {str(path)!r}; documents as strings are given as a list")
+        raise UserError("there is no file or folder {path!r}; documents as strings are given as a list", path=str(path))
     return Path(path)
 
 
@@ -69,8 +69,13 @@ def _json_lines(domain: str, texts: Any) -> str:
         raise TypeError(f"{domain} must be a path or documents as strings, not of type {type(texts).__name__}")
     documents = list(texts)
     if not documents:
-        raise UserError(f"there are no documents of {domain}: the list is empty")
+        raise UserError("there are no documents of {domain}: the list is empty", domain=domain)
     for index, text in enumerate(documents):
         if not isinstance(text, str):
-            raise UserError(f"document {index} of {domain} is a {type(text).__name__}; documents are strings")
+            raise UserError(
+                "document {index} of {domain} is a {kind}; documents are strings",
+                index=index,
+                domain=domain,
+                kind=type(text).__name__,
+            )
     return "".join(json.dumps(text) + "\n" for text in documents)

@@ -95,7 +95,7 @@ def train(data: Texts | Mapping[str, Texts] | None = None, *, quiet: bool = Fals
     chosen = from_values(TrainSettings, settings)
     others = [name for name in _DATA_SETTINGS if settings.get(name)]
     if data is not None and others:
-        raise UserError(f"data and {others[0]} both say what to train on; leave one of them out")
+        raise UserError("data and {others} both say what to train on; leave one of them out", others=others[0])
     try:
         with SignalGuard(ends_process=False) as guard, processes.process_group(chosen.device, lasting=True):
             console = Console(quiet=True) if quiet else processes.make_console()

@@ -20,6 +20,7 @@ from mm_rec.bench.picture import Point, draw_roofline
 from mm_rec.bench.training import Contender, StepTime, compare_steps, contenders, tune_threads
 from mm_rec.config import PRESETS
 from mm_rec.storage.files import format_bytes, write_atomic
+from mm_rec.translation import Translatable, join_texts
 
 __all__ = ["BenchSettings", "run_bench"]
 
@@ -63,29 +64,50 @@ def _run(settings: BenchSettings, write: Callable[[str], object]) -> dict[str, A
     tokens = max(batch * length for batch, length in settings.shapes)
     matrix_rate, memory_rate = products_action(config, precision, tokens)(), copy_rate()
     machine = describe_machine() | {"threads": torch.get_num_threads(), "precision": precision}
-    where = str(machine["processor"])
+    parts = [str(machine["processor"])]
     if settings.device.type == "cpu":
-        where += f", {machine['threads']} threads"
-    write(f"{where}, {precision}, {machine['kernels']} kernels")
-    write(f"limits: matrix products {matrix_rate / 1e12:.2f} TFLOP/s, copies {memory_rate / 1e9:.1f} GB/s")
+        parts.append(Translatable("{count} threads", count=machine["threads"]))
+    where = join_texts(", ", parts)
+    write(join_texts(", ", [where, precision, Translatable("{ops} kernels", ops=machine["kernels"])]))
+    write(
+        Translatable(
+            "limits: matrix products {products:.2f} TFLOP/s, copies {copies:.1f} GB/s",
+            products=matrix_rate / 1e12,
+            copies=memory_rate / 1e9,
+        )
+    )
 
     steps = _measure_training(settings, write)
     memory = peak_memory(settings.preset, precision, *max(settings.shapes, key=lambda shape: shape[0] * shape[1]))
-    write(f"  most memory of training steps, one domain: {format_bytes(memory)}")
+    write(Translatable("  most memory of training steps, one domain: {memory}", memory=format_bytes(memory)))
     generation = {}
     for context in CONTEXTS:
         speeds = compare_generation(config, precision, context, settings.rounds, peers=settings.peers)
         generation[str(context)] = {name: round(speed, 1) for name, speed in speeds.items()}
-        write(f"generation after {context:,} tokens: {_list_speeds(speeds)}")
+        said = Translatable(
+            "generation after {context:,} tokens: {speeds}", context=context, speeds=_list_speeds(speeds)
+        )
+        write(said)
     recurrence = measure_recurrence(config, 2, 512, settings.rounds)
     write(
-        f"recurrence, forward and backward, {recurrence['shape']}: {recurrence['ms']:.1f} ms, "
-        f"{recurrence['times_faster_than_gru']:.1f} times nn.GRU, "
-        f"{recurrence['times_faster_than_loop']:.0f} times the reference loop"
+        Translatable(
+            "recurrence, forward and backward, {shape}: {ms:.1f} ms, {gru:.1f} times nn.GRU, {loop:.0f} times the "
+            "reference loop",
+            shape=recurrence["shape"],
+            ms=recurrence["ms"],
+            gru=recurrence["times_faster_than_gru"],
+            loop=recurrence["times_faster_than_loop"],
+        )
     )
     batch, length = KERNEL_SHAPE[settings.device.type]
     kernels = measure_kernels(config, batch, length, matrix_rate, settings.rounds)
-    write(f"kernels at {batch} x {length} tokens: bytes a second against a copy, share of their limit")
+    write(
+        Translatable(
+            "kernels at {batch} x {length} tokens: bytes a second against a copy, share of their limit",
+            batch=batch,
+            length=length,
+        )
+    )
     for one in kernels:
         write(f"  {one.name:38} {one.seconds * 1e3:8.2f} ms  {one.share_of_copy:5.0%} {one.share_of_limit:5.0%}")
 
@@ -103,7 +125,7 @@ def _run(settings: BenchSettings, write: Callable[[str], object]) -> dict[str, A
     points = _points(steps, kernels, settings)
     picture = settings.output / "roofline.png"
     draw_roofline(points, matrix_rate, memory_rate, picture, where)
-    write(f"written: {settings.output / 'bench.json'}, {picture}")
+    write(Translatable("written: {path}, {picture}", path=settings.output / "bench.json", picture=picture))
     return result
 
 
@@ -115,7 +137,11 @@ def _measure_training(settings: BenchSettings, write: Callable[[str], object]) -
     if settings.peers and threads > 1 and settings.device.type == "cpu":
         tune_threads(entries["gpt2"], config, sorted({1, threads // 2, threads}))
     found: list[StepTime] = []
-    write("training: seconds a step, tokens a second, share of the rate of the model's own matrix products beside it")
+    write(
+        Translatable(
+            "training: seconds a step, tokens a second, share of the rate of the model's own matrix products beside it"
+        )
+    )
     for batch, length in settings.shapes:
         times = compare_steps(config, settings.precision, batch, length, entries, settings.rounds)
         for one in times.values():
@@ -126,12 +152,14 @@ def _measure_training(settings: BenchSettings, write: Callable[[str], object]) -
             )
             found.append(one)
         for name in [name for name in entries if name not in times]:
-            write(f"  {batch}x{length} {entries[name].label:26} does not fit into the memory")
+            label = f"{batch}x{length} {entries[name].label:26}"
+            write(Translatable("  {label} does not fit into the memory", label=label))
     return found
 
 
-def _list_speeds(speeds: dict[str, float]) -> str:
-    return ", ".join(f"{name} {speed:.1f} tokens/s" for name, speed in speeds.items())
+def _list_speeds(speeds: dict[str, float]) -> Translatable:
+    parts = (Translatable("{name} {speed:.1f} tokens/s", name=name, speed=speed) for name, speed in speeds.items())
+    return join_texts(", ", parts)
 
 
 def _points(steps: Sequence[StepTime], kernels: Sequence[KernelTime], settings: BenchSettings) -> list[Point]:

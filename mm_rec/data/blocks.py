@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from mm_rec import system
 from mm_rec.regular_file import open_regular
 from mm_rec.storage.files import DamageError
+from mm_rec.translation import Translatable
 
 __all__ = ["BlockArray"]
 
@@ -98,7 +99,9 @@ class BlockArray:
             numbers = np.frombuffer(content, self.dtype, len(content) // self.dtype.itemsize)
             self.largest = max(self.largest, int(numbers.max(initial=0)))
         if total != n_bytes or n_bytes % self.dtype.itemsize:
-            raise self._damaged(f"does not have the {n_bytes} bytes that its index states")
+            raise self._damaged(
+                Translatable("does not have the {n_bytes} bytes that its index states", n_bytes=n_bytes)
+            )
         if digest.hexdigest() != sha256:
             raise self._damaged("does not match its SHA-256")
 
@@ -108,7 +111,9 @@ class BlockArray:
             content = self._read(number * _BLOCK_BYTES, _BLOCK_BYTES)
             if _hash(content) != self._hashes[number]:
                 raise self._damaged(
-                    f"was changed while it was in use; delete {self._whole}, the next run makes it anew"
+                    Translatable(
+                        "was changed while it was in use; delete {whole}, the next run makes it anew", whole=self._whole
+                    )
                 )
             block = np.frombuffer(content, self.dtype)
             if len(self._cache) >= _CACHED_BLOCKS:
@@ -129,10 +134,10 @@ class BlockArray:
         return content
 
     def _unreadable(self, error: OSError) -> DamageError:
-        return self._damaged(f"cannot be read: {error.strerror or error}")
+        return self._damaged(Translatable("cannot be read: {reason}", reason=error.strerror or error))
 
     def _damaged(self, how: str) -> DamageError:
-        return DamageError(f"{self._path} {how}")
+        return DamageError("{path} {how}", path=self._path, how=how)
 
 
 def _hash(content: bytearray | memoryview) -> bytes:

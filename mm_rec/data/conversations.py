@@ -32,6 +32,7 @@ from mm_rec.regular_file import read_regular
 from mm_rec.text.conversation import encode_conversation
 from mm_rec.text.message import Message, first_filled, is_empty, read_message, without_nulls
 from mm_rec.text.tokenizer import Tokenizer
+from mm_rec.translation import Translatable
 
 __all__ = ["encode_document", "find_conversations", "parse_conversation", "read_conversations"]
 
@@ -62,7 +63,7 @@ def find_conversations(path: Path) -> list[Path]:
     files = [file for file in files if file.name != MANIFEST]
     if not files:
         kinds = ", ".join([".json", *SUFFIXES])
-        raise UserError(f"there are no conversations in {path}; they are read from {kinds}")
+        raise UserError("there are no conversations in {path}; they are read from {kinds}", path=path, kinds=kinds)
     return files
 
 
@@ -72,7 +73,7 @@ def read_conversations(path: Path, bad: BadRows) -> Iterator[list[Message]]:
         try:
             yield parse_conversation(row.value)
         except ValueError as error:
-            bad.report(row.path, row.line, str(error))
+            bad.report(row.path, row.line, Translatable("{problem}", problem=error))
 
 
 def parse_conversation(value: Any) -> list[Message]:
@@ -86,12 +87,12 @@ def parse_conversation(value: Any) -> list[Message]:
     elif isinstance(value, dict):
         messages = _row(without_nulls(value))
     else:
-        raise ValueError("a conversation is an object or a list of messages")
+        raise ValueError(Translatable("a conversation is an object or a list of messages"))
     answers = [message.content for message in messages if message.role == "assistant"]
     if not answers:
-        raise ValueError("there is no answer of an assistant to learn from")
+        raise ValueError(Translatable("there is no answer of an assistant to learn from"))
     if not all(answer.strip() for answer in answers):
-        raise ValueError("an answer of the assistant is empty")
+        raise ValueError(Translatable("an answer of the assistant is empty"))
     return messages
 
 
@@ -112,14 +113,14 @@ def _row(fields: dict[str, Any]) -> list[Message]:
         before = _system(fields) if turns == "conversations" else []
         return [*before, *_messages(fields[turns])]
     if question is None or answer is None:
-        raise ValueError(f"the object is no conversation: it has neither {_FORMATS}")
+        raise ValueError(Translatable("the object is no conversation: it has neither {formats}", formats=_FORMATS))
     before = [*_system(fields), *_history(fields)]
     return [*before, *_question(fields, question), *_turn(fields[answer], "assistant", answer)]
 
 
 def _messages(value: Any) -> list[Message]:
     if not isinstance(value, list):
-        raise ValueError("the messages are not a list")
+        raise ValueError(Translatable("the messages are not a list"))
     return [_message(one) for one in value]
 
 
@@ -136,7 +137,7 @@ def _message(value: Any) -> Message:
 def _history(fields: dict[str, Any]) -> list[Message]:
     history = fields.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-        raise ValueError("history is not a list of pairs of a question and an answer")
+        raise ValueError(Translatable("history is not a list of pairs of a question and an answer"))
     roles = ("user", "assistant")
     return [
         one for turn in history for role, text in zip(roles, turn, strict=True) for one in _turn(text, role, "history")
@@ -163,13 +164,13 @@ def _turn(value: Any, role: str, name: str) -> list[Message]:
 def _text(value: Any, name: str) -> str:
     """``value`` if it is text that a file could hold."""
     if not isinstance(value, str):
-        raise ValueError(f"the {name} is not a string")
+        raise ValueError(Translatable("the {name} is not a string", name=name))
     if "\0" in value:
-        raise ValueError(f"the {name} has a NUL character")
+        raise ValueError(Translatable("the {name} has a NUL character", name=name))
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"the {name} has a lone surrogate, half of a character") from None
+        raise ValueError(Translatable("the {name} has a lone surrogate, half of a character", name=name)) from None
     return value
 
 
@@ -178,14 +179,20 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[Row]:
     try:
         if path.stat().st_size > MAX_LIST_BYTES:
             raise UserError(
-                f"{path} has more than {MAX_LIST_BYTES // 1_000_000} MB and would be read into memory whole; "
-                "write it as .jsonl, a row a line"
+                "{path} has more than {megabytes} MB and would be read into memory whole; write "
+                "it as .jsonl, a row a line",
+                path=path,
+                megabytes=MAX_LIST_BYTES // 1_000_000,
             )
         content = read_regular(path).removeprefix(codecs.BOM_UTF8).decode()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError("cannot read {path}: {reason}", path=path, reason=error.strerror or error) from error
     except UnicodeDecodeError as error:
-        bad.report(path, error.object.count(b"\n", 0, error.start) + 1, f"not UTF-8: {error.reason}")
+        bad.report(
+            path,
+            error.object.count(b"\n", 0, error.start) + 1,
+            Translatable("not UTF-8: {reason}", reason=error.reason),
+        )
         return
     at = _after_space(content, 0)
     if not content.startswith("[", at):
@@ -198,7 +205,9 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[Row]:
         try:
             value, at = decoder.raw_decode(content, at)
         except json.JSONDecodeError as error:
-            bad.report(path, error.lineno, f"not valid JSON: {error.msg}; what follows is left out")
+            bad.report(
+                path, error.lineno, Translatable("not valid JSON: {msg}; what follows is left out", msg=error.msg)
+            )
             return
         except RecursionError:
             bad.report(path, line, "the JSON value is nested too deeply; what follows is left out")

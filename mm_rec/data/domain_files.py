@@ -13,6 +13,7 @@ from mm_rec.data.documents.kinds import kind_of, readable_endings
 from mm_rec.data.manifest import MANIFEST
 from mm_rec.errors import UserError
 from mm_rec.storage.files import some_names
+from mm_rec.translation import Translatable
 
 __all__ = ["DomainFiles", "choose_root", "find_domains", "find_named"]
 
@@ -20,8 +21,8 @@ _OTHER_FOLDERS = ("prepared", "synthetic", "instruct", "chat", "questions")
 """Folders of a data folder that hold no documents to pre-train on."""
 
 _HOW_TO_GET_DATA = (
-    "get some with `python3 -m mm_rec.data.download_data --output_dir {}`, train with --download_data, put your own "
-    "files into its folders text and code, or try --use_synthetic"
+    "get some with `python3 -m mm_rec.data.download_data --output_dir {data_dir}`, train with --download_data, put "
+    "your own files into its folders text and code, or try --use_synthetic"
 )
 
 
@@ -38,7 +39,11 @@ def find_domains(
 ) -> dict[str, DomainFiles]:
     """The documents of each domain that has some in ``data_dir``."""
     if not data_dir.is_dir():
-        raise UserError(f"there is no data folder {data_dir}; {_HOW_TO_GET_DATA.format(data_dir)}")
+        raise UserError(
+            "there is no data folder {data_dir}; {remedy}",
+            data_dir=data_dir,
+            remedy=Translatable(_HOW_TO_GET_DATA, data_dir=data_dir),
+        )
     there = [name for name in domains if (data_dir / name).is_dir()]
     found = {
         name: DomainFiles(data_dir, find_documents(data_dir / name, programs_only=name == "code")) for name in there
@@ -51,13 +56,21 @@ def find_domains(
         if loose:
             names = some_names(sorted(loose))
             tell(
-                f"not used, because they lie beside {' and '.join(found)}: {names}; move them into one of these folders"
+                Translatable(
+                    "not used, because they lie beside {found}: {names}; move them into one of these folders",
+                    found=" and ".join(found),
+                    names=names,
+                )
             )
         return found
     not_documents = [data_dir / name for name in (MANIFEST, *_OTHER_FOLDERS, *domains)]
     whole = find_documents(data_dir, skip=[*not_documents, *skip])
     if not whole.files:
-        raise UserError(f"there is no data in {data_dir}; {_HOW_TO_GET_DATA.format(data_dir)}")
+        raise UserError(
+            "there is no data in {data_dir}; {remedy}",
+            data_dir=data_dir,
+            remedy=Translatable(_HOW_TO_GET_DATA, data_dir=data_dir),
+        )
     return {domains[0]: DomainFiles(data_dir, whole)}
 
 
@@ -70,7 +83,11 @@ def find_named(
         one = find_documents(path, programs_only=name == "code", skip=[path / "prepared", *skip])
         if not one.files:
             tell_account(name, Account({}, one.left_out, []), True, tell)
-            raise UserError(f"there is no file that can be read in {path}; what is read are {readable_endings()}")
+            raise UserError(
+                "there is no file that can be read in {path}; what is read are {endings}",
+                path=path,
+                endings=readable_endings(),
+            )
         found[name] = DomainFiles(path if path.is_dir() else path.parent, one)
     return found
 
@@ -81,5 +98,9 @@ def choose_root(data_dir: Path, cache: Path | None, tell: Callable[[str], None])
     place = root if root.is_dir() else data_dir
     if cache is None or os.access(place, os.W_OK):
         return root
-    tell(f"nothing can be written into {data_dir}, so the prepared data go to {cache}")
+    tell(
+        Translatable(
+            "nothing can be written into {data_dir}, so the prepared data go to {cache}", data_dir=data_dir, cache=cache
+        )
+    )
     return cache

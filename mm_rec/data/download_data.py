@@ -17,11 +17,21 @@ from mm_rec.data.documents.reading import ReadOptions, read_options
 from mm_rec.data.download.fetch import fetch
 from mm_rec.data.download.hub import UnreachableError
 from mm_rec.data.download.local import take_builtin, take_builtin_questions, take_own
-from mm_rec.data.download.sources import BUILTIN, DEFAULT_SOURCES, Source, describe_sources, find_source
+from mm_rec.data.download.sources import (
+    BUILTIN,
+    DEFAULT_SOURCES,
+    DEFAULT_TEXT,
+    ENGLISH,
+    Source,
+    describe_sources,
+    find_source,
+)
 from mm_rec.errors import UserError
+from mm_rec.options import with_default
 from mm_rec.program import Parser, positive_int, run_program
 from mm_rec.storage.files import reporting_errors
 from mm_rec.storage.lock import Lock
+from mm_rec.translation import Translatable, translate
 
 __all__ = ["DEFAULT_SAMPLES", "Request", "add_arguments", "download", "main", "read_arguments", "run"]
 
@@ -36,6 +46,7 @@ examples:
   {prog} --text_samples 1000 --no_code
   {prog} --source c4 --source codesearchnet
   {prog} --source builtin
+  {prog} --language tr --source wikipedia --source fineweb-2 --source oasst2
   {prog} --text_dir ~/books --no_code
 
 The hub is the one of HF_ENDPOINT, if that is set; gated sets need HF_TOKEN. Files come as one JSON string a line, e.g.
@@ -54,6 +65,7 @@ class Request:
     Attributes:
         samples: how many of each source, by its kind; :data:`DEFAULT_SAMPLES` for a kind that is missing.
         sources: names of sources; none takes the defaults for text and code.
+        language: code of the language of the samples, for sources that have several.
         text, code: whether the defaults, or ``builtin``, are taken for text and for code.
         chat: whether ``builtin`` gives questions with answers, too.
         text_dir, code_dir: the user's own files, in place of the defaults.
@@ -63,6 +75,7 @@ class Request:
 
     samples: dict[str, int]
     sources: tuple[str, ...] = ()
+    language: str = ENGLISH
     text: bool = True
     code: bool = True
     chat: bool = True
@@ -96,10 +109,13 @@ def download(
     own = {kind: path for kind, path in (("text", request.text_dir), ("code", request.code_dir)) if path is not None}
     kinds = [kind for kind, wanted in (("text", request.text), ("code", request.code)) if wanted]
     # Who brings documents wants to train on these alone: the defaults are for those who bring none.
-    names = request.sources or [name for name in DEFAULT_SOURCES if not own and find_source(name).kind in kinds]
-    sources = [find_source(name) for name in names if name != BUILTIN]
+    defaults = DEFAULT_SOURCES if request.language == ENGLISH else (DEFAULT_TEXT, *DEFAULT_SOURCES[1:])
+    names = request.sources or [name for name in defaults if not own and find_source(name).kind in kinds]
+    sources = [find_source(name).in_language(request.language) for name in names if name != BUILTIN]
     if not names and not own:
         raise UserError("nothing to download: leave out --no_code or --no_wikitext, or name a --source")
+    if BUILTIN in names and "text" in kinds and request.language != ENGLISH:
+        raise UserError("{name} is in English; {hint}", name=BUILTIN, hint=Translatable("leave --language out"))
     with reporting_errors(data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
     lock = Lock(data_dir / ".lock")
@@ -124,25 +140,40 @@ def _fetch(source: Source, request: Request, data_dir: Path, on_unreachable: str
     try:
         return fetch(source, samples, data_dir, tell)
     except UnreachableError as error:
-        if on_unreachable == "error" or source.kind not in DOMAINS:
-            raise
-        tell(f"{error.what}: taking the builtin {source.kind} in place of {source.name}")
+        if on_unreachable == "error" or source.kind not in DOMAINS or source.language not in ("", ENGLISH):
+            raise  # what every machine has is in English
+        tell(
+            Translatable(
+                "{what}: taking the builtin {kind} in place of {name}",
+                what=error.what,
+                kind=source.kind,
+                name=source.name,
+            )
+        )
         return take_builtin(source.kind, request.samples.get(source.kind), data_dir, tell)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.add_argument("--output_dir", type=Path, default=Path("data"), help="data folder (default ./data)")
-    for kind, text in (("text", "text source"), ("code", "code source"), ("chat", "instruct or chat source")):
+    for kind, text in (
+        ("text", Translatable("from each text source")),
+        ("code", Translatable("from each code source")),
+        ("chat", Translatable("from each instruct or chat source")),
+    ):
         default = f"{DEFAULT_SAMPLES[kind]:,}"
-        parser.add_argument(
-            f"--{kind}_samples", type=positive_int, metavar="N", help=f"from each {text} (default {default})"
-        )
+        parser.add_argument(f"--{kind}_samples", type=positive_int, metavar="N", help=with_default(text, default))
     parser.add_argument("--no_code", action="store_true", help="no code")
     parser.add_argument("--no_wikitext", action="store_true", help="no text")
     parser.add_argument("--no_chat", action="store_true", help="no questions and answers of the source builtin")
     parser.add_argument(
         "--source", action="append", default=[], metavar="NAME", help="from the table; may be given often"
+    )
+    parser.add_argument(
+        "--language",
+        default=ENGLISH,
+        metavar="CODE",
+        help=with_default("language of the samples, such as tr; text then comes from wikipedia", ENGLISH),
     )
     parser.add_argument("--text_dir", type=Path, metavar="PATH", help="file or folder of your own for text")
     parser.add_argument("--code_dir", type=Path, metavar="PATH", help="file or folder of your own for code")
@@ -163,6 +194,7 @@ def read_arguments(options: argparse.Namespace) -> Request:
     return Request(
         samples={kind: count for kind, count in counts.items() if count is not None},
         sources=tuple(options.source),
+        language=options.language,
         text=not options.no_wikitext,
         code=not options.no_code,
         chat=not options.no_chat,
@@ -177,20 +209,25 @@ def run(options: argparse.Namespace) -> int:
     """Do what the flags of :func:`add_arguments` say; returns the exit code."""
     files = download(options.output_dir, read_arguments(options), tell=_say)
     if any(file.parent.name in DOMAINS for file in files):
-        _say(f"to train on it: python3 -m mm_rec.scripts.train_cpu --stage stage1 --data_dir {options.output_dir}")
+        _say(
+            Translatable(
+                "to train on it: python3 -m mm_rec.scripts.train_cpu --stage stage1 --data_dir {output_dir}",
+                output_dir=options.output_dir,
+            )
+        )
     return 0
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     """Parse the flags and download."""
     parser = Parser(prog=prog or "python3 -m mm_rec.data.download_data", description=__doc__)
-    parser.epilog = EPILOG.format(prog=parser.prog, sources=describe_sources())
+    parser.epilog = Translatable(EPILOG, prog=parser.prog, sources=describe_sources())
     add_arguments(parser)
     return run(parser.parse_args(arguments))
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
+    sys.stdout.write(translate(line) + "\n")
     sys.stdout.flush()
 
 

@@ -22,6 +22,7 @@ from mm_rec.data.unpacking import UnpackingError, UnpackingLimit, parquet_column
 from mm_rec.errors import UserError
 from mm_rec.regular_file import open_regular
 from mm_rec.text.message import first_filled
+from mm_rec.translation import Translatable
 
 __all__ = [
     "COMPRESSED",
@@ -52,11 +53,15 @@ class BadRows:
 
     def report(self, path: Path, line: int, problem: str) -> None:
         """Take note of a bad row; raises UserError if that is one too many."""
-        self.found.append(f"{path}:{line}: {problem}")
+        self.found.append(Translatable("{path}:{line}: {problem}", path=path, line=line, problem=problem))
         if self.cap == 0:
-            raise UserError(f"{self.found[-1]}; mend or delete it, or leave out bad rows with --skip_bad")
+            raise UserError("{row}; mend or delete it, or leave out bad rows with --skip_bad", row=self.found[-1])
         if len(self.found) > self.cap:
-            raise UserError(f"{self.found[-1]}; that is more than {self.cap} bad rows (--skip_bad), so nothing is used")
+            raise UserError(
+                "{row}; that is more than {cap} bad rows (--skip_bad), so nothing is used",
+                row=self.found[-1],
+                cap=self.cap,
+            )
 
 
 class Row(NamedTuple):
@@ -76,11 +81,13 @@ def find_files(path: Path) -> list[Path]:
         files = [file for file in path.rglob("*") if file.is_file() and _suffix(file) is not None]
         return sorted(file for file in files if not any(p.startswith(".") for p in file.relative_to(path).parts))
     if not path.exists():
-        raise UserError(f"there is no file or folder {path}")
+        raise UserError("there is no file or folder {path}", path=path)
     if not path.is_file():
-        raise UserError(f"{path} is a pipe or a device; write what comes out of it to a file")
+        raise UserError("{path} is a pipe or a device; write what comes out of it to a file", path=path)
     if _suffix(path) is None:
-        raise UserError(f"{path} is none of the kinds of files that can be read: {', '.join(SUFFIXES)}")
+        raise UserError(
+            "{path} is none of the kinds of files that can be read: {endings}", path=path, endings=", ".join(SUFFIXES)
+        )
     return [path]
 
 
@@ -93,15 +100,17 @@ def read_texts(path: Path, bad: BadRows, columns: Sequence[str] = ()) -> Iterato
         text = row.value
         if isinstance(text, dict):
             text = _text_of(text, columns)
-            problem = f"the object has no string in a field {', '.join(columns or TEXT_FIELDS)}"
+            problem = Translatable(
+                "the object has no string in a field {names}", names=", ".join(columns or TEXT_FIELDS)
+            )
         else:
-            problem = f"a string or an object is needed, not {_kind(text)}"
+            problem = Translatable("a string or an object is needed, not {kind}", kind=_kind(text))
         if not isinstance(text, str):
             bad.report(path, row.line, problem)
         elif "\0" in text:
-            bad.report(path, row.line, "the text has a NUL character")
+            bad.report(path, row.line, Translatable("the text has a NUL character"))
         elif not _has_utf8_form(text):
-            bad.report(path, row.line, "the text has a lone surrogate, half of a character")
+            bad.report(path, row.line, Translatable("the text has a lone surrogate, half of a character"))
         else:
             yield text
 
@@ -131,7 +140,7 @@ def read_rows(path: Path, bad: BadRows, fields: Sequence[str] = ()) -> Iterator[
         except RecursionError:
             bad.report(path, line, "the JSON value is nested too deeply")
         except json.JSONDecodeError as error:
-            bad.report(path, line, f"not valid JSON: {error}")
+            bad.report(path, line, Translatable("not valid JSON: {error}", error=error))
         except ValueError:  # Python converts no numbers of thousands of digits
             bad.report(path, line, "a number has too many digits")
 
@@ -151,7 +160,13 @@ def _read_lines(path: Path, bad: BadRows) -> Iterator[tuple[int, str]]:
                 if limit is not None:
                     limit.take(len(content))
                 if len(content) == MAX_ROW_BYTES and not content.endswith(b"\n"):
-                    bad.report(path, line, f"the line is longer than {MAX_ROW_BYTES // 1_000_000} MB")
+                    bad.report(
+                        path,
+                        line,
+                        Translatable(
+                            "the line is longer than {max_row_bytes} MB", max_row_bytes=MAX_ROW_BYTES // 1_000_000
+                        ),
+                    )
                     while content and not content.endswith(b"\n"):
                         content = file.readline(MAX_ROW_BYTES)
                         if limit is not None:
@@ -164,13 +179,21 @@ def _read_lines(path: Path, bad: BadRows) -> Iterator[tuple[int, str]]:
                 try:
                     text = content.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    bad.report(path, line, f"not UTF-8: {error.reason} at byte {error.start} of the line")
+                    bad.report(
+                        path,
+                        line,
+                        Translatable(
+                            "not UTF-8: {reason} at byte {start} of the line", reason=error.reason, start=error.start
+                        ),
+                    )
                     continue
                 yield line, text
     except UnpackingError as error:
         bad.report(path, line, str(error))
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        bad.report(path, line + 1, f"the file breaks off or is damaged ({error}), so fetch it again")
+        bad.report(
+            path, line + 1, Translatable("the file breaks off or is damaged ({error}), so fetch it again", error=error)
+        )
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -205,7 +228,11 @@ def _read_parquet(path: Path, bad: BadRows, fields: Sequence[str]) -> Iterator[R
     except UnpackingError as error:
         bad.report(path, line + 1, str(error))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        bad.report(path, line + 1, f"the file breaks off or is damaged ({' '.join(str(error).split())})")
+        bad.report(
+            path,
+            line + 1,
+            Translatable("the file breaks off or is damaged ({error})", error=" ".join(str(error).split())),
+        )
 
 
 def _has_utf8_form(text: str) -> bool:

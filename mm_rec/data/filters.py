@@ -8,13 +8,17 @@ The rules for code are those of StarCoder (Li et al. 2023, arXiv:2305.06161, sec
 from __future__ import annotations
 
 import re
+import unicodedata
 import zlib
 from array import array
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NearDuplicates", "quality_problem"]
+from mm_rec.translation import Translatable, join_texts
+
+__all__ = ["NearDuplicates", "count_reasons", "quality_problem"]
 
 _BLOCK = 4096  # signatures that are kept in one piece
 _FIRST_PLACES = 1024
@@ -40,34 +44,45 @@ def quality_problem(text: str, domain: str) -> str | None:
     'too short'
     """
     if len(text.strip()) < (_MIN_CODE if domain == "code" else _MIN_TEXT):
-        return "too short"
+        return Translatable("too short")
     sample = text[:_SAMPLE]
     if len(_CONTROL.findall(sample)) > 0.01 * len(sample):
-        return "not printable"
+        return Translatable("not printable")
     return _code_problem(sample) if domain == "code" else _text_problem(sample)
 
 
+def count_reasons(counts: Mapping[str, int]) -> Translatable:
+    """Returns how many documents or rows were left out for each reason, as a list in one line."""
+    parts = (Translatable("{count:,} {reason}", count=count, reason=Translatable(why)) for why, count in counts.items())
+    return join_texts(", ", parts)
+
+
 def _text_problem(sample: str) -> str | None:
-    if _matched(_LETTER, sample) < 0.5 * len(sample):
-        return "few letters"
+    if _matched(_LETTER, sample) < 0.5 * len(sample) and _letters_and_marks(sample) < 0.5 * len(sample):
+        return Translatable("few letters")
     lines = [line for line in sample.split("\n") if line.strip()]
     if len(lines) >= 6 and len(set(lines)) < 0.7 * len(lines):
-        return "repeated lines"
+        return Translatable("repeated lines")
     if _compressed_share(sample) < 0.15:
-        return "repetitive"
+        return Translatable("repetitive")
     return None
+
+
+def _letters_and_marks(sample: str) -> int:
+    """Returns the number of letters and of the signs that belong to one, as vowels do in Hindi and Thai."""
+    return sum(unicodedata.category(sign)[0] in "LM" for sign in sample)
 
 
 def _code_problem(sample: str) -> str | None:
     if _GENERATED.search(sample[:1000]):
-        return "generated"
+        return Translatable("generated")
     lines = sample.split("\n")
     if max(map(len, lines)) > 1000 or len(sample) > 100 * len(lines):
-        return "long lines"
+        return Translatable("long lines")
     if _matched(_LETTER_OR_DIGIT, sample) < 0.25 * len(sample):
-        return "few letters or digits"
+        return Translatable("few letters or digits")
     if _compressed_share(sample) < 0.08:
-        return "repetitive"
+        return Translatable("repetitive")
     return None
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from mm_rec.data.documents.folder import LeftOut
 from mm_rec.data.documents.kinds import kind_of
 from mm_rec.data.documents.reading import Documents
-from mm_rec.data.filters import NearDuplicates, quality_problem
+from mm_rec.data.filters import NearDuplicates, count_reasons, quality_problem
 from mm_rec.data.held_out import VALID_BYTES, VALID_SHARE, take_within
 from mm_rec.errors import UserError
+from mm_rec.translation import Translatable, join_texts
 
 __all__ = ["Survey", "survey_domain"]
 
@@ -134,23 +135,31 @@ def survey_domain(
             survey.read += 1
             if time.monotonic() - told > PROGRESS_SECONDS:
                 told = time.monotonic()
-                tell(f"{name}: {survey.read:,} documents so far, at {path}")
+                tell(
+                    Translatable("{name}: {read:,} documents so far, at {path}", name=name, read=survey.read, path=path)
+                )
             problem = quality_problem(text, "code" if is_program else name) if filters else None
             if problem is None and filters and duplicates.add(text):
-                problem = "near-duplicate"
+                problem = Translatable("near-duplicate")
             if problem is not None or not text:
-                survey.dropped[problem or "empty"] += 1
-                survey.dropped_of[path, problem or "empty"] += 1
+                problem = problem or Translatable("empty")
+                survey.dropped[problem] += 1
+                survey.dropped_of[path, problem] += 1
                 continue
             content = text.encode()
             survey.kept[number] = (int.from_bytes(hashlib.sha256(content).digest()[:8], "big"), len(content))
             if len(survey.kept) == max_samples:
                 break
     if not survey.kept or not survey.split():
-        dropped = "".join(f", {count} {reason}" for reason, count in survey.dropped.items())
+        dropped = join_texts("", [", ", count_reasons(survey.dropped)]) if survey.dropped else ""
         raise UserError(
-            f"there is too little {name} data: {len(survey.kept)} of {survey.read} documents can be used{dropped}; "
-            f"{documents.files[0].parent} needs more or longer ones"
+            "there is too little {name} data: {count} of {read} documents can be used{dropped}; "
+            "{folder} needs more or longer ones",
+            name=name,
+            count=len(survey.kept),
+            read=survey.read,
+            dropped=dropped,
+            folder=documents.files[0].parent,
         )
     return survey
 

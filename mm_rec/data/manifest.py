@@ -33,7 +33,12 @@ def read_manifest(data_dir: Path) -> dict[str, dict[str, Any]]:
         return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         why = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be used ({why}); delete {data_dir} and download the data again") from None
+        raise UserError(
+            "{path} cannot be used ({why}); delete {data_dir} and download the data again",
+            path=path,
+            why=why,
+            data_dir=data_dir,
+        ) from None
     return entries
 
 
@@ -54,7 +59,7 @@ def hash_files(home: Path, files: list[Path]) -> dict[str, str]:
         try:
             found[file.relative_to(home).as_posix()] = file_sha256(file)
         except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+            raise UserError("{file} cannot be read: {reason}", file=file, reason=error.strerror or error) from None
     return found
 
 
@@ -67,9 +72,11 @@ def check_files(data_dir: Path, files: list[Path]) -> dict[str, str]:
     for name, sha256 in found.items():
         if name in entries and sha256 != entries[name]["sha256"]:
             raise UserError(
-                f"{data_dir / name} is not what was downloaded (its SHA-256 differs from the one in "
-                f"{data_dir / MANIFEST}); delete it and download it again, or, if you changed it on purpose, give it "
-                "another name"
+                "{path} is not what was downloaded (its SHA-256 differs from the one in "
+                "{manifest}); delete it and download it again, or, if you changed it on purpose, "
+                "give it another name",
+                path=data_dir / name,
+                manifest=data_dir / MANIFEST,
             )
     return found
 
@@ -82,4 +89,4 @@ def require_unchanged(home: Path, files: list[Path], before: dict[str, str]) -> 
     now = hash_files(home, files)
     for name, sha256 in before.items():
         if now[name] != sha256:
-            raise UserError(f"{home / name} was changed while it was read; run the same command again")
+            raise UserError("{path} was changed while it was read; run the same command again", path=home / name)

@@ -26,6 +26,7 @@ from mm_rec.data.blocks import BlockArray
 from mm_rec.formats import KEY, VERSIONS, check_version
 from mm_rec.regular_file import open_regular, read_regular
 from mm_rec.storage.files import DamageError
+from mm_rec.translation import Translatable
 
 __all__ = ["STORE_FILES", "Document", "TokenStore", "file_sha256", "write_store"]
 
@@ -106,19 +107,30 @@ class TokenStore:
             check_version("token store", index[KEY], whole)
             entries = index["files"]
             if index["dtype"] not in ("uint16", "uint32"):
-                raise _broken(path, f"index.json states tokens of type {str(index['dtype'])[:80]}")
+                raise _broken(
+                    path, Translatable("index.json states tokens of type {dtype}", dtype=str(index["dtype"])[:80])
+                )
             offsets, n_bytes = (_read_numbers(path / name, entries[name]) for name in ("offsets.npy", "n_bytes.npy"))
             dtype = np.dtype(index["dtype"]).newbyteorder("<")
             tokens = _open_blocks(path / "tokens.bin", dtype, entries["tokens.bin"], whole)
             mask = entries.get("loss_mask.bin")
             mask = mask and _open_blocks(path / "loss_mask.bin", np.dtype(np.uint8), mask, whole)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise _broken(path, f"index.json: {type(error).__name__}: {error}") from None
+            raise _broken(
+                path, Translatable("index.json: {kind}: {error}", kind=type(error).__name__, error=error)
+            ) from None
         fits = len(offsets) == len(n_bytes) + 1 and offsets[0] == 0 and offsets[-1] == len(tokens)
         if not fits or np.diff(offsets).min(initial=1) < 1 or (mask is not None and len(mask) != len(tokens)):
-            raise _broken(path, "its offsets do not fit its tokens")
+            raise _broken(path, Translatable("its offsets do not fit its tokens"))
         if vocab_size is not None and tokens.largest >= vocab_size:
-            raise _broken(path, f"it has the token id {tokens.largest}, and the vocabulary has {vocab_size}")
+            raise _broken(
+                path,
+                Translatable(
+                    "it has the token id {largest}, and the vocabulary has {vocab_size}",
+                    largest=tokens.largest,
+                    vocab_size=vocab_size,
+                ),
+            )
         return cls(path, tokens, offsets, n_bytes, mask, hashlib.sha256(index_bytes).hexdigest())
 
 
@@ -193,12 +205,17 @@ def _read_numbers(path: Path, entry: Mapping[str, Any]) -> NDArray[np.int64]:
     """The numbers in a file of NumPy that the index describes."""
     content = _read(path, path.parent)
     if len(content) != entry["bytes"]:
-        raise _broken(path.parent, f"{path.name} does not have the {entry['bytes']} bytes that its index states")
+        raise _broken(
+            path.parent,
+            Translatable(
+                "{name} does not have the {size} bytes that its index states", name=path.name, size=entry["bytes"]
+            ),
+        )
     if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-        raise _broken(path.parent, f"{path.name} does not match its SHA-256")
+        raise _broken(path.parent, Translatable("{name} does not match its SHA-256", name=path.name))
     numbers: NDArray[np.int64] = np.load(io.BytesIO(content), allow_pickle=False)
     if numbers.ndim != 1 or numbers.dtype != np.int64:
-        raise _broken(path.parent, f"{path.name} does not hold a row of int64")
+        raise _broken(path.parent, Translatable("{name} does not hold a row of int64", name=path.name))
     return numbers
 
 
@@ -210,4 +227,4 @@ def _read(path: Path, store: Path) -> bytes:
 
 
 def _broken(path: Path, why: str) -> DamageError:
-    return DamageError(f"the token store {path} cannot be used: {why}")
+    return DamageError("the token store {path} cannot be used: {why}", path=path, why=why)

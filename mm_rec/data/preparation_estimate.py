@@ -18,6 +18,7 @@ from mm_rec.errors import UserError
 from mm_rec.machine.device import available_memory
 from mm_rec.storage.files import format_bytes, require_space
 from mm_rec.system import cores
+from mm_rec.translation import Translatable
 
 __all__ = ["PreparationEstimate", "estimate_preparation"]
 
@@ -69,17 +70,25 @@ class PreparationEstimate:
         if self.memory > available:
             fitting = max(1, int(self.documents * available / self.memory * 0.8))
             raise UserError(
-                f"preparing these {self.documents:,} documents would take about {format_bytes(self.memory)} of memory "
-                f"and {format_bytes(available)} are free; prepare fewer, with --max_samples {fitting}"
+                "preparing these {documents:,} documents would take about {memory} of memory and "
+                "{available} are free; prepare fewer, with --max_samples {fitting}",
+                documents=self.documents,
+                memory=format_bytes(self.memory),
+                available=format_bytes(available),
+                fitting=fitting,
             )
         require_space(folder, self.disk)
 
-    def describe(self) -> str:
+    def describe(self) -> Translatable:
         """The estimate in words."""
-        return (
-            f"preparing about {self.documents:,} documents, {format_bytes(self.n_bytes)} of text: "
-            f"about {_describe_time(self.seconds)}, {format_bytes(self.memory)} of memory and "
-            f"{format_bytes(self.disk)} of disk"
+        return Translatable(
+            "preparing about {documents:,} documents, {size} of text: about {time}, {memory} of memory and "
+            "{disk} of disk",
+            documents=self.documents,
+            size=format_bytes(self.n_bytes),
+            time=_describe_time(self.seconds),
+            memory=format_bytes(self.memory),
+            disk=format_bytes(self.disk),
         )
 
 

@@ -19,6 +19,7 @@ from mm_rec.data.documents.account import Account, count_kinds, read_account, re
 from mm_rec.data.documents.parsing import Parser
 from mm_rec.data.documents.reading import Documents, ReadOptions
 from mm_rec.data.domain_files import choose_root, find_domains, find_named
+from mm_rec.data.filters import count_reasons
 from mm_rec.data.first_pass import Survey, survey_domain
 from mm_rec.data.manifest import check_files, hash_files, require_unchanged
 from mm_rec.data.pack import Document, write_store
@@ -28,6 +29,7 @@ from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS
 from mm_rec.storage.files import atomic_folder, format_bytes, some_names
 from mm_rec.text.tokenizer import Tokenizer, train_tokenizer
+from mm_rec.translation import Translatable
 
 __all__ = ["describe", "prepare"]
 
@@ -98,7 +100,7 @@ def prepare(
         announce()  # before the files are hashed, which takes long where they are large
     size = sum(path.stat().st_size for paths in files.values() for path in paths)
     if size > _LARGE_BYTES:
-        tell(f"hashing {format_bytes(size)} of data files")
+        tell(Translatable("hashing {size} of data files", size=format_bytes(size)))
     hash_them = check_files if folders is None else hash_files  # a manifest is that of downloads into a data folder
     hashes = {name: hash_them(one.home, one.found.paths) for name, one in found.items()}
     settings = {
@@ -118,7 +120,9 @@ def prepare(
         with Parser(root, options.encoding, options.columns) as parser:
             surveys = {}
             for name, paths in files.items():
-                tell(f"{name}: reading {some_names([file.name for file in paths])}")
+                tell(
+                    Translatable("{name}: reading {files}", name=name, files=some_names([file.name for file in paths]))
+                )
                 documents = Documents(paths, parser, options)
                 try:
                     surveys[name] = survey_domain(name, documents, max_samples=max_samples, filters=filters, tell=tell)
@@ -151,22 +155,32 @@ def _account(survey: Survey, home: Path) -> Account:
     return Account(count_kinds(survey.documents), files, relative(survey.dropped_by_file(), home))
 
 
-def describe(report: dict[str, Any]) -> list[str]:
+def describe(report: dict[str, Any]) -> list[Translatable]:
     """A report in words, a line a domain."""
     lines = []
     for name, entry in report["domains"].items():
-        dropped = ", ".join(f"{count:,} {reason}" for reason, count in entry["dropped"].items())
         train, valid = entry["train"], entry["valid"]
+        kept = Translatable("{read:,} documents read, {kept:,} kept", read=entry["read"], kept=entry["kept"])
+        if entry["dropped"]:
+            kept = Translatable("{kept} (left out: {dropped})", kept=kept, dropped=count_reasons(entry["dropped"]))
         lines.append(
-            f"{name}: {entry['read']:,} documents read, {entry['kept']:,} kept"
-            + (f" (left out: {dropped})" if dropped else "")
-            + f"; {train['tokens']:,} tokens to train on, {valid['tokens']:,} to validate on, "
-            f"{train['bytes'] / train['tokens']:.2f} bytes a token"
+            Translatable(
+                "{name}: {kept}; {train:,} tokens to train on, {valid:,} to validate on, {each:.2f} bytes a token",
+                name=name,
+                kept=kept,
+                train=train["tokens"],
+                valid=valid["tokens"],
+                each=train["bytes"] / train["tokens"],
+            )
         )
         if valid.get(_PART):
             lines.append(
-                f"{name}: no document is small enough to be held out whole, so validation reads the end of one whose "
-                "beginning is trained on; it says less about other texts, and more or shorter documents mend that"
+                Translatable(
+                    "{name}: no document is small enough to be held out whole, so validation reads the end of one "
+                    "whose beginning is trained on; it says less about other texts, and more or shorter documents "
+                    "mend that",
+                    name=name,
+                )
             )
     return lines
 
@@ -180,14 +194,14 @@ def _make(
 ) -> None:
     """Train the tokenizer and write everything into ``folder``."""
     if tokenizer is None:
-        tell("training the tokenizer")
+        tell(Translatable("training the tokenizer"))
         samples = (survey.train_texts(_TOKENIZER_BYTES) for survey in surveys.values())
         most = sum(survey.n_bytes for survey in surveys.values()) // _BYTES_AN_ENTRY
         vocab_size = min(vocab_size, max(most, _SMALLEST_VOCABULARY))
         tokenizer = train_tokenizer(chain.from_iterable(samples), vocab_size)
     entries: dict[str, Any] = {}
     for name, survey in surveys.items():
-        tell(f"{name}: writing tokens")
+        tell(Translatable("{name}: writing tokens", name=name))
         entry = entries[name] = {
             "read": survey.read,
             "bad_rows": len(survey.documents.bad_rows),

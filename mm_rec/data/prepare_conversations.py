@@ -20,6 +20,7 @@ from mm_rec.formats import KEY, VERSIONS
 from mm_rec.storage.files import atomic_folder, some_names
 from mm_rec.text.conversation import Message
 from mm_rec.text.tokenizer import Tokenizer
+from mm_rec.translation import Translatable
 
 __all__ = ["prepare_conversations"]
 
@@ -64,7 +65,7 @@ def prepare_conversations(
     }
 
     def make(folder: Path) -> None:
-        tell(f"{name}: reading {some_names([file.name for file in files])}")
+        tell(Translatable("{name}: reading {files}", name=name, files=some_names([file.name for file in files])))
         check = functools.partial(require_unchanged, home, files, hashes)
         _make(folder, name, files, tokenizer, max_samples, skip_bad, tell, check)
 
@@ -95,8 +96,11 @@ def _make(
     if held_out is None:
         names = some_names(files)
         raise UserError(
-            f"there are too few conversations in {names}: training needs two different ones, and there are "
-            f"{len(sizes)}, beside {len(bad.found)} bad rows"
+            "there are too few conversations in {names}: training needs two different ones, and "
+            "there are {count}, beside {bad} bad rows",
+            names=names,
+            count=len(sizes),
+            bad=len(bad.found),
         )
     with atomic_folder(folder, 6 * sum(sizes.values())) as temporary:
         entry: dict[str, Any] = {"read": len(keys), "bad_rows": len(bad.found)}
@@ -141,10 +145,17 @@ def _hold_out(sizes: dict[bytes, int]) -> set[bytes] | None:
     return {first, *take_within(others[:-1], sizes, budget - sizes[first])}
 
 
-def _describe(name: str, entry: dict[str, Any]) -> str:
+def _describe(name: str, entry: dict[str, Any]) -> Translatable:
     train, valid = entry["train"], entry["valid"]
-    left_out = f", {entry['bad_rows']:,} bad rows left out" if entry["bad_rows"] else ""
-    return (
-        f"{name}: {entry['read']:,} conversations read{left_out}; {train['tokens']:,} tokens to train on, "
-        f"{train['answer_tokens']:,} of them in answers, and {valid['documents']:,} conversations to validate on"
+    read = Translatable("{count:,} conversations read", count=entry["read"])
+    if entry["bad_rows"]:
+        read = Translatable("{read}, {count:,} bad rows left out", read=read, count=entry["bad_rows"])
+    return Translatable(
+        "{name}: {read}; {train:,} tokens to train on, {answers:,} of them in answers, and {valid:,} conversations to "
+        "validate on",
+        name=name,
+        read=read,
+        train=train["tokens"],
+        answers=train["answer_tokens"],
+        valid=valid["documents"],
     )

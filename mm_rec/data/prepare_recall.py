@@ -14,6 +14,7 @@ from mm_rec.data.prepared import Prepared, make_folder, open_folder
 from mm_rec.data.recall_rows import LONGEST, recall_documents
 from mm_rec.formats import KEY, VERSIONS
 from mm_rec.storage.files import atomic_folder
+from mm_rec.translation import Translatable
 
 __all__ = ["add_recall_rows"]
 
@@ -54,7 +55,7 @@ def add_recall_rows(
         with atomic_folder(path, 16 * sum(tokens.values())) as folder:
             entries: dict[str, Any] = {}
             for name, store in data.train.items():
-                tell(f"{name}: writing rows that train recall")
+                tell(Translatable("{name}: writing rows that train recall", name=name))
                 documents = recall_documents(store, data.tokenizer, name, tokens[name], seed, longest)
                 entries[name] = _write(folder / f"{name}-recall", documents, data.tokenizer.vocab_size)
             report = {"recall_share": share, "longest": longest, "seed": seed, "made_of": made_of, "domains": entries}

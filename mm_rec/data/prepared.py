@@ -16,6 +16,7 @@ from mm_rec.storage.files import MANIFEST, DamageError, Entry, read_manifest, re
 from mm_rec.storage.lock import Lock
 from mm_rec.storage.reading import read_file
 from mm_rec.text.tokenizer import Tokenizer
+from mm_rec.translation import Translatable
 
 __all__ = [
     "Prepared",
@@ -113,7 +114,11 @@ def make_folder(
     if earlier is not None and (root / _name_of(earlier)).exists():
         path = root / _name_of(earlier)
     with Lock(
-        root / "lock", wait=True, on_wait=lambda owner: tell(f"waiting for {owner}, which prepares data in {root}")
+        root / "lock",
+        wait=True,
+        on_wait=lambda owner: tell(
+            Translatable("waiting for {owner}, which prepares data in {root}", owner=owner, root=root)
+        ),
     ):
         remove_leftovers(root)
         if not path.exists():
@@ -134,7 +139,7 @@ def open_prepared(path: Path) -> Prepared:
     report, tokenizer, stores = open_folder(path)
     with _naming_the_remedy(path):
         if tokenizer is None:
-            raise DamageError(f"{path} has no tokenizer")
+            raise DamageError("{path} has no tokenizer", path=path)
         train, valid = ({name: stores[f"{name}-{split}"] for name in report["domains"]} for split in ("train", "valid"))
     return Prepared(path, tokenizer, train, valid, _sha256_of(train, valid), report)
 
@@ -160,7 +165,9 @@ def open_folder(path: Path) -> StoreFolder:
             tokenizer.sha256,
             tokenizer.vocab_size,
         ):
-            raise DamageError(f"{path / TOKENIZER} is not the tokenizer that {path / 'report.json'} names")
+            raise DamageError(
+                "{path} is not the tokenizer that {report} names", path=path / TOKENIZER, report=path / "report.json"
+            )
         names = [name.removesuffix(f"/{_INDEX}") for name in entries if name.endswith(f"/{_INDEX}")]
         stores = {name: TokenStore.open(path / name, vocab_size=report["vocab_size"], prepared=path) for name in names}
         for name, store in stores.items():
@@ -171,9 +178,11 @@ def open_folder(path: Path) -> StoreFolder:
 def _compare(path: Path, entries: Mapping[str, Entry], name: str, index: bytes, store: TokenStore) -> None:
     """Raise DamageError unless the manifest, the ``index`` that it names and the ``store`` that was opened are one."""
     if store.sha256 != entries[f"{name}/{_INDEX}"]["sha256"]:
-        raise DamageError(f"{path / name / _INDEX} is damaged: it is not what the manifest says")
+        raise DamageError("{path} is damaged: it is not what the manifest says", path=path / name / _INDEX)
     if any(entries[f"{name}/{file}"] != entry for file, entry in json.loads(index)["files"].items()):
-        raise DamageError(f"{path / MANIFEST} is damaged: it is not what {name}/{_INDEX} says")
+        raise DamageError(
+            "{path} is damaged: it is not what {name}/{index} says", path=path / MANIFEST, name=name, index=_INDEX
+        )
 
 
 @contextmanager
@@ -182,8 +191,12 @@ def _naming_the_remedy(path: Path) -> Iterator[None]:
     try:
         yield
     except (DamageError, KeyError, ValueError, TypeError) as error:
-        why = error if isinstance(error, DamageError) else f"{path} is not a folder of prepared data ({error})"
-        raise UserError(f"{why}; delete {path}, the next run makes it anew") from error
+        why = (
+            error
+            if isinstance(error, DamageError)
+            else Translatable("{path} is not a folder of prepared data ({error})", path=path, error=error)
+        )
+        raise UserError("{why}; delete {path}, the next run makes it anew", why=why, path=path) from error
 
 
 def write_report(folder: Path, tokenizer: Tokenizer, entries: dict[str, Any]) -> None:
@@ -202,6 +215,6 @@ def write_report(folder: Path, tokenizer: Tokenizer, entries: dict[str, Any]) ->
 def tell_bad_rows(found: list[str], tell: Callable[[str], None]) -> None:
     """Tell the first rows that were left out, by file and line."""
     for line in found[:_BAD_ROWS_TOLD]:
-        tell(f"left out {line}")
+        tell(Translatable("left out {line}", line=line))
     if len(found) > _BAD_ROWS_TOLD:
-        tell(f"and {len(found) - _BAD_ROWS_TOLD:,} more")
+        tell(Translatable("and {count:,} more", count=len(found) - _BAD_ROWS_TOLD))

@@ -57,7 +57,9 @@ def draw_questions(path: Path, count: int, seed: int = 0) -> list[Question]:
         ]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(
-            f"{path} is no file of held-out questions ({error}); `mm-rec data --source builtin` makes one"
+            "{path} is no file of held-out questions ({error}); `mm-rec data --source builtin` makes one",
+            path=path,
+            error=error,
         ) from None
     sorts = list(dict.fromkeys(question.sort for question in questions))
     chance = random.Random(seed)
@@ -66,7 +68,13 @@ def draw_questions(path: Path, count: int, seed: int = 0) -> list[Question]:
         there = [question for question in questions if question.sort == sort]
         wanted = len(range(place, count, len(sorts)))
         if len(there) < wanted:
-            raise UserError(f"{path} has {len(there)} questions of the sort {sort}, and {wanted} are to be drawn")
+            raise UserError(
+                "{path} has {count} questions of the sort {sort}, and {wanted} are to be drawn",
+                path=path,
+                count=len(there),
+                sort=sort,
+                wanted=wanted,
+            )
         drawn.append(chance.sample(there, wanted))
     return [drawn[at % len(sorts)][at // len(sorts)] for at in range(count)] if sorts else []
 

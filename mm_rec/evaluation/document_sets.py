@@ -19,6 +19,7 @@ from mm_rec.errors import UserError
 from mm_rec.evaluation.bits_per_byte import Documents, select_documents
 from mm_rec.storage.lineage import DataFolder, run_of, trained_on
 from mm_rec.text.tokenizer import Tokenizer
+from mm_rec.translation import Translatable
 
 __all__ = ["held_out", "open_training_data", "read_documents"]
 
@@ -34,10 +35,10 @@ def open_training_data(checkpoint: Path) -> list[Prepared]:
 
 def _open(place: DataFolder) -> Prepared:
     if not place.path.is_dir():
-        raise UserError(f"the data in {place.path}, which the model was trained on, are not there any more")
+        raise UserError("the data in {path}, which the model was trained on, are not there any more", path=place.path)
     data = open_prepared(place.path)
     if data.documents_sha256 != place.sha256:
-        raise UserError(f"the data in {place.path} are not those that the model was trained on")
+        raise UserError("the data in {path} are not those that the model was trained on", path=place.path)
     return data
 
 
@@ -58,7 +59,7 @@ def held_out(
     data, found = _open(place), run_of(checkpoint)
     assert found is not None, "a checkpoint whose training data are known lies in a run folder"
     if data.tokenizer.sha256 != tokenizer.sha256:
-        raise UserError(f"the data in {place.path} have another tokenizer than the model")
+        raise UserError("the data in {path} have another tokenizer than the model", path=place.path)
     most = found[1]["settings"]["valid_bytes"] if max_bytes is None else max_bytes
     sizes = np.array([len(one) for one in tokenizer.token_bytes])
     chosen = {name: select_documents(store, sizes, most) for name, store in data.valid.items()}
@@ -81,13 +82,22 @@ def read_documents(
         try:
             store = write_store(Path(folder) / "documents", documents, vocab_size=tokenizer.vocab_size)
         except ValueError as error:
-            raise UserError(f"there are no documents in {path}") from error
+            raise UserError("there are no documents in {path}", path=path) from error
         chosen = select_documents(store, np.array([len(one) for one in tokenizer.token_bytes]), max_bytes)
         del store  # whose folder can't be removed on Windows while it is open
     for line in table(str(path), count_kinds(reader), [*found.left_out, *reader.left_out.values()], []):
         tell(line)
     if reader.bad_rows:
-        tell(f"{path}: {len(reader.bad_rows)} bad rows left out, the first: {reader.bad_rows[0]}")
+        tell(
+            Translatable(
+                "{path}: {count} bad rows left out, the first: {first}",
+                path=path,
+                count=len(reader.bad_rows),
+                first=reader.bad_rows[0],
+            )
+        )
     if not chosen.tokens:
-        raise UserError(f"--max_bytes {max_bytes} leaves nothing of the documents in {path}")
+        raise UserError(
+            "--max_bytes {max_bytes} leaves nothing of the documents in {path}", max_bytes=max_bytes, path=path
+        )
     return chosen

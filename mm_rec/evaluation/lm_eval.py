@@ -49,7 +49,8 @@ def run_harness(
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise UserError(
-            f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them, --task_dir adds own ones"
+            "lm-eval knows no task {unknown!r}; `lm-eval ls tasks` lists them, --task_dir adds own ones",
+            unknown=unknown[0],
         )
     results: dict[str, dict[str, float]] = {}
     for rolling in (False, True):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mm_rec.data.pack import TokenStore
 from mm_rec.evaluation.bits_per_byte import Documents
+from mm_rec.translation import Translatable
 
 __all__ = ["Seen", "compare", "paragraphs"]
 
@@ -40,18 +41,24 @@ class Seen(NamedTuple):
     n_seen: int
     rest: Documents | None
 
-    def describe(self) -> str:
+    def describe(self) -> Translatable:
         """Returns the outcome in words.
 
         >>> Seen(8, 2, None).describe(), Seen(1, 0, None).describe()
         ('25% of its paragraphs (2 of 8) were seen in training', 'none of its 1 paragraphs was seen in training')
         """
         if not self.n_paragraphs:
-            return f"it has no paragraph of {FEWEST_BYTES} bytes to compare with the training data"
+            return Translatable(
+                "it has no paragraph of {count} bytes to compare with the training data", count=FEWEST_BYTES
+            )
         if not self.n_seen:
-            return f"none of its {self.n_paragraphs:,} paragraphs was seen in training"
-        share = f"{self.n_seen / self.n_paragraphs:.0%}"
-        return f"{share} of its paragraphs ({self.n_seen:,} of {self.n_paragraphs:,}) were seen in training"
+            return Translatable("none of its {count:,} paragraphs was seen in training", count=self.n_paragraphs)
+        return Translatable(
+            "{share:.0%} of its paragraphs ({seen:,} of {count:,}) were seen in training",
+            share=self.n_seen / self.n_paragraphs,
+            seen=self.n_seen,
+            count=self.n_paragraphs,
+        )
 
 
 def paragraphs(text: bytes) -> Iterator[tuple[int, bytes]]:

@@ -11,6 +11,7 @@ from mm_rec.errors import UserError
 from mm_rec.inference.loading import Loaded
 from mm_rec.storage import hf_folder
 from mm_rec.text.conversation import ROLES, Message, clean, encode_conversation
+from mm_rec.translation import Translatable
 
 __all__ = ["compare"]
 
@@ -44,11 +45,17 @@ def compare(folder: Path, loaded: Loaded) -> list[str]:
     said = tokenizer.apply_chat_template([message._asdict() for message in messages], return_dict=False)
     _expect("chat format", said == encode_conversation(own, messages)[0])
     return [
-        f"{len(expected)} weights, the logits of {COMPARED_TOKENS} tokens by each expert and by all",
-        f"the tokens of {len(TEXTS)} texts and of a conversation",
+        Translatable(
+            "{count} weights, the logits of {compared_tokens} tokens by each expert and by all",
+            count=len(expected),
+            compared_tokens=COMPARED_TOKENS,
+        ),
+        Translatable("the tokens of {count} texts and of a conversation", count=len(TEXTS)),
     ]
 
 
 def _expect(what: str, holds: bool) -> None:
     if not holds:
-        raise UserError(f"transformers gives other {what} than mm-rec; nothing was exported, please report this")
+        raise UserError(
+            "transformers gives other {what} than mm-rec; nothing was exported, please report this", what=what
+        )

@@ -168,7 +168,9 @@ class ChatSession:
         for name, value in identity.items():
             if settings.get(name) != value:
                 raise UserError(
-                    f"{path} was made with another {name}; continue it with that one or start a new session"
+                    "{path} was made with another {name}; continue it with that one or start a new session",
+                    path=path,
+                    name=name,
                 )
         domain, system = settings.get("domain"), settings.get("system")
         if domain not in (*model.config.experts, None) or not isinstance(system, str):

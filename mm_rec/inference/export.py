@@ -10,6 +10,7 @@ import torch
 from mm_rec.errors import UserError
 from mm_rec.inference.loading import Loaded, load_model
 from mm_rec.storage import checkpoint, files, hf_folder
+from mm_rec.translation import Translatable
 
 __all__ = ["Compare", "compare_own", "export"]
 
@@ -62,5 +63,7 @@ def compare_own(folder: Path, loaded: Loaded) -> list[str]:
     weights = found.model.state_dict()
     same = weights.keys() == expected.keys() and all(torch.equal(expected[name], weights[name]) for name in expected)
     if not same or found.tokenizer.sha256 != loaded.tokenizer.sha256:
-        raise UserError(f"{folder} holds another model than was written; nothing was exported, please report this")
-    return [f"{len(expected)} weights and the tokenizer"]
+        raise UserError(
+            "{folder} holds another model than was written; nothing was exported, please report this", folder=folder
+        )
+    return [Translatable("{count} weights and the tokenizer", count=len(expected))]

@@ -33,6 +33,7 @@ from mm_rec.inference.sampling import Sampling
 from mm_rec.machine.autotune import cache_file
 from mm_rec.state import ModelState, flatten_state
 from mm_rec.storage.files import StorageError, format_bytes, reporting_errors
+from mm_rec.translation import Translatable
 
 __all__ = ["FolderMemory", "read_folder"]
 
@@ -78,7 +79,7 @@ def read_folder(
     started = time.monotonic()
     found = find_documents(path)
     if not found.paths:
-        raise UserError(f"there are no documents in {path} that can be read")
+        raise UserError("there are no documents in {path} that can be read", path=path)
     home = path if path.is_dir() else path.parent
     chosen = loaded.choose_domain(domain, _beginning(found) if domain is None else "")
     settings = {
@@ -93,16 +94,22 @@ def read_folder(
     settings["documents"] = name
     file = cache_file().parent / "memory" / f"{name}.safetensors"
     state = _kept(file, settings, loaded, tell)
-    how = "was read before"
+    how = Translatable("was read before")
     if state is None:
         state = _read(path, found, loaded, chosen, tell)
         _keep(file, state, settings, tell)
-        how = "is read"
-    size = format_bytes(sum(tensor.nbytes for tensor in flatten_state(state).values()))
+        how = Translatable("is read")
     memory = FolderMemory(state, chosen, file)
     tell(
-        f"{path} {how}: {memory.n_tokens:,} tokens, remembered in {size} by "
-        f"{'all experts' if chosen is None else f'the expert {chosen}'}; it took {time.monotonic() - started:.1f} s"
+        Translatable(
+            "{path} {how}: {count:,} tokens, remembered in {size} by {who}; it took {seconds:.1f} s",
+            path=path,
+            how=how,
+            count=memory.n_tokens,
+            size=format_bytes(sum(tensor.nbytes for tensor in flatten_state(state).values())),
+            who=Translatable("all experts") if chosen is None else Translatable("the expert {name}", name=chosen),
+            seconds=time.monotonic() - started,
+        )
     )
     return memory
 
@@ -141,9 +148,9 @@ def _read(path: Path, found: Found, loaded: Loaded, domain: str | None, tell: Ca
         _, state = read_prompt(loaded.model, ids, domain, state, donate=True)
         if time.monotonic() - told > PROGRESS_SECONDS:
             told = time.monotonic()
-            tell(f"{int(state.position[0]):,} tokens so far")
+            tell(Translatable("{count:,} tokens so far", count=int(state.position[0])))
     if state is None:
-        raise UserError(f"there is no text in the documents in {path}")
+        raise UserError("there is no text in the documents in {path}", path=path)
     return state
 
 
@@ -156,7 +163,7 @@ def _keep(file: Path, state: ModelState, settings: dict[str, Any], tell: Callabl
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         session_file.write(file, tensors, settings | more)
     except StorageError as error:
-        tell(f"the memory is not kept for the next time: {error}")
+        tell(Translatable("the memory is not kept for the next time: {problem}", problem=error))
 
 
 def _kept(file: Path, settings: dict[str, Any], loaded: Loaded, tell: Callable[[str], None]) -> ModelState | None:
@@ -169,5 +176,5 @@ def _kept(file: Path, settings: dict[str, Any], loaded: Loaded, tell: Callable[[
             raise session_file.not_a_session(file)
         return session_file.restore(file, tensors, loaded.model, settings["domain"]).state
     except UserError as error:
-        tell(f"{error}; the documents are read again")
+        tell(Translatable("{problem}; the documents are read again", problem=error))
         return None

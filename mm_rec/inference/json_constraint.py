@@ -64,18 +64,22 @@ class JsonConstraint:
         try:
             content = json.dumps(dict(schema))
             if len(content) > MAX_SCHEMA:
-                raise UserError(f"a JSON schema may have {MAX_SCHEMA} characters, and this one has {len(content)}")
+                raise UserError(
+                    "a JSON schema may have {most} characters, and this one has {count}",
+                    most=MAX_SCHEMA,
+                    count=len(content),
+                )
             _check_texts(schema)
             _check_multiples(schema)
             grammar = LLMatcher.grammar_from_json_schema(content, overrides={"whitespace_pattern": WHITE_SPACE})
         except (ValueError, RecursionError) as error:
-            raise UserError(f"this is no JSON schema: {_one_line(error)}") from None
+            raise UserError("this is no JSON schema: {error}", error=_one_line(error)) from None
         vocabulary = _vocabulary(tokenizer, tuple(sorted(ends)))
         limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
         self._matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
         if self._matcher.is_error():
             reason = _one_line(self._matcher.get_error())
-            raise UserError(f"this JSON schema can't be followed ({reason}); leave that part of it out")
+            raise UserError("this JSON schema can't be followed ({reason}); leave that part of it out", reason=reason)
         self._n_tokens = tokenizer.vocab_size
         self._n_rows = vocab_size
         self.banned()  # what is too complex at its first token is refused here
@@ -126,7 +130,10 @@ def _check_texts(value: Any, *, literal: bool = False) -> None:
     """
     if isinstance(value, str) and len(value) > MAX_TEXT:
         raise UserError(
-            f"a text in a JSON schema may have {MAX_TEXT} characters, and {value[:20]!r}... has {len(value)}"
+            "a text in a JSON schema may have {most} characters, and {value!r}... has {count}",
+            most=MAX_TEXT,
+            value=value[:20],
+            count=len(value),
         )
     if isinstance(value, list):
         for one in value:

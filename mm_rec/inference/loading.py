@@ -24,6 +24,7 @@ from mm_rec.storage.files import format_bytes
 from mm_rec.storage.resume import require_checkpoints
 from mm_rec.storage.run_config import CHECKPOINTS, COMPLETED, list_runs, require_configs
 from mm_rec.text.tokenizer import Tokenizer
+from mm_rec.translation import Translatable
 
 __all__ = ["Loaded", "find_checkpoint", "load_model"]
 
@@ -58,14 +59,16 @@ class Loaded(NamedTuple):
         return None if stage is None else stage.conversations
 
     @property
-    def untaught_notice(self) -> str | None:
+    def untaught_notice(self) -> Translatable | None:
         """What to say to who wants to chat with it if it never learned to, and what to run."""
         if self.learned_to_chat is not False:
             return None
-        return (
-            f"this model never learned to chat ({self.stage} taught it to continue texts), so its answers mean little; "
-            f"teach it with `mm-rec finetune --task instruct --init_from {self.path} --pairs_from DOCUMENTS` "
-            "or --data CONVERSATIONS"
+        return Translatable(
+            "this model never learned to chat ({stage} taught it to continue texts), so its answers mean little; teach "
+            "it with `mm-rec finetune --task instruct --init_from {path} --pairs_from DOCUMENTS` or --data "
+            "CONVERSATIONS",
+            stage=self.stage,
+            path=self.path,
         )
 
     def choose_domain(self, requested: str | None, prompt: str = "") -> str | None:
@@ -82,7 +85,11 @@ class Loaded(NamedTuple):
         if requested is None:
             return self.domain
         if requested not in (*experts, "all"):
-            raise UserError(f"there is no expert {requested!r}; use --domain {', '.join(experts)} or all")
+            raise UserError(
+                "there is no expert {requested!r}; use --domain {experts} or all",
+                requested=requested,
+                experts=", ".join(experts),
+            )
         return None if requested == "all" else requested
 
     @property
@@ -120,7 +127,7 @@ def find_checkpoint(path: Path) -> Path:
         UserError: if there is none, or a later run has lost its checkpoints or its configuration.
     """
     if not path.is_dir():
-        raise UserError(f"there is no folder {path}; name a checkpoint, a run folder or a folder of runs")
+        raise UserError("there is no folder {path}; name a checkpoint, a run folder or a folder of runs", path=path)
     untrained: list[Path] = []
     for stage in reversed(STAGES):
         for entry in reversed(list_runs(path, stage)):
@@ -135,7 +142,11 @@ def find_checkpoint(path: Path) -> Path:
                 untrained.append(newest)
             else:
                 for one in untrained:
-                    _warn(f"passed over {one.parent.parent}, which was stopped before its first step")
+                    _warn(
+                        Translatable(
+                            "passed over {parent}, which was stopped before its first step", parent=one.parent.parent
+                        )
+                    )
                 return newest
     return untrained[0] if untrained else resolve(path, _warn)
 
@@ -155,8 +166,10 @@ def _adapted(base: checkpoint.Checkpoint, adapter: Path) -> Mapping[str, Tensor]
     started_from = checkpoint.started_from(folder.parent if folder.name == ADAPTER_FOLDER else folder)
     if started_from not in (None, base.sha256) and checkpoint.is_of_a_run(base.path):
         raise UserError(
-            f"the adapter in {adapter} was not trained on {base.path}; name with --model the checkpoint that its "
-            "training started from, since later ones hold it already"
+            "the adapter in {adapter} was not trained on {path}; name with --model the "
+            "checkpoint that its training started from, since later ones hold it already",
+            adapter=adapter,
+            path=base.path,
         )
     return merged(base.weights, changes, folder)
 
@@ -183,7 +196,9 @@ def load_model(
             not of this model or was trained on another checkpoint.
     """
     if weights not in WEIGHTS:
-        raise UserError(f"there are no weights {weights!r}; use {' or '.join(WEIGHTS)}")
+        raise UserError(
+            "there are no weights {weights!r}; use {choices}", weights=weights, choices=" or ".join(WEIGHTS)
+        )
     place = select_device(device)
     found = checkpoint.load(find_checkpoint(path), weights_only=True)
     checkpoint.check_shape(found)
@@ -193,12 +208,15 @@ def load_model(
             model = MMRecModel(found.config)
         model.load_state_dict(values, assign=True)
     except (RuntimeError, KeyError) as error:  # KeyError: the name of an expert is one of PyTorch's own
-        raise UserError(f"the weights in {found.path} are not of the model in its config.json") from error
+        raise UserError("the weights in {path} are not of the model in its config.json", path=found.path) from error
     tokenizer = found.load_tokenizer()
     if tokenizer.vocab_size > found.config.vocab_size:
         raise UserError(
-            f"the tokenizer in {found.path} has {tokenizer.vocab_size} tokens and the model {found.config.vocab_size}; "
-            "resize the model with model.resize_token_embeddings(len(tokenizer)) and save it again"
+            "the tokenizer in {path} has {tokens} tokens and the model {rows}; resize "
+            "the model with model.resize_token_embeddings(len(tokenizer)) and save it again",
+            path=found.path,
+            tokens=tokenizer.vocab_size,
+            rows=found.config.vocab_size,
         )
     _check_state(model)
     apply_precision(model, select_precision(precision, place))
@@ -230,6 +248,8 @@ def _check_state(model: MMRecModel) -> None:
     available = available_memory(torch.device("cpu"))
     if needed > available:
         raise UserError(
-            f"the model's memory of one text takes {format_bytes(needed)} and {format_bytes(available)} are free; "
-            "its config.json asks for too large a window or too many slots"
+            "the model's memory of one text takes {needed} and {available} are free; its "
+            "config.json asks for too large a window or too many slots",
+            needed=format_bytes(needed),
+            available=format_bytes(available),
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mm_rec.errors import UserError
 from mm_rec.ops.inference import SampleRow, runs_native, sample
+from mm_rec.translation import Translatable
 
 __all__ = ["Sampler", "Sampling", "SamplingOptions", "next_tokens"]
 
@@ -63,14 +64,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = {
-            "max_new_tokens must be at least 0": self.max_new_tokens >= 0,
-            "repetition_penalty must be above 0": 0 < self.repetition_penalty < float("inf"),
-            "temperature must be at least 0": 0 <= self.temperature < float("inf"),
-            "top_k must be at least 0": self.top_k >= 0,
-            "top_p must be at least 0 and at most 1": 0 <= self.top_p <= 1,
-            "min_p must be at least 0 and at most 1": 0 <= self.min_p <= 1,
-            "stop strings must not be empty": all(self.stop),
-            "seed must be a number of at most 64 bits": -(2**63) <= self.seed < 2**64,
+            Translatable("max_new_tokens must be at least 0"): self.max_new_tokens >= 0,
+            Translatable("repetition_penalty must be above 0"): 0 < self.repetition_penalty < float("inf"),
+            Translatable("temperature must be at least 0"): 0 <= self.temperature < float("inf"),
+            Translatable("top_k must be at least 0"): self.top_k >= 0,
+            Translatable("top_p must be at least 0 and at most 1"): 0 <= self.top_p <= 1,
+            Translatable("min_p must be at least 0 and at most 1"): 0 <= self.min_p <= 1,
+            Translatable("stop strings must not be empty"): all(self.stop),
+            Translatable("seed must be a number of at most 64 bits"): -(2**63) <= self.seed < 2**64,
         }
         for message, holds in checks.items():
             if not holds:

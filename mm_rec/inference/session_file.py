@@ -70,7 +70,11 @@ def own(path: Path, *, in_own_folder: bool = False) -> Lock:
     """
     path = path.resolve()
     if not in_own_folder and (owner := owner_of(path.parent / ".lock")):
-        raise UserError(f"{path.parent} is in use by {owner}, so are its sessions; end it first, or use another file")
+        raise UserError(
+            "{parent} is in use by {owner}, so are its sessions; end it first, or use another file",
+            parent=path.parent,
+            owner=owner,
+        )
     return Lock(path.with_name(f".{path.name}.lock"), of=path)
 
 
@@ -110,15 +114,20 @@ def read(path: Path, most: int = 1 << 30) -> tuple[dict[str, Tensor], dict[str, 
         size = path.stat().st_size
         if size > most:
             raise DamageError(
-                f"{path} has {format_bytes(size)}, more than any session of this model; use another copy or start a "
-                "new one"
+                "{path} has {size}, more than any session of this model; use another copy or start a new one",
+                path=path,
+                size=format_bytes(size),
             )
         content = read_regular(path)
     except OSError as error:
-        raise UnreadableError(f"cannot read the session {path}: {error.strerror or error}") from error
+        raise UnreadableError(
+            "cannot read the session {path}: {reason}", path=path, reason=error.strerror or error
+        ) from error
     found = _DIGEST.search(content)
     if found is None or hashlib.sha256(_with_digest(content, _NO_DIGEST)).hexdigest().encode() != found[1]:
-        raise DamageError(f"{path} is not a chat session, or it is damaged; use another copy or start a new one")
+        raise DamageError(
+            "{path} is not a chat session, or it is damaged; use another copy or start a new one", path=path
+        )
     try:  # whoever can compute the digest may have written anything
         header_bytes = int.from_bytes(content[:8], "little")
         settings = dict(json.loads(json.loads(content[8 : 8 + header_bytes])["__metadata__"]["settings"]))
@@ -174,7 +183,9 @@ def restore(path: Path, tensors: dict[str, Tensor], model: MMRecModel, domain: s
 
 def not_a_session(path: Path) -> DamageError:
     """Returns the error of a file whose digest is right and whose content is not."""
-    return DamageError(f"{path} is whole, but no chat session of this model; start a new one under another name")
+    return DamageError(
+        "{path} is whole, but no chat session of this model; start a new one under another name", path=path
+    )
 
 
 def _with_digest(content: bytes, digest: str) -> bytes:

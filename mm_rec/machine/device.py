@@ -42,12 +42,16 @@ def select_device(requested: str = "auto") -> torch.device:
     if requested == "cpu":
         return torch.device("cpu")
     if requested.split(":")[0] != "cuda":
-        raise UserError(f"unknown device {requested!r}; use --device cpu, cuda or auto")
+        raise UserError("unknown device {requested!r}; use --device cpu, cuda or auto", requested=requested)
     if not torch.cuda.is_available():
         raise UserError("no CUDA device is usable here; use --device cpu, or install a CUDA build of PyTorch")
     device = torch.device(requested)
     if device.index is not None and device.index >= torch.cuda.device_count():
-        raise UserError(f"there is no {requested}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+        raise UserError(
+            "there is no {requested}: this machine has {count} CUDA device(s)",
+            requested=requested,
+            count=torch.cuda.device_count(),
+        )
     return device
 
 
@@ -64,7 +68,7 @@ def select_precision(requested: str, device: torch.device) -> str:
     if requested == "auto":
         return "bf16" if has_fast_bf16(device) and (device.type != "cpu" or tune(True).bf16) else "fp32"
     if requested not in PRECISIONS:
-        raise UserError(f"unknown precision {requested!r}; use --precision auto, bf16 or fp32")
+        raise UserError("unknown precision {requested!r}; use --precision auto, bf16 or fp32", requested=requested)
     return requested
 
 
@@ -83,7 +87,12 @@ def check_threads(threads: int | None) -> None:
     """Refuse more threads than this machine runs; raises UserError. None, for as many as pay, is never too many."""
     most = max(FEW_THREADS, THREADS_A_CORE * cores())
     if threads is not None and threads > most:  # the libraries crash where the system gives them no more
-        raise UserError(f"{threads} threads are too many for the {cores()} cores here; use {most} at most")
+        raise UserError(
+            "{threads} threads are too many for the {cores} cores here; use {most} at most",
+            threads=threads,
+            cores=cores(),
+            most=most,
+        )
 
 
 def default_threads(processes: int) -> int:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from mm_rec.errors import SettingError
+from mm_rec.translation import Translatable, join_texts
 
 __all__ = [
     "BACKENDS",
@@ -44,6 +45,9 @@ T = TypeVar("T")
 
 class NativeUnavailableError(RuntimeError):
     """Raised if the native library of a device cannot be used; the message gives the reason and the remedy."""
+
+    def __init__(self, template: str, /, **fields: object) -> None:
+        super().__init__(Translatable(template, **fields))
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,22 @@ class DeviceStatus:
     reference_ops: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        line = f"{self.device}: {self.backend} ({self.reason})"
-        if self.backend == "native":
-            threads = "" if self.threads is None else f", {self.threads} threads"
-            line += f"; level {self.level}{threads}, {self.library}"
-            if self.reference_ops:
-                line += f"; in the reference: {', '.join(self.reference_ops)}"
+        return str(self.describe())
+
+    def describe(self) -> Translatable:
+        """Returns all of it in one line."""
+        line = Translatable(
+            "{device}: {backend} ({reason})", device=self.device, backend=self.backend, reason=Translatable(self.reason)
+        )
+        if self.backend != "native":
+            return line
+        parts = [Translatable("level {level}", level=self.level)]
+        if self.threads is not None:
+            parts.append(Translatable("{count} threads", count=self.threads))
+        line = join_texts("; ", [line, join_texts(", ", [*parts, self.library or ""])])
+        if self.reference_ops:
+            ops = Translatable("in the reference: {ops}", ops=", ".join(self.reference_ops))
+            line = join_texts("; ", [line, ops])
         return line
 
 
@@ -159,7 +173,9 @@ def keeps_backend(function: Callable[..., T]) -> Callable[..., T]:
 def _from_environment() -> str | None:
     name = os.environ.get("MM_REC_BACKEND") or None
     if name is not None and name not in BACKENDS:
-        raise SettingError(f"MM_REC_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+        raise SettingError(
+            "MM_REC_BACKEND must be one of {choices}, got {name!r}", choices=", ".join(BACKENDS), name=name
+        )
     return name
 
 
@@ -167,12 +183,14 @@ def _load(device_type: str) -> Native | str:
     with _load_lock:
         if device_type not in _loaded:
             if device_type not in _loaders:
-                _loaded[device_type] = f"no native kernels are written for {device_type} devices"
+                _loaded[device_type] = Translatable(
+                    "no native kernels are written for {device} devices", device=device_type
+                )
             else:
                 try:
                     _loaded[device_type] = _loaders[device_type]()
                 except NativeUnavailableError as error:
-                    _loaded[device_type] = str(error)
+                    _loaded[device_type] = error.args[0]
         return _loaded[device_type]
 
 
@@ -186,12 +204,18 @@ def _native_serves(op: str, device_type: str, forced: str | None) -> bool:
     if isinstance(loaded, Native):
         if op in loaded.kernels or forced is None:
             return op in loaded.kernels
-        loaded = f"{loaded.library} has no kernel for {op}"
+        loaded = Translatable("{library} has no kernel for {op}", library=loaded.library, op=op)
     if forced == "native":
-        raise NativeUnavailableError(f"the native back end is forced but cannot run: {loaded}")
+        raise NativeUnavailableError("the native back end is forced but cannot run: {loaded}", loaded=loaded)
     if device_type not in _warned:
         _warned.add(device_type)
-        warnings.warn(f"mm_rec runs its slow reference ops on {device_type}: {loaded}", RuntimeWarning, stacklevel=4)
+        warnings.warn(
+            Translatable(
+                "mm_rec runs its slow reference ops on {device_type}: {loaded}", device_type=device_type, loaded=loaded
+            ),
+            RuntimeWarning,
+            stacklevel=4,
+        )
     return False
 
 
@@ -211,13 +235,19 @@ def _native_fits(op: str, device_type: str, dtype: torch.dtype, dim: int, taps: 
     if not isinstance(loaded, Native) or loaded.fits is None or loaded.fits(op, dtype, dim, taps):
         return True
     kind = str(dtype).removeprefix("torch.")
-    size = f"heads of {dim} and {taps} taps" if taps else f"heads of {dim}"
-    problem = f"{op} with {size} in {kind} needs more shared memory than this GPU has"
+    size = Translatable("heads of {dim}", dim=dim)
+    if taps:
+        size = Translatable("{heads} and {taps} taps", heads=size, taps=taps)
+    problem = Translatable(
+        "{op} with {size} in {kind} needs more shared memory than this GPU has", op=op, size=size, kind=kind
+    )
     if forced == "native":
-        raise NativeUnavailableError(f"the native back end is forced but cannot run: {problem}")
+        raise NativeUnavailableError("the native back end is forced but cannot run: {problem}", problem=problem)
     if problem not in _warned:
         _warned.add(problem)
-        warnings.warn(f"mm_rec runs a slow reference op: {problem}", RuntimeWarning, stacklevel=4)
+        warnings.warn(
+            Translatable("mm_rec runs a slow reference op: {problem}", problem=problem), RuntimeWarning, stacklevel=4
+        )
     return False
 
 
@@ -257,21 +287,21 @@ def kernel(op: str, device_type: str) -> Callable[..., Any]:
     if isinstance(loaded, str):
         raise NativeUnavailableError(loaded)
     if op not in loaded.kernels:
-        raise NativeUnavailableError(f"{loaded.library} has no kernel for {op}")
+        raise NativeUnavailableError("{library} has no kernel for {op}", library=loaded.library, op=op)
     return loaded.kernels[op]
 
 
 def _device_status(device_type: str) -> DeviceStatus:
     forced = _forced.name or _from_environment()
     if forced == "reference":
-        return DeviceStatus(device_type, "reference", "forced")
+        return DeviceStatus(device_type, "reference", Translatable("forced"))
     loaded = _load(device_type)
     if isinstance(loaded, str):
         return DeviceStatus(device_type, "reference", loaded)
     return DeviceStatus(
         device_type,
         "native",
-        "forced" if forced else "the library is there",
+        Translatable("forced") if forced else Translatable("the library is there"),
         library=loaded.library,
         level=loaded.level,
         threads=torch.get_num_threads() if device_type == "cpu" else None,

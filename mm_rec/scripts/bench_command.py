@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mm_rec.config import DEFAULT_PRESET, PRESETS
 from mm_rec.errors import MissingPackageError
-from mm_rec.program import Parser, positive_int, run_program
+from mm_rec.program import Parser, positive_int, run_program, wrong_argument
+from mm_rec.translation import translate
 
 EPILOG = """examples:
   mm-rec bench
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 def _shape(text: str) -> tuple[int, int]:
     batch, cross, length = text.partition("x")
     if not cross:
-        raise argparse.ArgumentTypeError(f"must be batch x length, as in 2x512, got {text!r}")
+        raise wrong_argument("must be batch x length, as in 2x512, got {text!r}", text=text)
     return positive_int(batch), positive_int(length)
 
 
@@ -55,7 +56,7 @@ def _measure(options: argparse.Namespace) -> int:
     )
 
     def write(line: str) -> None:
-        sys.stdout.write(line + "\n")
+        sys.stdout.write(translate(line) + "\n")
         sys.stdout.flush()
 
     run_bench(settings, write)

@@ -25,6 +25,7 @@ from mm_rec.scripts.sampling_options import (
     read_json_schema,
     tell_on_stderr,
 )
+from mm_rec.translation import Translatable, translate
 
 if TYPE_CHECKING:
     from mm_rec.inference.chat_session import ChatSession
@@ -38,8 +39,8 @@ COMMANDS = """\
   /quit          end, as Ctrl-D does; Ctrl-C breaks off an answer
 A line that starts with a blank is a message, even if a / follows."""
 
-EPILOG = f"""commands in a conversation:
-{COMMANDS}
+EPILOG = """commands in a conversation:
+{commands}
 
 examples:
   mm-rec chat --model checkpoints_cpu --session talk.safetensors
@@ -51,7 +52,8 @@ examples:
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     """Parse arguments, load the model, talk until the input ends."""
-    parser = Parser(prog=prog, description=__doc__, epilog=EPILOG)
+    parser = Parser(prog=prog, description=__doc__)
+    parser.epilog = Translatable(EPILOG, commands=Translatable(COMMANDS))
     parser.add_argument("--model", type=Path, required=True, help="checkpoint, run folder or folder of runs")
     parser.add_argument("--session", type=Path, metavar="FILE", help="keep the memory here, saved after every answer")
     parser.add_argument("--resume", action="store_true", help="go on with the conversation in --session")
@@ -59,7 +61,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     add_memory_argument(parser)
     add_adapter_argument(parser)
     add_domain_argument(
-        parser, "all once fusion is trained, else the one that reads the first message in the fewest bits"
+        parser, Translatable("all once fusion is trained, else the one that reads the first message in the fewest bits")
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: CUDA if it is there")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="type of the matrices")
@@ -76,7 +78,9 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     with contextlib.ExitStack() as locks:
         owned = None if options.session is None else locks.enter_context(own(options.session))
         if not options.resume and options.session is not None and options.session.exists():
-            raise UserError(f"{options.session} holds a conversation; go on with --resume or name another file")
+            raise UserError(
+                "{session} holds a conversation; go on with --resume or name another file", session=options.session
+            )
         schema = read_json_schema(options.json_schema)
         session, start = _open_session(options)
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -106,7 +110,7 @@ def _open_session(options: argparse.Namespace) -> tuple[ChatSession, Start]:
     )
     model, tokenizer = loaded.model, loaded.tokenizer
     if loaded.untaught_notice is not None:
-        print(f"note: {loaded.untaught_notice}", file=sys.stderr)
+        print(translate("note: {notice}", notice=loaded.untaught_notice), file=sys.stderr)
     if options.resume:
         session = ChatSession.load(options.session, model, tokenizer)
         session.sampling = dataclasses.replace(session.sampling, **given)
@@ -175,8 +179,13 @@ class Conversation:
             with contextlib.suppress(ModuleNotFoundError):  # the console of Windows has an editor of its own
                 import readline  # noqa: F401 (gives input() its line editing)
 
-            told = f"{self.session.turns} answers so far; " if self.session.turns else ""
-            print(f"{told}/help shows the commands, Ctrl-D ends")
+            if self.session.turns:
+                told = translate(
+                    "{turns} answers so far; /help shows the commands, Ctrl-D ends", turns=self.session.turns
+                )
+            else:
+                told = translate("/help shows the commands, Ctrl-D ends")
+            print(told)
         with _ctrl_c_as_exception():
             for line in self._lines():
                 try:
@@ -187,19 +196,22 @@ class Conversation:
                 except UserError as error:
                     if not self.interactive:
                         raise
-                    print(f"error: {error}", file=sys.stderr)
+                    print(f"{translate('error')}: {translate(error)}", file=sys.stderr)
 
     def _lines(self) -> Iterator[str]:
         """Messages and commands; blank lines and what follows /quit are left out."""
         while True:
             try:
-                line = input("you: ") if self.interactive else sys.stdin.readline(MOST_CHARACTERS + 1)
+                line = input(translate("you: ")) if self.interactive else sys.stdin.readline(MOST_CHARACTERS + 1)
             except EOFError:
                 return
             if not line and not self.interactive:
                 return
             if len(line) > MOST_CHARACTERS:
-                raise UserError(f"a message has more than {MOST_CHARACTERS:,} characters; give less of it")
+                raise UserError(
+                    "a message has more than {most:,} characters; give less of it",
+                    most=MOST_CHARACTERS,
+                )
             line = line.rstrip()
             if line == "/quit":
                 return
@@ -210,7 +222,7 @@ class Conversation:
         if not self.session.turns:
             self.session = self.start(message)
         if self.interactive:
-            print("model: ", end="", flush=True)
+            print(translate("model: "), end="", flush=True)
         try:
             for piece in self.session.reply(message, json_schema=self.json_schema):
                 print(piece, end="", flush=True)
@@ -232,13 +244,13 @@ class Conversation:
                     raise UserError("there is no --session; use /save FILE")
                 same = self.path is not None and target.resolve() == self.path.resolve()
                 if not same and target.exists() and target.resolve() not in self._copies:
-                    raise UserError(f"{target} is there already; name another file")
+                    raise UserError("{target} is there already; name another file", target=target)
                 self._save(target, self.owned if same else None)
             case "fork":
                 if path is None:
                     raise UserError("name the file to go on in: /fork FILE")
                 if path.exists():
-                    raise UserError(f"{path} is there already; name another file")
+                    raise UserError("{path} is there already; name another file", path=path)
                 owned = self.locks.enter_context(own(path))
                 self._save(path, owned)
                 if self.owned is not None:
@@ -248,16 +260,16 @@ class Conversation:
                 self.session = self.start("")
                 if self.path is not None:
                     self.session.save(self.path, owned=self.owned)
-                print("forgotten")
+                print(translate("forgotten"))
             case "help":
-                print(COMMANDS)
+                print(translate(COMMANDS))
             case _:
-                raise UserError(f"there is no command /{name}; /help shows them")
+                raise UserError("there is no command /{name}; /help shows them", name=name)
 
     def _save(self, path: Path, owned: Lock | None) -> None:
         self.session.save(path, owned=owned)
         self._copies.add(path.resolve())
-        print(f"saved in {path}, {path.stat().st_size:,} bytes")
+        print(translate("saved in {path}, {size:,} bytes", path=path, size=path.stat().st_size))
 
 
 @contextlib.contextmanager

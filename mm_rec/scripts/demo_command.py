@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 from mm_rec.options import Option, add_arguments, from_arguments
 from mm_rec.program import Parser, run_program, say
 from mm_rec.training.settings import TrainSettings
+from mm_rec.translation import Translatable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,8 +82,13 @@ def run(settings: DemoSettings) -> int:
     console = processes.make_console()
     say(
         console,
-        f"this takes at most {settings.minutes:g} minutes and {DISK} of disk, all of it in {settings.folder}; "
-        "Ctrl-C stops it, and the same command goes on",
+        Translatable(
+            "this takes at most {minutes:g} minutes and {disk} of disk, all of it in {folder}; Ctrl-C stops it, and "
+            "the same command goes on",
+            minutes=settings.minutes,
+            disk=DISK,
+            folder=settings.folder,
+        ),
     )
     with SignalGuard() as guard:
         data = recipe_data(recipe, base, console)
@@ -90,8 +96,8 @@ def run(settings: DemoSettings) -> int:
         model = _train(recipe, base, data, guard, console)
         guard.check()
         _ask(model, questions, settings, console)
-    say(console, f"done in {(time.monotonic() - start) / 60:.1f} minutes")
-    say(console, f"talk to it: mm-rec chat --model {base.checkpoint_dir} --temperature 0")
+    say(console, Translatable("done in {minutes:.1f} minutes", minutes=(time.monotonic() - start) / 60))
+    say(console, Translatable("talk to it: mm-rec chat --model {path} --temperature 0", path=base.checkpoint_dir))
     return 0
 
 
@@ -107,8 +113,16 @@ def _train(recipe: Recipe, base: TrainSettings, data: Prepared, guard: SignalGua
         left = sum(later.minutes or 0.0 for later in steps[at:])
         say(
             console,
-            f"\nstep {at + 1} of {len(steps)}, {one.stage} ({STAGES[one.stage].summary}): "
-            f"{one.minutes:.0f} of the {left:.0f} minutes of training that are left",
+            Translatable(
+                "\nstep {number} of {count}, {stage} ({summary}): {minutes:.0f} of the {left:.0f} minutes of training "
+                "that are left",
+                number=at + 1,
+                count=len(steps),
+                stage=one.stage,
+                summary=Translatable(STAGES[one.stage].summary),
+                minutes=one.minutes,
+                left=left,
+            ),
         )
         path = train_stage(dataclasses.replace(one, init_from=path), data, guard, console)
     assert path is not None, "a recipe has stages"
@@ -121,14 +135,23 @@ def _ask(model: Path, questions: Sequence[Question], settings: DemoSettings, con
     from mm_rec.inference.loading import load_model
 
     loaded = load_model(model, device=settings.device, precision=settings.precision)
-    say(console, f"\n{len(questions)} questions about things that it was never asked about in training:")
+    line = Translatable(
+        "\n{count} questions about things that it was never asked about in training:", count=len(questions)
+    )
+    say(console, line)
     for number, question in enumerate(questions, 1):
         said = "".join(answer(loaded, question.text)).strip()
         score = token_f1(said, question.answer)
         say(
             console,
-            f"\n{number}. {textwrap.indent(question.text, '   ').lstrip()}\n"
-            f"   answer: {said}\n   right would be: {question.answer} (word F1 {score:.2f})",
+            Translatable(
+                "\n{number}. {question}\n   answer: {said}\n   right would be: {answer} (word F1 {score:.2f})",
+                number=number,
+                question=textwrap.indent(question.text, "   ").lstrip(),
+                said=said,
+                answer=question.answer,
+                score=score,
+            ),
         )
 
 

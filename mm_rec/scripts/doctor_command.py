@@ -33,6 +33,7 @@ from mm_rec.storage.run_config import (
     what_is_wrong,
 )
 from mm_rec.storage.run_folder import EVENTS, LOCK, TIMING
+from mm_rec.translation import Translatable, join_texts, translate
 
 __all__ = ["Finding", "check_data", "check_installation", "check_machine", "check_prepared", "check_run", "main"]
 
@@ -46,6 +47,13 @@ The exit code is 0 if nothing is broken, else 1.
 
 Level = Literal["ok", "note", "broken"]
 
+LEVELS: dict[Level, Translatable] = {
+    "ok": Translatable("ok"),
+    "note": Translatable("note"),
+    "broken": Translatable("broken"),
+}
+"""How each level is shown."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -55,7 +63,7 @@ class Finding:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.level:6}  {self.text}"
+        return f"{translate(LEVELS[self.level]):6}  {translate(self.text)}"
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
@@ -83,45 +91,104 @@ def check_machine() -> list[Finding]:
     device = select_device()
     found = versions()
     findings = [
-        Finding("ok", f"MM-Rec {found['mm_rec']}, Python {found['python']}, PyTorch {found['torch']}"),
-        Finding("ok", f"{platform.machine()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads in use"),
+        Finding(
+            "ok",
+            f"MM-Rec {found['mm_rec']}, Python {found['python']}, PyTorch {found['torch']}",
+        ),
+        Finding(
+            "ok",
+            Translatable(
+                "{machine}, {processors} processors, {threads} threads in use",
+                machine=platform.machine(),
+                processors=os.cpu_count(),
+                threads=torch.get_num_threads(),
+            ),
+        ),
     ]
     for entry in ops.status().devices:
-        findings.append(Finding("ok" if entry.backend == "native" else "note", f"kernels on {entry}"))
+        findings.append(
+            Finding(
+                "ok" if entry.backend == "native" else "note",
+                Translatable("kernels on {entry}", entry=entry.describe()),
+            )
+        )
     free = files.format_bytes(available_memory(device))
-    findings.append(Finding("ok", f"trains on {device} in {select_precision('auto', device)}, {free} of memory free"))
+    findings.append(
+        Finding(
+            "ok",
+            Translatable(
+                "trains on {device} in {precision}, {free} of memory free",
+                device=device,
+                precision=select_precision("auto", device),
+                free=free,
+            ),
+        )
+    )
     return findings
 
 
 def check_installation() -> list[Finding]:
     """Compilers, extras, and whether the hub of data sets answers; nothing here is more than a note."""
-    found = ", ".join(f"{name}: {command or 'none'}" for name, command in installation.compilers().items())
-    findings = [Finding("ok", f"compilers, which only building kernels needs: {found}")]
+    compilers = installation.compilers().items()
+    found = join_texts(", ", [join_texts(": ", [name, command or Translatable("none")]) for name, command in compilers])
+    findings = [Finding("ok", Translatable("compilers, which only building kernels needs: {found}", found=found))]
     for extra, missing in installation.missing_of_extras().items():
         if missing:
             quoted = " ".join(f'"{one}"' for one in missing)
-            text = f"extra {extra} is not installed; what is missing of it: pip install {quoted}"
+            text = Translatable(
+                "extra {extra} is not installed; what is missing of it: pip install {quoted}",
+                extra=extra,
+                quoted=quoted,
+            )
             findings.append(Finding("note", text))
         else:
-            findings.append(Finding("ok", f"extra {extra} is installed"))
+            findings.append(Finding("ok", Translatable("extra {extra} is installed", extra=extra)))
     address = installation.hub_address()
     problem = installation.reach(address)
-    text = f"the hub at {address} cannot be reached ({problem}); only downloads need it, and HF_ENDPOINT names another"
-    return [*findings, Finding("note", text) if problem else Finding("ok", f"the hub at {address} answers")]
+    text = Translatable(
+        "the hub at {address} cannot be reached ({problem}); only downloads need it, and HF_ENDPOINT names another",
+        address=address,
+        problem=problem,
+    )
+    return [
+        *findings,
+        Finding("note", text)
+        if problem
+        else Finding("ok", Translatable("the hub at {address} answers", address=address)),
+    ]
 
 
 def check_run(run: Path) -> list[Finding]:
     """Configuration, owner, checkpoints, records and disk of a run folder, and what the same command would do."""
     config = read_config(run)
     if config is None:
-        return [Finding("broken", what_is_wrong(run) or f"{run} is not a run folder: it has no readable config.yaml")]
+        return [
+            Finding(
+                "broken",
+                what_is_wrong(run)
+                or Translatable("{run} is not a run folder: it has no readable config.yaml", run=run),
+            )
+        ]
     findings = []
     owner = owner_of(run / LOCK)
-    findings.append(Finding("note" if owner else "ok", f"{run} is in use by {owner}" if owner else f"{run} is free"))
+    findings.append(
+        Finding(
+            "note" if owner else "ok",
+            Translatable("{run} is in use by {owner}", run=run, owner=owner)
+            if owner
+            else Translatable("{run} is free", run=run),
+        )
+    )
     changed = differences(config.get("versions", {}), versions())
     if changed:
         findings.append(
-            Finding("note", f"made with other versions: {'; '.join(changed)}; going on may not repeat bit for bit")
+            Finding(
+                "note",
+                Translatable(
+                    "made with other versions: {changed}; going on may not repeat bit for bit",
+                    changed=join_texts("; ", changed),
+                ),
+            )
         )
     newest, of_checkpoints = _check_checkpoints(run, config)
     return [*findings, *of_checkpoints, *_check_records(run, newest), *_check_leftovers(run, owner)]
@@ -130,13 +197,22 @@ def check_run(run: Path) -> list[Finding]:
 def check_data(data_dir: Path) -> list[Finding]:
     """Every file of the data's manifest: there, and with the SHA-256 that it should have; and what is prepared."""
     if not data_dir.is_dir():
-        return [Finding("broken", f"there is no data folder {data_dir}")]
+        return [Finding("broken", Translatable("there is no data folder {data_dir}", data_dir=data_dir))]
     try:
         findings = [_check_file(data_dir, name) for name in read_manifest(data_dir)]
     except UserError as error:
-        findings = [Finding("broken", str(error))]
+        findings = [Finding("broken", Translatable("{problem}", problem=error))]
     if not findings:
-        findings = [Finding("note", f"{data_dir} has no {MANIFEST}: nothing to compare its files with")]
+        findings = [
+            Finding(
+                "note",
+                Translatable(
+                    "{data_dir} has no {manifest}: nothing to compare its files with",
+                    data_dir=data_dir,
+                    manifest=MANIFEST,
+                ),
+            )
+        ]
     for folder in (data_dir, data_dir / "synthetic"):
         findings += check_prepared(folder / "prepared")
     return findings
@@ -150,12 +226,18 @@ def check_prepared(root: Path) -> list[Finding]:
             files.verify_folder(path)
             stores = open_folder(path).stores
         except files.DamageError as error:
-            findings.append(Finding("broken", f"{error}; delete {path}, the next run makes it anew"))
+            findings.append(
+                Finding(
+                    "broken", Translatable("{error}; delete {path}, the next run makes it anew", error=error, path=path)
+                )
+            )
         except UserError as error:
-            findings.append(Finding("broken", str(error)))
+            findings.append(Finding("broken", Translatable("{problem}", problem=error)))
         else:
             tokens = sum(store.n_tokens for store in stores.values())
-            findings.append(Finding("ok", f"{path} is what was prepared, {tokens:,} tokens"))
+            findings.append(
+                Finding("ok", Translatable("{path} is what was prepared, {tokens:,} tokens", path=path, tokens=tokens))
+            )
     return findings
 
 
@@ -163,9 +245,12 @@ def _check_file(data_dir: Path, name: str) -> Finding:
     try:
         check_files(data_dir, [data_dir / name])
     except UserError as error:
-        return Finding("broken", str(error))
+        return Finding("broken", Translatable("{problem}", problem=error))
     size = (data_dir / name).stat().st_size
-    return Finding("ok", f"{data_dir / name} is what was downloaded, {files.format_bytes(size)}")
+    return Finding(
+        "ok",
+        Translatable("{path} is what was downloaded, {size}", path=data_dir / name, size=files.format_bytes(size)),
+    )
 
 
 def _check_checkpoints(run: Path, config: Config) -> tuple[Checkpoint | None, list[Finding]]:
@@ -175,29 +260,45 @@ def _check_checkpoints(run: Path, config: Config) -> tuple[Checkpoint | None, li
         try:
             require_checkpoints(run, config)
         except UserError as error:
-            return None, [Finding("broken", str(error))]
-        return None, [Finding("note", f"{run} has no checkpoint yet: the same command starts at step 0")]
+            return None, [Finding("broken", Translatable("{problem}", problem=error))]
+        return None, [
+            Finding("note", Translatable("{run} has no checkpoint yet: the same command starts at step 0", run=run))
+        ]
     newest: Checkpoint | None = None
     damaged = []
     for path in paths:
         try:
             newest = checkpoint.load(path)
         except UserError as error:
-            damaged.append(Finding("broken", str(error)))
+            damaged.append(Finding("broken", Translatable("{problem}", problem=error)))
     if newest is None:
-        return None, [*damaged, Finding("broken", f"{run} has no valid checkpoint left; start beside it with --fresh")]
+        return None, [
+            *damaged,
+            Finding(
+                "broken", Translatable("{run} has no valid checkpoint left; start beside it with --fresh", run=run)
+            ),
+        ]
     size = sum(file.stat().st_size for file in newest.path.iterdir())
     free = files.free_bytes(run)
-    room = f"{files.format_bytes(free)} free, a checkpoint takes {files.format_bytes(size)}"
+    room = Translatable(
+        "{free} free, a checkpoint takes {size}", free=files.format_bytes(free), size=files.format_bytes(size)
+    )
     return newest, [
         *damaged,
-        Finding("ok", f"{len(paths) - len(damaged)} of {len(paths)} checkpoints are whole"),
         Finding(
             "ok",
-            f"the same command goes on from step {checkpoint.checkpoint_step(newest.path)}, "
-            "if its data are as they were (--data_dir looks at them)",
+            Translatable("{whole} of {count} checkpoints are whole", whole=len(paths) - len(damaged), count=len(paths)),
         ),
-        Finding("ok", room) if free > 2 * size else Finding("broken", f"{room}; make room before going on"),
+        Finding(
+            "ok",
+            Translatable(
+                "the same command goes on from step {step}, if its data are as they were (--data_dir looks at them)",
+                step=checkpoint.checkpoint_step(newest.path),
+            ),
+        ),
+        Finding("ok", room)
+        if free > 2 * size
+        else Finding("broken", Translatable("{room}; make room before going on", room=room)),
     ]
 
 
@@ -207,18 +308,31 @@ def _check_records(run: Path, newest: Checkpoint | None) -> Iterable[Finding]:
     for name in (*RECORDS, TIMING, EVENTS, LOCK):
         path = run / name
         if path.exists() and not path.is_file():
-            yield Finding("broken", f"{path} is a pipe, a device or a folder, not a file; move it away")
+            yield Finding(
+                "broken", Translatable("{path} is a pipe, a device or a folder, not a file; move it away", path=path)
+            )
             continue
         size = path.stat().st_size if path.exists() else 0
         if size < sizes.get(name, 0):
-            yield Finding("note", f"{path} has lost its end: {size} of {sizes[name]} bytes; training is not affected")
+            yield Finding(
+                "note",
+                Translatable(
+                    "{path} has lost its end: {size} of {expected} bytes; training is not affected",
+                    path=path,
+                    size=size,
+                    expected=sizes[name],
+                ),
+            )
 
 
 def _check_leftovers(run: Path, owner: str | None) -> Iterable[Finding]:
     found = () if owner else run.rglob(f"{files.TEMPORARY_PREFIX}*")
     leftovers = [path for path in found if files.is_temporary(path)]
     if leftovers:
-        yield Finding("note", f"{len(leftovers)} interrupted writes; the next start of the run removes them")
+        yield Finding(
+            "note",
+            Translatable("{count} interrupted writes; the next start of the run removes them", count=len(leftovers)),
+        )
 
 
 def _runs_in(path: Path) -> list[Path]:

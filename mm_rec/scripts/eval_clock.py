@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from mm_rec.translation import translate
+
 if TYPE_CHECKING:
     from mm_rec.evaluation.bits_per_byte import Documents
     from mm_rec.evaluation.recall import Haystack
@@ -86,8 +88,13 @@ def choose_distances(
     if count < len(usual):
         left_out = usual[count:]
         print(
-            f"needles over {', '.join(f'{one:,}' for one in left_out)} tokens are left out: they would take about "
-            f"{_in_words(time_of(left_out))}; --distances {','.join(map(str, usual))} asks for them"
+            translate(
+                "needles over {distances} tokens are left out: they would take about {time}; "
+                "--distances {usual} asks for them",
+                distances=", ".join(f"{one:,}" for one in left_out),
+                time=_in_words(time_of(left_out)),
+                usual=",".join(map(str, usual)),
+            )
         )
     return usual[:count]
 
@@ -100,8 +107,12 @@ class Clock:
         self._start = self._said = time.monotonic()
         if self._total:
             print(
-                f"reading takes about {_in_words(self._total)}: {_in_words(reading)} for documents, "
-                f"{_in_words(needles)} for needles",
+                translate(
+                    "reading takes about {total}: {reading} for documents, {needles} for needles",
+                    total=_in_words(self._total),
+                    reading=_in_words(reading),
+                    needles=_in_words(needles),
+                ),
                 flush=True,
             )
 
@@ -114,7 +125,14 @@ class Clock:
             if now - self._said > PROGRESS_SECONDS and self._done:
                 self._said = now
                 left = (self._total / self._done - 1) * (now - self._start)
-                print(f"  {min(self._done / self._total, 1):.0%}, about {_in_words(max(left, 0))} to go", flush=True)
+                print(
+                    translate(
+                        "  {done:.0%}, about {left} to go",
+                        done=min(self._done / self._total, 1),
+                        left=_in_words(max(left, 0)),
+                    ),
+                    flush=True,
+                )
 
         return add
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm_rec.errors import UserError
-from mm_rec.program import Parser, positive_int, run_program
+from mm_rec.program import Parser, positive_int, run_program, wrong_argument
 from mm_rec.scripts.eval_clock import (
     Clock,
     choose_distances,
@@ -23,6 +23,7 @@ from mm_rec.scripts.eval_clock import (
     tokens_to_read,
 )
 from mm_rec.scripts.sampling_options import add_domain_argument, add_weights_argument
+from mm_rec.translation import Translatable, translate
 
 if TYPE_CHECKING:
     from mm_rec.evaluation.bits_per_byte import Documents
@@ -91,7 +92,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 def _named_path(text: str) -> tuple[str, Path]:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+        raise wrong_argument("{text!r} is not NAME=PATH", text=text)
     return name, Path(path)
 
 
@@ -103,7 +104,7 @@ def _distances(text: str) -> list[int]:
     except ValueError:
         distances = [-1]
     if min(distances) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers separated by commas")
+        raise wrong_argument("{text!r} is not a list of whole numbers separated by commas", text=text)
     return sorted(set(distances))
 
 
@@ -121,7 +122,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
     trials = options.trials or TRIALS[model.embedding.weight.device.type]
     measured = Measurements(_facts(loaded, domain))
-    print(f"state: {measured.model['state']}")
+    print(translate("state: {state}", state=measured.model["state"]))
     documents = _choose_documents(options, loaded, measured)
     haystack = next((Haystack(one.tokens, tokenizer) for one in documents.values() if one.masks is None), None)
     speeds = measure_speeds(loaded, domain, trials)
@@ -142,7 +143,12 @@ def _evaluate(options: argparse.Namespace) -> int:
         print(_needles_in_words(measured.needles[-1]), flush=True)
     too_far = [one for one in distances if haystack is not None and not haystack.holds(one)]
     if too_far:
-        print(f"the documents have too few tokens for needles over {', '.join(f'{one:,}' for one in too_far)}")
+        print(
+            translate(
+                "the documents have too few tokens for needles over {distances}",
+                distances=", ".join(f"{one:,}" for one in too_far),
+            )
+        )
     if options.tasks:
         measured.tasks = run_harness(
             loaded.path, options.tasks.split(","), task_dir=options.task_dir, domain=domain, limit=options.limit,
@@ -151,7 +157,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         for task, numbers in measured.tasks.items():
             print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
     measured.conversation = transcript(ChatSession.start(model, tokenizer, domain=domain), QUESTIONS)
-    print(f"report in {write_report(options.output, measured)}")
+    print(translate("report in {path}", path=write_report(options.output, measured)))
     return 0
 
 
@@ -162,21 +168,33 @@ def _choose_documents(options: argparse.Namespace, loaded: Loaded, measured: Mea
     tokenizer = loaded.tokenizer
     if options.documents:
         named = {
-            name: read_documents(path, tokenizer, options.max_bytes, options.skip_bad, print)
+            name: read_documents(path, tokenizer, options.max_bytes, options.skip_bad, _tell)
             for name, path in options.documents
         }
         return _tell_apart(named, loaded, measured)
     try:
         documents, data = held_out(loaded.path, tokenizer, options.max_bytes)
     except UserError as error:
-        print(f"no held-out documents are read: {error}; name some with --documents NAME=PATH")
+        print(
+            translate("no held-out documents are read: {problem}; name some with --documents NAME=PATH", problem=error)
+        )
         return {}
-    print(f"held-out documents of {data.path}, which training has not seen:")
+    print(translate("held-out documents of {path}, which training has not seen:", path=data.path))
     for name, one in documents.items():
-        what = "answers in conversations" if one.masks is not None else "documents"
-        measured.origin[name] = f"held out, {len(one.tokens):,} {what}, {one.n_bytes:,} bytes"
-        print(f"  {name}: {len(one.tokens):,} {what}, {one.n_bytes:,} bytes")
+        size = Translatable(
+            "{count:,} documents, {size:,} bytes"
+            if one.masks is None
+            else "{count:,} answers in conversations, {size:,} bytes",
+            count=len(one.tokens),
+            size=one.n_bytes,
+        )
+        measured.origin[name] = f"held out, {size}"
+        print(translate("  {name}: {size}", name=name, size=size))
     return documents
+
+
+def _tell(text: str) -> None:
+    print(translate(text))
 
 
 def _tell_apart(named: Mapping[str, Documents], loaded: Loaded, measured: Measurements) -> dict[str, Documents]:
@@ -187,15 +205,16 @@ def _tell_apart(named: Mapping[str, Documents], loaded: Loaded, measured: Measur
     try:
         training = [store for data in open_training_data(loaded.path) for store in data.train.values()]
     except UserError as error:
-        print(f"nothing says whether these documents were seen in training: {error}")
+        print(translate("nothing says whether these documents were seen in training: {problem}", problem=error))
         measured.origin = dict.fromkeys(named, "not compared with the training data")
         return dict(named)
-    print(f"comparing with {sum(store.n_tokens for store in training):,} tokens of training data", flush=True)
+    count = sum(store.n_tokens for store in training)
+    print(translate("comparing with {count:,} tokens of training data", count=count), flush=True)
     sets: dict[str, Documents] = {}
     for name, documents in named.items():
         seen = compare(documents, training, loaded.tokenizer.token_bytes)
         sets[name], measured.origin[name] = documents, seen.describe()
-        print(f"{name}: {seen.describe()}")
+        print(translate("{name}: {seen}", name=name, seen=seen.describe()))
         if seen.rest is not None:
             rest = f"{name}, unseen part"
             sets[rest], measured.origin[rest] = seen.rest, f"the paragraphs of {name} that training has not seen"
@@ -223,7 +242,7 @@ def _read(
                 bits / size if size else None for bits, size in zip(score.bits_by_position, sizes, strict=True)
             ]
         scores = ", ".join(f"{reader} {score:.4f}" for reader, score in measured.bits_per_byte[name].items())
-        print(f"{name}: bits per byte by {scores}", flush=True)
+        print(translate("{name}: bits per byte by {scores}", name=name, scores=scores), flush=True)
 
 
 def _times(progress: Callable[[int], None], runs: int, tokens: int) -> None:
@@ -232,10 +251,16 @@ def _times(progress: Callable[[int], None], runs: int, tokens: int) -> None:
 
 
 def _needles_in_words(found: Needles) -> str:
-    return (
-        f"needle, {found.kind}, over {found.distance:,} tokens: {found.accuracy:.1%} right "
-        f"({found.low:.0%} to {found.high:.0%}, {found.chance:.0%} by chance), "
-        f"{found.free / found.trials:.1%} in free answers"
+    return translate(
+        "needle, {kind}, over {distance:,} tokens: {accuracy:.1%} right ({low:.0%} to {high:.0%}, {chance:.0%} by "
+        "chance), {free:.1%} in free answers",
+        kind=found.kind,
+        distance=found.distance,
+        accuracy=found.accuracy,
+        low=found.low,
+        high=found.high,
+        chance=found.chance,
+        free=found.free / found.trials,
     )
 
 
@@ -257,7 +282,9 @@ def _facts(loaded: Loaded, domain: str | None) -> dict[str, str]:
         "vocabulary": f"{loaded.tokenizer.vocab_size:,} tokens",
         "answers by": domain or "all experts, fused",
         "precision": precision + (", int8" if loaded.weights == "int8" else ""),
-        "state": f"{whole / 1000:,.0f} kB of a text read by all experts, {one / 1000:,.0f} kB by one",
+        "state": Translatable(
+            "{whole:,.0f} kB of a text read by all experts, {one:,.0f} kB by one", whole=whole / 1000, one=one / 1000
+        ),
         "device": str(weight.device),
     }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from mm_rec.errors import MissingPackageError
 from mm_rec.program import Parser, run_program
 from mm_rec.scripts.sampling_options import add_adapter_argument, add_domain_argument
+from mm_rec.translation import translate
 
 EPILOG = """examples:
   mm-rec export --model checkpoints_cpu --output my-model
@@ -36,12 +37,12 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
         from mm_rec.hf.compare import compare
     except MissingPackageError as missing:
         for line in export(options.model, options.output, compare_own, options.domain, options.adapter):
-            print(f"the same here: {line}")
-        print(f"not tried in transformers: {missing}")
+            print(translate("the same here: {line}", line=line))
+        print(translate("not tried in transformers: {missing}", missing=missing))
     else:
         for line in export(options.model, options.output, compare, options.domain, options.adapter):
-            print(f"the same in transformers: {line}")
-    print(f"exported to {options.output}")
+            print(translate("the same in transformers: {line}", line=line))
+    print(translate("exported to {output}", output=options.output))
     return 0
 
 

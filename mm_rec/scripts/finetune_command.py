@@ -36,8 +36,8 @@ of --checkpoint_dir, with some about other things in held_out.jsonl, which are n
 """
 
 NOT_HERE = (
-    "stage", "preset", *MODEL_SHAPE, "download_data", "use_synthetic", "recall_share", "text_dir", "code_dir", "domain",
-    "encoding", "columns", "list",
+    "stage", "preset", *MODEL_SHAPE, "download_data", "language", "use_synthetic", "recall_share", "text_dir",
+    "code_dir", "domain", "encoding", "columns", "list",
 )  # fmt: skip
 """Settings of pre-training that the model brings along or that mean nothing to conversations."""
 

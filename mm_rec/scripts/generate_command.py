@@ -20,6 +20,7 @@ from mm_rec.scripts.sampling_options import (
     read_json_schema,
     tell_on_stderr,
 )
+from mm_rec.translation import Translatable
 
 EPILOG = """examples:
   mm-rec generate --model checkpoints_cpu --prompt "The "
@@ -36,7 +37,9 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--prompt", help="text to continue; read from standard input if not given and not a terminal")
     add_memory_argument(parser)
     add_adapter_argument(parser)
-    add_domain_argument(parser, "all once fusion is trained, else the one that reads the prompt in the fewest bits")
+    add_domain_argument(
+        parser, Translatable("all once fusion is trained, else the one that reads the prompt in the fewest bits")
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: CUDA if it is there")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="type of the matrices")
     add_weights_argument(parser)
@@ -84,7 +87,7 @@ def _read_prompt(given: str | None) -> str:
     except UnicodeError as error:
         raise UserError("the prompt is not UTF-8 text; convert it first, for example with iconv") from error
     if len(prompt) > MOST_CHARACTERS:
-        raise UserError(f"the prompt has more than {MOST_CHARACTERS:,} characters; give less of it")
+        raise UserError("the prompt has more than {most:,} characters; give less of it", most=MOST_CHARACTERS)
     return prompt
 
 

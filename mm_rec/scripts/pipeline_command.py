@@ -14,6 +14,7 @@ from mm_rec.options import Option, add_arguments, from_arguments
 from mm_rec.program import Parser, run_program, say
 from mm_rec.stages import FINETUNING, PRETRAINING
 from mm_rec.training.settings import TrainSettings, share_of_time
+from mm_rec.translation import Translatable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,7 +106,10 @@ def _write_transcript(phase: str, path: Path, settings: TrainSettings, console: 
     said = transcript(ChatSession.start(model, tokenizer, sampling=sampling, domain=domain), QUESTIONS)
     file = settings.checkpoint_dir / f"transcript_{phase}.txt"
     write_atomic(file, said.encode())
-    say(console, f"a conversation after {phase}, kept in {file}:\n{said}")
+    say(
+        console,
+        Translatable("a conversation after {phase}, kept in {file}:\n{said}", phase=phase, file=file, said=said),
+    )
 
 
 if __name__ == "__main__":

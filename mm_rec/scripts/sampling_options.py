@@ -10,7 +10,9 @@ from typing import Any
 
 from mm_rec.config import WEIGHTS
 from mm_rec.errors import UserError
+from mm_rec.options import with_default
 from mm_rec.regular_file import read_regular
+from mm_rec.translation import Translatable, translate
 
 __all__ = [
     "ADAPTER_HELP",
@@ -37,14 +39,14 @@ MOST_CHARACTERS = 50_000_000
 """Of a prompt or a message: an endless input must not take all memory."""
 
 # Defaults are those of Sampling, which is not imported here: it brings PyTorch, and --help should be quick.
-FLAGS: dict[str, tuple[int | float, str]] = {
-    "max_new_tokens": (200, "tokens to draw at most"),
-    "repetition_penalty": (1.0, "above 1 avoids what was said"),
-    "temperature": (0.8, "0 takes the likeliest token each time"),
-    "top_k": (0, "keep the k likeliest tokens; 0 keeps all"),
-    "top_p": (0.95, "keep the likeliest tokens with this much probability"),
-    "min_p": (0.0, "keep tokens this share as likely as the likeliest"),
-    "seed": (0, "the same seed gives the same text"),
+FLAGS: dict[str, tuple[int | float, Translatable]] = {
+    "max_new_tokens": (200, Translatable("tokens to draw at most")),
+    "repetition_penalty": (1.0, Translatable("above 1 avoids what was said")),
+    "temperature": (0.8, Translatable("0 takes the likeliest token each time")),
+    "top_k": (0, Translatable("keep the k likeliest tokens; 0 keeps all")),
+    "top_p": (0.95, Translatable("keep the likeliest tokens with this much probability")),
+    "min_p": (0.0, Translatable("keep tokens this share as likely as the likeliest")),
+    "seed": (0, Translatable("the same seed gives the same text")),
 }
 
 OTHER_NAMES = {"max_new_tokens": ("max_tokens",)}
@@ -56,11 +58,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     for name, (default, text) in FLAGS.items():
         kind = type(default)
-        text = f"{text} (default {default})"
         flags = [f"--{one}" for one in (name, *OTHER_NAMES.get(name, ()))]
         shown = kind.__name__.upper()
-        group.add_argument(*flags, dest=name, type=kind, default=argparse.SUPPRESS, metavar=shown, help=text)
-    text = "end before this string; may be given often"
+        group.add_argument(
+            *flags, dest=name, type=kind, default=argparse.SUPPRESS, metavar=shown, help=with_default(text, default)
+        )
+    text = Translatable("end before this string; may be given often")
     group.add_argument("--stop", action="append", default=argparse.SUPPRESS, metavar="TEXT", help=text)
 
 
@@ -72,7 +75,7 @@ def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--json_schema``, for :func:`read_json_schema`."""
-    text = "let the text be JSON that follows the schema in this file; needs the extra `json`"
+    text = Translatable("let the text be JSON that follows the schema in this file; needs the extra `json`")
     parser.add_argument("--json_schema", type=Path, metavar="FILE", help=text)
 
 
@@ -87,22 +90,23 @@ def read_json_schema(path: Path | None) -> dict[str, Any] | None:
     try:
         schema = json.loads(read_regular(path))
     except OSError as error:
-        raise UserError(f"cannot read the schema {path}: {error.strerror or error}") from error
+        raise UserError("cannot read the schema {path}: {reason}", path=path, reason=error.strerror or error) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {' '.join(str(error).split())}") from error
+        raise UserError("{path} is not JSON: {error}", path=path, error=" ".join(str(error).split())) from error
     if not isinstance(schema, dict):
-        raise UserError(f'{path} must hold a JSON schema, which is an object, as {{"type": "object"}}')
+        raise UserError('{path} must hold a JSON schema, which is an object, as {{"type": "object"}}', path=path)
     return schema
 
 
-def add_domain_argument(parser: argparse.ArgumentParser, default: str = "what training reached") -> None:
+def add_domain_argument(parser: argparse.ArgumentParser, default: str = Translatable("what training reached")) -> None:
     """Add ``--domain``, for ``Loaded.choose_domain``, whose choice without it is ``default`` in words."""
-    parser.add_argument("--domain", help=f"the expert to use, or `all` to fuse them (default: {default})")
+    text = Translatable("the expert to use, or `all` to fuse them (default: {default})", default=default)
+    parser.add_argument("--domain", help=text)
 
 
 def tell_on_stderr(line: str) -> None:
-    """Print a line that is no part of what the model writes."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line that is no part of what the model writes, in the language of the user's locale."""
+    print(translate(line), file=sys.stderr, flush=True)
 
 
 def add_memory_argument(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from mm_rec.options import Option, add_arguments, from_arguments
 from mm_rec.program import Parser, run_program
 from mm_rec.scripts.sampling_options import ADAPTER_HELP, MEMORY_HELP, WEIGHTS_HELP, tell_on_stderr
 from mm_rec.serve.connections import FEWEST, Connections, most_connections
+from mm_rec.translation import Translatable, translate
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from mm_rec.serve.engine import Engine
 
 API_KEY_VARIABLE = "MM_REC_API_KEY"
-EPILOG = f"""examples:
+EPILOG = """examples:
   mm-rec serve --model checkpoints_cpu
-  {API_KEY_VARIABLE}=secret mm-rec serve --model checkpoints_cpu/chat --host 0.0.0.0
+  {variable}=secret mm-rec serve --model checkpoints_cpu/chat --host 0.0.0.0
 
 Then open http://127.0.0.1:8000/, or point any client of OpenAI's API to http://127.0.0.1:8000/v1 and one of Ollama's to
 http://127.0.0.1:8000. A chat request with "session": "some-name" goes on from what the model remembers of that
@@ -41,14 +42,20 @@ class ServeSettings:
     model: Annotated[Path | None, Option("checkpoint, run folder or folder of runs (required)")] = None
     name: Annotated[str, Option("of the model, as clients ask for it")] = "mm-rec"
     adapter: Annotated[Path | None, Option(ADAPTER_HELP)] = None
-    memory: Annotated[Path | None, Option(f"{MEMORY_HELP}; every new conversation begins from it")] = None
+    memory: Annotated[
+        Path | None,
+        Option(Translatable("{help}; every new conversation begins from it", help=Translatable(MEMORY_HELP))),
+    ] = None
     domain: Annotated[
         str | None,
         Option("the expert to use, or `all` to fuse them; all once fusion is trained, else the best for each prompt"),
     ] = None
     host: Annotated[str, Option("address to listen on; others than this machine's need an API key")] = "127.0.0.1"
     port: Annotated[int, Option("to listen on; 0 takes a free one", minimum=0)] = 8000
-    api_key: Annotated[str | None, Option(f"that clients have to send; {API_KEY_VARIABLE} keeps it out of `ps`")] = None
+    api_key: Annotated[
+        str | None,
+        Option(Translatable("that clients have to send; {variable} keeps it out of `ps`", variable=API_KEY_VARIABLE)),
+    ] = None
     cors_origins: Annotated[
         str | None, Option("web pages elsewhere that may use it, as https://example.org,https://other.org; * for all")
     ] = None
@@ -70,7 +77,8 @@ class ServeSettings:
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     """Parse arguments, load the model and serve until a signal comes."""
-    parser = Parser(prog=prog, description=__doc__, epilog=EPILOG)
+    parser = Parser(prog=prog, description=__doc__)
+    parser.epilog = Translatable(EPILOG, variable=API_KEY_VARIABLE)
     add_arguments(parser, ServeSettings)
     settings = from_arguments(ServeSettings, parser.parse_args(arguments))
     path = settings.model
@@ -82,12 +90,17 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     from mm_rec.serve.server import Server
 
     if settings.api_key is None and not is_loopback(settings.host):
-        raise UserError(f"--host {settings.host} opens the server to other machines; set {API_KEY_VARIABLE} first")
+        raise UserError(
+            "--host {host} opens the server to other machines; set {variable} first",
+            host=settings.host,
+            variable=API_KEY_VARIABLE,
+        )
     connections = Connections(most_connections(settings.max_connections))
     with _listen(settings.host, settings.port) as listener:
         app, engine = _build(settings, path, origins, connections)
         host, port = listener.getsockname()[:2]
-        sys.stdout.write(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}/ (Ctrl-C stops)\n")
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+        sys.stdout.write(translate("serving at {address} (Ctrl-C stops)", address=address) + "\n")
         sys.stdout.flush()
         Server(app, engine, connections).run(sockets=[listener])
     return 0
@@ -98,9 +111,14 @@ def _origins(settings: ServeSettings) -> list[str]:
     origins = [one.strip().rstrip("/") for one in (settings.cors_origins or "").split(",") if one.strip()]
     for origin in origins:
         if origin == "*" and settings.api_key is None:
-            raise UserError(f"--cors_origins * lets every web page in; name the pages, or set {API_KEY_VARIABLE} first")
+            raise UserError(
+                "--cors_origins * lets every web page in; name the pages, or set {variable} first",
+                variable=API_KEY_VARIABLE,
+            )
         if origin != "*" and not re.fullmatch(r"https?://[^/\s*]+", origin):
-            raise UserError(f"--cors_origins takes addresses like https://example.org, without a path, not {origin!r}")
+            raise UserError(
+                "--cors_origins takes addresses like https://example.org, without a path, not {origin!r}", origin=origin
+            )
     return origins
 
 
@@ -110,7 +128,12 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"cannot listen on {host} port {port}: {reason}; use another --host or --port") from error
+        raise UserError(
+            "cannot listen on {host} port {port}: {reason}; use another --host or --port",
+            host=host,
+            port=port,
+            reason=reason,
+        ) from error
 
 
 def _build(settings: ServeSettings, path: Path, origins: list[str], connections: Connections) -> tuple[FastAPI, Engine]:
@@ -174,10 +197,12 @@ def _build(settings: ServeSettings, path: Path, origins: list[str], connections:
         max_body_bytes=6 * settings.max_prompt_bytes + 65_536,
         max_requests=settings.max_streams + settings.max_queue,
     )
-    expert = "chosen by the prompt" if is_routed else domain or "all"
-    sys.stdout.write(f"model {loaded.path}, {model.dtype}, expert {expert}\n")
+    expert = Translatable("chosen by the prompt") if is_routed else domain or "all"
+    line = translate("model {path}, {dtype}, expert {expert}", path=loaded.path, dtype=model.dtype, expert=expert)
+    sys.stdout.write(f"{line}\n")
     if loaded.untaught_notice is not None:
-        sys.stdout.write(f"note: {loaded.untaught_notice}\n")
+        line = translate("note: {notice}", notice=loaded.untaught_notice)
+        sys.stdout.write(f"{line}\n")
     app = create_app(service, api_key=settings.api_key, limits=limits, connections=connections, cors_origins=origins)
     return app, service.engine
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mm_rec.errors import UserError
 from mm_rec.program import Parser, run_program
+from mm_rec.translation import translate
 
 EPILOG = """examples:
   mm-rec tokenizer --data_dir ./data --vocab_size 8192 --output ./tokenizer
@@ -39,15 +40,26 @@ def _train(options: argparse.Namespace) -> int:
     from mm_rec.text.tokenizer import MIN_VOCAB_SIZE
 
     if options.vocab_size < MIN_VOCAB_SIZE:
-        raise UserError(f"--vocab_size must be at least {MIN_VOCAB_SIZE}, got {options.vocab_size}")
+        raise UserError(
+            "--vocab_size must be at least {least}, got {vocab_size}",
+            least=MIN_VOCAB_SIZE,
+            vocab_size=options.vocab_size,
+        )
     if options.output.exists():
         raise UserError(
-            f"{options.output} is there already and nothing is overwritten; name a new folder with --output"
+            "{output} is there already and nothing is overwritten; name a new folder with --output",
+            output=options.output,
         )
     prepared = prepare(options.data_dir, options.vocab_size, progress=lambda line: print(line, flush=True))
     with atomic_folder(options.output, manifest=False) as folder:
         prepared.tokenizer.save(folder)
-    print(f"{prepared.tokenizer.vocab_size:,} tokens, written to {options.output}")
+    print(
+        translate(
+            "{vocab_size:,} tokens, written to {output}",
+            vocab_size=prepared.tokenizer.vocab_size,
+            output=options.output,
+        )
+    )
     return 0
 
 
@@ -66,7 +78,14 @@ def _show(options: argparse.Namespace) -> int:
     for token in ids:
         sys.stdout.write(f"{token:>6}  {tokenizer.token_bytes[token].decode('utf-8', 'backslashreplace')!r}\n")
     n_bytes = len(options.show.encode())
-    print(f"{len(ids)} tokens, {n_bytes} bytes, {n_bytes / max(len(ids), 1):.2f} bytes a token")
+    print(
+        translate(
+            "{count} tokens, {n_bytes} bytes, {each:.2f} bytes a token",
+            count=len(ids),
+            n_bytes=n_bytes,
+            each=n_bytes / max(len(ids), 1),
+        )
+    )
     return 0
 
 

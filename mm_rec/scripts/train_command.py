@@ -9,8 +9,7 @@ from mm_rec.options import add_arguments, from_arguments
 from mm_rec.program import Parser, run_program, say
 from mm_rec.stages import PRETRAINING, STAGES
 from mm_rec.training.settings import TrainSettings
-
-STAGE_HELP = "\n".join(["stages:", *(f"  {name:8}{STAGES[name].summary}" for name in PRETRAINING)])
+from mm_rec.translation import Translatable, join_texts
 
 EPILOG = """
 examples:
@@ -49,7 +48,11 @@ def main(
         samples: how many documents to download by domain; None for the usual number.
     """
     parser = Parser(prog=prog, description=description)
-    parser.epilog = STAGE_HELP + "\n" + EPILOG.format(prog=parser.prog)
+    stages = [
+        Translatable("  {name:8}{summary}", name=name, summary=Translatable(STAGES[name].summary))
+        for name in PRETRAINING
+    ]
+    parser.epilog = join_texts("\n", [Translatable("stages:"), *stages, Translatable(EPILOG, prog=parser.prog)])
     add_arguments(parser, TrainSettings, defaults, without=("lora", "lora_alpha"))
     settings = from_arguments(TrainSettings, parser.parse_args(arguments), defaults)
 
@@ -79,8 +82,12 @@ def train(settings: TrainSettings, samples: Mapping[str, int]) -> int:
         run = path.parent.parent
         say(
             console,
-            f"\nloss picture: {run / 'loss.png'}\nsamples: {run / 'samples'}\n"
-            f'try it: mm-rec generate --model {run} --prompt "The "',
+            Translatable(
+                '\nloss picture: {picture}\nsamples: {samples}\ntry it: mm-rec generate --model {run} --prompt "The "',
+                picture=run / "loss.png",
+                samples=run / "samples",
+                run=run,
+            ),
         )
     return 0
 

@@ -102,6 +102,7 @@ def most_connections(wanted: int) -> int:
         return wanted
     if left < FEWEST:
         raise UserError(
-            f"a process may have {limit} files open here, too few for a server; raise the limit with `ulimit -n 1024`"
+            "a process may have {limit} files open here, too few for a server; raise the limit with `ulimit -n 1024`",
+            limit=limit,
         )
     return left

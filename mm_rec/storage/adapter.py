@@ -112,9 +112,13 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
         for pattern in settings.alphas:
             re.compile(pattern)
     except FileNotFoundError as error:
-        raise UserError(f"there is no adapter in {folder}: no {Path(error.filename or WEIGHTS).name}") from None
+        raise UserError(
+            "there is no adapter in {folder}: no {name}", folder=folder, name=Path(error.filename or WEIGHTS).name
+        ) from None
     except _UNREADABLE as error:
-        raise UserError(f"the adapter in {folder} cannot be read: {error!s:.400}; save it again") from error
+        raise UserError(
+            "the adapter in {folder} cannot be read: {error!s:.400}; save it again", folder=folder, error=error
+        ) from error
     downs = {
         name.removesuffix(".lora_A.weight"): one for name, one in tensors.items() if name.endswith(".lora_A.weight")
     }
@@ -122,8 +126,11 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
     if math.isnan(settings.alpha) or config.get("use_dora") or config.get("fan_in_fan_out") or others or not downs:
         found = others[0] if others else "another kind of adapter"
         raise UserError(
-            f"{folder} holds more than plain LoRA of matrices ({found}); merge it in Python with "
-            "PeftModel.from_pretrained(...).merge_and_unload(), save the model and name that folder with --model"
+            "{folder} holds more than plain LoRA of matrices ({found}); merge it in Python with "
+            "PeftModel.from_pretrained(...).merge_and_unload(), save the model and name that "
+            "folder with --model",
+            folder=folder,
+            found=found,
         )
     changes = {}
     for module, down in downs.items():
@@ -131,10 +138,18 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
         (name,) = checkpoint_names({f"{short}.weight": down})
         up = tensors.get(f"{module}.lora_B.weight")
         if up is None or up.ndim != 2 or down.ndim != 2 or not up.shape[1] == len(down) > 0:
-            raise UserError(f"the adapter in {folder} is not whole: {module} has no A and B of one rank")
+            raise UserError(
+                "the adapter in {folder} is not whole: {module} has no A and B of one rank",
+                folder=folder,
+                module=module,
+            )
         one = LowRank(down.float(), up.float(), settings.scale(short, len(down)))
         if not (math.isfinite(one.scale) and down.isfinite().all() and up.isfinite().all()):
-            raise UserError(f"the adapter in {folder} is damaged: {module} has numbers that are not finite")
+            raise UserError(
+                "the adapter in {folder} is damaged: {module} has numbers that are not finite",
+                folder=folder,
+                module=module,
+            )
         changes[name] = one
     return changes
 
@@ -161,6 +176,10 @@ def merged(weights: Mapping[str, Tensor], changes: Mapping[str, LowRank], folder
     result = dict(weights)
     for name, one in changes.items():
         if name not in weights or weights[name].shape != (len(one.up), one.down.shape[1]):
-            raise UserError(f"the adapter in {folder} is of another model: this one has no {name} of its shape")
+            raise UserError(
+                "the adapter in {folder} is of another model: this one has no {name} of its shape",
+                folder=folder,
+                name=name,
+            )
         result[name] = weights[name] + one.change()
     return result

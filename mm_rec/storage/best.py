@@ -7,6 +7,7 @@ from pathlib import Path
 from mm_rec.storage import checkpoint
 from mm_rec.storage.checkpoint import CheckpointError, Event
 from mm_rec.storage.run_config import CHECKPOINTS, read_config
+from mm_rec.translation import Translatable
 
 __all__ = ["BEST", "STOPPED_EARLY", "best_or_newest", "best_step", "resolve", "stopped_early"]
 
@@ -42,7 +43,7 @@ def best_or_newest(run: Path, on_event: Event | None = None) -> Path | None:
             return path
         except CheckpointError as error:
             if on_event is not None:
-                on_event(f"passed over the best checkpoint: {error}")
+                on_event(Translatable("passed over the best checkpoint: {error}", error=error))
     return checkpoint.newest_valid(folder, on_event)
 
 

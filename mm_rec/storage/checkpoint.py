@@ -36,6 +36,7 @@ from mm_rec.storage import adapter as adapters
 from mm_rec.storage import files, hf_folder
 from mm_rec.storage.reading import read_file, read_tensors
 from mm_rec.text.tokenizer import Tokenizer
+from mm_rec.translation import Translatable
 
 __all__ = [
     "Checkpoint",
@@ -178,7 +179,7 @@ def load(path: Path, *, weights_only: bool = False) -> Checkpoint:
         with ThreadPoolExecutor(files.HASH_THREADS) as pool:
             contents = dict(zip(names, pool.map(lambda name: _read(path / name, entries[name]), names), strict=True))
     except files.DamageError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError("{problem}", problem=error) from error
     values = _parse_json(path / "config.json", "model", contents["config.json"])
     trainer = {} if weights_only else _parse_json(path / TRAINER, "training", contents[TRAINER])
     config = _model_config(path, values)
@@ -205,12 +206,18 @@ def _load_saved_by_transformers(path: Path, weights_only: bool) -> Checkpoint:
         configuration, tokenizer = (read_regular(file) for file in small)
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be used: {error.filename} cannot be read ({error.strerror}); a tokenizer is written there "
-            f"with tokenizer.save_pretrained({str(path)!r})"
+            "{path} cannot be used: {filename} cannot be read ({reason}); a tokenizer is "
+            "written there with tokenizer.save_pretrained({folder!r})",
+            path=path,
+            filename=error.filename,
+            reason=error.strerror,
+            folder=str(path),
         ) from error
     values = _parse_json(path / "config.json", "model", configuration)
     if values.get("model_type") != "mm_rec":
-        raise CheckpointError(f"{path} holds a model of type {values.get('model_type')}, not one of MM-Rec")
+        raise CheckpointError(
+            "{path} holds a model of type {kind}, not one of MM-Rec", path=path, kind=values.get("model_type")
+        )
     if not weights_only:
         raise _no_training_state(path, "transformers saved it")
     config = _model_config(path, values)
@@ -245,7 +252,9 @@ def _default_domain(
         return hf_folder.default_domain(config, weights)
     domain = None if values["domain"] == "all" else values["domain"]
     if domain is not None and domain not in config.experts:
-        raise CheckpointError(f"{path / 'config.json'} cannot be used: there is no expert {domain!r:.80}")
+        raise CheckpointError(
+            "{path} cannot be used: there is no expert {domain!r:.80}", path=path / "config.json", domain=domain
+        )
     return domain
 
 
@@ -264,7 +273,9 @@ def started_from(path: Path) -> str | None:
     try:
         content = read_regular(path / TRAINER)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path / TRAINER}: {error.strerror or error}") from error
+        raise CheckpointError(
+            "cannot read {path}: {reason}", path=path / TRAINER, reason=error.strerror or error
+        ) from error
     with _reading(path / TRAINER):
         found: str | None = json.loads(content)["run"]["identity"]["starts_from"]
     return found
@@ -294,7 +305,9 @@ def check_shape(found: Checkpoint) -> None:
     config, weights = found.config, found.weights
     odd = sorted({str(tensor.dtype) for tensor in weights.values() if tensor.dtype != torch.float32})
     if odd:
-        raise CheckpointError(f"{found.path} has weights of type {odd[0]}; a checkpoint's are torch.float32")
+        raise CheckpointError(
+            "{path} has weights of type {dtype}; a checkpoint's are torch.float32", path=found.path, dtype=odd[0]
+        )
     embedding = weights.get("embedding.weight")
     blocks = {f"experts.{name}.blocks.{index}" for name in config.experts for index in range(config.n_layers)}
     if (
@@ -302,7 +315,7 @@ def check_shape(found: Checkpoint) -> None:
         or embedding is None
         or embedding.shape != (config.vocab_size, config.d_model)
     ):
-        raise CheckpointError(f"the weights in {found.path} are not of the model in its config.json")
+        raise CheckpointError("the weights in {path} are not of the model in its config.json", path=found.path)
 
 
 def checkpoint_name(step: int) -> str:
@@ -343,7 +356,7 @@ def _newest(folder: Path, read: Callable[[Path], T], on_event: Event | None) -> 
             return read(path)
         except CheckpointError as error:
             if on_event is not None:
-                on_event(f"passed over a checkpoint: {error}")
+                on_event(Translatable("passed over a checkpoint: {error}", error=error))
     return None
 
 
@@ -357,10 +370,12 @@ def resolve(path: Path, on_event: Event | None = None) -> Path:
     if (path / "checkpoints").is_dir():
         newest = newest_valid(path / "checkpoints", on_event)
         if newest is None:
-            raise CheckpointError(f"{path} has no valid checkpoint yet")
+            raise CheckpointError("{path} has no valid checkpoint yet", path=path)
         return newest
     if not (path / files.MANIFEST).is_file() and not hf_folder.is_saved_by_transformers(path):
-        raise CheckpointError(f"{path} is neither a run folder nor a checkpoint: it has no {files.MANIFEST}")
+        raise CheckpointError(
+            "{path} is neither a run folder nor a checkpoint: it has no {manifest}", path=path, manifest=files.MANIFEST
+        )
     return path
 
 
@@ -408,7 +423,7 @@ def verify(path: Path) -> None:
         files.verify_folder(path)
         _check_names(path, files.read_manifest(path), weights_only=False)
     except files.DamageError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError("{problem}", problem=error) from error
 
 
 def _check_names(path: Path, entries: Mapping[str, files.Entry], weights_only: bool) -> None:
@@ -420,15 +435,17 @@ def _check_names(path: Path, entries: Mapping[str, files.Entry], weights_only: b
             if name in entries and name in needed:
                 _parse_json(path / name, kind, read_file(path / name, entries[name]))
     if missing and missing[0] in TRAINING_FILES:
-        raise _no_training_state(path, f"{missing[0]} is not in its manifest")
+        raise _no_training_state(path, Translatable("{missing} is not in its manifest", missing=missing[0]))
     if missing:
-        raise CheckpointError(f"{path / missing[0]} is not in the manifest")
+        raise CheckpointError("{path} is not in the manifest", path=path / missing[0])
 
 
 def _no_training_state(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} holds a model without the state of its training ({reason}): "
-        "--init_from starts a new run from its weights"
+        "{path} holds a model without the state of its training ({reason}): --init_from "
+        "starts a new run from its weights",
+        path=path,
+        reason=reason,
     )
 
 
@@ -468,7 +485,11 @@ def _read(path: Path, entry: files.Entry) -> Any:
 def _check_size(path: Path, n_bytes: int) -> None:
     """Refuse a file that would take all memory and holds no tensors."""
     if n_bytes > MAX_FILE_BYTES:
-        raise CheckpointError(f"{path} has more than {MAX_FILE_BYTES // 1_000_000} MB, which only tensors have")
+        raise CheckpointError(
+            "{path} has more than {megabytes} MB, which only tensors have",
+            path=path,
+            megabytes=MAX_FILE_BYTES // 1_000_000,
+        )
 
 
 def _parse_json(path: Path, kind: str, content: bytes) -> dict[str, Any]:
@@ -483,4 +504,6 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be used: {str(error)[:_LONGEST_REASON]}") from error
+        raise CheckpointError(
+            "{path} cannot be used: {error}", path=path, error=str(error)[:_LONGEST_REASON]
+        ) from error

@@ -25,6 +25,7 @@ from mm_rec import system
 from mm_rec.errors import UserError
 from mm_rec.formats import KEY, VERSIONS
 from mm_rec.regular_file import NotRegularError, open_regular, read_regular
+from mm_rec.translation import Translatable, join_texts
 
 __all__ = [
     "MANIFEST",
@@ -58,18 +59,18 @@ HASH_THREADS = 4
 _NAMES_SHOWN = 3
 
 _REMEDIES = {
-    errno.ENOSPC: "free some space or use a folder on another disk",
-    errno.EDQUOT: "free some of your quota or use a folder on another disk",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
-    errno.EIO: "the disk reports a fault: check it, or use a folder on another one",
-    errno.EROFS: "use a folder that can be written to",
-    errno.EACCES: "use a folder that you may write to",
-    errno.EPERM: "use a folder that you may write to",
-    errno.ENOENT: "the folder was moved or removed: put it back, or use another one",
-    errno.ENOTDIR: "a file stands where a folder should be: move it or use another folder",
-    errno.EEXIST: "nothing is overwritten: move what is there or use another folder",
-    errno.ENOTEMPTY: "nothing is overwritten: move what is there or use another folder",
-    errno.ENAMETOOLONG: "use a shorter path",
+    errno.ENOSPC: Translatable("free some space or use a folder on another disk"),
+    errno.EDQUOT: Translatable("free some of your quota or use a folder on another disk"),
+    errno.EFBIG: Translatable("raise the limit on file sizes (ulimit -f)"),
+    errno.EIO: Translatable("the disk reports a fault: check it, or use a folder on another one"),
+    errno.EROFS: Translatable("use a folder that can be written to"),
+    errno.EACCES: Translatable("use a folder that you may write to"),
+    errno.EPERM: Translatable("use a folder that you may write to"),
+    errno.ENOENT: Translatable("the folder was moved or removed: put it back, or use another one"),
+    errno.ENOTDIR: Translatable("a file stands where a folder should be: move it or use another folder"),
+    errno.EEXIST: Translatable("nothing is overwritten: move what is there or use another folder"),
+    errno.ENOTEMPTY: Translatable("nothing is overwritten: move what is there or use another folder"),
+    errno.ENAMETOOLONG: Translatable("use a shorter path"),
 }
 
 
@@ -151,9 +152,11 @@ def verify_folder(path: Path, skip: Collection[str] = ()) -> list[str]:
             try:
                 found = future.result()
             except OSError as error:
-                raise DamageError(f"{Path(path) / name} cannot be read: {error.strerror}") from error
+                raise DamageError(
+                    "{path} cannot be read: {reason}", path=Path(path) / name, reason=error.strerror
+                ) from error
             if found != entries[name]:
-                raise DamageError(f"{Path(path) / name} is damaged: it is not what the manifest says")
+                raise DamageError("{path} is damaged: it is not what the manifest says", path=Path(path) / name)
     return list(entries)
 
 
@@ -167,7 +170,7 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
     try:
         content = read_regular(path)
     except OSError as error:
-        raise DamageError(f"{path} cannot be read: {error.strerror}") from error
+        raise DamageError("{path} cannot be read: {reason}", path=path, reason=error.strerror) from error
     try:
         entries: dict[str, Entry] = dict(json.loads(content)["files"])
         intact = content == _manifest_bytes(entries) and all(
@@ -176,7 +179,7 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         intact = False
     if not intact:
-        raise DamageError(f"{path} is damaged")
+        raise DamageError("{path} is damaged", path=path)
     return entries
 
 
@@ -216,7 +219,7 @@ def require_space(path: Path, n_bytes: int) -> None:
     """Raise StorageError if the disk of ``path`` (which need not exist yet) has less than ``n_bytes`` free."""
     free = free_bytes(path)
     if free < n_bytes:
-        raise StorageError(_message(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), n_bytes))
+        raise _storage_error(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), n_bytes)
 
 
 def free_bytes(path: Path) -> int:
@@ -240,14 +243,16 @@ def format_bytes(n_bytes: int) -> str:
     return f"{size:.0f} {units[0]}" if units[0] == "bytes" else f"{size:.1f} {units[0]}"
 
 
-def some_names(names: Sequence[object]) -> str:
+def some_names(names: Sequence[object]) -> Translatable:
     """A few of many names, for a line.
 
     >>> some_names(["a", "b"]), some_names(["a", "b", "c", "d", "e"])
     ('a, b', 'a, b, c and 2 more')
     """
     shown = ", ".join(str(name) for name in names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN:,} more"
+    if len(names) <= _NAMES_SHOWN:
+        return Translatable(shown)
+    return Translatable("{names} and {count:,} more", names=shown, count=len(names) - _NAMES_SHOWN)
 
 
 @contextlib.contextmanager
@@ -257,28 +262,36 @@ def reporting_errors(path: Path, n_bytes: int = 0) -> Iterator[None]:
         yield
     except NotRegularError as error:
         raise StorageError(
-            f"cannot use {error.filename}: it is a pipe, a device or another thing that is no file; move it away"
+            "cannot use {filename}: it is a pipe, a device or another thing that is no file; move it away",
+            filename=error.filename,
         ) from error
     except OSError as error:
         if error.errno not in _REMEDIES:
             raise
         if system.is_in_use(error):
             raise InUseError(
-                f"cannot write {path}: another program has it open, or you may not write to it; "
-                "end that program, or use another place"
+                "cannot write {path}: another program has it open, or you may not write to it; end "
+                "that program, or use another place",
+                path=path,
             ) from error
-        raise StorageError(_message(path, error, n_bytes)) from error
+        raise _storage_error(path, error, n_bytes) from error
 
 
-def _message(path: Path, error: OSError, n_bytes: int) -> str:
+def _storage_error(path: Path, error: OSError, n_bytes: int) -> StorageError:
     assert error.errno is not None
-    reason = os.strerror(error.errno).lower()
+    reason, remedy = Translatable(os.strerror(error.errno).lower()), _REMEDIES[error.errno]
     if error.errno == errno.EEXIST:
-        return f"cannot write {path}: {reason}; {_REMEDIES[error.errno]}"
-    space = f"{format_bytes(n_bytes)} needed, " if n_bytes else ""
+        return StorageError("cannot write {path}: {reason}; {remedy}", path=path, reason=reason, remedy=remedy)
+    space = [Translatable("{size} needed", size=format_bytes(n_bytes))] if n_bytes else []
     with contextlib.suppress(OSError):
-        space += f"{format_bytes(free_bytes(path))} free"
-    return f"cannot write {path}: {reason} ({space}); {_REMEDIES[error.errno]}"
+        space.append(Translatable("{size} free", size=format_bytes(free_bytes(path))))
+    return StorageError(
+        "cannot write {path}: {reason} ({space}); {remedy}",
+        path=path,
+        reason=reason,
+        space=join_texts(", ", space),
+        remedy=remedy,
+    )
 
 
 def _create_file(path: Path) -> None:
@@ -289,10 +302,10 @@ def _create_file(path: Path) -> None:
 def _temporary_sibling(path: Path, create: Callable[[Path], Any]) -> Iterator[Path]:
     """A new temporary beside ``path``, locked by this process and gone at the end if it was not renamed."""
     if not path.parent.is_dir():
-        raise StorageError(f"cannot write {path}: there is no folder {path.parent}")
+        raise StorageError("cannot write {path}: there is no folder {parent}", path=path, parent=path.parent)
     problem = system.name_problem(path.name)
     if problem is not None:
-        raise StorageError(f"cannot write {path}: {problem}; use another name")
+        raise StorageError("cannot write {path}: {problem}; use another name", path=path, problem=problem)
     give_up = None
     with contextlib.ExitStack() as stack:
         while give_up is None:  # remove_leftovers may come between the creation and the claim

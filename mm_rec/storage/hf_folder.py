@@ -147,13 +147,17 @@ def read_saved_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
         contents = [read_regular(folder / file) for file in files]
         saved = {name: tensor for content in contents for name, tensor in load(content).items()}
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        raise UserError(f"the weights in {folder} cannot be read: {error}; save the model again") from error
+        raise UserError(
+            "the weights in {folder} cannot be read: {error}; save the model again", folder=folder, error=error
+        ) from error
     weights = {name: tensor.to(torch.float32) for name, tensor in checkpoint_names(saved).items()}
     head = weights.pop(HEAD, None)
     if head is not None and not torch.equal(head, weights.get(EMBEDDING, head[:0])):
         raise UserError(
-            f"the output head in {folder} is not the embedding, as it always is in MM-Rec; "
-            "train without either among modules_to_save (trainable_token_indices of PEFT trains rows of both)"
+            "the output head in {folder} is not the embedding, as it always is in MM-Rec; train "
+            "without either among modules_to_save (trainable_token_indices of PEFT trains rows "
+            "of both)",
+            folder=folder,
         )
     digest = hashlib.sha256()
     for content in contents:

@@ -37,14 +37,16 @@ def trained_on(checkpoint: Path) -> list[DataFolder]:
     """
     found = run_of(checkpoint)
     if found is None:
-        raise UserError(f"{checkpoint} lies in no run folder, so it is not known what it was trained on")
+        raise UserError("{path} lies in no run folder, so it is not known what it was trained on", path=checkpoint)
     run, config = found
     try:
         places = [DataFolder(Path(one["path"]), str(one["sha256"])) for one in config[TRAINED_ON]]
     except (KeyError, TypeError):
         places = []
     if not places:
-        raise UserError(f"{run} does not say what it was trained on, since an earlier version of MM-Rec began it")
+        raise UserError(
+            "{path} does not say what it was trained on, since an earlier version of MM-Rec began it", path=run
+        )
     return places
 
 

@@ -22,6 +22,7 @@ from mm_rec import system
 from mm_rec.errors import UserError
 from mm_rec.regular_file import NEVER_WAIT, NotRegularError, read_regular
 from mm_rec.storage import files
+from mm_rec.translation import Translatable
 
 __all__ = ["Lock", "owner_of"]
 
@@ -62,7 +63,7 @@ class Lock:
         self._file = -1
         problem = system.name_problem((of or path).name)
         if problem is not None:
-            raise UserError(f"cannot use {of or path}: {problem}; use another name")
+            raise UserError("cannot use {path}: {problem}; use another name", path=of or path, problem=problem)
         try:
             with files.reporting_errors(path):
                 if of is None:
@@ -113,10 +114,12 @@ class Lock:
         """Raise UserError if the lock file was removed meanwhile, so that another process may own the file."""
         if not self._is_file_at(self._path):
             owner = owner_of(self._path, folder=False)
-            raise UserError(
-                f"{self._of or self._path.parent} is not owned by this process any more, because its lock file "
-                f"{self._path} was removed" + (f"; it is in use by {owner}" if owner else "")
+            lost = UserError(
+                "{what} is not owned by this process any more, because its lock file {path} was removed",
+                what=self._of or self._path.parent,
+                path=self._path,
             )
+            raise UserError("{lost}; it is in use by {owner}", lost=lost, owner=owner) if owner else lost
 
     def __enter__(self) -> Self:
         return self
@@ -147,7 +150,9 @@ class Lock:
             except OSError as error:
                 if error.errno not in _CANNOT_LOCK:
                     raise
-                raise UserError(f"the disk of {self._path} cannot lock files; use a folder on a local disk") from error
+                raise UserError(
+                    "the disk of {path} cannot lock files; use a folder on a local disk", path=self._path
+                ) from error
             if self._is_file_at(self._path):
                 return
             system.close_lock(self._file)  # its owner removed it while this process opened it
@@ -162,7 +167,12 @@ class Lock:
             owner = known or _holder(descriptor)
             if not self._wait:
                 what = self._of or self._path.parent
-                raise UserError(f"{what} is in use by {owner}; wait until it ends, or use another {_kind(self._of)}")
+                raise UserError(
+                    "{what} is in use by {owner}; wait until it ends, or use another {kind}",
+                    what=what,
+                    owner=owner,
+                    kind=_kind(self._of),
+                )
             if self._on_wait is not None:
                 self._on_wait(owner)
             system.wait_for_lock(descriptor)
@@ -227,8 +237,10 @@ def _describe(content: bytes) -> str | None:
 def _holder(descriptor: int) -> str:
     """Who has locked what is open, by what the system knows, for an owner whose lock file was removed."""
     process = system.lock_holder(descriptor)
-    return "another process" if process is None else f"process {process} on {socket.gethostname()}"
+    if process is None:
+        return Translatable("another process")
+    return Translatable("process {process} on {host}", process=process, host=socket.gethostname())
 
 
 def _kind(of: Path | None) -> str:
-    return "folder" if of is None else "file"
+    return Translatable("folder") if of is None else Translatable("file")

@@ -104,10 +104,10 @@ class _Reader:
             raise self._damaged()
 
     def _damaged(self) -> DamageError:
-        return DamageError(f"{self._path} is damaged: it is not what the manifest says")
+        return DamageError("{path} is damaged: it is not what the manifest says", path=self._path)
 
     def _unreadable(self, error: OSError) -> DamageError:
-        return DamageError(f"{self._path} cannot be read: {error.strerror}")
+        return DamageError("{path} cannot be read: {reason}", path=self._path, reason=error.strerror)
 
     def __enter__(self) -> Self:
         return self

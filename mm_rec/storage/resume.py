@@ -34,6 +34,7 @@ from mm_rec.storage.run_config import (
     write_config,
 )
 from mm_rec.storage.run_folder import RunFolder
+from mm_rec.translation import Translatable, join_texts
 
 __all__ = ["cut_back", "find_newest", "open_run", "require_checkpoints", "rewind"]
 
@@ -126,17 +127,26 @@ def require_checkpoints(run: Path, config: Config) -> None:
     """Raise CheckpointError if the run at ``run``, which has no valid checkpoint, is not just one that begins."""
     folder = run / CHECKPOINTS
     if checkpoint.list_checkpoints(folder):
-        raise CheckpointError(f"no checkpoint of {run} is valid any more; start beside it with --fresh")
+        raise CheckpointError("no checkpoint of {run} is valid any more; start beside it with --fresh", run=run)
     completed = completed_checkpoint(run, config)
     if completed is None:
         return
     if folder.is_symlink() and not folder.exists():
-        why = f"{folder} is a link to {folder.readlink()}, which cannot be reached; mount its disk"
+        why = Translatable(
+            "{folder} is a link to {target}, which cannot be reached; mount its disk",
+            folder=folder,
+            target=folder.readlink(),
+        )
     elif not folder.exists():
-        why = f"there is no {folder}; put it back"
+        why = Translatable("there is no {folder}; put it back", folder=folder)
     else:
-        why = f"there is none in {folder}; put them back"
-    raise CheckpointError(f"{run} has completed {completed}, and {why}, or start beside it with --fresh")
+        why = Translatable("there is none in {folder}; put them back", folder=folder)
+    raise CheckpointError(
+        "{run} has completed {completed}, and {why}, or start beside it with --fresh",
+        run=run,
+        completed=completed,
+        why=why,
+    )
 
 
 def cut_back(run: RunFolder, trainer: Mapping[str, Any] | None) -> None:
@@ -150,16 +160,26 @@ def cut_back(run: RunFolder, trainer: Mapping[str, Any] | None) -> None:
             folder.mkdir(exist_ok=True)
     completed = run.config.get(COMPLETED)
     if completed is not None and not (run.checkpoints / checkpoint.checkpoint_name(completed)).exists():
-        run.event(f"{checkpoint.checkpoint_name(completed)} was completed and is not there any more")
+        run.event(
+            Translatable(
+                "{checkpoint} was completed and is not there any more", checkpoint=checkpoint.checkpoint_name(completed)
+            )
+        )
     for path in checkpoint.list_checkpoints(run.checkpoints):
         if checkpoint.checkpoint_step(path) > run.step:
-            run.event(f"set {path.name} aside as {checkpoint.set_aside(path).name}")
+            run.event(
+                Translatable("set {name} aside as {new_name}", name=path.name, new_name=checkpoint.set_aside(path).name)
+            )
     sizes = trainer.get("run", {}).get("records", {}) if trainer else dict.fromkeys(RECORDS, 0)
     for name, size in sizes.items():
         run.cut_back(name, size)
     if trainer:
         run.note_completed(run.step)
-    run.event(f"goes on from {checkpoint.checkpoint_name(run.step)}" if trainer else "starts at step 0")
+    run.event(
+        Translatable("goes on from {checkpoint}", checkpoint=checkpoint.checkpoint_name(run.step))
+        if trainer
+        else Translatable("starts at step 0")
+    )
 
 
 def _resume(root: Path, wanted: Config, source: Path, allow_changes: bool, on_event: Event | None) -> RunFolder:
@@ -168,7 +188,11 @@ def _resume(root: Path, wanted: Config, source: Path, allow_changes: bool, on_ev
     origin = found.trainer.get("run", {})
     changes = differences({key: origin.get(key) for key in wanted}, wanted)
     if changes and not allow_changes:
-        raise UserError(f"{source} is of another run: {'; '.join(changes)}. --allow_changes accepts that")
+        raise UserError(
+            "{source} is of another run: {changes}. --allow_changes accepts that",
+            source=source,
+            changes=join_texts("; ", changes),
+        )
     home = source.parent.parent
     at_home = source.parent.name == CHECKPOINTS and same_run(read_config(home), wanted)
     if at_home and checkpoint.newest_valid(source.parent) == source:
@@ -178,7 +202,7 @@ def _resume(root: Path, wanted: Config, source: Path, allow_changes: bool, on_ev
             started = (config or {}).get("started_from", {})
             if same_run(config, wanted) and started.get("manifest_sha256") == found.sha256:
                 return RunFolder(path, on_event)  # this command was stopped before, and comes again
-        why = "; ".join([f"it starts from {source}", *changes])
+        why = join_texts("; ", [Translatable("it starts from {source}", source=source), *changes])
         started = {"started_from": {"path": str(source), "manifest_sha256": found.sha256}}
         return _create(root, wanted | started, why, on_event, found)
 
@@ -202,7 +226,7 @@ def _create(
                     with open_regular(record) as file, open(folder / name, "xb") as copy:
                         shutil.copyfileobj(file, copy)
     run = RunFolder(path, on_event)
-    run.event(f"new run {path}: {why}")
+    run.event(Translatable("new run {path}: {why}", path=path, why=why))
     return run
 
 
@@ -210,13 +234,19 @@ def _ready(run: RunFolder, settings: Config) -> None:
     """Clean up after a dead owner, and note what is not as it was."""
     for folder in (run.path, run.checkpoints, run.samples):
         for leftover in files.remove_leftovers(folder):
-            run.event(f"removed {leftover.name}, left over from an interrupted write")
+            run.event(Translatable("removed {name}, left over from an interrupted write", name=leftover.name))
     before = {key: run.config.get(key) or {} for key in ("versions", "settings")}
     now = {"versions": versions(), "settings": settings}
     if now != before:
         for key in now:
             if before[key] and before[key] != now[key]:
-                run.event(f"{key} changed: {'; '.join(differences(before[key], now[key]))}")
+                run.event(
+                    Translatable(
+                        "{key} changed: {changes}",
+                        key=key,
+                        changes=join_texts("; ", differences(before[key], now[key])),
+                    )
+                )
         run.config |= now
         write_config(run.path, run.config)
 
@@ -239,8 +269,10 @@ def _require_no_other_name(root: Path, runs: list[tuple[int, Path, Config | None
         if path not in known and same_run(read_config(path), wanted):
             free = _next_path(root, wanted["stage"])
             raise UserError(
-                f"{path} is this run under another name; rename it to {free} to go on with it, "
-                "or start anew beside it with --fresh"
+                "{path} is this run under another name; rename it to {free} to go on with it, or "
+                "start anew beside it with --fresh",
+                path=path,
+                free=free,
             )
 
 
@@ -253,10 +285,10 @@ def _next_path(root: Path, stage: str) -> Path:
 def _why_new(runs: list[tuple[int, Path, Config | None]], wanted: Config, fresh: bool) -> str:
     """Why a command makes a new run beside ``runs``."""
     if not runs:
-        return "the first of its kind here"
+        return Translatable("the first of its kind here")
     _, path, config = runs[-1]
     if config is None:
-        return f"{path.name} is not a run folder"
+        return Translatable("{name} is not a run folder", name=path.name)
     changes = differences(config["identity"], wanted["identity"])
     if fresh or not changes:
         return "asked for by --fresh"

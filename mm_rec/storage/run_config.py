@@ -21,6 +21,7 @@ import mm_rec
 from mm_rec.errors import UserError
 from mm_rec.storage import files
 from mm_rec.storage.yaml_file import parse_yaml, read_bounded
+from mm_rec.translation import Translatable
 
 __all__ = [
     "CHECKPOINTS",
@@ -82,14 +83,23 @@ def what_is_wrong(run: Path) -> str | None:
     It is a link that leads nowhere, or a folder with what only a run has.
     """
     if run.is_symlink() and not run.exists():
-        return f"{run} is a link to {run.readlink()}, which cannot be reached; mount its disk, or remove the link"
+        return Translatable(
+            "{run} is a link to {target}, which cannot be reached; mount its disk, or remove the link",
+            run=run,
+            target=run.readlink(),
+        )
     if (run / CONFIG).is_symlink() or (run / CONFIG).exists():
-        problem = "is not what was written, or cannot be read"
+        problem = Translatable("is not what was written, or cannot be read")
     elif any((run / name).is_symlink() or (run / name).exists() for name in (CHECKPOINTS, *RECORDS)):
-        problem = "is missing"
+        problem = Translatable("is missing")
     else:
         return None
-    return f"{run / CONFIG} {problem}; put it back, or go on beside it with --resume_from {run}"
+    return Translatable(
+        "{config} {problem}; put it back, or go on beside it with --resume_from {run}",
+        config=run / CONFIG,
+        problem=problem,
+        run=run,
+    )
 
 
 def require_configs(runs: Sequence[tuple[int, Path, Config | None]]) -> None:
@@ -140,7 +150,9 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         keys = [*old, *(key for key in new if key not in old)]
         nested = (differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key)) for key in keys)
         return [text for texts in nested for text in texts]
-    return [] if old == new else [f"{name} was {json.dumps(old)}, is {json.dumps(new)}"]
+    if old == new:
+        return []
+    return [Translatable("{name} was {old}, is {new}", name=name, old=json.dumps(old), new=json.dumps(new))]
 
 
 def list_runs(root: Path, stage: str) -> list[tuple[int, Path, Config | None]]:

@@ -30,6 +30,7 @@ from mm_rec.storage import checkpoint, files
 from mm_rec.storage.checkpoint import Event
 from mm_rec.storage.lock import Lock
 from mm_rec.storage.run_config import CHECKPOINTS, COMPLETED, RECORDS, read_config, what_is_wrong, write_config
+from mm_rec.translation import Translatable
 
 __all__ = ["EVENTS", "LOCK", "METRICS", "TIMING", "Run", "RunFolder", "read_metrics"]
 
@@ -112,10 +113,11 @@ class RunFolder:
         config = read_config(path)
         if config is None:
             self._lock.release()
-            raise UserError(what_is_wrong(path) or f"{path} is not a run folder")
+            raise UserError(what_is_wrong(path) or Translatable("{path} is not a run folder", path=path))
         self.config = config
         if self._lock.dead_owner:
-            self.event(f"took over from {self._lock.dead_owner}, which ended without releasing the folder")
+            owner = self._lock.dead_owner
+            self.event(Translatable("took over from {owner}, which ended without releasing the folder", owner=owner))
 
     @property
     def path(self) -> Path:
@@ -128,11 +130,12 @@ class RunFolder:
             found = self._lock.find_folder()
             if found is None:
                 raise files.StorageError(
-                    f"{self._path} was removed or moved to another disk while it was trained in; the same command "
-                    "goes on from the checkpoints that are left, if you put it back"
+                    "{path} was removed or moved to another disk while it was trained in; the same "
+                    "command goes on from the checkpoints that are left, if you put it back",
+                    path=self._path,
                 )
             moved, self._path = self._path, found
-            self.event(f"{moved} was renamed to {found}; goes on there")
+            self.event(Translatable("{moved} was renamed to {found}; goes on there", moved=moved, found=found))
         return self._path
 
     @property
@@ -140,10 +143,11 @@ class RunFolder:
         """Says which command goes on from the newest checkpoint, now that this one ends."""
         path = self.path
         if path == self._opened_as:
-            return "the same command goes on from there"
-        return (
-            f"rename {path} back to {self._opened_as}, or add --resume_from {path}, "
-            "and the same command goes on from there"
+            return Translatable("the same command goes on from there")
+        return Translatable(
+            "rename {path} back to {opened_as}, or add --resume_from {path}, and the same command goes on from there",
+            path=path,
+            opened_as=self._opened_as,
         )
 
     @property
@@ -163,7 +167,14 @@ class RunFolder:
         with files.reporting_errors(path):
             append_regular(path).close()
             if path.stat().st_size < size:
-                self.event(f"{path.name} has lost its end: {size} bytes were written, {path.stat().st_size} are there")
+                self.event(
+                    Translatable(
+                        "{name} has lost its end: {size} bytes were written, {found} are there",
+                        name=path.name,
+                        size=size,
+                        found=path.stat().st_size,
+                    )
+                )
             else:
                 os.truncate(path, size)
                 system.sync(path)
@@ -256,7 +267,13 @@ class RunFolder:
                 file.write(content)
             lost, self._written[name] = self._written.get(name, 0) - start, start + len(content)
             if lost > 0:
-                self.event(f"{folder / name} was removed or cut while it was written; {lost:,} bytes are missing")
+                self.event(
+                    Translatable(
+                        "{path} was removed or cut while it was written; {lost:,} bytes are missing",
+                        path=folder / name,
+                        lost=lost,
+                    )
+                )
 
         self._write(write)
 

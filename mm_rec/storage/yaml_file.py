@@ -39,9 +39,13 @@ def read_bounded(path: Path) -> bytes:
         with open_regular(path) as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UserError(f"cannot read the settings file {path}: {error.strerror or error}") from error
+        raise UserError(
+            "cannot read the settings file {path}: {reason}", path=path, reason=error.strerror or error
+        ) from error
     if len(content) > MAX_BYTES:
-        raise UserError(f"{path} has more than {MAX_BYTES // 1000} kB, which is no settings file")
+        raise UserError(
+            "{path} has more than {kilobytes} kB, which is no settings file", path=path, kilobytes=MAX_BYTES // 1000
+        )
     return content
 
 
@@ -65,10 +69,12 @@ def parse_yaml(content: bytes, path: Path) -> Any:
         finally:
             loader.dispose()
     except RecursionError:
-        raise UserError(f"{path} is nested too deeply for a settings file") from None
+        raise UserError("{path} is nested too deeply for a settings file", path=path) from None
     except (yaml.YAMLError, ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not valid YAML: {reason[:_LONGEST_REASON] or type(error).__name__}") from error
+        raise UserError(
+            "{path} is not valid YAML: {reason}", path=path, reason=reason[:_LONGEST_REASON] or type(error).__name__
+        ) from error
 
 
 def _count(node: yaml.Node, left: int, depth: int) -> int:

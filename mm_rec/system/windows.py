@@ -24,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mm_rec.translation import Translatable
+
 __all__ = [
     "REMOVES_OPEN_FILES",
     "SIGNALS",
@@ -239,11 +241,11 @@ def name_problem(name: str) -> str | None:
     """
     stem = name.split(".")[0].rstrip(" ")
     if stem.upper() in _DEVICES:
-        return f"Windows keeps the name {stem} for a device"
+        return Translatable("Windows keeps the name {stem} for a device", stem=stem)
     if refused := sorted(_REFUSED_SIGNS.intersection(name)):
-        return f"Windows has no file names with {refused[0]!r}"
+        return Translatable("Windows has no file names with {refused!r}", refused=refused[0])
     if name.endswith((" ", ".")):
-        return "Windows has no file names with a space or a full stop at the end"
+        return Translatable("Windows has no file names with a space or a full stop at the end")
     return None
 
 

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 from mm_rec.errors import UserError
 from mm_rec.regular_file import read_regular
 from mm_rec.text.chat_template import CHAT_TEMPLATE
+from mm_rec.translation import Translatable
 
 __all__ = ["CONTROL_TOKENS", "MIN_VOCAB_SIZE", "Tokenizer", "train_tokenizer"]
 
@@ -74,7 +75,7 @@ class Tokenizer:
         ids = backend.get_vocab()
         missing = [token for token in CONTROL_TOKENS if token not in ids]
         if missing:
-            raise UserError(f"this tokenizer has no {missing[0]}; train one with `mm-rec tokenizer`")
+            raise UserError("this tokenizer has no {missing}; train one with `mm-rec tokenizer`", missing=missing[0])
         backend.no_padding()  # what other tools set for their batches is saved with the tokenizer
         backend.no_truncation()
         # In this mode the library reads control tokens in a text as the plain characters that they are.
@@ -152,12 +153,16 @@ class Tokenizer:
         path = Path(folder) / "tokenizer.json"
         try:
             if path.stat().st_size > MAX_BYTES:
-                raise UserError(f"{path} has more than {MAX_BYTES // 1_000_000} MB, which is no tokenizer")
+                raise UserError(
+                    "{path} has more than {megabytes} MB, which is no tokenizer",
+                    path=path,
+                    megabytes=MAX_BYTES // 1_000_000,
+                )
             content = read_regular(path)
         except FileNotFoundError:
-            raise UserError(f"there is no {path}; train a tokenizer with `mm-rec tokenizer`") from None
+            raise UserError("there is no {path}; train a tokenizer with `mm-rec tokenizer`", path=path) from None
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
+            raise UserError("{path} cannot be read: {error}", path=path, error=error) from None
         return cls.parse(content, path)
 
     @classmethod
@@ -174,18 +179,20 @@ class Tokenizer:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = " ".join(str(error).split())[:_LONGEST_REASON]
-            raise UserError(f"{path} is not a tokenizer ({reason}); train it anew with `mm-rec tokenizer`") from None
+            raise UserError(
+                "{path} is not a tokenizer ({reason}); train it anew with `mm-rec tokenizer`", path=path, reason=reason
+            ) from None
         return tokenizer
 
     def _check(self) -> None:
         """Raises ValueError unless ids are 0 to V - 1, tokens stand for bytes, and a text comes back as it was."""
         if sorted(self._backend.get_vocab().values()) != list(range(self.vocab_size)):
-            raise ValueError("its ids are not the numbers from 0 on")
+            raise ValueError(Translatable("its ids are not the numbers from 0 on"))
         trained = self._backend.get_vocab(with_added_tokens=False).keys() - set(CONTROL_TOKENS)
         if any(sign not in _BYTE_OF_SIGN for name in trained for sign in name):
-            raise ValueError("its tokens do not stand for bytes")
+            raise ValueError(Translatable("its tokens do not stand for bytes"))
         if self.decode(self.encode(_SAMPLE)) != _SAMPLE:
-            raise ValueError("it does not give a text back as it was")
+            raise ValueError(Translatable("it does not give a text back as it was"))
 
 
 def _check_parts(parts: dict[str, Any]) -> None:
@@ -195,14 +202,18 @@ def _check_parts(parts: dict[str, Any]) -> None:
     normalizer, as that would change texts.
     """
     if parts["normalizer"] is not None:
-        raise ValueError("it has a normalizer")
+        raise ValueError(Translatable("it has a normalizer"))
     for name, kind in (("model", "BPE"), ("decoder", "ByteLevel")):
         if parts[name]["type"] != kind:
-            raise ValueError(f"its {name} is of the kind {parts[name]['type']!r}, not {kind}")
+            raise ValueError(
+                Translatable(
+                    "its {name} is of the kind {found!r}, not {kind}", name=name, found=parts[name]["type"], kind=kind
+                )
+            )
     cutting = parts["pre_tokenizer"]
     for one in cutting["pretokenizers"] if cutting["type"] == "Sequence" else [cutting]:
         if one["type"] != "ByteLevel" and (one["type"], one.get("pattern")) != ("Split", {"Regex": _WORDS}):
-            raise ValueError("its pre_tokenizer cuts texts in another way than tokenizers trained here")
+            raise ValueError(Translatable("its pre_tokenizer cuts texts in another way than tokenizers trained here"))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -214,7 +225,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises ValueError if ``vocab_size`` is below :data:`MIN_VOCAB_SIZE`.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"vocab_size must be at least {MIN_VOCAB_SIZE}, got {vocab_size}")
+        raise ValueError(
+            Translatable(
+                "vocab_size must be at least {min_vocab_size}, got {vocab_size}",
+                min_vocab_size=MIN_VOCAB_SIZE,
+                vocab_size=vocab_size,
+            )
+        )
     backend = tokenizers.Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(_WORDS), "isolated")
     pieces = pre_tokenizers.Split(Regex(rf"[\s\S]{{{_LONGEST_TRAINED}}}"), "isolated")

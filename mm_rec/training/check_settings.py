@@ -32,7 +32,7 @@ def check_settings(settings: TrainSettings, stages: Sequence[str]) -> None:
     named = first.resume_from or first.init_from
     if named is not None:
         if not named.exists():
-            raise UserError(f"there is no {named}; name a run folder or a checkpoint")
+            raise UserError("there is no {named}; name a run folder or a checkpoint", named=named)
     elif STAGES[first.stage].follows is not None:
         require_run_before(first.checkpoint_dir, first.stage)
     else:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from mm_rec.program import say
 from mm_rec.storage.files import format_bytes
+from mm_rec.translation import Translatable, translate
 
 __all__ = ["Meter", "ProgressLine", "StepReport", "describe_seconds"]
 
@@ -118,27 +119,34 @@ class ProgressLine:
         if report.step in (self._first_step, self.steps) or now - self._last_plain >= PLAIN_INTERVAL_SECONDS:
             self._last_plain = now
             self.message(
-                f"step {report.step:>6}/{self.steps}  {'  '.join(self._figures(report, seconds_left, cpu, memory))}"
+                Translatable(
+                    "step {step:>6}/{steps}  {figures}",
+                    step=report.step,
+                    steps=self.steps,
+                    figures=self._figures(report, seconds_left, cpu, memory),
+                )
             )
         return cpu, memory
 
-    def _figures(self, report: StepReport, seconds_left: float, cpu: float, memory: int) -> list[str]:
+    def _figures(self, report: StepReport, seconds_left: float, cpu: float, memory: int) -> Translatable:
         count = len(self._recent)
         seconds = sum(one.seconds for one in self._recent)
-        return [
-            f"loss {sum(one.loss for one in self._recent) / count:.3f}",
-            f"{sum(one.bits_per_byte for one in self._recent) / count:.3f} bits/byte",
-            f"{sum(one.tokens for one in self._recent) / max(seconds, 1e-9):,.0f} tokens/s",
-            f"left {describe_seconds(max(0.0, seconds_left))}",
-            f"CPU {cpu:.0f}%",
-            f"memory {format_bytes(memory)}",
-            f"grad {report.grad_norm:.2f}",
-            f"lr {report.rate:.1e}",
-        ]
+        return Translatable(
+            "loss {loss:.3f}  {bits:.3f} bits/byte  {speed:,.0f} tokens/s  left {left}  CPU {cpu:.0f}%  "
+            "memory {memory}  grad {norm:.2f}  lr {rate:.1e}",
+            loss=sum(one.loss for one in self._recent) / count,
+            bits=sum(one.bits_per_byte for one in self._recent) / count,
+            speed=sum(one.tokens for one in self._recent) / max(seconds, 1e-9),
+            left=describe_seconds(max(0.0, seconds_left)),
+            cpu=cpu,
+            memory=format_bytes(memory),
+            norm=report.grad_norm,
+            rate=report.rate,
+        )
 
     def _row(self, report: StepReport, seconds_left: float, cpu: float, memory: int) -> Table:
         grid = Table.grid(padding=(0, 1))
-        figures = "  ".join(self._figures(report, seconds_left, cpu, memory))
+        figures = translate(self._figures(report, seconds_left, cpu, memory))
         grid.add_row(
             Text(f"{report.step}/{self.steps}", style="bold"),
             ProgressBar(total=self.steps, completed=report.step, width=16),

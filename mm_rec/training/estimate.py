@@ -15,6 +15,7 @@ from mm_rec.errors import UserError
 from mm_rec.model import MMRecModel
 from mm_rec.optim import ELEMENTS_AT_ONCE, is_orthogonalized
 from mm_rec.storage.files import format_bytes, free_bytes
+from mm_rec.translation import Translatable
 
 __all__ = [
     "check_disk",
@@ -147,7 +148,10 @@ def check_memory(needed: int, available: int, remedy: str) -> None:
     """
     if needed > available:
         raise UserError(
-            f"training would take {format_bytes(needed)} of memory and {format_bytes(available)} are free; {remedy}"
+            "training would take {needed} of memory and {available} are free; {remedy}",
+            needed=format_bytes(needed),
+            available=format_bytes(available),
+            remedy=remedy,
         )
 
 
@@ -160,7 +164,7 @@ def memory_remedy(batch_size: int, seq_len: int, most_tokens: int | None = None)
             half of what was asked for is the advice.
     """
     if most_tokens is not None and most_tokens < FEWEST_TOKENS:
-        return "not even a short sequence fits, so try a smaller --preset or a machine with more memory"
+        return Translatable("not even a short sequence fits, so try a smaller --preset or a machine with more memory")
     smaller = []
     rows = batch_size // 2 if most_tokens is None else min(batch_size // 2, most_tokens // seq_len)
     if batch_size > 1:
@@ -168,7 +172,8 @@ def memory_remedy(batch_size: int, seq_len: int, most_tokens: int | None = None)
     if seq_len > FEWEST_TOKENS and (most_tokens is None or rows < 1):
         length = seq_len // 2 if most_tokens is None else min(seq_len // 2, most_tokens)
         smaller.append(f"--seq_len {length}")
-    return f"try {', '.join([*smaller, '--gradient_checkpointing on'])} or a smaller --preset"
+    flags = ", ".join([*smaller, "--gradient_checkpointing on"])
+    return Translatable("try {flags} or a smaller --preset", flags=flags)
 
 
 def tokens_that_fit(training: int, checkpointed: float, available: int) -> int:
@@ -194,6 +199,9 @@ def check_disk(folder: Path, checkpoint: int, keep: int, existing: int) -> None:
     free = free_bytes(folder)
     if needed > free:
         raise UserError(
-            f"checkpoints would take {format_bytes(needed)} in {folder} and {format_bytes(free)} are free; "
-            f"try --keep_checkpoints 1, another --checkpoint_dir, or free some space"
+            "checkpoints would take {needed} in {folder} and {free} are free; try "
+            "--keep_checkpoints 1, another --checkpoint_dir, or free some space",
+            needed=format_bytes(needed),
+            folder=folder,
+            free=format_bytes(free),
         )

@@ -19,6 +19,7 @@ from mm_rec.storage.run_config import differences, list_runs, require_configs
 from mm_rec.training.plan import Plan
 from mm_rec.training.runtime import choose_runtime
 from mm_rec.training.settings import TrainSettings, step_cap
+from mm_rec.translation import Translatable, join_texts
 
 __all__ = ["StartingPoint", "find_starting_point", "require_run_before", "starting_checkpoint"]
 
@@ -59,7 +60,7 @@ def find_starting_point(settings: TrainSettings, plan: Plan, data: Prepared, dev
     if named is not None:
         checkpoint.check_shape(named)
         config = named.config
-        _check_shape(settings, config, f"{settings.resume_from} is")
+        _check_shape(settings, config, Translatable("{path} is", path=settings.resume_from))
         _check_tokenizer(named, data, settings.resume_from)
         starts_from = named.trainer["run"]["identity"]["starts_from"]
         _check_rounding(settings, named, device)
@@ -113,7 +114,7 @@ def _has_one_expert(root: Path, stage: str) -> bool:
 
 def _refuse(passed_over: str) -> None:
     """Refuse other weights than the newest, from which another run would come out unnoticed."""
-    raise UserError(f"{passed_over}; name the checkpoint to start from with --init_from")
+    raise UserError("{passed_over}; name the checkpoint to start from with --init_from", passed_over=passed_over)
 
 
 def _load_weights(settings: TrainSettings, data: Prepared) -> _Weights | None:
@@ -141,8 +142,12 @@ def _newest_run(root: Path, stage: str, following: str) -> Path:
     runs = [path for _, path, config in found if config is not None]
     if not runs:
         raise UserError(
-            f"{following} starts from a trained {stage} and there is none in {root}; run `{_command(stage)}` first, "
-            "or name a checkpoint with --init_from"
+            "{following} starts from a trained {stage} and there is none in {root}; run "
+            "`{command}` first, or name a checkpoint with --init_from",
+            following=following,
+            stage=stage,
+            root=root,
+            command=_command(stage),
         )
     return runs[-1]
 
@@ -153,14 +158,22 @@ def _final_checkpoint(root: Path, stage: str, following: str) -> Path:
     newest = checkpoint.load_newest(run / "checkpoints")
     if newest is None:
         raise UserError(
-            f"{run} has no checkpoint yet; go on with `{_command(stage)}`, "
-            f"or name the checkpoint that {following} starts from with --init_from"
+            "{run} has no checkpoint yet; go on with `{command}`, or name the checkpoint that "
+            "{following} starts from with --init_from",
+            run=run,
+            command=_command(stage),
+            following=following,
         )
     done, steps = newest.trainer["step"], min(newest.trainer["steps"], step_cap() or newest.trainer["steps"])
     if done < steps and stopped_early(run) != done:
         raise UserError(
-            f"{run} is not finished ({done} of {steps} steps); go on with `{_command(stage)}`, "
-            f"or start {following} from what is there with --init_from {run}"
+            "{run} is not finished ({done} of {steps} steps); go on with `{command}`, or start "
+            "{following} from what is there with --init_from {run}",
+            run=run,
+            done=done,
+            steps=steps,
+            command=_command(stage),
+            following=following,
         )
     return best_or_newest(run, _refuse) or newest.path
 
@@ -176,10 +189,16 @@ def _model_config(settings: TrainSettings, data: Prepared, start: _Weights | Non
         config = settings.model_config(data.tokenizer.padded_vocab_size, tuple(data.train))
     else:
         config = start.config
-        _check_shape(settings, config, f"{settings.stage} starts from {start.path},")
+        _check_shape(
+            settings, config, Translatable("{stage} starts from {path},", stage=settings.stage, path=start.path)
+        )
     unknown = sorted(set(data.train) - set(config.experts))
     if unknown and not STAGES[settings.stage].conversations:
-        raise UserError(f"there is data of {unknown[0]}, but the model's experts are {', '.join(config.experts)}")
+        raise UserError(
+            "there is data of {unknown}, but the model's experts are {experts}",
+            unknown=unknown[0],
+            experts=", ".join(config.experts),
+        )
     return config
 
 
@@ -187,8 +206,10 @@ def _check_tokenizer(found: checkpoint.Checkpoint, data: Prepared, path: Path | 
     """Refuse a checkpoint, named by ``path``, whose tokens are not those of the data."""
     if found.load_tokenizer().sha256 != data.tokenizer.sha256:
         raise UserError(
-            f"{path} was trained with another tokenizer than that of the data; use the same --data_dir, --preset, "
-            "--vocab_size and --max_samples as for it, or train the stages before anew"
+            "{path} was trained with another tokenizer than that of the data; use the same "
+            "--data_dir, --preset, --vocab_size and --max_samples as for it, or train the stages "
+            "before anew",
+            path=path,
         )
 
 
@@ -197,8 +218,12 @@ def _check_shape(settings: TrainSettings, config: ModelConfig, what: str) -> Non
     for name, value in settings.model_shape().items():
         if name != "vocab_size" and value != getattr(config, name):
             raise UserError(
-                f"{what} a model whose {name} is {getattr(config, name)}, not {value}; leave out {name}, "
-                "or train a model of that size anew"
+                "{what} a model whose {name} is {has}, not {value}; leave out {name}, or train a "
+                "model of that size anew",
+                what=what,
+                name=name,
+                has=getattr(config, name),
+                value=value,
             )
 
 
@@ -208,6 +233,7 @@ def _check_rounding(settings: TrainSettings, named: checkpoint.Checkpoint, devic
     changes = differences(before, choose_runtime(settings, device, before).to_dict())
     if changes and not settings.allow_changes:
         raise UserError(
-            f"{settings.resume_from} would not go on with the same rounding: {'; '.join(changes)}. "
-            "--allow_changes accepts that"
+            "{resume_from} would not go on with the same rounding: {changes}. --allow_changes accepts that",
+            resume_from=settings.resume_from,
+            changes=join_texts("; ", changes),
         )

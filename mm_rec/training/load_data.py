@@ -19,6 +19,7 @@ from mm_rec.data.prepared import Prepared
 from mm_rec.data.synthetic import DEFAULT_SAMPLES, write_synthetic
 from mm_rec.program import say
 from mm_rec.training.settings import TrainSettings
+from mm_rec.translation import Translatable
 
 __all__ = ["load_data"]
 
@@ -41,7 +42,8 @@ def load_data(settings: TrainSettings, console: Console, request: Request | None
         if settings.use_synthetic:
             write_synthetic(folder, settings.max_samples or DEFAULT_SAMPLES)
         elif settings.download_data:
-            _download_missing(folder, settings.max_samples, request or Request({}), tell)
+            wanted = dataclasses.replace(request or Request({}), language=settings.language)
+            _download_missing(folder, settings.max_samples, wanted, tell)
     return prepare(
         folder,
         settings.vocab_size or PRESETS[settings.preset_name].vocab_size,
@@ -60,7 +62,7 @@ def _download_missing(folder: Path, max_samples: int | None, request: Request, t
     """Download the domains that have no data file yet; without a network the builtin data take their place."""
     there = {name: (folder / name).is_dir() and bool(find_documents(folder / name).files) for name in DOMAINS}
     if all(there.values()):
-        tell(f"the data in {folder} is there already")
+        tell(Translatable("the data in {folder} is there already", folder=folder))
         return
     samples = request.samples if max_samples is None else dict.fromkeys(DOMAINS, max_samples)
     wanted = dataclasses.replace(request, samples=samples, text=not there["text"], code=not there["code"])

@@ -30,6 +30,7 @@ from mm_rec.training.estimate import count_parameters, training_bytes, with_marg
 from mm_rec.training.runtime import choose_runtime, memory_of_process
 from mm_rec.training.scaling import FITS
 from mm_rec.training.settings import TrainSettings, share_of_time
+from mm_rec.translation import Translatable
 
 __all__ = ["CHOICES", "choose_preset"]
 
@@ -89,7 +90,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
     except (ValueError, TypeError, KeyError):
         known = False
     if not known:
-        raise UserError(f"{path} is damaged; remove it, and the size of the model is chosen anew, or name a --preset")
+        raise UserError(
+            "{path} is damaged; remove it, and the size of the model is chosen anew, or name a --preset", path=path
+        )
     return list(content)
 
 
@@ -135,11 +138,25 @@ def _tokens_per_second(config: ModelConfig, precision: str, device: torch.device
 
 def _tell(settings: TrainSettings, candidates: list[_Candidate], best: _Candidate, console: Console) -> None:
     """Print what was measured, what is to be expected and what more time would bring."""
-    say(console, f"{settings.minutes:g} minutes on this machine, by preset:")
+    say(console, Translatable("{minutes:g} minutes on this machine, by preset:", minutes=settings.minutes))
     for one in candidates:
-        read = f"{one.tokens_per_second:>9,.0f} tokens/s, {one.tokens / 1e6:,.1f}M tokens in stage1"
         text, code = one.bits
-        expected = f"about {text:.2f} bits per byte of English books and {code:.2f} of Python code"
-        say(console, f"  {one.preset:6} {read}: {expected}{'  <- chosen' if one is best else ''}")
+        line = Translatable(
+            "  {preset:6} {speed:>9,.0f} tokens/s, {tokens:,.1f}M tokens in stage1: about {text:.2f} bits per byte of "
+            "English books and {code:.2f} of Python code",
+            preset=one.preset,
+            speed=one.tokens_per_second,
+            tokens=one.tokens / 1e6,
+            text=text,
+            code=code,
+        )
+        say(console, Translatable("{line}  <- chosen", line=line) if one is best else line)
     less_text, less_code = FITS[best.preset].per_doubling
-    say(console, f"  twice the time would take about {less_text:.2f} and {less_code:.2f} off, given new data to read")
+    say(
+        console,
+        Translatable(
+            "  twice the time would take about {less_text:.2f} and {less_code:.2f} off, given new data to read",
+            less_text=less_text,
+            less_code=less_code,
+        ),
+    )

@@ -182,7 +182,7 @@ def make_plan(
     rate = PEAK_RATE if settings.lr is None else settings.lr
     if settings.lora is not None and not stage.conversations:
         raise UserError(
-            f"--lora is for fine-tuning (mm-rec finetune); {stage.name} trains all weights, so leave it out"
+            "--lora is for fine-tuning (mm-rec finetune); {name} trains all weights, so leave it out", name=stage.name
         )
     if settings.lora is not None and settings.lr is None:
         rate *= LORA_RATE_FACTOR

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mm_rec.translation import Translatable
+
 __all__ = ["TrainingProgress"]
 
 HISTORY = 32
@@ -40,12 +42,17 @@ class TrainingProgress:
         """
         for domain, loss in losses.items():
             if not math.isfinite(loss):
-                return f"the loss of {domain} is {loss}"
+                return Translatable("the loss of {domain} is {loss}", domain=domain, loss=loss)
             recent = self.losses.get(domain, [])
             if len(recent) == HISTORY:
                 usual, spread = float(np.mean(recent)), float(np.std(recent))
                 if loss > usual + SPIKE_NATS + SPIKE_DEVIATIONS * spread:
-                    return f"the loss of {domain} jumped from {usual:.3f} to {loss:.3f}"
+                    return Translatable(
+                        "the loss of {domain} jumped from {usual:.3f} to {loss:.3f}",
+                        domain=domain,
+                        usual=usual,
+                        loss=loss,
+                    )
         return None
 
     def remember(self, losses: Mapping[str, float]) -> None:

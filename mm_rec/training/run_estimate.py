@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from mm_rec import processes
+from mm_rec.config import ModelConfig
 from mm_rec.data.prepared import Prepared
 from mm_rec.optim import AdamW, is_orthogonalized
 from mm_rec.program import say
@@ -32,6 +33,7 @@ from mm_rec.training.estimate import (
 from mm_rec.training.plan import Plan
 from mm_rec.training.runtime import model_and_optimizer_bytes
 from mm_rec.training.trainer import Trainer
+from mm_rec.translation import Translatable, join_texts
 
 __all__ = ["RunEstimate", "announce", "estimate_run"]
 
@@ -92,63 +94,135 @@ def estimate_run(trainer: Trainer, gradient_checkpointing: str, available: int) 
 
 def announce(console: Console, trainer: Trainer, data: Prepared, estimate: RunEstimate) -> None:
     """Print what will be trained, on what, and what it takes."""
-    plan, runtime, config = trainer.plan, trainer.runtime, trainer.model.config
+    plan, config = trainer.plan, trainer.model.config
     tokens = {name: store.n_tokens for name, store in data.train.items()}
     recall = sum(store.n_tokens for store in data.recall.values())
     total = sum(tokens.values()) + recall
     steps = max(0, plan.last_step - trainer.progress.step)  # a finished run may be asked for fewer than it has
     seconds = estimate.seconds_per_step
     passes = plan.steps * plan.tokens_per_step / total
-    adapters = "" if plan.lora_rank is None else f"; trained are adapters of rank {plan.lora_rank}"
-    several = f"{runtime.processes} processes ({runtime.parallel}) of " if runtime.parallel else ""
-    experts = "1 expert" if len(config.experts) == 1 else f"{len(config.experts)} experts"
-    checkpointing = ", gradient checkpointing" if trainer.model.gradient_checkpointing else ""
+    data_lines = [Translatable("{name} {count:,} tokens", name=name, count=count) for name, count in tokens.items()]
+    if recall:
+        data_lines.append(
+            Translatable("rows that train recall {count:,} tokens ({share:.1%})", count=recall, share=recall / total)
+        )
     for line in (
-        f"{plan.stage.name}: {plan.stage.summary}",
-        f"  model   {estimate.parameters / 1e6:.1f}M parameters: {experts} of {config.n_layers} "
-        f"blocks, {config.d_model} wide, vocabulary {config.vocab_size:,}{adapters}",
-        f"  runs    on {trainer.device}, {runtime.precision}, {several}{runtime.threads} threads, "
-        f"{runtime.ops} kernels{checkpointing}",
-        f"  data    {', '.join(f'{name} {count:,} tokens' for name, count in tokens.items())}"
-        + (f", rows that train recall {recall:,} tokens ({recall / total:.1%})" if recall else ""),
-        f"  steps   {plan.steps} of {plan.accumulation} x {plan.batch_size} x {plan.seq_len} tokens "
-        f"({passes:,.1f} passes over the data), {steps} to go, {_describe_optimizer(plan)}",
+        Translatable("{stage}: {summary}", stage=plan.stage.name, summary=Translatable(plan.stage.summary)),
+        _describe_model(plan, config, estimate.parameters),
+        _describe_runtime(trainer),
+        Translatable("  data    {tokens}", tokens=join_texts(", ", data_lines)),
+        Translatable(
+            "  steps   {steps} of {accumulation} x {batch_size} x {seq_len} tokens ({passes:,.1f} passes over the "
+            "data), {left} to go, {optimizer}",
+            steps=plan.steps,
+            accumulation=plan.accumulation,
+            batch_size=plan.batch_size,
+            seq_len=plan.seq_len,
+            passes=passes,
+            left=steps,
+            optimizer=_describe_optimizer(plan),
+        ),
         *_describe_passes(passes, plan),
-        f"  time    {_describe_time(trainer, steps * seconds)} ({seconds:.2f} s a step, "
-        f"{plan.tokens_per_step / seconds:,.0f} tokens/s)",
-        f"  memory  about {format_bytes(estimate.memory)} of {format_bytes(estimate.available)} free",
-        f"  disk    {format_bytes(_checkpoint_bytes(trainer, estimate.parameters))} a checkpoint, "
-        f"{plan.keep_checkpoints} kept and the best, {format_bytes(free_bytes(trainer.run.path))} free",
-        f"  run     {trainer.run.path}",
+        Translatable(
+            "  time    {time} ({seconds:.2f} s a step, {speed:,.0f} tokens/s)",
+            time=_describe_time(trainer, steps * seconds),
+            seconds=seconds,
+            speed=plan.tokens_per_step / seconds,
+        ),
+        Translatable(
+            "  memory  about {memory} of {available} free",
+            memory=format_bytes(estimate.memory),
+            available=format_bytes(estimate.available),
+        ),
+        Translatable(
+            "  disk    {size} a checkpoint, {kept} kept and the best, {free} free",
+            size=format_bytes(_checkpoint_bytes(trainer, estimate.parameters)),
+            kept=plan.keep_checkpoints,
+            free=format_bytes(free_bytes(trainer.run.path)),
+        ),
+        Translatable("  run     {path}", path=trainer.run.path),
     ):
         say(console, line)
 
 
-def _describe_passes(passes: float, plan: Plan) -> list[str]:
+def _describe_passes(passes: float, plan: Plan) -> list[Translatable]:
     """What to expect of data that are read so many times, if that is worth a line."""
     if passes <= GOOD_PASSES:
         return []
-    later = "the rest only teach it by heart" if passes > USEFUL_PASSES else "each later one teaches less"
-    ends = "training ends where validation rises" if plan.stops_early else "training goes on where validation rises"
     return [
-        f"          little data: {GOOD_PASSES} passes teach about as much as new text, {later}; {ends}, the best "
-        "checkpoint is kept, and more text or a smaller --preset helps"
+        Translatable(
+            "          little data: {good} passes teach about as much as new text, {later}; {ends}, the best "
+            "checkpoint is kept, and more text or a smaller --preset helps",
+            good=GOOD_PASSES,
+            later=Translatable(
+                "the rest only teach it by heart" if passes > USEFUL_PASSES else "each later one teaches less"
+            ),
+            ends=Translatable(
+                "training ends where validation rises"
+                if plan.stops_early
+                else "training goes on where validation rises"
+            ),
+        )
     ]
 
 
-def _describe_time(trainer: Trainer, seconds: float) -> str:
+def _count_experts(config: ModelConfig) -> Translatable:
+    if len(config.experts) == 1:
+        return Translatable("1 expert")
+    return Translatable("{count} experts", count=len(config.experts))
+
+
+def _describe_model(plan: Plan, config: ModelConfig, parameters: int) -> Translatable:
+    """The line about the model."""
+    line = Translatable(
+        "  model   {parameters:.1f}M parameters: {experts} of {blocks} blocks, {width} wide, vocabulary {vocabulary:,}",
+        parameters=parameters / 1e6,
+        experts=_count_experts(config),
+        blocks=config.n_layers,
+        width=config.d_model,
+        vocabulary=config.vocab_size,
+    )
+    if plan.lora_rank is None:
+        return line
+    return Translatable("{line}; trained are adapters of rank {rank}", line=line, rank=plan.lora_rank)
+
+
+def _describe_runtime(trainer: Trainer) -> Translatable:
+    """The line about device, precision, processes, threads and kernels."""
+    runtime = trainer.runtime
+    threads = Translatable("{count} threads", count=runtime.threads)
+    if runtime.parallel:
+        threads = Translatable(
+            "{count} processes ({parallel}) of {threads}",
+            count=runtime.processes,
+            parallel=runtime.parallel,
+            threads=threads,
+        )
+    kernels = Translatable("{ops} kernels", ops=runtime.ops)
+    parts = [runtime.precision, threads, kernels]
+    if trainer.model.gradient_checkpointing:
+        parts.append(Translatable("gradient checkpointing"))
+    return Translatable("  runs    on {device}, {how}", device=trainer.device, how=join_texts(", ", parts))
+
+
+def _describe_time(trainer: Trainer, seconds: float) -> Translatable:
     """What the steps that are left take, or when the time for them is over."""
     if trainer.pace is None:
-        return f"about {describe_seconds(seconds)}, saves and validation on top"
+        return Translatable("about {seconds}, saves and validation on top", seconds=describe_seconds(seconds))
     end = datetime.datetime.now() + datetime.timedelta(seconds=trainer.pace.left)
-    return f"{describe_seconds(trainer.pace.seconds)} as asked, until {end:%H:%M:%S}"
+    asked = describe_seconds(trainer.pace.seconds)
+    return Translatable("{seconds} as asked, until {end:%H:%M:%S}", seconds=asked, end=end)
 
 
-def _describe_optimizer(plan: Plan) -> str:
+def _describe_optimizer(plan: Plan) -> Translatable:
     """What updates the weights, and how fast."""
     if plan.muon is None:
-        return f"learning rate {plan.rate:.1e}"
-    return f"Muon at learning rate {plan.rate * plan.muon.rate_factor:.1e}, AdamW for the rest at {plan.rate:.1e}"
+        return Translatable("learning rate {rate:.1e}", rate=plan.rate)
+    return Translatable(
+        "Muon at learning rate {muon:.1e}, AdamW for the rest at {rate:.1e}",
+        muon=plan.rate * plan.muon.rate_factor,
+        rate=plan.rate,
+    )
 
 
 def _checkpoint_bytes(trainer: Trainer, parameters: int) -> int:

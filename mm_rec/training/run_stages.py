@@ -49,6 +49,7 @@ from mm_rec.training.runtime import (
     model_and_optimizer_bytes,
 )
 from mm_rec.training.settings import TrainSettings
+from mm_rec.translation import Translatable, join_texts
 
 __all__ = ["train_stages"]
 
@@ -83,7 +84,12 @@ def _run_or_skip(settings: TrainSettings, data: Prepared, guard: SignalGuard, co
         path = _checkpoint_of_one_expert(settings) if processes.is_rank_zero() else None
         skipped = processes.broadcast_json(None if path is None else str(path))
         if skipped is not None:
-            say(console, f"{settings.stage} is skipped: the model has one domain, so there is nothing to fuse")
+            say(
+                console,
+                Translatable(
+                    "{stage} is skipped: the model has one domain, so there is nothing to fuse", stage=settings.stage
+                ),
+            )
             return Path(skipped)
     return _run_stage(settings, data, guard, console)
 
@@ -111,8 +117,12 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
         if start.finished is not None:
             say(
                 console,
-                f"{settings.stage} is finished: {start.finished}; more --max_steps continue it, --no_early_stop if it "
-                "was stopped early; --fresh starts anew",
+                Translatable(
+                    "{stage} is finished: {finished}; more --max_steps continue it, --no_early_stop if it was stopped "
+                    "early; --fresh starts anew",
+                    stage=settings.stage,
+                    finished=start.finished,
+                ),
             )
             return start.finished
         runtime = _choose_runtime(settings, plan, start, run, device, available)
@@ -139,9 +149,14 @@ def _run_stage(settings: TrainSettings, data: Prepared, guard: SignalGuard, cons
         path = trainer.fit()
         best = (best_or_newest(run.path, run.event) if isinstance(run, RunFolder) else None) or path
     path, best = broadcast_path(path), broadcast_path(best)
-    say(console, f"{settings.stage}: {trainer.progress.step} steps done, saved in {path}")
+    say(
+        console,
+        Translatable(
+            "{stage}: {step} steps done, saved in {path}", stage=settings.stage, step=trainer.progress.step, path=path
+        ),
+    )
     if best != path:
-        say(console, f"  best by validation is {best}, which other commands and stages take")
+        say(console, Translatable("  best by validation is {path}, which other commands and stages take", path=best))
     return best
 
 
@@ -209,15 +224,24 @@ def _choose_runtime(
     if runtime.sharded and settings.lora is not None:
         raise UserError("--lora needs the whole model in each process; use --parallel ddp, or leave --lora out")
     if before and (changes := differences(before, runtime.to_dict())):
-        run.event(f"not the same machine or choices as before, so not the same rounding: {'; '.join(changes)}")
+        run.event(
+            Translatable(
+                "not the same machine or choices as before, so not the same rounding: {changes}",
+                changes=join_texts("; ", changes),
+            )
+        )
     return runtime
 
 
 def _check_room(plan: Plan, config: ModelConfig, runtime: Runtime, run: Run, available: int) -> None:
     """Refuse what cannot fit before anything is built: the model with its optimizer, and the checkpoints."""
-    remedy = "try a smaller --preset" + (", or more processes" if runtime.sharded else "")
+    remedy = Translatable(
+        "that is the model and its optimizer alone: try a smaller --preset, or more processes"
+        if runtime.sharded
+        else "that is the model and its optimizer alone: try a smaller --preset"
+    )
     needed = with_margin(model_and_optimizer_bytes(config, runtime, plan), 0)
-    check_memory(needed, available, f"that is the model and its optimizer alone: {remedy}")
+    check_memory(needed, available, remedy)
     if processes.is_rank_zero():
         saved = len(checkpoint.list_checkpoints(run.checkpoints))
         orthogonalized = count_orthogonalized(config) if plan.muon else 0

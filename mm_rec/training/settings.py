@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mm_rec.config import DEFAULT_PRESET, DOMAINS, PRESETS, ModelConfig, check_expert_name
+from mm_rec.data.download.sources import ENGLISH
 from mm_rec.errors import UserError
 from mm_rec.options import Option
 from mm_rec.stages import PRETRAINING, STAGES, Stage
 from mm_rec.text.tokenizer import MIN_VOCAB_SIZE
 from mm_rec.training.schedule import OPTIMIZERS
+from mm_rec.translation import Translatable
 
 __all__ = ["MODEL_SHAPE", "TrainSettings", "share_of_time", "step_cap"]
 
@@ -29,7 +31,8 @@ LARGEST = 2**20
 
 def _size(help: str, minimum: float = 1, maximum: float = LARGEST) -> Option:
     """The option of a size of the model: if it is not given, it is that of the preset."""
-    return Option(f"{help}; that of the preset if not given", minimum=minimum, maximum=maximum, shared=True)
+    text = Translatable("{help}; that of the preset if not given", help=Translatable(help))
+    return Option(text, minimum=minimum, maximum=maximum, shared=True)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,10 @@ class TrainSettings:
     preset: Annotated[
         str | None,
         Option(
-            f"size of the model; if not given {DEFAULT_PRESET}, or with --minutes the one that learns most in the time",
+            Translatable(
+                "size of the model; if not given {preset}, or with --minutes the one that learns most in the time",
+                preset=DEFAULT_PRESET,
+            ),
             choices=tuple(PRESETS),
             shared=True,
         ),
@@ -76,6 +82,9 @@ class TrainSettings:
         Option("the same for a domain of any name, which gets an expert of its own; may be given often", shared=True),
     ] = field(default_factory=dict)
     download_data: Annotated[bool, Option("download data into --data_dir if none is there", shared=True)] = False
+    language: Annotated[
+        str, Option("language of the text to download, such as tr, which then comes from wikipedia", shared=True)
+    ] = ENGLISH
     use_synthetic: Annotated[bool, Option("made-up data for a quick test, nothing is downloaded", shared=True)] = False
     max_samples: Annotated[int | None, Option("documents of each domain to use", minimum=1, shared=True)] = None
     skip_bad: Annotated[
@@ -178,12 +187,18 @@ class TrainSettings:
         own = {name: path for name, path in (("text", self.text_dir), ("code", self.code_dir)) if path is not None}
         for name, path in self.domain.items():
             if name in own:
-                raise UserError(f"the domain {name} is named twice, as --{name}_dir and as --domain {name}={path}")
+                raise UserError(
+                    "the domain {name} is named twice, as --{name}_dir and as --domain {name}={path}",
+                    name=name,
+                    path=path,
+                )
             check_expert_name(name)
         own |= self.domain
         for name, is_set in (("use_synthetic", self.use_synthetic), ("download_data", self.download_data)):
             if own and is_set:
-                raise UserError(f"--{name} and folders of your own both say what to train on; leave one of them out")
+                raise UserError(
+                    "--{name} and folders of your own both say what to train on; leave one of them out", name=name
+                )
         return own
 
     def model_shape(self) -> dict[str, Any]:
@@ -213,7 +228,7 @@ class TrainSettings:
         try:
             return ModelConfig.preset(self.preset_name, experts=experts, **shape)
         except ValueError as error:
-            raise UserError(f"these sizes do not make a model: {error}") from None
+            raise UserError("these sizes do not make a model: {error}", error=error) from None
 
 
 def share_of_time(minutes: float, stages: Iterable[str], among: Iterable[str]) -> float:
@@ -232,5 +247,5 @@ def step_cap() -> int | None:
     if not text:
         return None
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise UserError(f"MM_REC_MAX_STEPS must be a whole number of at least 1, got {text!r}")
+        raise UserError("MM_REC_MAX_STEPS must be a whole number of at least 1, got {text!r}", text=text)
     return int(text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import time
 import traceback
 from collections import defaultdict
@@ -48,12 +49,19 @@ from mm_rec.training.ranks import own_batch, rewind_run
 from mm_rec.training.runtime import Runtime
 from mm_rec.training.tensorboard import Board
 from mm_rec.training.validations import Validations
+from mm_rec.translation import Translatable, join_texts
 
 __all__ = ["MIXED", "Trainer"]
 
 MIXED = "mixed"
 """In records and carried states, the name of batches that hold all domains."""
 PROMPTS = {"text": "The ", "code": "def "}
+"""What a sample of English text and of code begins with; others begin with the first words of a held-out document."""
+PROMPT_TOKENS = 8
+"""Tokens of a document of which the whole words are taken."""
+ENGLISH = re.compile(r"\b(?:the|and)\b", re.IGNORECASE)
+ENGLISH_SHARE = 0.01
+"""Share of these two words in English text, at least; in other languages they hardly occur."""
 SAMPLE_TOKENS = 60
 MAX_ROLLBACKS = 5
 
@@ -130,8 +138,10 @@ class Trainer:
             self.optimizer.load_state_tensors(checkpoint.optimizer)
         except ValueError as error:
             raise UserError(
-                f"{checkpoint.path} was trained by another optimizer ({error}); train on by the same --optimizer, or "
-                "start from its weights with --init_from"
+                "{path} was trained by another optimizer ({error}); train on by the same "
+                "--optimizer, or start from its weights with --init_from",
+                path=checkpoint.path,
+                error=error,
             ) from None
         self.progress = TrainingProgress(**checkpoint.trainer["position"])
         self.carried = self._carried_in(checkpoint)
@@ -141,7 +151,13 @@ class Trainer:
         carried = dict(checkpoint.carried)  # once: with several processes each look at a tensor sends it
         rows = {len(tensor) for tensor in carried.values()}
         if rows - {self.plan.batch_size}:
-            self.run.event(f"the carried state of {max(rows)} rows is left out: a batch has {self.plan.batch_size}")
+            self.run.event(
+                Translatable(
+                    "the carried state of {rows} rows is left out: a batch has {batch_size}",
+                    rows=max(rows),
+                    batch_size=self.plan.batch_size,
+                )
+            )
             return {}
         flat: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in carried.items():
@@ -165,12 +181,23 @@ class Trainer:
                 self._loop(line)
             except Interrupted:
                 path = self._save()
-                line.message(f"stopped at step {self.progress.step}, saved in {path}; {self.run.next_command}")
+                line.message(
+                    Translatable(
+                        "stopped at step {step}, saved in {path}; {next_command}",
+                        step=self.progress.step,
+                        path=path,
+                        next_command=self.run.next_command,
+                    )
+                )
                 raise
             except DamageError:  # of the data, before an update
                 self.optimizer.zero_grad()
                 if processes.world_size() == 1:  # the others may not have seen it and would not save along
-                    line.message(f"stopped at step {self.progress.step}, saved in {self._save()}")
+                    line.message(
+                        Translatable(
+                            "stopped at step {step}, saved in {path}", step=self.progress.step, path=self._save()
+                        )
+                    )
                 raise
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -178,7 +205,9 @@ class Trainer:
                 self.optimizer.zero_grad()
                 traceback.clear_frames(error.__traceback__)  # lest they keep tensors and graphs
                 remedy = memory_remedy(self.plan.batch_size, self.plan.seq_len)
-                raise UserError(f"out of memory in step {self.progress.step + 1}; {remedy}") from error
+                raise UserError(
+                    "out of memory in step {step}; {remedy}", step=self.progress.step + 1, remedy=remedy
+                ) from error
             finally:
                 self._graphs = None
                 if self.board is not None:
@@ -236,9 +265,13 @@ class Trainer:
             return False
         self.run.note(STOPPED_EARLY, progress.step)
         line.message(
-            f"stopped early, at step {progress.step} of {plan.steps}: validation rises since step "
-            f"{self.validations.best_step}, so more passes over the same data make the model worse on other texts; "
-            "--no_early_stop trains on"
+            Translatable(
+                "stopped early, at step {step} of {steps}: validation rises since step {best}, so more passes over the "
+                "same data make the model worse on other texts; --no_early_stop trains on",
+                step=progress.step,
+                steps=plan.steps,
+                best=self.validations.best_step,
+            )
         )
         return True
 
@@ -321,7 +354,7 @@ class Trainer:
         means = {key: sum(some) / len(some) for key, some in losses.items()}
         trouble = self.progress.trouble(means)
         if trouble is None and not math.isfinite(norm):
-            trouble = f"the norm of the gradient is {norm}"
+            trouble = Translatable("the norm of the gradient is {norm}", norm=norm)
         if trouble is not None:
             self._roll_back(step, trouble)
             return None
@@ -352,9 +385,14 @@ class Trainer:
         skipped, scale = [*self.progress.skipped, step], self.progress.rate_scale / 2
         if len(skipped) > MAX_ROLLBACKS:
             raise UserError(
-                f"training is unstable: {trouble} in step {step}, after {MAX_ROLLBACKS} times back; "
-                f"the last good checkpoint is in {self.run.checkpoints}; start anew with a lower --lr "
-                f"(the peak was {self.plan.rate:.1e})"
+                "training is unstable: {trouble} in step {step}, after {rollbacks} times back; "
+                "the last good checkpoint is in {checkpoints}; start anew with a lower --lr (the "
+                "peak was {rate:.1e})",
+                trouble=trouble,
+                step=step,
+                rollbacks=MAX_ROLLBACKS,
+                checkpoints=self.run.checkpoints,
+                rate=self.plan.rate,
             )
         checkpoint = rewind_run(self.run)
         assert checkpoint is not None, "a run saves its start"
@@ -362,8 +400,12 @@ class Trainer:
         self._read_validations()
         self.progress.skipped, self.progress.rate_scale = skipped, scale
         self.run.event(
-            f"{trouble} in step {step}: went back to step {self.progress.step}; "
-            "that batch is left out and the rate halved"
+            Translatable(
+                "{trouble} in step {step}: went back to step {good}; that batch is left out and the rate halved",
+                trouble=trouble,
+                step=step,
+                good=self.progress.step,
+            )
         )
 
     def _save(self) -> Path:
@@ -399,20 +441,31 @@ class Trainer:
         if not stage.fuses or self.progress.step > 0 or self.model.fusion.is_trained:
             scores = {name: self._score(name, None if stage.mixed else name) for name in self.valid}
             records["valid"] = scores
-        shown = [f"{name} {score:.3f}" for name, score in scores.items()]
+        shown: list[str] = [f"{name} {score:.3f}" for name, score in scores.items()]
         if stage.fuses:
             records["valid_by_expert"] = {name: self._score(name, name) for name in self.valid}
-            shown += [f"{name} by its expert {score:.3f}" for name, score in records["valid_by_expert"].items()]
+            shown += [
+                Translatable("{name} by its expert {score:.3f}", name=name, score=score)
+                for name, score in records["valid_by_expert"].items()
+            ]
         self.run.log_metrics(self.progress.step, **records)
         self.validations.add(self.progress.step, scores)
         self._note_best()
         if self.board is not None:
             self.board.add(self.progress.step, {f"valid/{name}": score for name, score in scores.items()})
-        line.message(f"validation at step {self.progress.step}, bits per byte: {', '.join(shown)}")
+        line.message(
+            Translatable(
+                "validation at step {step}, bits per byte: {scores}",
+                step=self.progress.step,
+                scores=join_texts(", ", shown),
+            )
+        )
         if self.progress.step == 0:
             line.message(
-                "  (so many bits the model needs, on average, to tell each byte of texts that it is not trained on: "
-                "fewer are better, and one that knows nothing needs 8)"
+                Translatable(
+                    "  (so many bits the model needs, on average, to tell each byte of texts that it is not trained "
+                    "on: fewer are better, and one that knows nothing needs 8)"
+                )
             )
 
     def _score(self, name: str, domain: str | None) -> float:
@@ -432,7 +485,7 @@ class Trainer:
         if not processes.is_rank_zero():
             return
         write_atomic(self.run.samples / f"{checkpoint_name(self.progress.step)}.txt", sample.encode("utf-8", "replace"))
-        line.message(f"sample at step {self.progress.step}:\n{sample}")
+        line.message(Translatable("sample at step {step}:\n{sample}", step=self.progress.step, sample=sample))
 
     def _same_logits(self) -> contextlib.AbstractContextManager[None]:
         if not self._sharded:
@@ -441,12 +494,23 @@ class Trainer:
 
         return same_logits(self.model)
 
+    def _prompt(self, name: str) -> str:
+        """What a sample of a domain begins with: words in the language of its data."""
+        if name == "code" or name not in self.valid:
+            return PROMPTS.get(name, "")
+        text = "\n".join(self.tokenizer.decode(tokens.tolist()) for tokens in self.valid[name].tokens)
+        if name in PROMPTS and len(ENGLISH.findall(text)) >= ENGLISH_SHARE * len(text.split()):
+            return PROMPTS[name]
+        beginning = self.tokenizer.decode(self.valid[name].tokens[0][1 : 1 + PROMPT_TOKENS].tolist())
+        line = next(filter(str.strip, beginning.rstrip("\ufffd").splitlines()), "")  # a character may be cut in two
+        return line.rpartition(" ")[0] or line
+
     def _continue_texts(self, sampling: Sampling) -> str:
         texts = []
         for name in self.bytes_per_token:
             if name == MIXED:
                 continue
-            prompt, domain = PROMPTS.get(name, ""), None if self.plan.stage.mixed else name
+            prompt, domain = self._prompt(name), None if self.plan.stage.mixed else name
             pieces = [prompt]
             for piece in generate(self.model, self.tokenizer, prompt, sampling, domain):
                 self._between()

@@ -94,6 +94,7 @@ def test_a_pure_wheel_holds_none(tree: Path) -> None:
     names = names_of(tree)
     assert not [name for name in names if "stale" in name or name.endswith(".so")]
     assert next((tree / "dist").glob("*.whl")).name.endswith("-py3-none-any.whl")
+    assert "mm_rec/translation/tr.po" in names
     assert {f"mm_rec/cpp/src/{path.name}" for path in (HERE / "src").iterdir()} <= set(names)  # to build them later
 
 

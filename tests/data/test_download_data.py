@@ -53,6 +53,8 @@ def no_hub(connect, monkeypatch):
         ("--source c4 --source codesearchnet --code_samples 7", [("c4", 20_000), ("codesearchnet", 7)]),
         ("--source alpaca --source sharegpt --chat_samples 9", [("alpaca", 9), ("sharegpt", 9)]),
         ("--source the_pile", [("pile", 20_000)]),
+        ("--language tr", [("wikipedia", 20_000), ("python", 2_000)]),
+        ("--language de --source fineweb-2 --source oasst2 --text_samples 3", [("fineweb-2", 3), ("oasst2", 5_000)]),
     ],
 )
 def test_flags(tmp_path, fetched, capsys, flags, expected):
@@ -69,6 +71,10 @@ def test_flags(tmp_path, fetched, capsys, flags, expected):
         ("--no_such_flag", "unrecognized"),
         ("--no_code --no_wikitext", "nothing to download"),
         ("--source wikitekst", "did you mean wikitext"),
+        ("--language tr --source c4", "c4 is in English; for this language there are wikipedia, fineweb-2, oasst2"),
+        ("--language tr --source builtin", "builtin is in English; leave --language out"),
+        ("--language xx --source c4", "c4 is in English; leave --language out"),
+        ("--language en --source fineweb-2", "fineweb-2 has no language 'en'; it has ar, az, .*"),
         ("--source nothing-like-it", "there are wikitext, .*builtin"),
     ],
 )
@@ -114,8 +120,19 @@ def test_the_table_has_what_the_guides_name():
     assert (SOURCES["wikitext"].path, SOURCES["python"].path) == ("text/wikitext.jsonl", "code/code.jsonl")
     text = describe_sources()
     assert "gated" in text
+    for name, size in (("wikipedia", "553 MB in Turkish"), ("cosmopedia", "3.3 GB"), ("dolly", "15,000 rows")):
+        assert size in next(line for line in text.splitlines() if f" {name} " in line)
+    turkish = [find_source(name).in_language("tr") for name in ("wikipedia", "fineweb2", "oasst2", "python")]
+    assert [one.config for one in turkish] == ["20231101.tr", "tur_Latn", None, None]
+    assert [one.path for one in turkish[:2]] == ["text/wikipedia-tr.jsonl", "text/fineweb-2-tr.jsonl"]
+    assert find_source("oasst2").in_language("pt").row_language == "pt-BR"
     assert "the-eye.eu, is gone" in text
     assert "403" in text
+
+
+def test_no_english_text_takes_the_place_of_another_language(tmp_path, no_hub):
+    with pytest.raises(UserError, match="cannot be reached"):
+        download(tmp_path, Request({}, language="tr"), on_unreachable="builtin")
 
 
 def test_without_a_hub_the_command_fails_and_names_the_remedies(tmp_path, no_hub):

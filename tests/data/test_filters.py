@@ -1,5 +1,8 @@
 import random
+import re
 import string
+import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +38,8 @@ def words(chance, n):
             "text",
             None,
         ),
+        ("भारत एक विशाल देश है जिसकी राजधानी नई दिल्ली है। यहाँ अनेक भाषाएँ बोली जाती हैं और लोग मिलजुल कर रहते हैं।", "text", None),
+        ("القاهرةُ عاصمةُ مصرَ، وهي مدينةٌ كبيرةٌ على ضفافِ النيلِ، يعيشُ فيها ملايينُ الناسِ منذُ قرونٍ طويلةٍ.", "text", None),
         (" = = Plot = = \n", "text", "too short"),
         (PROSE + "\x01\x02\ufffd" * 5, "text", "not printable"),
         ("12 34 | 56 78 | 90 12 | 34 56 | 78 90 | 12 34 | 56 78 rows", "text", "few letters"),
@@ -52,6 +57,15 @@ def words(chance, n):
 )
 def test_quality(text, domain, problem):
     assert quality_problem(text, domain) == problem
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_no_prose_in_turkish_is_left_out(form):
+    readme = (Path(__file__).parents[2] / "README.tr.md").read_text(encoding="utf-8")
+    prose = [part for part in re.split(r"\n\s*\n", unicodedata.normalize(form, readme)) if part[0].isalpha()]
+    found = {part: quality_problem(part, "text") for part in prose if len(part) > 60}
+    assert len(found) > 20
+    assert not [part for part, problem in found.items() if problem]
 
 
 def test_a_copy_with_few_changes_is_a_near_duplicate_and_a_new_text_is_none():

@@ -233,3 +233,17 @@ def test_data_that_change_in_a_run_end_it_with_its_steps_saved(tmp_path: Path, m
     tokens.write_bytes(sound)
     train(prepare(tmp_path, 320, filters=False), settings(tmp_path / "run"))
     assert content(run, 10) == content(tmp_path / "whole" / "stage1", 10)
+
+
+def test_samples_begin_in_the_language_of_the_data(tmp_path: Path) -> None:
+    (tmp_path / "data" / "text").mkdir(parents=True)
+    weather = ("güneşli", "yağmurlu", "karlı", "sisli", "rüzgârlı", "açık")
+    lines = [f"Şehirde {day}. gün hava {weather[day % 6]}ydı ve {day * 7} kişi köprüden geçti." for day in range(60)]
+    texts = ["\n".join(lines[start : start + 3]) for start in range(0, 60, 3)]
+    for index, text in enumerate(texts):
+        (tmp_path / "data" / "text" / f"{index}.txt").write_text(text, encoding="utf-8")
+    data = prepare(tmp_path / "data", 320, filters=False)
+    train(data, settings(tmp_path / "runs", max_steps=1))
+    samples = [path.read_text(encoding="utf-8") for path in (tmp_path / "runs" / "stage1" / "samples").iterdir()]
+    assert samples
+    assert all(sample.startswith("[text] Şehirde") for sample in samples)

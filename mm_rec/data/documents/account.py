@@ -13,11 +13,19 @@ from mm_rec.data.documents.kinds import KINDS
 from mm_rec.data.documents.reading import Documents
 from mm_rec.errors import install_command
 from mm_rec.regular_file import read_regular
+from mm_rec.translation import Translatable, translate, translate_record
 
 __all__ = ["Account", "count_kinds", "names_of", "read_account", "relative", "table", "tell_account", "write_account"]
 
 _NEEDS_EXTRA = "needs the extra "
 _MOST_REASONS = 4
+_COLUMNS = (
+    Translatable("kind"),
+    Translatable("files"),
+    Translatable("read"),
+    Translatable("documents"),
+    Translatable("left out"),
+)
 _SILENT_KINDS = frozenset(kind.name for kind in KINDS if kind.how == "rows")
 
 Kinds = Mapping[str, Mapping[str, int]]
@@ -70,14 +78,21 @@ def table(title: str, kinds: Kinds, files: Sequence[LeftOut], documents: Sequenc
     if not files and not set(kinds) - _SILENT_KINDS:
         return []
     names = sorted({*kinds, *why}, key=lambda kind: (-kinds.get(kind, {}).get("read", 0), kind))
-    rows = [("kind", "files", "read", "documents", "left out")]
+    rows = [tuple(map(translate, _COLUMNS))]
     for name in names:
         entry = kinds.get(name, {"read": 0, "documents": 0})
         count = entry["read"] + why[name].total()
-        reasons = "; ".join([*_reasons(why[name]), *(f"{one} (a filter)" for one in _reasons(dropped[name]))])
-        rows.append((name, f"{count:,}", f"{entry['read']:,}", f"{entry['documents']:,}", reasons))
+        filtered = [translate("{reason} (a filter)", reason=one) for one in _reasons(dropped[name])]
+        reasons = "; ".join([*_reasons(why[name]), *filtered])
+        rows.append((translate(name), f"{count:,}", f"{entry['read']:,}", f"{entry['documents']:,}", reasons))
     n_read, n_left_out = sum(one["read"] for one in kinds.values()), len(files)
-    head = f"{title}: {n_read + n_left_out:,} files, {n_read:,} read and {n_left_out:,} left out"
+    head = translate(
+        "{title}: {files:,} files, {read:,} read and {left_out:,} left out",
+        title=title,
+        files=n_read + n_left_out,
+        read=n_read,
+        left_out=n_left_out,
+    )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         "  ".join(["", row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3)), row[4]]).rstrip()
@@ -88,10 +103,13 @@ def table(title: str, kinds: Kinds, files: Sequence[LeftOut], documents: Sequenc
 
 def names_of(left_out: Iterable[LeftOut]) -> list[str]:
     """Returns a line for each file that is left out, and for each of which a filter leaves documents out."""
-    return [
-        f"  left out: {one.path}: {f'{one.n_documents:,} documents: ' if one.n_documents > 1 else ''}{one.why}"
-        for one in left_out
-    ]
+    lines = []
+    for one in left_out:
+        why = translate_record(one.why)
+        if one.n_documents > 1:
+            why = translate("{count:,} documents: {reason}", count=one.n_documents, reason=why)
+        lines.append(translate("  left out: {path}: {reason}", path=one.path, reason=why))
+    return lines
 
 
 def relative(left_out: Iterable[LeftOut], home: Path) -> list[LeftOut]:
@@ -102,12 +120,14 @@ def relative(left_out: Iterable[LeftOut], home: Path) -> list[LeftOut]:
 def _reasons(counts: Counter[str]) -> list[str]:
     common = counts.most_common(_MOST_REASONS)
     rest = counts.total() - sum(count for _, count in common)
-    return [f"{count:,} {why}" for why, count in common] + ([f"{rest:,} for other reasons"] if rest else [])
+    reasons = [f"{count:,} {translate_record(why)}" for why, count in common]
+    return reasons + ([translate("{count:,} for other reasons", count=rest)] if rest else [])
 
 
 def _remedies(files: Iterable[LeftOut]) -> list[str]:
     extras = sorted({one.why.removeprefix(_NEEDS_EXTRA) for one in files if one.why.startswith(_NEEDS_EXTRA)})
-    return [f"  to read what needs the extra {extra}: {install_command(extra)}" for extra in extras]
+    line = "  to read what needs the extra {extra}: {command}"
+    return [translate(line, extra=extra, command=install_command(extra)) for extra in extras]
 
 
 def tell_account(name: str, account: Account, with_names: bool, tell: Callable[[str], None]) -> None:
@@ -116,7 +136,7 @@ def tell_account(name: str, account: Account, with_names: bool, tell: Callable[[
     if with_names:
         lines += names_of([*account.files, *account.dropped])
     elif account.files or (lines and account.dropped):
-        lines.append("  --list names what is left out")
+        lines.append(translate("  --list names what is left out"))
     for line in lines:
         tell(line)
 

@@ -15,6 +15,7 @@ import re
 from collections import Counter
 
 from mm_rec.data.documents.kinds import LeftOutError
+from mm_rec.translation import Translatable
 
 __all__ = ["LABELS", "check_encoding", "decode", "find_encoding"]
 
@@ -104,7 +105,9 @@ def decode(content: bytes, encoding: str | None = None, stated: str | None = Non
     try:
         text = content.decode(name)
     except (UnicodeDecodeError, LookupError):
-        raise LeftOutError(f"not {name}" if encoding else "no encoding fits its bytes") from None
+        raise LeftOutError(
+            Translatable("not {encoding}", encoding=name) if encoding else "no encoding fits its bytes"
+        ) from None
     if "\0" in text:
         raise LeftOutError("zero bytes in it, so it is no text")
     return io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)

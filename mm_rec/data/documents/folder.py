@@ -50,18 +50,22 @@ def find_documents(path: Path, *, programs_only: bool = False, skip: Collection[
         UserError: if there is nothing at ``path``, or if it is no file or folder.
     """
     if not path.exists():
-        raise UserError(f"there is no file or folder {path}")
+        raise UserError("there is no file or folder {path}", path=path)
     if path.is_dir():
         found = Found([], [])
         for one, why in walk(path, skip):
             _sort_in(one, why, programs_only, found)
         return found
     if not path.is_file():
-        raise UserError(f"{path} is a pipe or a device; write what comes out of it to a file")
+        raise UserError("{path} is a pipe or a device; write what comes out of it to a file", path=path)
     found = Found([], [])
     _sort_in(path, None, programs_only, found)
     if not found.files and kind_of(path) is None:
-        raise UserError(f"{path} is none of the kinds of files that can be read: {readable_endings()}")
+        raise UserError(
+            "{path} is none of the kinds of files that can be read: {endings}",
+            path=path,
+            endings=readable_endings(),
+        )
     return found
 
 

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Literal
 
 from mm_rec.data.files import SUFFIXES
+from mm_rec.translation import Translatable
 
 __all__ = ["KINDS", "PROGRAM", "Kind", "LeftOutError", "kind_of", "readable_endings", "why_unread"]
 
 
 class LeftOutError(Exception):
     """A file is not used; the message is the reason in a few words, as it stands in the table of what was read."""
+
+    def __init__(self, template: str, /, **fields: object) -> None:
+        super().__init__(Translatable(template, **fields))
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Kind:
 
 
 PROGRAM = Kind(
-    "source code",
+    Translatable("source code"),
     (
         ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".rs", ".go", ".java", ".kt", ".swift", ".js",
         ".jsx", ".ts", ".tsx", ".rb", ".php", ".sh", ".sql", ".lua", ".r", ".jl", ".scala", ".hs", ".ml", ".cs",
@@ -46,36 +50,40 @@ PROGRAM = Kind(
 """Programs: judged by rules of their own, and what ``--code_dir`` is for."""
 
 KINDS = (
-    Kind("text", (".txt", ".text", ".log", ".srt", ".vtt"), "plain"),
+    Kind(Translatable("text"), (".txt", ".text", ".log", ".srt", ".vtt"), "plain"),
     Kind("Markdown", (".md", ".markdown", ".mdx", ".rst", ".org", ".adoc", ".tex"), "plain"),
     Kind("JSONL", tuple(one for one in SUFFIXES if one.startswith(".jsonl")), "rows"),
     Kind("Parquet", (".parquet",), "rows", "pyarrow", 2.5),
     PROGRAM,
     Kind("HTML", (".html", ".htm", ".xhtml"), "parsed", None, 0.5),
     Kind("JSON", (".json",), "parsed", None, 0.8),
-    Kind("notebook", (".ipynb",), "parsed", None, 0.3),
+    Kind(Translatable("notebook"), (".ipynb",), "parsed", None, 0.3),
     Kind("CSV", (".csv", ".tsv", ".tab"), "parsed"),
     Kind("Word", (".docx", ".docm"), "parsed", None, 0.5),
     Kind("OpenDocument", (".odt", ".odp"), "parsed", None, 0.5),
     Kind("PowerPoint", (".pptx", ".pptm"), "parsed", None, 0.1),
     Kind("EPUB", (".epub",), "parsed"),
     Kind("PDF", (".pdf",), "parsed", "pypdfium2", 0.2),
-    Kind("spreadsheet", (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods"), "parsed", "python_calamine"),
+    Kind(Translatable("spreadsheet"), (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods"), "parsed", "python_calamine"),
     Kind("RTF", (".rtf",), "parsed", "striprtf", 0.3),
 )
 """All kinds that can be read."""
 
-_NO_ENDING = Kind("no ending", (), "plain")
+_NO_ENDING = Kind(Translatable("no ending"), (), "plain")
 
 _UNREAD = {
-    "archives are not opened; unpack it": (
+    Translatable("archives are not opened; unpack it"): (
         ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".jar", ".whl",
     ),
-    "no reader; save it as .docx": (".doc", ".dot", ".wps", ".pages"),
-    "no reader; save it as .pptx": (".ppt", ".key"),
-    "no reader; save it as .epub": (".mobi", ".azw", ".azw3", ".djvu", ".fb2"),
-    "no text in pictures": (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".ico", ".heic"),
-    "no text in sound and film": (".mp3", ".wav", ".flac", ".ogg", ".m4a", ".mp4", ".mkv", ".avi", ".mov", ".webm"),
+    Translatable("no reader; save it as .docx"): (".doc", ".dot", ".wps", ".pages"),
+    Translatable("no reader; save it as .pptx"): (".ppt", ".key"),
+    Translatable("no reader; save it as .epub"): (".mobi", ".azw", ".azw3", ".djvu", ".fb2"),
+    Translatable("no text in pictures"): (
+        ".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".ico", ".heic",
+    ),
+    Translatable("no text in sound and film"): (
+        ".mp3", ".wav", ".flac", ".ogg", ".m4a", ".mp4", ".mkv", ".avi", ".mov", ".webm",
+    ),
 }  # fmt: skip
 """Why common kinds are not read."""
 
@@ -96,7 +104,7 @@ def kind_of(path: Path) -> Kind | None:
 def why_unread(path: Path) -> str:
     """Returns why a file of no known kind is not read, with a remedy where there is one."""
     ending = path.suffix.lower()
-    return next((why for why, endings in _UNREAD.items() if ending in endings), "no reader for this kind")
+    return next((why for why, endings in _UNREAD.items() if ending in endings), Translatable("no reader for this kind"))
 
 
 def readable_endings() -> str:

@@ -47,7 +47,7 @@ def check_archive(path: Path) -> None:
     if any(entry.flag_bits & 1 for entry in entries):
         raise LeftOutError("encrypted")
     if len(entries) > MOST_PARTS:
-        raise LeftOutError(f"an archive of more than {MOST_PARTS:,} parts")
+        raise LeftOutError("an archive of more than {most:,} parts", most=MOST_PARTS)
     try:
         UnpackingLimit(path).take(sum(entry.file_size for entry in entries if not _is_picture(entry.filename)))
     except UnpackingError:
@@ -269,4 +269,4 @@ def _parse(file: IO[bytes], reader: _XmlText) -> None:
             parser.Parse(piece, False)
         parser.Parse(b"", True)
     except expat.ExpatError as error:
-        raise LeftOutError(f"damaged: its XML breaks off or is wrong (line {error.lineno})") from None
+        raise LeftOutError("damaged: its XML breaks off or is wrong (line {lineno})", lineno=error.lineno) from None

@@ -89,7 +89,7 @@ class Parser:
             size += len(text.encode("utf-8", "surrogatepass"))
             if size > MOST_TEXT:
                 self._end_process()
-                raise LeftOutError(f"holds more than {format_bytes(MOST_TEXT)} of text")
+                raise LeftOutError("holds more than {most} of text", most=format_bytes(MOST_TEXT))
             pieces.append(text)
             if answer["more"]:
                 continue
@@ -109,7 +109,7 @@ class Parser:
         try:
             seconds = SECONDS + SECONDS_A_MEGABYTE * path.stat().st_size / 1e6
         except OSError as error:
-            raise LeftOutError(f"cannot be opened ({(error.strerror or str(error)).lower()})") from None
+            raise LeftOutError("cannot be opened ({reason})", reason=(error.strerror or str(error)).lower()) from None
         request = {"path": str(path.absolute()), "kind": kind.name, "seconds": seconds, **self._settings}
         process = self._start_process()
         assert process.stdin is not None
@@ -131,7 +131,7 @@ class Parser:
         if self._grown:
             raise LeftOutError("needs too much memory")
         if time.monotonic() - start >= seconds:
-            raise LeftOutError(f"takes longer than {seconds:.0f} s")
+            raise LeftOutError("takes longer than {seconds:.0f} s", seconds=seconds)
         raise LeftOutError("damaged: its reader broke down")
 
     def _start_process(self) -> subprocess.Popen[bytes]:

@@ -17,6 +17,7 @@ from mm_rec.data.files import MAX_ROW_BYTES, TEXT_FIELDS, BadRows, read_rows, re
 from mm_rec.errors import UserError
 from mm_rec.regular_file import open_regular, read_regular
 from mm_rec.storage.files import some_names
+from mm_rec.translation import Translatable
 
 __all__ = ["Document", "Documents", "ReadOptions", "read_options", "read_plain", "texts_without_parsing"]
 
@@ -52,7 +53,9 @@ def read_options(encoding: str | None, columns: str | None, skip_bad: int) -> Re
     try:
         return ReadOptions(encoding and check_encoding(encoding), names, skip_bad)
     except LookupError:
-        raise UserError(f"there is no encoding {encoding!r:.40}; take utf-8, cp1254, latin1 or another") from None
+        raise UserError(
+            "there is no encoding {encoding!r:.40}; take utf-8, cp1254, latin1 or another", encoding=encoding
+        ) from None
 
 
 class Document(NamedTuple):
@@ -113,7 +116,9 @@ class Documents:
                 yield Document(text, path, kind is PROGRAM)
         except LeftOutError as error:
             if not is_first:
-                raise UserError(f"{path} was changed while it was read; run the same command again") from error
+                raise UserError(
+                    "{path} was changed while it was read; run the same command again", path=path
+                ) from error
             self.n_read[kind.name] -= 1
             self.left_out[path] = LeftOut(path, kind.name, str(error))
 
@@ -157,9 +162,11 @@ def read_plain(path: Path, encoding: str | None = None) -> Iterator[str]:
         with path.open(encoding=name) as file:
             yield from _cut_at_lines(file)
     except UnicodeDecodeError:
-        raise LeftOutError(f"not {encoding}" if encoding else "no encoding fits its bytes") from None
+        raise LeftOutError(
+            Translatable("not {encoding}", encoding=encoding) if encoding else "no encoding fits its bytes"
+        ) from None
     except OSError as error:
-        raise LeftOutError(f"cannot be opened ({(error.strerror or str(error)).lower()})") from None
+        raise LeftOutError("cannot be opened ({reason})", reason=(error.strerror or str(error)).lower()) from None
 
 
 def _encoding_of_large(path: Path) -> str:
@@ -191,5 +198,9 @@ def _read_rows(path: Path, bad: BadRows, columns: Sequence[str]) -> Iterator[str
         there = first.value if first is not None else None
         if isinstance(there, dict) and not set(columns or TEXT_FIELDS) & set(there):
             names = some_names(list(there))
-            raise LeftOutError(f"no field {', '.join(columns or TEXT_FIELDS)}, but {names}; choose some with --columns")
+            raise LeftOutError(
+                "no field {names}, but {there}; choose some with --columns",
+                names=", ".join(columns or TEXT_FIELDS),
+                there=names,
+            )
     yield from read_texts(path, bad, columns)

@@ -33,7 +33,11 @@ def read_json(content: bytes, encoding: str | None, columns: Sequence[str]) -> I
         found = [row.get(name) for name in names] if isinstance(row, dict) else []
         texts = {name: text for name, text in zip(names, found, strict=False) if isinstance(text, str)}
         if not texts:
-            raise LeftOutError(f"value {number} has no text in {', '.join(names)}; name other fields with --columns")
+            raise LeftOutError(
+                "value {number} has no text in {names}; name other fields with --columns",
+                number=number,
+                names=", ".join(names),
+            )
         if columns:
             yield "\n\n".join(filter(None, texts.values()))
         else:
@@ -50,7 +54,7 @@ def _json_rows(text: str) -> list[Any]:
                 raise
             return [json.loads(line) for line in text.split("\n") if line.strip()]
         except json.JSONDecodeError:
-            raise LeftOutError(f"damaged: not valid JSON (line {error.lineno})") from None
+            raise LeftOutError("damaged: not valid JSON (line {lineno})", lineno=error.lineno) from None
     except (RecursionError, ValueError):
         raise LeftOutError("nested too deeply, or a number of too many digits") from None
     if isinstance(value, dict):
@@ -106,6 +110,6 @@ def read_pdf(path: Path) -> Iterator[str]:
             text = page.get_textpage().get_text_bounded()
             page.close()
         except pypdfium2.PdfiumError:
-            raise LeftOutError(f"damaged: page {number + 1} cannot be read") from None
+            raise LeftOutError("damaged: page {number} cannot be read", number=number + 1) from None
         lines = text.replace("\r\n", "\n").replace("\r", "\n")
         yield tidy(_END_OF_LINE_HYPHEN.sub("", lines)) + "\n\n"

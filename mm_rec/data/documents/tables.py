@@ -11,6 +11,7 @@ from mm_rec.data.documents.encoding import decode
 from mm_rec.data.documents.kinds import LeftOutError
 from mm_rec.data.files import TEXT_FIELDS
 from mm_rec.storage.files import some_names
+from mm_rec.translation import Translatable
 
 __all__ = ["read_csv", "read_spreadsheet", "table_texts"]
 
@@ -28,7 +29,7 @@ def read_csv(content: bytes, encoding: str | None, columns: Sequence[str], name:
     try:
         yield from table_texts(rows, columns)
     except csv.Error as error:
-        raise LeftOutError(f"not the table that its kind is: {error}") from None
+        raise LeftOutError("not the table that its kind is: {error}", error=error) from None
 
 
 def read_spreadsheet(path: Path, columns: Sequence[str]) -> Iterator[str]:
@@ -79,4 +80,8 @@ def table_texts(rows: Iterable[Sequence[str]], columns: Sequence[str]) -> Iterat
 
 
 def _no_column(wanted: Sequence[str], there: Sequence[str]) -> str:
-    return f"no column {some_names(wanted)}; there are {some_names(list(there))}" if there else "no table in it"
+    return (
+        Translatable("no column {wanted}; there are {there}", wanted=some_names(wanted), there=some_names(list(there)))
+        if there
+        else Translatable("no table in it")
+    )

@@ -96,7 +96,7 @@ def _read(path: Path, kind: str, encoding: str | None, columns: Sequence[str]) -
                 yield _Piece(text, more=False)
         case _:
             if path.stat().st_size > LARGEST_FILE:
-                raise LeftOutError(f"larger than {format_bytes(LARGEST_FILE)}, which its reader takes whole")
+                raise LeftOutError("larger than {most}, which its reader takes whole", most=format_bytes(LARGEST_FILE))
             for text in _read_content(read_regular(path), path.name, kind, encoding, columns):
                 yield _Piece(text, more=False)
 

@@ -22,13 +22,15 @@ from typing import IO, Any
 from mm_rec import system
 from mm_rec.data.download.hub import Rows, UnreachableError, explain, find_revision, quiet, retry_delay
 from mm_rec.data.download.sources import Source
-from mm_rec.data.filters import quality_problem
+from mm_rec.data.download.trees import COLUMNS, TREE, best_conversation
+from mm_rec.data.filters import count_reasons, quality_problem
 from mm_rec.data.manifest import check_files, read_manifest, record_file
 from mm_rec.data.pack import file_sha256
 from mm_rec.errors import UserError
 from mm_rec.regular_file import read_regular
 from mm_rec.storage.files import remove_leftovers, reporting_errors, write_atomic
 from mm_rec.text.message import without_nulls
+from mm_rec.translation import Translatable
 
 __all__ = ["fetch"]
 
@@ -52,6 +54,7 @@ class _Journal:
         read: rows that were read for them.
         dropped: rows that were left out, by reason.
         done: whether the part file is complete.
+        tree: the messages that were read of a conversation whose rows may go on.
     """
 
     origin: dict[str, Any]
@@ -63,6 +66,7 @@ class _Journal:
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     done: bool = False
+    tree: list[dict[str, Any]] = field(default_factory=list)
 
 
 def fetch(source: Source, samples: int, data_dir: Path, tell: Callable[[str], None]) -> Path:
@@ -86,17 +90,18 @@ def fetch(source: Source, samples: int, data_dir: Path, tell: Callable[[str], No
         for folder in (data_dir, download.target.parent):
             remove_leftovers(folder)
         if download.is_complete():
-            tell(f"{source.name}: {download.target} is there already")
+            tell(Translatable("{name}: {target} is there already", name=source.name, target=download.target))
             return download.target
         download.target.parent.mkdir(parents=True, exist_ok=True)
         with quiet():
             download.read()
         entry = download.finish()
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in entry["dropped"].items())
-    tell(
-        f"{source.name}: {entry['samples']:,} samples in {download.target}"
-        + (f"; left out: {dropped}" if dropped else "")
+    line = Translatable(
+        "{name}: {samples:,} samples in {target}", name=source.name, samples=entry["samples"], target=download.target
     )
+    if entry["dropped"]:
+        line = Translatable("{line}; left out: {dropped}", line=line, dropped=count_reasons(entry["dropped"]))
+    tell(line)
     return download.target
 
 
@@ -111,6 +116,8 @@ class _Download:
         self.journal_path = self.target.with_name(f".{self.target.name}.journal")
         names = ("hub_id", "config", "split", "field", "data_dir", "data_files")
         self.origin = {name: getattr(source, name) for name in names}
+        if source.trees:
+            self.origin["language"] = source.row_language
         self.journal = self._load()
         self.reached = False
 
@@ -122,7 +129,9 @@ class _Download:
             return False
         entry = read_manifest(self.data_dir).get(self.source.path)
         if entry is None:
-            raise UserError(f"{self.target} is in the way: it is not from a download; move it or use another folder")
+            raise UserError(
+                "{target} is in the way: it is not from a download; move it or use another folder", target=self.target
+            )
         check_files(self.data_dir, [self.target])
         enough = entry.get("asked") == self.samples or entry["samples"] < min(self.samples, entry["asked"])
         return bool(entry.get("origin") == self.origin and enough)
@@ -146,7 +155,14 @@ class _Download:
                 absent = not self.reached and isinstance(explained, UnreachableError) and explained.status is None
                 if delay is None or attempt == _ATTEMPTS or absent:
                     raise explained from error
-                self.tell(f"{self.source.name}: {_first_line(error)}; trying again in {delay:.0f} s")
+                self.tell(
+                    Translatable(
+                        "{name}: {error}; trying again in {delay:.0f} s",
+                        name=self.source.name,
+                        error=_first_line(error),
+                        delay=delay,
+                    )
+                )
                 time.sleep(delay)
 
     def finish(self) -> dict[str, Any]:
@@ -202,13 +218,9 @@ class _Download:
             file.seek(journal.n_bytes)
             for row in rows:
                 journal.read += 1
-                line, problem = self._line(row)
-                if problem:
-                    journal.dropped[problem] += 1
-                else:
-                    file.write(line)
-                    journal.n_bytes += len(line)
-                    journal.kept += 1
+                sample = self._gather(row, journal) if self.source.trees else row
+                if sample is not None:
+                    self._write(sample, journal, file)
                 journal.done = journal.kept == self.samples
                 if journal.done or journal.read % _CHUNK == 0:
                     journal.state = rows.state
@@ -217,7 +229,16 @@ class _Download:
                     return
                 if time.monotonic() > told + _TELL_SECONDS:
                     told = time.monotonic()
-                    self.tell(f"{self.source.name}: {journal.kept:,} of {self.samples:,} samples")
+                    self.tell(
+                        Translatable(
+                            "{name}: {kept:,} of {samples:,} samples",
+                            name=self.source.name,
+                            kept=journal.kept,
+                            samples=self.samples,
+                        )
+                    )
+            if conversation := best_conversation(journal.tree):
+                self._write({"messages": conversation}, journal, file)
             journal.done = True
             self._commit(journal, file)
 
@@ -228,6 +249,28 @@ class _Download:
             system.sync_descriptor(file.fileno())
         write_atomic(self.journal_path, json.dumps(vars(journal)).encode())
         self.journal = copy.deepcopy(journal)
+
+    def _write(self, sample: dict[str, Any], journal: _Journal, file: IO[bytes]) -> None:
+        """Write a sample, or count why it is left out."""
+        line, problem = self._line(sample)
+        if problem:
+            journal.dropped[problem] += 1
+            return
+        file.write(line)
+        journal.n_bytes += len(line)
+        journal.kept += 1
+
+    def _gather(self, row: dict[str, Any], journal: _Journal) -> dict[str, Any] | None:
+        """Add a message to the tree under way; returns the conversation of the tree before, where one is complete."""
+        conversation = []
+        if journal.tree and journal.tree[0][TREE] != row[TREE]:
+            conversation = best_conversation(journal.tree)
+            journal.tree = []
+        if row["lang"] == self.source.row_language:
+            journal.tree.append({name: row[name] for name in COLUMNS})
+        else:
+            journal.dropped[Translatable("of another language")] += 1
+        return {"messages": conversation} if conversation else None
 
     def _line(self, row: dict[str, Any]) -> tuple[bytes, str | None]:
         """A row as a line of JSON, or why it is left out."""
@@ -243,9 +286,9 @@ class _Download:
 
     def _problem(self, text: Any) -> str | None:
         if not isinstance(text, str) or "\0" in text:
-            return "no text"
+            return Translatable("no text")
         if self.source.kind == "text" and _HEADING.fullmatch(text):
-            return "heading"
+            return Translatable("heading")
         return quality_problem(text, self.source.kind)
 
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from mm_rec.data.download.sources import BUILTIN, Source
 from mm_rec.errors import UserError
 from mm_rec.storage.files import reporting_errors
+from mm_rec.translation import Translatable
 
 __all__ = ["Rows", "UnreachableError", "explain", "find_revision", "hub_address", "quiet", "retry_delay"]
 
@@ -44,8 +45,10 @@ class UnreachableError(UserError):
         self.what = what
         self.status = status
         super().__init__(
-            f"{what}; try the same command again, set HF_ENDPOINT to a mirror, take --source {BUILTIN}, which needs no "
-            "network, or train with --use_synthetic"
+            "{what}; try the same command again, set HF_ENDPOINT to a mirror, take --source {name}, which needs no "
+            "network, or train with --use_synthetic",
+            what=Translatable(what),
+            name=BUILTIN,
         )
 
 
@@ -106,7 +109,7 @@ def find_revision(source: Source) -> str:
     from huggingface_hub import HfApi, get_token
 
     if source.gated and get_token() is None:
-        raise UserError(_gated(source))
+        raise _gated(source)
     return _within(
         _DEADLINE_SECONDS,
         lambda: str(HfApi().dataset_info(source.hub_id, revision=source.revision, timeout=5).sha),
@@ -130,24 +133,38 @@ def explain(source: Source, error: Exception) -> UserError | None:
         # `datasets` passes on some of the client's errors as one of its own, with nothing left but the message.
         unknown = isinstance(cause, DatasetNotFoundError)
         if isinstance(cause, GatedRepoError) or (unknown and "gated" in str(cause)):
-            return UserError(_gated(source))
+            return _gated(source)
         if unknown or isinstance(cause, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError):
             return UserError(
-                f"the hub at {hub_address()} has no {source.hub_id} ({source.revision}) that you may read; "
-                "check HF_ENDPOINT and HF_TOKEN, or take another --source"
+                "the hub at {hub} has no {hub_id} ({revision}) that you may read; check "
+                "HF_ENDPOINT and HF_TOKEN, or take another --source",
+                hub=hub_address(),
+                hub_id=source.hub_id,
+                revision=source.revision,
             )
     for cause in _causes(error):
         status = _status(cause)
         if status in (401, 403):
-            return UserError(f"the hub at {hub_address()} refuses {source.hub_id} (status {status}); check HF_TOKEN")
+            return UserError(
+                "the hub at {hub} refuses {hub_id} (status {status}); check HF_TOKEN",
+                hub=hub_address(),
+                hub_id=source.hub_id,
+                status=status,
+            )
         if status is not None or _is_connection_error(cause):
             offline = isinstance(cause, OfflineModeIsEnabled)
-            reason = f"status {status}" if status else "HF_HUB_OFFLINE is set" if offline else _first_line(cause)
-            return UnreachableError(f"the hub at {hub_address()} cannot be reached ({reason})", status)
+            answered = Translatable("status {status}", status=status)
+            reason = answered if status else Translatable("HF_HUB_OFFLINE is set") if offline else _first_line(cause)
+            return UnreachableError(
+                Translatable("the hub at {hub} cannot be reached ({reason})", hub=hub_address(), reason=reason), status
+            )
     if any(_is_damage(cause) for cause in _causes(error)):
         return UserError(
-            f"what the hub at {hub_address()} sends of {source.hub_id} cannot be read ({_first_line(error)}); try the "
-            "same command again, which keeps what was read so far, or take another --source"
+            "what the hub at {hub} sends of {hub_id} cannot be read ({error}); try the "
+            "same command again, which keeps what was read so far, or take another --source",
+            hub=hub_address(),
+            hub_id=source.hub_id,
+            error=_first_line(error),
         )
     return None
 
@@ -197,10 +214,12 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _gated(source: Source) -> str:
-    return (
-        f"{source.name} is gated: accept its terms at https://huggingface.co/datasets/{source.hub_id} and set HF_TOKEN "
-        "to a token of yours from https://huggingface.co/settings/tokens, or take another --source"
+def _gated(source: Source) -> UserError:
+    return UserError(
+        "{name} is gated: accept its terms at https://huggingface.co/datasets/{hub_id} and set HF_TOKEN "
+        "to a token of yours from https://huggingface.co/settings/tokens, or take another --source",
+        name=source.name,
+        hub_id=source.hub_id,
     )
 
 

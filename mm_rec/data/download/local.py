@@ -23,6 +23,7 @@ from mm_rec.data.pack import file_sha256
 from mm_rec.data.questions.make import make_questions
 from mm_rec.errors import UserError
 from mm_rec.storage.files import format_bytes, reporting_errors
+from mm_rec.translation import Translatable
 
 __all__ = ["QUESTIONS", "take_builtin", "take_builtin_questions", "take_own"]
 
@@ -45,7 +46,7 @@ def take_builtin(kind: str, samples: int | None, data_dir: Path, tell: Callable[
     """
     if _is_there(kind, samples, data_dir, tell):
         return data_dir / _builtin_file(kind)
-    tell(f"{BUILTIN}: reading {kind} from this machine's Python installation")
+    tell(Translatable("{name}: reading {kind} from this machine's Python installation", name=BUILTIN, kind=kind))
     texts = builtin_code() if kind == "code" else builtin_text()
     return _write(data_dir, _builtin_file(kind), islice(texts, samples), _builtin_entry(samples), tell)
 
@@ -64,9 +65,9 @@ def take_builtin_questions(samples: int | None, data_dir: Path, tell: Callable[[
     """
     kinds = ("instruct", "chat", QUESTIONS)
     if not all(_is_there(kind, samples, data_dir, tell) for kind in kinds):
-        tell(f"{BUILTIN}: making questions from this machine's Python installation")
+        tell(Translatable("{name}: making questions from this machine's Python installation", name=BUILTIN))
         questions = make_questions(builtin_entries(), most=samples or MOST_PAIRS)
-        tell(f"{BUILTIN}: {questions.describe()}")
+        tell(Translatable("{name}: {questions}", name=BUILTIN, questions=questions.describe()))
         rows: dict[str, list[dict[str, Any]]] = {
             "instruct": [pair.row() for pair in questions.train],
             "chat": [{"messages": talk} for talk in questions.conversations],
@@ -84,7 +85,7 @@ def _is_there(kind: str, samples: int | None, data_dir: Path, tell: Callable[[st
     if entry is None or entry.get("asked") != samples or not path.exists():
         return False
     check_files(data_dir, [path])
-    tell(f"{BUILTIN}: {path} is there already")
+    tell(Translatable("{name}: {path} is there already", name=BUILTIN, path=path))
     return True
 
 
@@ -114,7 +115,9 @@ def take_own(
     """
     own, given = data_dir / kind, path.resolve()
     if own.exists() and any(one.exists() and one.samefile(own) for one in (given, *given.parents)):
-        raise UserError(f"{path} is in the data folder already and is used as it is; leave out --{kind}_dir")
+        raise UserError(
+            "{path} is in the data folder already and is used as it is; leave out --{kind}_dir", path=path, kind=kind
+        )
     found = find_documents(path, programs_only=kind == "code", skip=[data_dir])
     with Parser(encoding=options.encoding, columns=options.columns) as parser:
         documents = Documents(found.paths, parser, options)
@@ -126,9 +129,19 @@ def take_own(
     for line in [*lines, *(names_of(left_out) if name_left_out else ())]:
         tell(line)
     if target is None or not documents.counts:
-        raise UserError(f"there is no document in {path}; what is read are {readable_endings()}")
+        raise UserError(
+            "there is no document in {path}; what is read are {endings}",
+            path=path,
+            endings=readable_endings(),
+        )
     if documents.bad_rows:
-        tell(f"{len(documents.bad_rows)} bad rows left out, the first one {documents.bad_rows[0]}")
+        tell(
+            Translatable(
+                "{count} bad rows left out, the first one {first}",
+                count=len(documents.bad_rows),
+                first=documents.bad_rows[0],
+            )
+        )
     return target
 
 
@@ -144,7 +157,7 @@ def _write(
     part = target.with_name(f".{target.name}.part")
     count = 0
     if target.exists() and name not in read_manifest(data_dir):
-        raise UserError(f"{target} is in the way: this command has not made it; give it another name")
+        raise UserError("{target} is in the way: this command has not made it; give it another name", target=target)
     with reporting_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -162,5 +175,13 @@ def _write(
     size = target.stat().st_size
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record_file(data_dir, name, {**entry, "samples": count, "bytes": size, "sha256": file_sha256(target), "date": date})
-    tell(f"{entry['source']}: {count:,} samples, {format_bytes(size)}, in {target}")
+    tell(
+        Translatable(
+            "{name}: {count:,} samples, {size}, in {target}",
+            name=entry["source"],
+            count=count,
+            size=format_bytes(size),
+            target=target,
+        )
+    )
     return target

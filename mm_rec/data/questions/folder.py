@@ -16,6 +16,7 @@ from mm_rec.data.questions.programs import entries_of_program
 from mm_rec.data.questions.texts import entries_of_text
 from mm_rec.errors import UserError
 from mm_rec.storage.files import reporting_errors, write_atomic
+from mm_rec.translation import Translatable
 
 __all__ = ["HELD_OUT", "QuestionFiles", "entries_of_folder", "preview", "write_questions"]
 
@@ -64,8 +65,11 @@ def write_questions(path: Path, task: str, folder: Path, options: ReadOptions, s
     questions = make_questions(entries_of_folder(path, options, skip=[folder]), seed=seed)
     if len(questions.train) < _FEWEST:
         raise UserError(
-            f"{path} gives {len(questions.train)} questions and training needs {_FEWEST}: they are made from headings, "
-            "definitions, questions with answers, and docstrings; name more documents, or conversations with --data"
+            "{path} gives {count} questions and training needs {fewest}: they are made from headings, definitions, "
+            "questions with answers, and docstrings; name more documents, or conversations with --data",
+            path=path,
+            count=len(questions.train),
+            fewest=_FEWEST,
         )
     rows = [pair.row() for pair in questions.train]
     if task == "chat":
@@ -84,7 +88,8 @@ def preview(questions: Questions, tell: Callable[[str], None]) -> None:
     firsts = {pair.kind: pair for pair in reversed(questions.train)}
     shown = list(dict.fromkeys([*firsts.values(), *questions.train]))
     for pair in shown[:_PREVIEWED]:
-        tell(f"\n  question: {pair.question.replace(chr(10), chr(10) + '    ')}\n  answer: {pair.answer}")
+        question = pair.question.replace("\n", "\n    ")
+        tell(Translatable("\n  question: {question}\n  answer: {answer}", question=question, answer=pair.answer))
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> bytes:

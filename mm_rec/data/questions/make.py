@@ -16,6 +16,7 @@ from typing import Any
 from mm_rec.data.questions.entries import Entry, Fact
 from mm_rec.data.questions.similarity import NearTexts
 from mm_rec.data.questions.wordings import MEMORY_KINDS, WORDINGS
+from mm_rec.translation import Translatable
 
 __all__ = ["SORTS", "Pair", "Questions", "count_pairs", "make_questions"]
 
@@ -76,12 +77,16 @@ class Questions:
     conversations: list[list[dict[str, str]]]
     held_out: list[Pair]
 
-    def describe(self) -> str:
+    def describe(self) -> Translatable:
         """Returns the numbers of pairs in words."""
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in count_pairs(self.train).most_common())
-        return (
-            f"{len(self.train):,} pairs to train on ({kinds}), {len(self.conversations):,} conversations of several "
-            f"turns, and {len(self.held_out):,} pairs held out"
+        return Translatable(
+            "{train:,} pairs to train on ({kinds}), {talks:,} conversations of several turns, and {held_out:,} pairs "
+            "held out",
+            train=len(self.train),
+            kinds=kinds,
+            talks=len(self.conversations),
+            held_out=len(self.held_out),
         )
 
 

@@ -91,7 +91,7 @@ class CpuLibrary:
         """
         self.path = path or LIBRARY_PATH
         if not self.path.exists():
-            raise NativeUnavailableError(f"the native library is not built; build it with: {REBUILD}")
+            raise NativeUnavailableError("the native library is not built; build it with: {command}", command=REBUILD)
         try:
             library = ctypes.CDLL(str(self.path))
             library.mm_rec_sources.restype = ctypes.c_uint64
@@ -99,11 +99,12 @@ class CpuLibrary:
             best = library.mm_rec_best_level()
         except (OSError, AttributeError) as error:
             raise NativeUnavailableError(
-                f"the native library is broken ({error}); rebuild it with: {REBUILD}"
+                "the native library is broken ({error}); rebuild it with: {command}", error=error, command=REBUILD
             ) from None
         if sources != hash_of_sources("cpu"):
             raise NativeUnavailableError(
-                f"the native library was built from other sources than those installed; rebuild it with: {REBUILD}"
+                "the native library was built from other sources than those installed; rebuild it with: {command}",
+                command=REBUILD,
             )
         self.best_level = LEVELS[best]
         self.level = _choose_level(best)
@@ -116,7 +117,7 @@ class CpuLibrary:
                 function = library[f"mm_rec_{name}_{_compiled_for(name, self.level)}"]
             except AttributeError as error:
                 raise NativeUnavailableError(
-                    f"the native library is broken ({error}); rebuild it with: {REBUILD}"
+                    "the native library is broken ({error}); rebuild it with: {command}", error=error, command=REBUILD
                 ) from None
             function.argtypes = [_TYPES[code] for code in arguments.replace(" ", "")]
             function.restype = None if result == "-" else _TYPES[result]
@@ -139,7 +140,7 @@ def _wants_openmp() -> bool:
     """Returns whether threads of PyTorch's OpenMP are wanted, where there are any: not if MM_REC_THREADS is "own"."""
     name = os.environ.get("MM_REC_THREADS") or "openmp"
     if name not in ("openmp", "own"):
-        raise SettingError(f"MM_REC_THREADS must be openmp or own, got {name!r}")
+        raise SettingError("MM_REC_THREADS must be openmp or own, got {name!r}", name=name)
     return name == "openmp"
 
 
@@ -149,9 +150,13 @@ def _choose_level(best: int) -> str:
     if not name:
         return LEVELS[best]
     if name not in LEVELS:
-        raise SettingError(f"MM_REC_CPU_LEVEL must be one of {', '.join(LEVELS)}, got {name!r}")
+        raise SettingError(
+            "MM_REC_CPU_LEVEL must be one of {choices}, got {name!r}", choices=", ".join(LEVELS), name=name
+        )
     if LEVELS.index(name) > best:
-        raise SettingError(f"MM_REC_CPU_LEVEL={name}: this processor supports at most {LEVELS[best]}")
+        raise SettingError(
+            "MM_REC_CPU_LEVEL={name}: this processor supports at most {choices}", name=name, choices=LEVELS[best]
+        )
     return name
 
 

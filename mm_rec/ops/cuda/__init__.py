@@ -29,7 +29,11 @@ def load() -> Native:
     """
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST:
-        raise NativeUnavailableError(f"this device has compute capability {capability}, the CUDA kernels need {OLDEST}")
+        raise NativeUnavailableError(
+            "this device has compute capability {capability}, the CUDA kernels need {oldest}",
+            capability=capability,
+            oldest=OLDEST,
+        )
     library = cuda_library()
     modules = (sequence, norm, memory, mixed_keys, loss, optimizer, muon, gated_recurrence)
     kernels: dict[str, Callable[..., Any]] = {

@@ -47,7 +47,8 @@ class CudaLibrary:
         self.path = path
         if not path.exists():
             raise NativeUnavailableError(
-                f"the CUDA kernels are not built; with nvcc on PATH, build them with: {REBUILD_CUDA}"
+                "the CUDA kernels are not built; with nvcc on PATH, build them with: {command}",
+                command=REBUILD_CUDA,
             )
         try:
             self._library = ctypes.CDLL(str(path))
@@ -55,10 +56,17 @@ class CudaLibrary:
             self._library.mm_rec_cuda_sources.restype = ctypes.c_uint64
             sources = self._library.mm_rec_cuda_sources()
         except (OSError, AttributeError) as error:
-            raise NativeUnavailableError(f"{path} cannot be used ({error}); rebuild it with: {REBUILD_CUDA}") from error
+            raise NativeUnavailableError(
+                "{path} cannot be used ({error}); rebuild it with: {command}",
+                path=path,
+                error=error,
+                command=REBUILD_CUDA,
+            ) from error
         if sources != hash_of_sources("cuda"):
             raise NativeUnavailableError(
-                f"{path} was built from other sources than those installed; rebuild it with: {REBUILD_CUDA}"
+                "{path} was built from other sources than those installed; rebuild it with: {command}",
+                path=path,
+                command=REBUILD_CUDA,
             )
         self._error_string.restype = ctypes.c_char_p
 

@@ -116,6 +116,71 @@ def test_conversations_are_kept_whole(tmp_path, connect):
     assert download(tmp_path, 10, SOURCES["sharegpt"])[0] == [{"id": "a", "conversations": expected}]
 
 
+def test_articles_of_a_language_by_its_configuration(tmp_path, connect):
+    article = "Türkiye'nin başkenti Ankara'dır; çoğu kişi İstanbul sanır. Şehir, İç Anadolu'da yer alır."
+    files = {"README.md": b"---\nconfigs:\n"}
+    for code, text in (("de", "Berlin ist die Hauptstadt der Bundesrepublik Deutschland."), ("tr", article)):
+        table = io.BytesIO()
+        pq.write_table(pa.table({"id": ["1"], "url": ["u"], "title": ["t"], "text": [text]}), table)
+        card = f"- config_name: 20231101.{code}\n  data_files:\n  - split: train\n    path: 20231101.{code}/train-*\n"
+        files["README.md"] += card.encode()
+        files[f"20231101.{code}/train-0.parquet"] = table.getvalue()
+    files["README.md"] += b"---\n"
+    connect({"wikimedia/wikipedia": Repository(files)})
+    assert download(tmp_path, 10, SOURCES["wikipedia"].in_language("tr"))[0] == [article]
+    assert (tmp_path / "text" / "wikipedia-tr.jsonl").is_file()
+
+
+def tree_rows(n):
+    """Messages of ``n`` trees, every third in Turkish: two questions, the first with a worse and a better answer."""
+    for i in range(n):
+        lang = "tr" if i % 3 == 0 else "en"
+        turns = [("q", None, "prompter", None), ("bad", "q", "assistant", 1), ("good", "q", "assistant", 0)]
+        turns += [
+            ("gone", "good", "prompter", None),
+            ("next", "good", "prompter", None),
+            ("end", "next", "assistant", 0),
+        ]
+        for name, parent, role, rank in turns:
+            yield {
+                "message_id": f"{i}-{name}", "parent_id": parent and f"{i}-{parent}", "message_tree_id": f"{i}-q",
+                "role": role, "text": f"{name} {i}", "lang": lang, "rank": rank, "deleted": name == "gone", "more": 1,
+            }  # fmt: skip
+
+
+@pytest.mark.parametrize("stop_after", [None, 4, 13])
+def test_conversations_are_made_of_trees_of_messages(tmp_path, connect, monkeypatch, stop_after):
+    monkeypatch.setattr(fetch_module, "_CHUNK", 4)  # a stop comes inside of a tree
+    table = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(tree_rows(9))), table, row_group_size=5)
+    files = {"README.md": CARD.format("data/train-*").encode(), "data/train-0.parquet": table.getvalue()}
+    connect({"OpenAssistant/oasst2": Repository(files)})
+    source = SOURCES["oasst2"].in_language("tr")
+    if stop_after is not None:
+        gather, rows = fetch_module._Download._gather, itertools.count()
+
+        def gather_some(self, row, journal):
+            if next(rows) == stop_after:
+                raise Killed
+            return gather(self, row, journal)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fetch_module._Download, "_gather", gather_some)
+            with pytest.raises(Killed):
+                download(tmp_path, 10, source)
+    roles = ["user", "assistant"] * 2
+    expected = [
+        [
+            {"role": role, "content": f"{name} {i}"}
+            for role, name in zip(roles, ("q", "good", "next", "end"), strict=True)
+        ]
+        for i in (0, 3, 6)
+    ]
+    found, told = download(tmp_path, 10, source)
+    assert found == [{"messages": messages} for messages in expected]
+    assert told[-1] == f"oasst2: 3 samples in {tmp_path}/chat/oasst2-tr.jsonl; left out: 36 of another language"
+
+
 class Killed(BaseException):
     """Stands for the end of the process at an instant."""
 
