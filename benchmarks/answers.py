@@ -42,7 +42,7 @@ from mm_rec.storage import checkpoint
 from mm_rec.training.recipe import Recipe, StageShare, recipe_data, train_stage
 from mm_rec.training.settings import TrainSettings
 
-RESULT = Path(__file__).parent / "results" / "answers.json"
+RESULT = Path(__file__).parent / "results" / "answers" / "cpu.json"
 QUESTIONS, SEED = 100, 0
 
 
@@ -117,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
             seed=options.seed,
         )
         result = run(recipe, settings, None if options.tokens is None else int(options.tokens), options, guard)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(json.dumps({name: result[name] for name in ("stages", "base", "shares")}, indent=1))
     return 0
