@@ -163,7 +163,7 @@ def _adapted(base: checkpoint.Checkpoint, adapter: Path) -> Mapping[str, Tensor]
     """
     folder = resolve(adapter, _warn) if (adapter / CHECKPOINTS).is_dir() else adapter
     changes = read_adapter(folder)
-    started_from = checkpoint.started_from(folder.parent if folder.name == ADAPTER_FOLDER else folder)
+    started_from = checkpoint.started_from(_checkpoint_of_adapter(folder))
     if started_from not in (None, base.sha256) and checkpoint.is_of_a_run(base.path):
         raise UserError(
             "the adapter in {adapter} was not trained on {path}; name with --model the "
@@ -232,9 +232,13 @@ def _last_stage(path: Path, adapter: Path | None) -> str | None:
     """The stage that trained the checkpoint at ``path`` last, or the adapter that is added to it."""
     if adapter is None:
         return checkpoint.stage_of(path)
-    folder = checkpoint.resolve(adapter, _warn) if (adapter / CHECKPOINTS).is_dir() else adapter
-    folder = folder.parent if folder.name == ADAPTER_FOLDER else folder
+    folder = checkpoint.resolve(adapter) if (adapter / CHECKPOINTS).is_dir() else _checkpoint_of_adapter(adapter)
     return checkpoint.stage_of(folder) if checkpoint.is_of_a_run(folder) else None
+
+
+def _checkpoint_of_adapter(folder: Path) -> Path:
+    """The checkpoint that the folder of an adapter lies in; a folder of PEFT lies in none."""
+    return folder.parent if folder.name == ADAPTER_FOLDER else folder
 
 
 def _check_state(model: MMRecModel) -> None:

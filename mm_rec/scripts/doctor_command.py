@@ -20,6 +20,7 @@ from mm_rec.machine import installation
 from mm_rec.machine.device import available_memory, select_device, select_precision
 from mm_rec.program import Parser, run_program
 from mm_rec.storage import checkpoint, files
+from mm_rec.storage.best import best_or_newest, best_step
 from mm_rec.storage.checkpoint import Checkpoint
 from mm_rec.storage.lock import owner_of
 from mm_rec.storage.resume import require_checkpoints
@@ -93,7 +94,7 @@ def check_machine() -> list[Finding]:
     findings = [
         Finding(
             "ok",
-            f"MM-Rec {found['mm_rec']}, Python {found['python']}, PyTorch {found['torch']}",
+            Translatable("MM-Rec {mm_rec}, Python {python}, PyTorch {torch}", **found),
         ),
         Finding(
             "ok",
@@ -289,6 +290,7 @@ def _check_checkpoints(run: Path, config: Config) -> tuple[Checkpoint | None, li
             "ok",
             Translatable("{whole} of {count} checkpoints are whole", whole=len(paths) - len(damaged), count=len(paths)),
         ),
+        *_check_best(run),
         Finding(
             "ok",
             Translatable(
@@ -300,6 +302,25 @@ def _check_checkpoints(run: Path, config: Config) -> tuple[Checkpoint | None, li
         if free > 2 * size
         else Finding("broken", Translatable("{room}; make room before going on", room=room)),
     ]
+
+
+def _check_best(run: Path) -> Iterable[Finding]:
+    """Which checkpoint is best by validation, if there was one, and whether it can be loaded."""
+    step, used = best_step(run), best_or_newest(run)
+    if step is None or used is None:
+        return
+    if checkpoint.checkpoint_step(used) == step:
+        text = Translatable(
+            "generate, chat, serve, export and eval load step {step}, the best by validation", step=step
+        )
+        yield Finding("ok", text)
+    else:
+        text = Translatable(
+            "{path}, the best by validation, is not whole; {name} is loaded in its place",
+            path=run / CHECKPOINTS / checkpoint.checkpoint_name(step),
+            name=used.name,
+        )
+        yield Finding("broken", text)
 
 
 def _check_records(run: Path, newest: Checkpoint | None) -> Iterable[Finding]:

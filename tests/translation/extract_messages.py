@@ -35,6 +35,7 @@ PLACES = {
     "on_event": 0,
     "message": 0,
     "check_memory": 2,
+    "Finding": 1,
     "Command": 1,
 }  # fmt: skip
 """Functions that take a text for people, and the place of it among their arguments; errors come on top of these."""

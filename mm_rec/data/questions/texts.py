@@ -23,51 +23,10 @@ _DEFINES = re.compile(
     rf"(?:(?:An?|The)\s+)?{_TERM}\s+(?:is|are|means|refers to|denotes)\s+(?:an?|the|any|one|used|what)\b"
 )
 _DEFINES_TURKISH = re.compile(rf"{_TERM}(?:,|:| ise)\s.*(?:d[ıiuü]r|t[ıiuü]r|denir|ad[ıi]d[ıi]r)(?:lar|ler)?\.$")
-_NO_TERMS = """it this that these those there he she they we you i one what which who here such other note example
-    question answer default first second last next following result value same bu şu o bunlar şunlar onlar burada"""
-_PRONOUNS = frozenset(_NO_TERMS.split())
-_TURKISH = re.compile(rf"{_TERM}(?:,|:| ise)\s.*(?:d[ıiuü]r|t[ıiuü]r|denir|ad[ıi]d[ıi]r)(?:lar|ler)?\.$")
-_PRONOUNS = frozenset(
-    [
-        "it",
-        "this",
-        "that",
-        "these",
-        "those",
-        "there",
-        "he",
-        "she",
-        "they",
-        "we",
-        "you",
-        "i",
-        "one",
-        "what",
-        "which",
-        "who",
-        "here",
-        "such",
-        "other",
-        "note",
-        "example",
-        "default",
-        "first",
-        "second",
-        "last",
-        "next",
-        "following",
-        "result",
-        "value",
-        "same",
-        "bu",
-        "şu",
-        "o",
-        "bunlar",
-        "şunlar",
-        "onlar",
-        "burada",
-    ]
-)
+_FIRST_WORDS = """it this that these those there he she they we you i one what which who here such other note example
+    question answer new changed deprecated default first second last next following result value same bu şu o bunlar
+    şunlar onlar burada"""  # of what looks like a term and is none
+_NO_TERMS = frozenset(_FIRST_WORDS.split())
 _TURKISH = re.compile(r"[ğışĞİŞ]")
 _MOST_TERM_WORDS = 4
 
@@ -192,7 +151,7 @@ def _passage(text: str, answer: str) -> str:
 
 def _is_term(term: str) -> bool:
     words = term.split()
-    return 0 < len(words) <= _MOST_TERM_WORDS and len(term) > 2 and words[0].casefold() not in _PRONOUNS
+    return 0 < len(words) <= _MOST_TERM_WORDS and len(term) > 2 and words[0].casefold() not in _NO_TERMS
 
 
 def _is_answer(text: str) -> bool:
