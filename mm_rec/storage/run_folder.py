@@ -102,7 +102,11 @@ class RunFolder:
             raise UserError(what_is_wrong(path) or Translatable("{path} is not a run folder", path=path))
         self.config = config
         if self._lock.dead_owner:
-            self.event(f"took over from {self._lock.dead_owner}, which ended without releasing the folder")
+            self.event(
+                Translatable(
+                    "took over from {owner}, which ended without releasing the folder", owner=self._lock.dead_owner
+                )
+            )
 
     @property
     def path(self) -> Path:
@@ -120,7 +124,7 @@ class RunFolder:
                     path=self._path,
                 )
             moved, self._path = self._path, found
-            self.event(f"{moved} was renamed to {found}; goes on there")
+            self.event(Translatable("{old} was renamed to {new}; goes on there", old=moved, new=found))
         return self._path
 
     @property
@@ -152,7 +156,14 @@ class RunFolder:
         with files.reporting_errors(path):
             append_regular(path).close()
             if path.stat().st_size < size:
-                self.event(f"{path.name} has lost its end: {size} bytes were written, {path.stat().st_size} are there")
+                self.event(
+                    Translatable(
+                        "{name} has lost its end: {size} bytes were written, {left} are there",
+                        name=path.name,
+                        size=size,
+                        left=path.stat().st_size,
+                    )
+                )
             else:
                 os.truncate(path, size)
                 system.sync(path)
@@ -242,7 +253,13 @@ class RunFolder:
                 file.write(content)
             lost, self._written[name] = self._written.get(name, 0) - start, start + len(content)
             if lost > 0:
-                self.event(f"{folder / name} was removed or cut while it was written; {lost:,} bytes are missing")
+                self.event(
+                    Translatable(
+                        "{path} was removed or cut while it was written; {lost:,} bytes are missing",
+                        path=folder / name,
+                        lost=lost,
+                    )
+                )
 
         self._write(write)
 

@@ -47,7 +47,7 @@ from mm_rec.training.runtime import (
     model_and_optimizer_bytes,
 )
 from mm_rec.training.settings import TrainSettings
-from mm_rec.translation import Translatable
+from mm_rec.translation import Translatable, join_texts
 
 __all__ = ["train_stages"]
 
@@ -215,7 +215,12 @@ def _choose_runtime(
     if runtime.sharded and settings.lora is not None:
         raise UserError("--lora needs the whole model in each process; use --parallel ddp, or leave --lora out")
     if before and (changes := differences(before, runtime.to_dict())):
-        run.event(f"not the same machine or choices as before, so not the same rounding: {'; '.join(changes)}")
+        run.event(
+            Translatable(
+                "not the same machine or choices as before, so not the same rounding: {changes}",
+                changes=join_texts("; ", changes),
+            )
+        )
     return runtime
 
 
