@@ -210,10 +210,10 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[Row]:
             )
             return
         except RecursionError:
-            bad.report(path, line, "the JSON value is nested too deeply; what follows is left out")
+            bad.report(path, line, Translatable("the JSON value is nested too deeply; what follows is left out"))
             return
         except ValueError:  # Python converts no numbers of thousands of digits
-            bad.report(path, line, "a number has too many digits; what follows is left out")
+            bad.report(path, line, Translatable("a number has too many digits; what follows is left out"))
             return
         yield Row(path, line, value)
         at = _after_space(content, at)
@@ -221,7 +221,7 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[Row]:
             at = _after_space(content, at + 1)
         elif not content.startswith("]", at):
             line += content.count("\n", counted, at)
-            bad.report(path, line, "the list breaks off or lacks a comma; what follows is left out")
+            bad.report(path, line, Translatable("the list breaks off or lacks a comma; what follows is left out"))
             return
 
 

@@ -138,11 +138,11 @@ def read_rows(path: Path, bad: BadRows, fields: Sequence[str] = ()) -> Iterator[
         try:
             yield Row(path, line, json.loads(content))
         except RecursionError:
-            bad.report(path, line, "the JSON value is nested too deeply")
+            bad.report(path, line, Translatable("the JSON value is nested too deeply"))
         except json.JSONDecodeError as error:
             bad.report(path, line, Translatable("not valid JSON: {error}", error=error))
         except ValueError:  # Python converts no numbers of thousands of digits
-            bad.report(path, line, "a number has too many digits")
+            bad.report(path, line, Translatable("a number has too many digits"))
 
 
 def _suffix(path: Path) -> str | None:
@@ -189,7 +189,7 @@ def _read_lines(path: Path, bad: BadRows) -> Iterator[tuple[int, str]]:
                     continue
                 yield line, text
     except UnpackingError as error:
-        bad.report(path, line, str(error))
+        bad.report(path, line, Translatable("{problem}", problem=error))
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         bad.report(
             path, line + 1, Translatable("the file breaks off or is damaged ({error}), so fetch it again", error=error)
@@ -226,7 +226,7 @@ def _read_parquet(path: Path, bad: BadRows, fields: Sequence[str]) -> Iterator[R
             line += 1
             yield Row(path, line, value)
     except UnpackingError as error:
-        bad.report(path, line + 1, str(error))
+        bad.report(path, line + 1, Translatable("{problem}", problem=error))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         bad.report(
             path,

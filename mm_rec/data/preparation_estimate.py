@@ -150,7 +150,9 @@ def _unpacked_times(path: Path) -> float:
     return COMPRESSED_TIMES if path.name.lower().endswith(COMPRESSED) else kind.unpacks_to if kind is not None else 1.0
 
 
-def _describe_time(seconds: float) -> str:
+def _describe_time(seconds: float) -> Translatable:
     if seconds < 100:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+        return Translatable("{seconds:.0f} s", seconds=max(seconds, 1))
+    if seconds < 6000:
+        return Translatable("{minutes:.0f} min", minutes=seconds / 60)
+    return Translatable("{hours:.1f} h", hours=seconds / 3600)

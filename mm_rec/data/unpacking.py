@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from mm_rec.data.parquet_footer import DELTA_BYTE_ARRAY, ColumnChunk, read_row_groups
 from mm_rec.storage.files import format_bytes
+from mm_rec.translation import Translatable
 
 if TYPE_CHECKING:
     import pyarrow as pa  # imported where Parquet is read, so that other files can be read without it
@@ -48,8 +49,13 @@ class UnpackingLimit:
         self._left -= max(n_bytes, ROW_BYTES)
         if self._left < 0:
             raise UnpackingError(
-                f"the file unpacks to more than {format_bytes(self._limit)}, {MOST_TIMES} times its size and "
-                f"{format_bytes(FREE_BYTES)}; if that is right, unpack it to .jsonl first"
+                Translatable(
+                    "the file unpacks to more than {limit}, {times} times its size and {free}; if that is right, "
+                    "unpack it to .jsonl first",
+                    limit=format_bytes(self._limit),
+                    times=MOST_TIMES,
+                    free=format_bytes(FREE_BYTES),
+                )
             )
 
 
@@ -101,7 +107,7 @@ def _unpacked(batch: pa.RecordBatch, limit: UnpackingLimit) -> Iterator[dict[str
         yield from _unpacked(batch.slice(half), limit)
         return
     if size > FREE_BYTES:
-        raise UnpackingError(f"a row has {format_bytes(size)}")
+        raise UnpackingError(Translatable("a row has {size}", size=format_bytes(size)))
     limit.take(size + ROW_BYTES * batch.num_rows)
     if any(pa.types.is_nested(field.type) for field in batch.schema):
         arrays = batch.columns

@@ -229,7 +229,9 @@ def _content(path: Path) -> bytes:
 def _describe(content: bytes) -> str | None:
     try:
         owner = json.loads(content)
-        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+        return Translatable(
+            "process {pid} on {host} since {since}", pid=owner["pid"], host=owner["host"], since=owner["since"]
+        )
     except (ValueError, KeyError, TypeError):
         return None
 

@@ -291,8 +291,8 @@ def _why_new(runs: list[tuple[int, Path, Config | None]], wanted: Config, fresh:
         return Translatable("{name} is not a run folder", name=path.name)
     changes = differences(config["identity"], wanted["identity"])
     if fresh or not changes:
-        return "asked for by --fresh"
-    return f"{path.name} is another run: {'; '.join(changes)}"
+        return Translatable("asked for by --fresh")
+    return Translatable("{name} is another run: {changes}", name=path.name, changes=join_texts("; ", changes))
 
 
 def _link_or_copy(source: str, target: str) -> None:

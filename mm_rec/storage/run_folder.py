@@ -116,8 +116,11 @@ class RunFolder:
             raise UserError(what_is_wrong(path) or Translatable("{path} is not a run folder", path=path))
         self.config = config
         if self._lock.dead_owner:
-            owner = self._lock.dead_owner
-            self.event(Translatable("took over from {owner}, which ended without releasing the folder", owner=owner))
+            self.event(
+                Translatable(
+                    "took over from {owner}, which ended without releasing the folder", owner=self._lock.dead_owner
+                )
+            )
 
     @property
     def path(self) -> Path:
@@ -135,7 +138,7 @@ class RunFolder:
                     path=self._path,
                 )
             moved, self._path = self._path, found
-            self.event(Translatable("{moved} was renamed to {found}; goes on there", moved=moved, found=found))
+            self.event(Translatable("{old} was renamed to {new}; goes on there", old=moved, new=found))
         return self._path
 
     @property
@@ -169,10 +172,10 @@ class RunFolder:
             if path.stat().st_size < size:
                 self.event(
                     Translatable(
-                        "{name} has lost its end: {size} bytes were written, {found} are there",
+                        "{name} has lost its end: {size} bytes were written, {left} are there",
                         name=path.name,
                         size=size,
-                        found=path.stat().st_size,
+                        left=path.stat().st_size,
                     )
                 )
             else:

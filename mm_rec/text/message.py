@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mm_rec.translation import Translatable
+
 __all__ = [
     "ROLES", "ROLE_NAMES", "TEXT_PARTS", "UNREADABLE", "Message", "MessageError", "first_filled", "is_empty",
     "read_content", "read_message", "without_nulls",
@@ -97,16 +99,26 @@ def read_message(value: Any) -> Message:
         MessageError: saying what is wrong with it.
     """
     if not isinstance(value, Mapping):
-        raise MessageError("a message is not an object with role and content")
+        raise MessageError(Translatable("a message is not an object with role and content"))
     fields = without_nulls(value)
     role = fields.get("role")
     if not isinstance(role, str) or role not in ROLE_NAMES:
-        raise MessageError(f"the role of a message is {role!r:.80}; use one of {', '.join(ROLE_NAMES)}", "role")
+        raise MessageError(
+            Translatable(
+                "the role of a message is {role!r:.80}; use one of {names}",
+                role=role,
+                names=", ".join(ROLE_NAMES),
+            ),
+            "role",
+        )
     for name in UNREADABLE:
         if fields.get(name):
-            raise MessageError(f"a message has {name}, and this model reads text only; say it in the content", name)
+            raise MessageError(
+                Translatable("a message has {name}, and this model reads text only; say it in the content", name=name),
+                name,
+            )
     if "content" not in fields:
-        raise MessageError("a message has no content", "content")
+        raise MessageError(Translatable("a message has no content"), "content")
     return Message(ROLE_NAMES[role], read_content(fields["content"]))
 
 
@@ -119,7 +131,7 @@ def read_content(value: Any) -> str:
     if isinstance(value, str):
         return _unicode(value, "content")
     if not isinstance(value, list) or not value:
-        raise MessageError("the content of a message is neither a string nor a list of parts", "content")
+        raise MessageError(Translatable("the content of a message is neither a string nor a list of parts"), "content")
     return "".join(_read_part(part, index) for index, part in enumerate(value))
 
 
@@ -127,10 +139,12 @@ def _read_part(value: Any, index: int) -> str:
     fields = without_nulls(value) if isinstance(value, Mapping) else {}
     kind = fields.get("type")
     if kind not in TEXT_PARTS:
-        problem = f"a message has a part of type {kind!r:.80}, and this model reads text only; say it in words"
+        problem = Translatable(
+            "a message has a part of type {kind!r:.80}, and this model reads text only; say it in words", kind=kind
+        )
         raise MessageError(problem, "content", index, "type")
     if not isinstance(fields.get("text"), str):
-        raise MessageError("a part of a message has no text", "content", index, "text")
+        raise MessageError(Translatable("a part of a message has no text"), "content", index, "text")
     return _unicode(fields["text"], "content", index, "text")
 
 
@@ -138,5 +152,5 @@ def _unicode(text: str, *path: str | int) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise MessageError("a message has a lone surrogate, half of a character", *path) from None
+        raise MessageError(Translatable("a message has a lone surrogate, half of a character"), *path) from None
     return text

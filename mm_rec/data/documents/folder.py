@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from mm_rec.data.documents.kinds import PROGRAM, Kind, kind_of, readable_endings, why_unread
 from mm_rec.errors import EXTRA_OF, UserError
+from mm_rec.translation import Translatable
 
 __all__ = ["Found", "LeftOut", "find_documents", "walk"]
 
@@ -123,9 +124,9 @@ def _sort_in(path: Path, why: str | None, programs_only: bool, found: Found) -> 
         why = why_unread(path)
     elif why is None and kind is not None:
         if programs_only and kind.how != "rows" and kind is not PROGRAM:
-            why = "no program"
+            why = Translatable("no program")
         elif kind.package is not None and not _is_installed(kind.package):
-            why = f"needs the extra {EXTRA_OF[kind.package]}"
+            why = Translatable("needs the extra {extra}", extra=EXTRA_OF[kind.package])
     if why is None and kind is not None:
         found.files.append((path, kind))
     else:
