@@ -90,7 +90,7 @@ def find_variables() -> dict[str, list[str]]:
     paths = [ROOT / name for name in _FILES]
     paths += [path for folder in _FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
     for path in paths:
-        if path.parts[-2] != "docs_site":
+        if path.parts[-2] not in ("docs_site", "docs"):  # those that describe variables or test the descriptions
             for name in _read_by(path):
                 found[name].add(path.relative_to(ROOT).as_posix())
     return {name: sorted(files) for name, files in sorted(found.items())}
@@ -121,11 +121,11 @@ def make_page() -> str:
     parts = [INTRODUCTION]
     titles = {"For use": USE, "For building and testing": DEVELOPMENT, "Of other programs": OTHERS}
     for title, variables in titles.items():
-        rows = [[code(name), text, _first_reader(readers[name])] for name, text in variables.items()]
-        parts.append(f"\n## {title}\n\n{table(['variable', 'what it does', 'read in'], rows)}")
+        rows = [[code(name), _lines(readers[name]), text] for name, text in variables.items()]
+        parts.append(f"\n## {title}\n\n{table(['variable', 'read in', 'what it does'], rows)}")
     return "\n".join(parts)
 
 
-def _first_reader(files: list[str]) -> str:
-    """The file that reads a variable, one of the package if there is one."""
-    return code(next((file for file in files if file.startswith("mm_rec/")), files[0]))
+def _lines(files: list[str]) -> str:
+    """The files that read a variable, those of the package alone if there are some."""
+    return "<br>".join(code(file) for file in ([one for one in files if one.startswith("mm_rec/")] or files))

@@ -18,7 +18,11 @@ OPS, CPU_SOURCES, CUDA_SOURCES = ROOT / "mm_rec/ops", ROOT / "mm_rec/cpp/src", R
 SHARED = {f"cpp/src/{name}.h" for name in ("export", "parallel", "scratch", "vec")}
 """Headers that all kernels use."""
 
-INTRODUCTION = """# Ops and their files
+INTRODUCTION = """---
+hide: [toc]
+---
+
+# Ops and their files
 
 An op is defined in `mm_rec/ops/reference.py`, registered with PyTorch in a module of `mm_rec/ops`, and computed by
 kernels in C++ and CUDA that a Python module of the back end calls. The table is made from the sources when the site
@@ -148,15 +152,13 @@ def _relative(path: Path) -> str:
 
 def make_page() -> str:
     """Returns the page in Markdown."""
-    head = ["op", "registered in", "CPU", "its kernels", "CUDA", "its kernels"]
+    head = ["op", "registered in", "CPU", "CUDA"]
     rows = [
-        [
-            code(one.name),
-            *(
-                ", ".join(map(code, files))
-                for files in ((one.module,), one.cpu, one.cpu_sources, one.cuda, one.cuda_sources)
-            ),
-        ]
+        [code(one.name), code(one.module), _lines(one.cpu + one.cpu_sources), _lines(one.cuda + one.cuda_sources)]
         for one in find_ops()
     ]
     return INTRODUCTION + "\nPaths are those inside `mm_rec/`.\n\n" + table(head, rows)
+
+
+def _lines(files: tuple[str, ...]) -> str:
+    return "<br>".join(map(code, files))
