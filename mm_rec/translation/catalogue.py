@@ -16,7 +16,7 @@ from pathlib import Path
 __all__ = ["choose_language", "read_catalogue", "read_entries"]
 
 FOLDER = Path(__file__).parent
-VARIABLES = ("MM_REC_LANG", "LC_ALL", "LC_MESSAGES", "LANG")
+LOCALE_VARIABLES = ("MM_REC_LANG", "LC_ALL", "LC_MESSAGES", "LANG")
 """Variables of the environment that may name a locale; the first that is set counts."""
 
 _TEXT = r'("(?:[^"\\]|\\.)*"(?:\n"(?:[^"\\]|\\.)*")*)'
@@ -56,7 +56,7 @@ class Catalogue(gettext.NullTranslations):
 
 def choose_language() -> str:
     """Returns the language of the user's locale, such as ``tr``; ``en`` where the environment names none."""
-    locale = next((value for name in VARIABLES if (value := os.environ.get(name))), "")
+    locale = next((value for name in LOCALE_VARIABLES if (value := os.environ.get(name))), "")
     language = re.split(r"[-_.@]", locale)[0].lower()
     return language if language.isalpha() and language not in ("c", "posix") else "en"
 

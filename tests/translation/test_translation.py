@@ -135,7 +135,7 @@ def test_a_text_that_a_file_has_is_found_by_its_template(turkish: None) -> None:
 
 
 def test_the_language_is_that_of_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in catalogue.VARIABLES:
+    for name in catalogue.LOCALE_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     assert choose_language() == "en"
     for name, value in (("LANG", "tr_TR.UTF-8"), ("LC_MESSAGES", "de"), ("LC_ALL", "C.UTF-8"), ("MM_REC_LANG", "tr")):
