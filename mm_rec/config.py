@@ -47,7 +47,7 @@ MAX_BLOCKS = 2000
 """Of all experts together."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_NAMES = "names of 1 to 64 letters, digits, - and _"
+_NAMES = Translatable("names of 1 to 64 letters, digits, - and _")
 _TAKEN = ("all", "fused", "mixed", "auto")
 """Names that stand for all experts, or for none."""
 

@@ -63,10 +63,12 @@ class MissingPackageError(UserError, ImportError):
 
     def __init__(self, what: str, package: str) -> None:
         super().__init__(
-            "{what} needs the package {package}; install it with: {command}",
-            what=Translatable(what),
-            package=package,
-            command=install_command(EXTRA_OF[package]),
+            Translatable(
+                "{what} needs the package {package}; install it with: {command}",
+                what=Translatable(what),
+                package=package,
+                command=install_command(EXTRA_OF[package]),
+            )
         )
 
 

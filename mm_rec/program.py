@@ -117,8 +117,12 @@ def run_program(program: Callable[[], int]) -> int:
         if error.encoding.lower().replace("-", "") == "utf8":
             raise
         sign = ascii(error.object[error.start : error.start + 1])
-        text = "the output has no place for {sign} in {encoding}; set PYTHONIOENCODING=utf-8"
-        return _fail(translate(text, sign=sign, encoding=error.encoding))
+        text = Translatable(
+            "the output has no place for {sign} in {encoding}; set PYTHONIOENCODING=utf-8",
+            sign=sign,
+            encoding=error.encoding,
+        )
+        return _fail(translate(text))
     except OSError as error:
         if error.errno is None:
             raise

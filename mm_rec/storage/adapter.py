@@ -25,6 +25,7 @@ from mm_rec.regular_file import read_regular
 from mm_rec.storage.files import MANIFEST, DamageError, read_manifest
 from mm_rec.storage.hf_folder import checkpoint_names, module_names
 from mm_rec.storage.reading import read_file
+from mm_rec.translation import Translatable
 
 __all__ = ["ADAPTER_FOLDER", "CONFIG", "WEIGHTS", "LowRank", "adapter_files", "merged", "read_adapter"]
 
@@ -124,7 +125,7 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
     }
     others = sorted(tensors.keys() - {f"{m}.lora_{side}.weight" for m in downs for side in "AB"})
     if math.isnan(settings.alpha) or config.get("use_dora") or config.get("fan_in_fan_out") or others or not downs:
-        found = others[0] if others else "another kind of adapter"
+        found = others[0] if others else Translatable("another kind of adapter")
         raise UserError(
             "{folder} holds more than plain LoRA of matrices ({found}); merge it in Python with "
             "PeftModel.from_pretrained(...).merge_and_unload(), save the model and name that "

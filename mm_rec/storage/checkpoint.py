@@ -219,7 +219,7 @@ def _load_saved_by_transformers(path: Path, weights_only: bool) -> Checkpoint:
             "{path} holds a model of type {kind}, not one of MM-Rec", path=path, kind=values.get("model_type")
         )
     if not weights_only:
-        raise _no_training_state(path, "transformers saved it")
+        raise _no_training_state(path, Translatable("transformers saved it"))
     config = _model_config(path, values)
     weights, sha256 = hf_folder.read_saved_weights(path)
     domain = _default_domain(path, values, config, weights)

@@ -130,9 +130,9 @@ def completed_checkpoint(run: Path, config: Config) -> str | None:
     """
     if COMPLETED in config:
         step = config[COMPLETED]
-        return None if step is None else f"the checkpoint of step {step}"
+        return None if step is None else Translatable("the checkpoint of step {step}", step=step)
     written = any((run / name).exists() and (run / name).stat().st_size for name in RECORDS)
-    return "a checkpoint" if written else None
+    return Translatable("a checkpoint") if written else None
 
 
 def same_run(config: Config | None, wanted: Config) -> bool:

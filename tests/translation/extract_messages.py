@@ -38,6 +38,7 @@ PLACES = {
     "message": 0,
     "check_memory": 2,
     "Finding": 1,
+    "wrong_argument": 0,
     "Command": 1,
 }  # fmt: skip
 """Functions that take a text for people, and the place of it among their arguments; errors come on top of these."""

@@ -126,8 +126,10 @@ def _reasons(counts: Counter[str]) -> list[str]:
 
 def _remedies(files: Iterable[LeftOut]) -> list[str]:
     extras = sorted({one.why.removeprefix(_NEEDS_EXTRA) for one in files if one.why.startswith(_NEEDS_EXTRA)})
-    line = "  to read what needs the extra {extra}: {command}"
-    return [translate(line, extra=extra, command=install_command(extra)) for extra in extras]
+    return [
+        translate("  to read what needs the extra {extra}: {command}", extra=extra, command=install_command(extra))
+        for extra in extras
+    ]
 
 
 def tell_account(name: str, account: Account, with_names: bool, tell: Callable[[str], None]) -> None:

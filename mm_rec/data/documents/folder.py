@@ -108,12 +108,12 @@ def _problem(path: Path, is_hidden: bool) -> str | None:
     try:
         mode = path.stat().st_mode
     except OSError:
-        return "a link to nothing" if path.is_symlink() else "cannot be opened"
+        return Translatable("a link to nothing" if path.is_symlink() else "cannot be opened")
     if not stat.S_ISREG(mode):
-        return "a pipe or a device"
+        return Translatable("a pipe or a device")
     if is_hidden:
-        return "hidden, as its name begins with a dot"
-    return None if os.access(path, os.R_OK) else "may not be read by this user"
+        return Translatable("hidden, as its name begins with a dot")
+    return None if os.access(path, os.R_OK) else Translatable("may not be read by this user")
 
 
 def _sort_in(path: Path, why: str | None, programs_only: bool, found: Found) -> None:

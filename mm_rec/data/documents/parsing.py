@@ -21,6 +21,7 @@ from mm_rec.data.documents.kinds import Kind, LeftOutError
 from mm_rec.data.documents.worker import MEMORY_BYTES
 from mm_rec.data.files import MAX_ROW_BYTES
 from mm_rec.storage.files import format_bytes
+from mm_rec.translation import Translatable
 
 __all__ = ["Parser"]
 
@@ -171,9 +172,9 @@ class Parser:
 
 def _problem(text: str) -> str | None:
     if "\0" in text:
-        return "zero bytes in its text"
+        return Translatable("zero bytes in its text")
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "halves of characters in its text"
+        return Translatable("halves of characters in its text")
     return None

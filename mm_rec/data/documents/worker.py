@@ -22,6 +22,7 @@ from mm_rec.data.documents.kinds import LeftOutError
 from mm_rec.errors import is_out_of_memory
 from mm_rec.regular_file import read_regular
 from mm_rec.storage.files import format_bytes
+from mm_rec.translation import Translatable
 
 __all__ = ["LARGEST_FILE", "MEMORY_BYTES", "main"]
 
@@ -62,14 +63,16 @@ def _answer(request: dict[str, object], answers: IO[str]) -> None:
     except LeftOutError as error:
         answer = {"left_out": str(error)}
     except RecursionError:
-        answer = {"left_out": "nested too deeply"}
+        answer = {"left_out": Translatable("nested too deeply")}
     except ModuleNotFoundError as error:
-        answer = {"left_out": f"its reader misses the package {error.name}"}
+        answer = {"left_out": Translatable("its reader misses the package {name}", name=error.name)}
     except OSError as error:
-        answer = {"left_out": f"cannot be opened ({(error.strerror or str(error)).lower()})"}
+        reason = (error.strerror or str(error)).lower()
+        answer = {"left_out": Translatable("cannot be opened ({reason})", reason=reason)}
     except Exception as error:  # of a library that a damaged file has led astray
-        reason = "needs too much memory" if is_out_of_memory(error) else f"damaged ({type(error).__name__})"
-        answer = {"left_out": reason}
+        kind = type(error).__name__
+        damaged = Translatable("damaged ({kind})", kind=kind)
+        answer = {"left_out": Translatable("needs too much memory") if is_out_of_memory(error) else damaged}
     answers.write(json.dumps(answer) + "\n")
     answers.flush()
 

@@ -45,10 +45,12 @@ class UnreachableError(UserError):
         self.what = what
         self.status = status
         super().__init__(
-            "{what}; try the same command again, set HF_ENDPOINT to a mirror, take --source {name}, which needs no "
-            "network, or train with --use_synthetic",
-            what=Translatable(what),
-            name=BUILTIN,
+            Translatable(
+                "{what}; try the same command again, set HF_ENDPOINT to a mirror, take --source {name}, which needs no "
+                "network, or train with --use_synthetic",
+                what=Translatable(what),
+                name=BUILTIN,
+            )
         )
 
 
