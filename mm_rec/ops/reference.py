@@ -351,15 +351,16 @@ def memory_attention(
     """
     out_dtype, time, slots = q.dtype, q.shape[1], kept_k.shape[2]
     slot, held = retain(score, position, kept_score)
-    keys, values, scores = candidate_pairs(k, v, _wide(score), kept_k, kept_v, _wide(kept_score), time)
-    kept = take_pairs(keys, values, scores, held[:, :, -1])  # in the type of the pairs, which is that of the state
-    q, k, v, keys, values = (_wide(x) for x in (q, k, v, keys, values))
+    pair_dtype = torch.promote_types(k.dtype, kept_k.dtype)  # the state keeps its type
+    q, k, v, score, kept_k, kept_v, kept_score = (_wide(x) for x in (q, k, v, score, kept_k, kept_v, kept_score))
+    keys, values, scores = candidate_pairs(k, v, score, kept_k, kept_v, kept_score, time)
     far = torch.einsum("bthd,bhjd->bhtj", q, keys) + scores[:, :, None]
     far = far.masked_fill(~retained(slot, position, kept_score), -math.inf)
     weight = torch.cat([attention_logits(q, k, position, rotary_base), far], dim=-1).softmax(dim=-1)
     near_weight, far_weight = weight.split([k.shape[1], slots + time], dim=-1)
     out = torch.einsum("bhtc,bchd->bthd", near_weight, v) + torch.einsum("bhtj,bhjd->bthd", far_weight, values)
-    return out.to(out_dtype), *kept
+    kept_k, kept_v, kept_score = take_pairs(keys, values, scores, held[:, :, -1])
+    return out.to(out_dtype), kept_k.to(pair_dtype), kept_v.to(pair_dtype), kept_score
 
 
 def candidate_pairs(

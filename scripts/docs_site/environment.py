@@ -45,7 +45,7 @@ DEVELOPMENT = {
     "MM_REC_FUZZ_CASES": "How many random calls the tests of the C++ kernels make.",
     "MM_REC_REQUIRE_NATIVE": "Tests that need the native kernels fail where they would be skipped without them.",
     "MM_REC_SCHEMA_CASES": "How many random requests the tests of the server make for each path.",
-    "MM_REC_TEST_SYSTEM": "`bare` runs the tests on a system that plays Windows.",
+    "MM_REC_TEST_SYSTEM": "`bare` runs the tests on a simulated Windows.",
 }
 """Variables of MM-Rec for building and testing it."""
 

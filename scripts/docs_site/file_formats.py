@@ -46,7 +46,7 @@ def make_page() -> str:
     """Returns the page in Markdown."""
     what = descriptions()
     rows = [
-        [kind, str(version), what[kind], formats.STILL_WORKS.get(kind, "")]
+        [kind, str(version), what[kind], formats._STILL_WORKS.get(kind, "")]
         for kind, version in formats.VERSIONS.items()
     ]
     head = ["format", "number", "what it is", "what still works with files of another number"]
