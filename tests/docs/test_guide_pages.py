@@ -128,3 +128,14 @@ def test_the_python_example_of_the_reference_runs(capsys: pytest.CaptureFixture[
     [example] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(example, {})
     assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+def test_other_pages_show_commands_that_are_tested() -> None:
+    tested = {
+        line.split("#")[0].strip()
+        for line in [*commands("README.md"), *(one for page in guide() for one in lines(page))]
+    }
+    others = [path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")]
+    shown = {line.split("#")[0].strip() for page in others for line in lines(page)}
+    assert shown
+    assert shown <= tested
