@@ -106,6 +106,7 @@ def test_every_command_of_the_guide_works(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="the launcher is a shell script")
 def test_the_launcher_of_the_guide_trains_with_two_processes(tmp_path: Path) -> None:
     [line] = [line for line in lines("docs/guide/several_gpus.md") if line.startswith("PROCESSES=2 ")]
     for domain, texts in (("text", synthetic_text(12)), ("code", synthetic_code(12))):
@@ -114,7 +115,7 @@ def test_the_launcher_of_the_guide_trains_with_two_processes(tmp_path: Path) -> 
     short = " ".join([*QUICK, "--max_steps", "2"])
     done = subprocess.run(
         ["bash", "-c", f"{line.replace(LAUNCHER, str(ROOT / LAUNCHER))} {short}"], cwd=tmp_path, text=True,
-        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -15,6 +15,8 @@ from mm_rec.cli import COMMANDS
 from mm_rec.ops import backend
 from mm_rec.ops.reference import __all__ as DEFINITIONS
 
+pytestmark = pytest.mark.usefixtures("sources")
+
 
 def test_every_variable_that_is_read_has_a_sentence() -> None:
     described = {**environment.USE, **environment.DEVELOPMENT, **environment.OTHERS}
