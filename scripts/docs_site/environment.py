@@ -121,8 +121,8 @@ def make_page() -> str:
     parts = [INTRODUCTION]
     titles = {"For use": USE, "For building and testing": DEVELOPMENT, "Of other programs": OTHERS}
     for title, variables in titles.items():
-        rows = [[code(name), _lines(readers[name]), text] for name, text in variables.items()]
-        parts.append(f"\n## {title}\n\n{table(['variable', 'read in', 'what it does'], rows)}")
+        rows = [[code(name), text, _lines(readers[name])] for name, text in variables.items()]
+        parts.append(f"\n## {title}\n\n{table(['variable', 'what it does', 'read in'], rows)}")
     return "\n".join(parts)
 
 

@@ -61,7 +61,7 @@ def test_every_format_has_its_number_and_says_what_it_is() -> None:
     assert file_formats.descriptions().keys() == formats.VERSIONS.keys()
     page = file_formats.make_page()
     for kind, version in formats.VERSIONS.items():
-        assert f"| {kind} | {version} | " in page
+        assert f"| {kind} | {file_formats.descriptions()[kind]} | {version} | " in page
         assert len(file_formats.descriptions()[kind]) > 20
 
 
