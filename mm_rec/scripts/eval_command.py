@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mm_rec.errors import UserError
 from mm_rec.program import Parser, positive_int, run_program
-from mm_rec.scripts.sampling_options import add_domain_argument, add_weights_argument
+from mm_rec.scripts.sampling_options import MODEL_HELP, add_domain_argument, add_weights_argument
 
 if TYPE_CHECKING:
     from mm_rec.evaluation.bits_per_byte import Documents
@@ -46,7 +46,7 @@ NEEDLE_SECONDS = 60.0
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     """Parse arguments, measure, write the report."""
     parser = Parser(prog=prog, description=__doc__, epilog=EPILOG)
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint, run folder or folder of runs")
+    parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument("--output", type=Path, default=Path("evaluation"), metavar="FOLDER", help="for the report")
     parser.add_argument(
         "--documents",

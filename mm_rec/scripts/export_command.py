@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mm_rec.errors import MissingPackageError
 from mm_rec.program import Parser, run_program
-from mm_rec.scripts.sampling_options import add_adapter_argument, add_domain_argument
+from mm_rec.scripts.sampling_options import MODEL_HELP, add_adapter_argument, add_domain_argument
 
 EPILOG = """examples:
   mm-rec export --model checkpoints_cpu --output my-model
@@ -24,7 +24,7 @@ In Python:
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     """Parse arguments and export."""
     parser = Parser(prog=prog, description=__doc__, epilog=EPILOG)
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint, run folder or folder of runs")
+    parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="to make; it must not exist")
     add_adapter_argument(parser)
     add_domain_argument(parser)

@@ -14,6 +14,7 @@ from mm_rec.regular_file import read_regular
 __all__ = [
     "ADAPTER_HELP",
     "FLAGS",
+    "MODEL_HELP",
     "MOST_CHARACTERS",
     "WEIGHTS_HELP",
     "add_adapter_argument",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 ADAPTER_HELP = "folder of a LoRA adapter to add to the model, as PEFT or `mm-rec finetune --lora` writes it"
+MODEL_HELP = "checkpoint, run folder, folder of runs, or OWNER/NAME or OWNER/NAME@REVISION on the hub"
 WEIGHTS_HELP = "full, or int8: fewer bytes, so faster on the CPU, at a small loss of quality"
 
 MOST_CHARACTERS = 50_000_000
