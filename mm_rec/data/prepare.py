@@ -21,6 +21,7 @@ from mm_rec.data.documents.reading import Documents, ReadOptions
 from mm_rec.data.domain_files import choose_root, find_domains, find_named
 from mm_rec.data.first_pass import Survey, survey_domain
 from mm_rec.data.manifest import check_files, hash_files, require_unchanged
+from mm_rec.data.origins import origins_of, write_origins
 from mm_rec.data.pack import Document, write_store
 from mm_rec.data.preparation_estimate import estimate_preparation
 from mm_rec.data.prepared import Prepared, make_once, tell_bad_rows, write_report
@@ -123,6 +124,7 @@ def prepare(
                     raise
                 tell_bad_rows(documents.bad_rows, tell)
             with atomic_folder(path, sum(survey.n_bytes for survey in surveys.values())) as folder:
+                write_origins(folder, {name: origins_of(one.home, hashes[name]) for name, one in found.items()})
                 write_account(folder, {name: _account(survey, found[name].home) for name, survey in surveys.items()})
                 _make(folder, surveys, vocab_size, tokenizer, tell)
                 for name, one in found.items():

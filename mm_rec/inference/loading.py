@@ -43,6 +43,7 @@ class Loaded(NamedTuple):
         path: the checkpoint.
         weights: of :data:`mm_rec.config.WEIGHTS`, as they were loaded.
         stage: the stage that trained it last; None if that is not known.
+        sha256: that of :class:`mm_rec.storage.checkpoint.Checkpoint`, before an adapter is added.
     """
 
     model: MMRecModel
@@ -51,6 +52,7 @@ class Loaded(NamedTuple):
     path: Path
     weights: str
     stage: str | None = None
+    sha256: str = ""
 
     @property
     def learned_to_chat(self) -> bool | None:
@@ -201,7 +203,7 @@ def load_model(
     model.to(place).eval()
     if weights == "full":
         pack_matrices(model)
-    return Loaded(model, tokenizer, found.domain, found.path, weights, _last_stage(found.path, adapter))
+    return Loaded(model, tokenizer, found.domain, found.path, weights, _last_stage(found.path, adapter), found.sha256)
 
 
 def _last_stage(path: Path, adapter: Path | None) -> str | None:

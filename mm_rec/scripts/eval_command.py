@@ -346,6 +346,7 @@ def _facts(loaded: Loaded, domain: str | None) -> dict[str, str]:
     import torch
 
     from mm_rec.evaluation.recall import state_bytes
+    from mm_rec.evaluation.results_file import WEIGHTS_SHA256
 
     config, weight = loaded.model.config, loaded.model.embedding.weight
     precision = "bf16" if weight.dtype == torch.bfloat16 else "fp32"
@@ -354,6 +355,7 @@ def _facts(loaded: Loaded, domain: str | None) -> dict[str, str]:
     whole, one = state_bytes(loaded.model), state_bytes(loaded.model, config.experts[0])
     return {
         "checkpoint": str(loaded.path),
+        WEIGHTS_SHA256: loaded.sha256,
         "parameters": f"{count / 1e6:.1f} million",
         "shape": f"{experts} of {config.n_layers} blocks, {config.d_model} wide",
         "vocabulary": f"{loaded.tokenizer.vocab_size:,} tokens",

@@ -36,10 +36,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "model"
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.fixture
 def connect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[dict[str, Models]], ModelsHub]]:
     """Start a hub with the given models and make it the one that is asked; the cache is empty, and nobody is known."""
