@@ -1,6 +1,6 @@
 # The commands of this project. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test check bench soak clean
+.PHONY: help setup native demo docs test check bench soak clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,6 +22,10 @@ native: setup  ## rebuild the native kernels by hand
 demo: setup  ## data, training and a model that answers questions, in 20 minutes and 1 GB
 	$(BIN)/mm-rec demo
 
+docs: setup  ## this documentation as a site in site/, for a browser; no network is needed
+	$(BIN)/python -m mkdocs --quiet build --strict
+	@echo "site/index.html is the first page; for the search: $(BIN)/python -m http.server --directory site"
+
 test: setup  ## the whole test suite, in two processes
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -38,5 +42,5 @@ soak: setup  ## try the promises of docs/reliability.md for hours (ROW=n, SECOND
 	$(BIN)/python tests/faults/soak.py $(if $(ROW),--row $(ROW)) $(if $(SECONDS),--seconds $(SECONDS))
 
 clean:  ## remove what setup and the build made (no data, no runs)
-	rm -rf $(VENV) build *.egg-info mm_rec/cpp/build
+	rm -rf $(VENV) build site *.egg-info mm_rec/cpp/build
 	find mm_rec \( -name '*.so' -o -name '*.dylib' \) -delete

@@ -42,7 +42,7 @@ from mm_rec.storage import checkpoint
 from mm_rec.training.recipe import Recipe, StageShare, recipe_data, train_stage
 from mm_rec.training.settings import TrainSettings
 
-RESULT = Path(__file__).parent / "results" / "answers.json"
+RESULT = Path(__file__).parent / "results" / "answers" / "cpu.json"
 QUESTIONS, SEED = 100, 0
 
 
@@ -84,16 +84,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=default.batch_size)
     parser.add_argument("--seq_len", type=int, default=default.seq_len)
     parser.add_argument("--plain_pairs", type=int, default=default.plain_pairs, help="pairs in the pre-training text")
+    parser.add_argument("--text_samples", type=int, default=default.text_samples, help="documents to pre-train on")
     parser.add_argument("--code_samples", type=int, default=default.code_samples, help="modules to pre-train on")
     parser.add_argument("--optimizer", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ask_device", default="cpu", help="where the model answers; the CPU reads a token at a time")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--questions",
+        type=int,
+        default=QUESTIONS,
+        help="to ask; those after the first hundred, by which no recipe was chosen, are counted apart",
+    )
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(argv)
     recipe = Recipe(
         preset=options.preset,
+        text_samples=options.text_samples,
         code_samples=options.code_samples,
         plain_pairs=options.plain_pairs,
         stages=tuple(
@@ -115,8 +123,9 @@ def main(argv: list[str] | None = None) -> int:
             seed=options.seed,
         )
         result = run(recipe, settings, None if options.tokens is None else int(options.tokens), options, guard)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    print(json.dumps({name: result[name] for name in ("stages", "base", "shares")}, indent=1))
+    print(json.dumps({name: result[name] for name in ("stages", "base", "shares", "shares_of_others")}, indent=1))
     return 0
 
 
@@ -126,7 +135,7 @@ def run(
     """Train every stage and ask before and after the conversations."""
     console = processes.make_console()
     data = recipe_data(recipe, settings, console)
-    questions = draw_questions(settings.data_dir / "questions" / "builtin.jsonl", QUESTIONS, SEED)
+    questions = draw_questions(settings.data_dir / "questions" / "builtin.jsonl", options.questions, SEED)
     stages: dict[str, dict[str, float]] = {}
     paths: list[Path] = []
     for stage in recipe.stages:
@@ -157,8 +166,9 @@ def run(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "stages": stages,
-        "base": summarize(base),
-        "shares": summarize(taught),
+        "base": summarize(base[:QUESTIONS]),
+        "shares": summarize(taught[:QUESTIONS]),
+        "shares_of_others": summarize(taught[QUESTIONS:]),
         "questions": asked,
     }
 

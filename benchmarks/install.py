@@ -1,6 +1,6 @@
 """Size of an installation and how long its commands take to start, of two versions of this project in turn.
 
-    git worktree add /tmp/before COMMIT && cp mm_rec/cpp/*.so /tmp/before/mm_rec/cpp/
+    git worktree add /tmp/before COMMIT && cd /tmp/before && python -m mm_rec.cpp.build
     python -m benchmarks.install --before /tmp/before [--rounds 7]
 
 An installation is what ``pyproject.toml`` asks for, with all that it needs in turn, by the metadata of the packages in
@@ -30,12 +30,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from mm_rec.bench.machine import describe_machine
-from mm_rec.config import PRESETS
-from mm_rec.data.synthetic import synthetic_text
-from mm_rec.model import MMRecModel
 from mm_rec.program import positive_int
-from mm_rec.storage import checkpoint
-from mm_rec.text.tokenizer import train_tokenizer
 
 HERE = Path(__file__).resolve().parents[1]
 
@@ -114,6 +109,20 @@ def imported(tree: Path, module: str) -> dict[str, float]:
     return {"milliseconds": float(lines[-1][1]) / 1000, "modules": float(len(lines) - 1)}
 
 
+def commands(tree: Path, folder: Path) -> dict[str, list[str]]:
+    """Returns the commands to time; the version in ``tree`` trains a model for them, which another could not read."""
+    training = ["--stage", "stage1", "--use_synthetic", "--preset", "tiny", "--max_steps", "1", "--seq_len", "64"]
+    places = ["--data_dir", str(folder / "data"), "--checkpoint_dir", str(folder / "runs")]
+    start(tree, "-m", "mm_rec.scripts.train_cpu", *training, *places)
+    sampling = ["--prompt", "The ", "--max_new_tokens", "8", "--precision", "fp32"]
+    generate = ["-m", "mm_rec.cli", "generate"]
+    return {
+        "mm-rec --help": ["-m", "mm_rec.cli", "--help"],
+        "mm-rec generate --help": [*generate, "--help"],
+        "mm-rec generate, 8 tokens of tiny": [*generate, "--model", str(folder / "runs" / "stage1"), *sampling],
+    }
+
+
 def main() -> None:
     """Measure both versions and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,27 +133,13 @@ def main() -> None:
     trees = {"before": options.before.resolve(), "after": HERE}
     times: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in trees}
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "step_000001"
-        config = PRESETS["tiny"]
-        tokenizer = train_tokenizer(synthetic_text(50), config.vocab_size)
-        weights = MMRecModel(config, seed=1).state_dict()
-        checkpoint.save(
-            model, config=config, weights=weights, optimizer={}, carried={}, trainer={}, tokenizer=tokenizer
-        )
-        commands = {
-            "mm-rec --help": ["-m", "mm_rec.cli", "--help"],
-            "mm-rec generate --help": ["-m", "mm_rec.cli", "generate", "--help"],
-            "mm-rec generate, 8 tokens of tiny": [
-                "-m", "mm_rec.cli", "generate", "--model", str(model), "--prompt", "The ", "--max_new_tokens", "8",
-                "--precision", "fp32",
-            ],
-        }  # fmt: skip
+        all_commands = {name: commands(tree, Path(folder) / name) for name, tree in trees.items()}
         for turn in range(options.rounds):
             for name in sorted(trees, reverse=bool(turn % 2)):
                 for module in ("mm_rec.cli", "mm_rec.inference.loading", "mm_rec.scripts.doctor_command"):
                     for unit, value in imported(trees[name], module).items():
                         times[name][f"import {module}, {unit}"].append(value)
-                for command, arguments in commands.items():
+                for command, arguments in all_commands[name].items():
                     seconds, processor, _ = start(trees[name], *arguments)
                     times[name][f"{command}, seconds"].append(seconds)
                     times[name][f"{command}, processor seconds"].append(processor)

@@ -15,7 +15,16 @@ from typing import Any
 import mm_rec
 from mm_rec.errors import UserError
 
-__all__ = ["FIRST_VERSION", "KEY", "VERSIONS", "FormatError", "check_version", "is_current", "take_version"]
+__all__ = [
+    "FIRST_VERSION",
+    "KEY",
+    "STILL_WORKS",
+    "VERSIONS",
+    "FormatError",
+    "check_version",
+    "is_current",
+    "take_version",
+]
 
 VERSIONS = {
     # model.safetensors, config.json and the tokenizer, of checkpoints and exported folders; written in config.json
@@ -26,8 +35,9 @@ VERSIONS = {
     # the file of a chat session; written in its settings
     "session": 4,
     # a folder of prepared data, and whatever makes the same input come out differently: part of the identity that
-    # names the folder, so that one of another number is not opened but made anew beside it
-    "documents": 4,
+    # names the folder, so that one of another number is not opened but made anew beside it. Folders of documents of
+    # number 4 are used again (mm_rec/data/prepare.py)
+    "documents": 5,
     "conversations": 2,
     # what the readers make of files of other kinds than JSONL and Parquet: part of that identity if there are some
     "document readers": 1,
@@ -46,13 +56,15 @@ KEY = "format"
 FIRST_VERSION = 1
 """Of a model or training state that states no version, as before there were such numbers."""
 
-_STILL_WORKS = {
+STILL_WORKS = {
     "model": "the version of MM-Rec that wrote it still runs, trains and exports it",
     "training": "its weights can still be used: --init_from starts a new run from them, and generate, chat and export "
     "take them as they are",
     "session": "the version of MM-Rec that wrote it still continues it, and a new session can be started",
     "token store": "delete it, the next run makes it anew",
 }
+"""What still works with a file of another version, for the formats that :func:`check_version` is called with."""
+
 _LONGEST_SHOWN = 20
 
 
@@ -81,8 +93,7 @@ def check_version(kind: str, found: object, path: Path | str) -> None:
     if len(shown) > _LONGEST_SHOWN:
         shown = f"{shown[:_LONGEST_SHOWN]}..."
     raise FormatError(
-        f"{path} has {kind} format {shown}, and MM-Rec {mm_rec.__version__} reads {VERSIONS[kind]}; "
-        f"{_STILL_WORKS[kind]}"
+        f"{path} has {kind} format {shown}, and MM-Rec {mm_rec.__version__} reads {VERSIONS[kind]}; {STILL_WORKS[kind]}"
     )
 
 

@@ -137,25 +137,26 @@ def take(program: str, url: str, shot: Shot, folder: Path) -> Path:
         for domain in ("Network", "Log", "Runtime", "Page"):
             page.call(f"{domain}.enable")
         page.call("Page.navigate", url=url)
-        _wait(page, "document.readyState === 'complete' && typeof running !== 'undefined' && model !== null", 20)
+        wait_for(page, "document.readyState === 'complete' && typeof running !== 'undefined' && model !== null", 20)
         for question in shot.questions:
             page.evaluate("document.getElementById('input').focus()")
             page.call("Input.insertText", text=question)
             for kind in ("keyDown", "keyUp"):
                 page.call("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13)
-            _wait(page, "running === null", ANSWER_SECONDS)
+            wait_for(page, "running === null", ANSWER_SECONDS)
         assert page.evaluate("document.querySelectorAll('.trouble').length") == 0, page.evaluate(
             "document.body.innerText"
         )
         assert page.evaluate("turns.length") == len(shot.questions)
-        _check(page, url)
+        check_requests(page, url)
         picture = base64.b64decode(page.call("Page.captureScreenshot", format="png")["data"])
     path = folder / f"{shot.name}.png"
     path.write_bytes(picture)
     return path
 
 
-def _wait(page: Browser, condition: str, seconds: float) -> None:
+def wait_for(page: Browser, condition: str, seconds: float) -> None:
+    """Wait until a JavaScript expression is true in the page; RuntimeError after so many seconds."""
     end = time.monotonic() + seconds
     while not page.evaluate(condition):
         if time.monotonic() > end:
@@ -163,7 +164,7 @@ def _wait(page: Browser, condition: str, seconds: float) -> None:
         time.sleep(0.1)
 
 
-def _check(page: Browser, url: str) -> None:
+def check_requests(page: Browser, url: str) -> None:
     """Nothing was asked from elsewhere, and nothing went wrong."""
     for event in page.events:
         if event["method"] == "Network.requestWillBeSent":

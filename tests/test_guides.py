@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_up_entries import made_up_entries
 
 import mm_rec
 from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.data import download_data
+from mm_rec.data.download import local
 from mm_rec.data.download.hub import UnreachableError
 from mm_rec.data.download.sources import Source
 from mm_rec.program import run_program
@@ -44,7 +46,7 @@ def documents(kind: str, count: int) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An empty folder, two steps a stage, a very small model, and a hub that has a few documents at once."""
+    """An empty folder, two steps a stage, a very small model; a hub and a machine that have a few documents at once."""
 
     def fetch(source: Source, samples: int, data_dir: Path, tell: object) -> Path:
         path = data_dir / source.path
@@ -59,6 +61,9 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MM_REC_MAX_STEPS", "2")
     monkeypatch.setattr(download_data, "fetch", fetch)
+    monkeypatch.setattr(local, "builtin_text", lambda: documents("text", 30))
+    monkeypatch.setattr(local, "builtin_code", lambda: documents("code", 30))
+    monkeypatch.setattr(local, "builtin_entries", lambda: made_up_entries(3000))
     monkeypatch.setattr(trainer, "SAMPLE_TOKENS", 3)
     monkeypatch.setattr(trainer, "draw_losses", lambda *_: None)
     small = ModelConfig(
@@ -109,8 +114,6 @@ def test_without_a_hub_training_takes_what_the_machine_has(
         raise UnreachableError("the hub cannot be reached")
 
     monkeypatch.setattr(download_data, "fetch", unreachable)
-    monkeypatch.setattr("mm_rec.data.download.local.builtin_text", lambda: documents("text", 30))
-    monkeypatch.setattr("mm_rec.data.download.local.builtin_code", lambda: documents("code", 30))
     assert run("python3 -m mm_rec.scripts.auto_train") == 0
     assert "the hub cannot be reached: taking the builtin text" in capsys.readouterr().out
     assert (tmp_path / "data" / "code" / "builtin.jsonl").exists()

@@ -88,6 +88,7 @@ def test_the_settings_file_of_the_readme_is_read() -> None:
 def test_every_command_of_the_readme_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setitem(PRESETS, "small", PRESETS["tiny"])  # for the demo
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))  # to chat
     monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)  # to serve until the end

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mm_rec.config import ModelConfig
+from mm_rec.machine.device import apply_precision
 from mm_rec.model import MMRecModel
 from mm_rec.state import detach_state, flatten_state, initial_state, map_state, unflatten_state
 
@@ -42,6 +43,18 @@ def test_state_that_does_not_fit_is_refused() -> None:
         unflatten_state({**flat, "experts.text.blocks.3.h": flat["experts.text.blocks.0.h"]}, CONFIG)
     with pytest.raises(ValueError, match=r"experts\.text\.blocks\.0\.h is \(1, 32\)"):
         unflatten_state({**flat, "position": torch.zeros(2, dtype=torch.int64)}, CONFIG)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=pytest.mark.native)])
+def test_state_keeps_its_types(backend: str) -> None:
+    """A session is saved with these types and loaded with those of the empty state."""
+    model = MMRecModel(CONFIG, use_native=backend == "native")
+    apply_precision(model, "bf16")
+    with torch.no_grad():
+        _, state = model(tokens(1, 60))
+    before = {name: tensor.dtype for name, tensor in flatten_state(model.initial_state(1)).items()}
+    assert {name: tensor.dtype for name, tensor in flatten_state(state).items()} == before
+    assert torch.bfloat16 in before.values()
 
 
 def test_one_expert_alone_is_a_state_too() -> None:

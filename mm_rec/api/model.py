@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mm_rec.evaluation.bits_per_byte import Documents, evaluate
 from mm_rec.inference.chat_session import ChatSession
+from mm_rec.inference.folder_memory import read_folder
 from mm_rec.inference.generate import PROMPT_CHUNK, generate
 from mm_rec.inference.loading import Loaded, load_model
 from mm_rec.inference.sampling import Sampling, SamplingOptions
@@ -58,7 +59,7 @@ def load(
     """Loads a trained model.
 
     Args:
-        path: a checkpoint, a run folder (its best checkpoint) or a folder of runs (that of the last stage). Where there
+        path: a checkpoint, a run folder (its best one) or a folder of runs (that of the last stage). Where there
             is no such folder, a model on the hub: "owner/name", or "owner/name@revision" (branch, tag or commit).
         device: "cpu", "cuda", "cuda:N", or "auto": CUDA if it is there.
         precision: type of the matrices, "bf16", "fp32", or "auto": bf16 where it is fast.
@@ -160,6 +161,7 @@ class Model:
         system: str = "",
         messages: Iterable[Mapping[str, Any]] = (),
         domain: str | None = None,
+        memory: str | os.PathLike[str] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> ChatSession:
         """Starts a conversation.
@@ -168,10 +170,11 @@ class Model:
             system: the system prompt; empty for none.
             messages: what was said before, as in OpenAI's requests: objects with role and content.
             domain: see :class:`Model`.
+            memory: a file or folder of documents that is read first; what is remembered of it is kept for later.
             **sampling: see :class:`Model`.
 
         Raises:
-            UserError: for an unknown domain or a setting out of its range.
+            UserError: for an unknown domain, a setting out of its range, or a folder without documents.
             ValueError: if one of ``messages`` is no message.
 
         Example::
@@ -183,9 +186,19 @@ class Model:
             session.save("talk.safetensors")
         """
         settings = Sampling.from_options(sampling)
-        chosen = self._loaded.choose_domain(domain)
+        state = None
+        if memory is None:
+            chosen = self._loaded.choose_domain(domain)
+        else:
+            state, chosen, _ = read_folder(Path(memory), self._loaded, domain)
         return ChatSession.start(
-            self.module, self.tokenizer, sampling=settings, domain=chosen, system=system, messages=messages
+            self.module,
+            self.tokenizer,
+            sampling=settings,
+            domain=chosen,
+            system=system,
+            messages=messages,
+            memory=state,
         )
 
     def resume_chat(self, path: str | os.PathLike[str], **sampling: Unpack[SamplingOptions]) -> ChatSession:

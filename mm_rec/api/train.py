@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +17,7 @@ from mm_rec.config import DOMAINS
 from mm_rec.errors import UserError
 from mm_rec.machine.signals import Interrupted, SignalGuard
 from mm_rec.options import from_values
-from mm_rec.regular_file import read_regular
-from mm_rec.storage.run_folder import METRICS
+from mm_rec.storage.run_folder import METRICS, read_metrics
 from mm_rec.training.check_settings import check_settings
 from mm_rec.training.load_data import load_data
 from mm_rec.training.minutes import choose_preset
@@ -63,8 +61,7 @@ class TrainedRun:
         ``tokens`` (read so far); a validation has ``step`` and ``valid`` (bits per byte by domain). So the losses are
         ``[one["loss"] for one in run.metrics if "loss" in one]``.
         """
-        lines = read_regular(self.folder / METRICS).decode().splitlines()
-        return [json.loads(line) for line in lines]
+        return list(read_metrics(self.folder / METRICS))
 
     def _repr_png_(self) -> bytes | None:
         picture = self.folder / "loss.png"

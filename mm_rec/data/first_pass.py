@@ -95,7 +95,10 @@ class Survey:
         total = self.n_bytes
         budget = int(min(VALID_BYTES, max(VALID_SHARE * total, min(total / len(self.kept), 0.1 * total))))
         order = self._by_hash()
-        self.valid.update(take_within(order, {number: size for number, (_, size) in self.kept.items()}, budget))
+        sizes = {number: size for number, (_, size) in self.kept.items()}
+        whole = take_within(order, sizes, budget)
+        # Where the first document is too large, smaller ones take its place.
+        self.valid.update(whole or take_within([one for one in order if sizes[one] <= budget], sizes, budget))
         if self.valid:
             return True
         self.cut = (order[0], budget)

@@ -33,9 +33,14 @@ from mm_rec.text.tokenizer import Tokenizer, train_tokenizer
 __all__ = ["describe", "prepare"]
 
 _TOKENIZER_BYTES = 12_000_000  # of each domain; training a vocabulary of 32,000 on it takes some ten seconds
+_USED_AGAIN = {5: 4}
+"""By version of the format of documents, the one whose folders are used again: in 4 other documents are held out where
+the first one is large."""
 _LARGE_BYTES = 2_000_000_000  # take some seconds to hash
 _SMALLEST_VOCABULARY = 512
 _BYTES_AN_ENTRY = 1280  # of text for each entry of the vocabulary: rarer tokens cost time and learn little
+_PART = "part_of_a_document"
+"""Key of a report's entry, there if what is held out is the end of a document that is trained on."""
 _ENCODE_CHARACTERS = 2_000_000  # at a time
 
 
@@ -57,7 +62,7 @@ def prepare(
     """Filter, split and tokenize documents, or open what an earlier call made of the same.
 
     Of each domain about 3% of the bytes, at most 256 KiB, are held out for validation: whole documents, chosen by
-    the hash of their text, or, if the first of them is larger than that, its end. Two processes may call this at
+    the hash of their text, or, if all of them are larger than that, the end of one. Two processes may call this at
     once; the second waits.
 
     Args:
@@ -130,7 +135,9 @@ def prepare(
                 for name, one in found.items():
                     require_unchanged(one.home, one.found.paths, hashes[name])
 
-    prepared = make_once(root, settings, make, tell)
+    used_again = _USED_AGAIN.get(VERSIONS["documents"])
+    earlier = None if used_again is None else {**settings, KEY: used_again}
+    prepared = make_once(root, settings, make, tell, earlier)
     noted = read_account(prepared.path)
     for name, one in found.items():
         account = noted.get(name, Account({}, [], []))
@@ -158,6 +165,11 @@ def describe(report: dict[str, Any]) -> list[str]:
             + f"; {train['tokens']:,} tokens to train on, {valid['tokens']:,} to validate on, "
             f"{train['bytes'] / train['tokens']:.2f} bytes a token"
         )
+        if valid.get(_PART):
+            lines.append(
+                f"{name}: no document is small enough to be held out whole, so validation reads the end of one whose "
+                "beginning is trained on; it says less about other texts, and more or shorter documents mend that"
+            )
     return lines
 
 
@@ -192,6 +204,8 @@ def _make(
                 "tokens": store.n_tokens,
                 "bytes": int(store.n_bytes.sum()),
             }
+        if survey.cut is not None:
+            entry["valid"][_PART] = True
     write_report(folder, tokenizer, entries)
 
 

@@ -79,14 +79,22 @@ class StoreFolder(NamedTuple):
 
 
 def make_once(
-    root: Path, settings: dict[str, Any], make: Callable[[Path], None], tell: Callable[[str], None]
+    root: Path,
+    settings: dict[str, Any],
+    make: Callable[[Path], None],
+    tell: Callable[[str], None],
+    earlier: dict[str, Any] | None = None,
 ) -> Prepared:
     """Returns the data that ``make`` writes, or wrote earlier, for ``settings``; see :func:`make_folder`."""
-    return open_prepared(make_folder(root, settings, make, tell))
+    return open_prepared(make_folder(root, settings, make, tell, earlier))
 
 
 def make_folder(
-    root: Path, settings: dict[str, Any], make: Callable[[Path], None], tell: Callable[[str], None]
+    root: Path,
+    settings: dict[str, Any],
+    make: Callable[[Path], None],
+    tell: Callable[[str], None],
+    earlier: dict[str, Any] | None = None,
 ) -> Path:
     """Returns the folder of ``root`` that ``make`` writes, or wrote earlier, for ``settings``; their hash names it.
 
@@ -97,14 +105,16 @@ def make_folder(
         settings: everything that the result depends on, as values that JSON can hold.
         make: writes the folder that it is given, whole or not at all.
         tell: takes a line if another process has to be waited for.
+        earlier: the settings of an earlier version, whose folder is used if it is there.
 
     Raises:
         UserError: if what was made earlier is not, byte for byte, what was written.
     """
-    identity = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     with reporting_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-    path = root / identity[:16]
+    path = root / _name_of(settings)
+    if earlier is not None and (root / _name_of(earlier)).exists():
+        path = root / _name_of(earlier)
     with Lock(
         root / "lock", wait=True, on_wait=lambda owner: tell(f"waiting for {owner}, which prepares data in {root}")
     ):
@@ -112,6 +122,10 @@ def make_folder(
         if not path.exists():
             make(path)
     return path
+
+
+def _name_of(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def open_prepared(path: Path) -> Prepared:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,10 @@ from typing import Any
 
 from mm_rec.data.prepared import PreparedFacts, read_facts
 from mm_rec.errors import UserError
-from mm_rec.regular_file import read_regular
 from mm_rec.storage import checkpoint, files
 from mm_rec.storage.lineage import DataFolder, run_of, trained_on
 from mm_rec.storage.run_config import CHECKPOINTS, read_config
-from mm_rec.storage.run_folder import METRICS
+from mm_rec.storage.run_folder import METRICS, read_metrics
 
 __all__ = ["TrainedStage", "read_history"]
 
@@ -84,11 +82,9 @@ def _before(path: Path, sha256: str | None) -> Path | None:
 
 def _last_validation(run: Path, step: int) -> dict[str, float]:
     """Bits per byte by domain of the last validation of a run up to ``step``."""
-    try:
-        records = [json.loads(line) for line in read_regular(run / METRICS).splitlines()]
-        found = [one["valid"] for one in records if "valid" in one and one["step"] <= step]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run / METRICS} cannot be used ({error}); train the run on, which mends it") from error
+    if not (run / METRICS).is_file():
+        return {}
+    found = [one["valid"] for one in read_metrics(run / METRICS) if "valid" in one and one["step"] <= step]
     return dict(found[-1]) if found else {}
 
 

@@ -69,11 +69,19 @@ class ChatSession:
         domain: str | None = None,
         system: str = "",
         messages: Iterable[Message | Mapping[str, Any]] = (),
+        memory: ModelState | None = None,
     ) -> ChatSession:
-        """Starts a new conversation, or one in which ``messages`` were said already."""
+        """Starts a new conversation, or one in which ``messages`` were said already.
+
+        With ``memory``, a state of one row that ``domain`` has made, it begins from what was read before.
+        """
         sampling = sampling or Sampling()
         ids, _ = encode_conversation(tokenizer, [*([Message("system", system)] if system else []), *messages])
-        _, state = read_prompt(model, ids, domain)
+        state = memory
+        if memory is not None:
+            ids = ids[1:]  # BOS stands at the beginning of what was read before
+        if state is None or ids:
+            _, state = read_prompt(model, ids, domain, state)
         return cls(model, tokenizer, sampling, domain, system, state, torch.Generator().manual_seed(sampling.seed))
 
     @property

@@ -22,11 +22,13 @@ from mm_rec.state import ModelState
 from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = [
-    "PROMPT_CHUNK", "GeneratedText", "TextStream", "end_tokens", "generate", "generate_pieces", "json_constraint",
-    "read_prompt",
+    "BETWEEN_DOCUMENTS", "PROMPT_CHUNK", "GeneratedText", "TextStream", "end_tokens", "generate", "generate_pieces",
+    "json_constraint", "read_prompt",
 ]  # fmt: skip
 
 PROMPT_CHUNK = 512
+BETWEEN_DOCUMENTS = "\n\n"
+"""What stands between two documents that are read one after the other, without a new start."""
 
 
 class TextStream:
@@ -240,6 +242,7 @@ def generate(
     sampling: Sampling,
     domain: str | None,
     json_schema: Mapping[str, Any] | None = None,
+    memory: ModelState | None = None,
 ) -> Iterator[str]:
     """Continues ``prompt``; yields pieces of text, never a part of a character.
 
@@ -253,18 +256,22 @@ def generate(
         sampling: how to draw.
         domain: the expert to use; None fuses all.
         json_schema: let the text be JSON that follows this schema.
+        memory: the state of one row that ``domain`` has made of documents read before; None for none.
 
     Raises:
         UserError: if the schema can't be followed.
     """
-    state: ModelState | None = None
+    state = memory
 
     def read(tokens: Sequence[int]) -> Tensor:
         nonlocal state
-        logits, state = read_prompt(model, tokens, domain, state, donate=True)
+        logits, state = read_prompt(model, tokens, domain, state, donate=state is not memory)
         return logits
 
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    if memory is None:
+        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    else:
+        ids = tokenizer.encode(BETWEEN_DOCUMENTS + prompt)
     generator = torch.Generator().manual_seed(sampling.seed)
     constraint = json_constraint(model, tokenizer, json_schema)
     text = GeneratedText(tokenizer, model.config.vocab_size, sampling, generator, seen=ids, constraint=constraint)

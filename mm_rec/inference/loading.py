@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,18 +80,30 @@ class Loaded(NamedTuple):
             UserError: if there is no such expert.
         """
         experts = self.model.config.experts
+        if requested is None and self.is_routed and prompt:
+            return self.best_expert([self.tokenizer.bos_id, *self.tokenizer.encode(prompt)])
         if requested is None:
-            is_fused = self.domain != experts[0] or self.model.fusion.is_trained
-            return self.domain if is_fused or len(experts) == 1 or not prompt else self._best_expert(prompt)
+            return self.domain
         if requested not in (*experts, "all"):
             raise UserError(f"there is no expert {requested!r}; use --domain {', '.join(experts)} or all")
         return None if requested == "all" else requested
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether the prompt decides who answers: there are several experts, and no fusion is trained yet."""
+        experts = self.model.config.experts
+        return len(experts) > 1 and self.domain == experts[0] and not self.model.fusion.is_trained
+
     @torch.no_grad()
-    def _best_expert(self, prompt: str) -> str:
-        """The expert that reads the first ROUTED_TOKENS of a prompt in the fewest bits; of equal ones the first."""
-        ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)][: ROUTED_TOKENS + 1]
-        tokens = torch.tensor([ids], device=self.model.embedding.weight.device)
+    def best_expert(self, ids: Sequence[int]) -> str:
+        """Returns the expert that reads the first tokens of a prompt in the fewest bits; of equal ones the first.
+
+        Args:
+            ids: the prompt, BOS first; ROUTED_TOKENS of it are read.
+        """
+        if len(ids) < 2:  # nothing but BOS
+            return self.model.config.experts[0]
+        tokens = torch.tensor([list(ids[: ROUTED_TOKENS + 1])], device=self.model.embedding.weight.device)
         losses = {
             name: self.model(tokens[:, :-1], None, name, targets=tokens[:, 1:])[0].loss.item()
             for name in self.model.config.experts
@@ -148,7 +160,7 @@ def _adapted(base: checkpoint.Checkpoint, adapter: Path) -> Mapping[str, Tensor]
     """
     folder = resolve(adapter, _warn) if (adapter / CHECKPOINTS).is_dir() else adapter
     changes = read_adapter(folder)
-    started_from = checkpoint.started_from(folder.parent if folder.name == ADAPTER_FOLDER else folder)
+    started_from = checkpoint.started_from(_checkpoint_of_adapter(folder))
     if started_from not in (None, base.sha256) and checkpoint.is_of_a_run(base.path):
         raise UserError(
             f"the adapter in {adapter} was not trained on {base.path}; name with --model the checkpoint that its "
@@ -210,9 +222,13 @@ def _last_stage(path: Path, adapter: Path | None) -> str | None:
     """The stage that trained the checkpoint at ``path`` last, or the adapter that is added to it."""
     if adapter is None:
         return checkpoint.stage_of(path)
-    folder = checkpoint.resolve(adapter, _warn) if (adapter / CHECKPOINTS).is_dir() else adapter
-    folder = folder.parent if folder.name == ADAPTER_FOLDER else folder
+    folder = checkpoint.resolve(adapter) if (adapter / CHECKPOINTS).is_dir() else _checkpoint_of_adapter(adapter)
     return checkpoint.stage_of(folder) if checkpoint.is_of_a_run(folder) else None
+
+
+def _checkpoint_of_adapter(folder: Path) -> Path:
+    """The checkpoint that the folder of an adapter lies in; a folder of PEFT lies in none."""
+    return folder.parent if folder.name == ADAPTER_FOLDER else folder
 
 
 def _check_state(model: MMRecModel) -> None:

@@ -351,14 +351,14 @@ def memory_attention(
     """
     out_dtype, time, slots = q.dtype, q.shape[1], kept_k.shape[2]
     slot, held = retain(score, position, kept_score)
-    q, k, v, score, kept_k, kept_v, kept_score = (_wide(x) for x in (q, k, v, score, kept_k, kept_v, kept_score))
-    keys, values, scores = candidate_pairs(k, v, score, kept_k, kept_v, kept_score, time)
+    pairs = candidate_pairs(k, v, score, kept_k, kept_v, kept_score, time)  # kept in the type that they have
+    q, k, v, keys, values, scores = (_wide(x) for x in (q, k, v, *pairs))
     far = torch.einsum("bthd,bhjd->bhtj", q, keys) + scores[:, :, None]
     far = far.masked_fill(~retained(slot, position, kept_score), -math.inf)
     weight = torch.cat([attention_logits(q, k, position, rotary_base), far], dim=-1).softmax(dim=-1)
     near_weight, far_weight = weight.split([k.shape[1], slots + time], dim=-1)
     out = torch.einsum("bhtc,bchd->bthd", near_weight, v) + torch.einsum("bhtj,bhjd->bthd", far_weight, values)
-    return out.to(out_dtype), *take_pairs(keys, values, scores, held[:, :, -1])
+    return out.to(out_dtype), *take_pairs(*pairs, held[:, :, -1])
 
 
 def candidate_pairs(

@@ -21,12 +21,15 @@ EPILOG = """examples:
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     """Parse arguments, measure, print."""
     parser = Parser(prog=prog, description=__doc__, epilog=EPILOG)
-    parser.add_argument("--preset", choices=tuple(PRESETS), default=DEFAULT_PRESET)
+    parser.add_argument("--preset", choices=tuple(PRESETS), default=DEFAULT_PRESET, help="size of the model to measure")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: CUDA if it is there (default)")
-    parser.add_argument("--shapes", nargs="+", type=_shape, default=[(1, 256), (2, 512)], metavar="BxT")
+    parser.add_argument(
+        "--shapes", nargs="+", type=_shape, default=[(1, 256), (2, 512)], metavar="BxT",
+        help="rows and tokens of the training steps to measure (default 1x256 2x512)",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=positive_int, default=5, help="runs that the medians are of (default 5)")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-    parser.add_argument("--threads", type=positive_int)
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="type of the matrices")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads; if not given, as many as pay here")
     parser.add_argument("--peers", action="store_true", help="GPT-2 110M and a GPT of 56M beside it: transformers")
     parser.add_argument("--output", type=Path, default=Path("bench"), help="folder for bench.json and roofline.png")
     return _measure(parser.parse_args(arguments))

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,12 @@ from mm_rec.scripts.sampling_options import (
     add_adapter_argument,
     add_domain_argument,
     add_json_argument,
+    add_memory_argument,
     add_sampling_arguments,
     add_weights_argument,
     given_sampling,
     read_json_schema,
+    tell_on_stderr,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ EPILOG = f"""commands in a conversation:
 examples:
   mm-rec chat --model checkpoints_cpu --session talk.safetensors
   mm-rec chat --model checkpoints_cpu --session talk.safetensors --resume
+  mm-rec chat --model checkpoints_cpu --memory ./notes        begins from what it remembers of a folder
   printf 'Hello\\nWhat is your name?\\n' | mm-rec chat --model checkpoints_cpu --temperature 0
 """
 
@@ -54,8 +57,11 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--session", type=Path, metavar="FILE", help="keep the memory here, saved after every answer")
     parser.add_argument("--resume", action="store_true", help="go on with the conversation in --session")
     parser.add_argument("--system", metavar="TEXT", help="system prompt of a new conversation")
+    add_memory_argument(parser)
     add_adapter_argument(parser)
-    add_domain_argument(parser)
+    add_domain_argument(
+        parser, "all once fusion is trained, else the one that reads the first message in the fewest bits"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: CUDA if it is there")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="type of the matrices")
     add_weights_argument(parser)
@@ -64,8 +70,8 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.resume and options.session is None:
         parser.error("--resume needs --session FILE")
-    if options.resume and (options.system is not None or options.domain is not None):
-        parser.error("--system and --domain are those that the conversation was started with; leave them out")
+    if options.resume and any(one is not None for one in (options.system, options.domain, options.memory)):
+        parser.error("--system, --domain and --memory are those that the conversation was started with; leave them out")
     from mm_rec.inference.session_file import own
 
     with contextlib.ExitStack() as locks:
@@ -73,15 +79,20 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
         if not options.resume and options.session is not None and options.session.exists():
             raise UserError(f"{options.session} holds a conversation; go on with --resume or name another file")
         schema = read_json_schema(options.json_schema)
-        session = _open_session(options)
+        session, start = _open_session(options)
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-        conversation = Conversation(session, options.session, owned, locks, interactive=sys.stdin.isatty())
+        conversation = Conversation(session, start, options.session, owned, locks, interactive=sys.stdin.isatty())
         conversation.json_schema = schema
         conversation.run()
     return 0
 
 
-def _open_session(options: argparse.Namespace) -> ChatSession:
+Start = Callable[[str], "ChatSession"]
+"""Starts a conversation anew; its argument is the first message, if that is known."""
+
+
+def _open_session(options: argparse.Namespace) -> tuple[ChatSession, Start]:
+    """The conversation to go on with or to begin, and how it begins anew."""
     from mm_rec.inference.chat_session import ChatSession
     from mm_rec.inference.loading import load_model
     from mm_rec.inference.sampling import Sampling
@@ -100,9 +111,29 @@ def _open_session(options: argparse.Namespace) -> ChatSession:
     if options.resume:
         session = ChatSession.load(options.session, model, tokenizer)
         session.sampling = dataclasses.replace(session.sampling, **given)
-        return session
-    domain = loaded.choose_domain(options.domain)
-    return ChatSession.start(model, tokenizer, sampling=Sampling(**given), domain=domain, system=options.system or "")
+        sampling, domain, system = session.sampling, session.domain, session.system
+
+        def again(message: str) -> ChatSession:
+            return ChatSession.start(model, tokenizer, sampling=sampling, domain=domain, system=system)
+
+        return session, again
+    memory = None
+    if options.memory is not None:
+        from mm_rec.inference.folder_memory import read_folder
+
+        memory = read_folder(options.memory, loaded, options.domain, tell_on_stderr)
+
+    def start(message: str) -> ChatSession:
+        return ChatSession.start(
+            model,
+            tokenizer,
+            sampling=Sampling(**given),
+            domain=loaded.choose_domain(options.domain, message) if memory is None else memory.domain,
+            system=options.system or "",
+            memory=memory and memory.state,
+        )
+
+    return start(""), start
 
 
 class Conversation:
@@ -110,6 +141,7 @@ class Conversation:
 
     Args:
         session: to talk in.
+        start: begins it anew; where nothing was said yet, with the first message, which may decide who answers.
         path: where it is kept; None for nowhere.
         owned: the lock of this file.
         locks: releases at the end what is owned.
@@ -122,6 +154,7 @@ class Conversation:
     def __init__(
         self,
         session: ChatSession,
+        start: Start,
         path: Path | None,
         owned: Lock | None,
         locks: contextlib.ExitStack,
@@ -129,6 +162,7 @@ class Conversation:
         interactive: bool,
     ) -> None:
         self.session = session
+        self.start = start
         self.path = path
         self.owned = owned
         self.locks = locks
@@ -174,6 +208,8 @@ class Conversation:
                 yield line
 
     def _answer(self, message: str) -> None:
+        if not self.session.turns:
+            self.session = self.start(message)
         if self.interactive:
             print("model: ", end="", flush=True)
         try:
@@ -210,10 +246,7 @@ class Conversation:
                     self.owned.release()
                 self.path, self.owned = path, owned
             case "reset":
-                old = self.session
-                self.session = type(old).start(
-                    old.model, old.tokenizer, sampling=old.sampling, domain=old.domain, system=old.system
-                )
+                self.session = self.start("")
                 if self.path is not None:
                     self.session.save(self.path, owned=self.owned)
                 print("forgotten")

@@ -20,6 +20,7 @@ from mm_rec.machine import installation
 from mm_rec.machine.device import available_memory, select_device, select_precision
 from mm_rec.program import Parser, run_program
 from mm_rec.storage import checkpoint, files
+from mm_rec.storage.best import best_or_newest, best_step
 from mm_rec.storage.checkpoint import Checkpoint
 from mm_rec.storage.lock import owner_of
 from mm_rec.storage.resume import require_checkpoints
@@ -192,6 +193,7 @@ def _check_checkpoints(run: Path, config: Config) -> tuple[Checkpoint | None, li
     return newest, [
         *damaged,
         Finding("ok", f"{len(paths) - len(damaged)} of {len(paths)} checkpoints are whole"),
+        *_check_best(run),
         Finding(
             "ok",
             f"the same command goes on from step {checkpoint.checkpoint_step(newest.path)}, "
@@ -199,6 +201,18 @@ def _check_checkpoints(run: Path, config: Config) -> tuple[Checkpoint | None, li
         ),
         Finding("ok", room) if free > 2 * size else Finding("broken", f"{room}; make room before going on"),
     ]
+
+
+def _check_best(run: Path) -> Iterable[Finding]:
+    """Which checkpoint is best by validation, if there was one, and whether it can be loaded."""
+    step, used = best_step(run), best_or_newest(run)
+    if step is None or used is None:
+        return
+    if checkpoint.checkpoint_step(used) == step:
+        yield Finding("ok", f"generate, chat, serve, export and eval load step {step}, the best by validation")
+    else:
+        where = run / CHECKPOINTS / checkpoint.checkpoint_name(step)
+        yield Finding("broken", f"{where}, the best by validation, is not whole; {used.name} is loaded in its place")
 
 
 def _check_records(run: Path, newest: Checkpoint | None) -> Iterable[Finding]:

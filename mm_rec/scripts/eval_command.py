@@ -7,19 +7,26 @@ are better; a model that knows nothing needs 8.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from mm_rec.errors import UserError
 from mm_rec.program import Parser, positive_int, run_program
+from mm_rec.scripts.eval_clock import (
+    Clock,
+    choose_distances,
+    measure_speeds,
+    readers,
+    tokens_of_needles,
+    tokens_to_read,
+)
 from mm_rec.scripts.sampling_options import MODEL_HELP, add_domain_argument, add_weights_argument
 
 if TYPE_CHECKING:
     from mm_rec.evaluation.bits_per_byte import Documents
-    from mm_rec.evaluation.recall import Haystack, Needles
+    from mm_rec.evaluation.recall import Needles
     from mm_rec.evaluation.report import Measurements
     from mm_rec.inference.loading import Loaded
 
@@ -36,11 +43,7 @@ trained, all fused. Needles (something said once, and asked for many tokens late
 one only a pass key is, in a text of a few sentences. Tasks need the extra `eval`.
 """
 
-DISTANCES = {"cpu": [1024, 4096], "cuda": [1024, 4096, 16_384, 65_536]}
 TRIALS = {"cpu": 16, "cuda": 200}
-PROGRESS_SECONDS = 10.0
-NEEDLE_SECONDS = 60.0
-"""Where no distances are named, needles are hidden over as many as take this time."""
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
@@ -121,12 +124,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     print(f"state: {measured.model['state']}")
     documents = _choose_documents(options, loaded, measured)
     haystack = next((Haystack(one.tokens, tokenizer) for one in documents.values() if one.masks is None), None)
-    speeds = _speeds(loaded, domain, trials)
-    distances = _choose_distances(options.distances, loaded, haystack, trials, speeds.needles)
+    speeds = measure_speeds(loaded, domain, trials)
+    distances = choose_distances(options.distances, loaded, haystack, trials, speeds.needles)
     needles = cells(distances, haystack)
-    clock = _Clock(
-        speeds.reading * _tokens_to_read(loaded, documents),
-        speeds.needles * _tokens_of_needles(trials, [distance for _, distance in needles]),
+    clock = Clock(
+        speeds.reading * tokens_to_read(loaded, documents),
+        speeds.needles * tokens_of_needles(trials, [distance for _, distance in needles]),
     )
     _read(loaded, documents, measured, clock.counting(speeds.reading))
     for kind, distance in needles:
@@ -199,99 +202,6 @@ def _tell_apart(named: Mapping[str, Documents], loaded: Loaded, measured: Measur
     return sets
 
 
-class _Speeds(NamedTuple):
-    """Seconds for each token that one expert reads of documents, and that is read for needles."""
-
-    reading: float
-    needles: float
-
-
-def _speeds(loaded: Loaded, domain: str | None, trials: int) -> _Speeds:
-    """Measure how long a piece of a document and of a needle's row takes."""
-    import torch
-
-    from mm_rec.evaluation import bits_per_byte, recall
-
-    model = loaded.model
-    device = model.embedding.weight.device
-
-    @torch.inference_mode()
-    def seconds_per_token(rows: int, tokens: int, domain: str | None) -> float:
-        ids = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
-        for _ in range(2):  # the first time takes longer
-            start = time.monotonic()
-            model(ids, None, domain, targets=ids)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-        return (time.monotonic() - start) / ids.numel()
-
-    chunk = bits_per_byte.CHUNK
-    reading = seconds_per_token(bits_per_byte.TOKENS_PER_BATCH // chunk, chunk, model.config.experts[0])
-    return _Speeds(reading, seconds_per_token(*recall.piece_of(trials, device), domain))
-
-
-def _tokens_to_read(loaded: Loaded, documents: Mapping[str, Documents]) -> int:
-    """Tokens of documents, once for each expert that reads them, and as often again for all fused, if they are read."""
-    readings = sum(1 if reader else len(loaded.model.config.experts) for reader in _readers(loaded))
-    return readings * sum(len(tokens) for one in documents.values() for tokens in one.tokens)
-
-
-def _tokens_of_needles(trials: int, distances: Sequence[int]) -> int:
-    from mm_rec.evaluation.recall import row_tokens
-
-    return trials * sum(map(row_tokens, distances))
-
-
-def _choose_distances(
-    named: list[int] | None, loaded: Loaded, haystack: Haystack | None, trials: int, seconds: float
-) -> list[int]:
-    """The distances that were named, else the shortest of the usual ones that take NEEDLE_SECONDS together."""
-    from mm_rec.evaluation.recall import cells
-
-    if named is not None:
-        return named
-    usual = DISTANCES[loaded.model.embedding.weight.device.type]
-
-    def time_of(distances: list[int]) -> float:
-        return seconds * _tokens_of_needles(trials, [distance for _, distance in cells(distances, haystack)])
-
-    count = sum(time_of(usual[: number + 1]) <= NEEDLE_SECONDS for number in range(len(usual)))
-    if count < len(usual):
-        left_out = usual[count:]
-        print(
-            f"needles over {', '.join(f'{one:,}' for one in left_out)} tokens are left out: they would take about "
-            f"{_in_words(time_of(left_out))}; --distances {','.join(map(str, usual))} asks for them"
-        )
-    return usual[:count]
-
-
-class _Clock:
-    """Tells before a long measurement how long it will take, and during it how much is left."""
-
-    def __init__(self, reading: float, needles: float) -> None:
-        self._total, self._done = reading + needles, 0.0
-        self._start = self._said = time.monotonic()
-        if self._total:
-            print(
-                f"reading takes about {_in_words(self._total)}: {_in_words(reading)} for documents, "
-                f"{_in_words(needles)} for needles",
-                flush=True,
-            )
-
-    def counting(self, seconds_per_token: float) -> Callable[[int], None]:
-        """Returns what is to be called with the number of tokens of each piece that was read."""
-
-        def add(tokens: int) -> None:
-            self._done += tokens * seconds_per_token
-            now = time.monotonic()
-            if now - self._said > PROGRESS_SECONDS and self._done:
-                self._said = now
-                left = (self._total / self._done - 1) * (now - self._start)
-                print(f"  {min(self._done / self._total, 1):.0%}, about {_in_words(max(left, 0))} to go", flush=True)
-
-        return add
-
-
 def _read(
     loaded: Loaded, documents: Mapping[str, Documents], measured: Measurements, progress: Callable[[int], None]
 ) -> None:
@@ -305,7 +215,7 @@ def _read(
     for name, one in documents.items():
         sizes = bytes_by_position(one, token_bytes)
         measured.bits_per_byte[name], measured.by_position[name] = {}, {}
-        for reader in _readers(loaded):
+        for reader in readers(loaded):
             runs = 1 if reader else len(experts)
             score = evaluate(loaded.model, one, reader, progress=partial(_times, progress, runs))
             measured.bits_per_byte[name][reader or "fused"] = score.bits_per_byte
@@ -314,12 +224,6 @@ def _read(
             ]
         scores = ", ".join(f"{reader} {score:.4f}" for reader, score in measured.bits_per_byte[name].items())
         print(f"{name}: bits per byte by {scores}", flush=True)
-
-
-def _readers(loaded: Loaded) -> tuple[str | None, ...]:
-    """Who reads documents: each expert, and None for all of them fused, where fusion is trained."""
-    experts = loaded.model.config.experts
-    return (*experts, None) if len(experts) > 1 and loaded.model.fusion.is_trained else experts
 
 
 def _times(progress: Callable[[int], None], runs: int, tokens: int) -> None:
@@ -333,12 +237,6 @@ def _needles_in_words(found: Needles) -> str:
         f"({found.low:.0%} to {found.high:.0%}, {found.chance:.0%} by chance), "
         f"{found.free / found.trials:.1%} in free answers"
     )
-
-
-def _in_words(seconds: float) -> str:
-    from mm_rec.training.console import describe_seconds
-
-    return describe_seconds(seconds)
 
 
 def _facts(loaded: Loaded, domain: str | None) -> dict[str, str]:

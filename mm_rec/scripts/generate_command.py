@@ -14,15 +14,18 @@ from mm_rec.scripts.sampling_options import (
     add_adapter_argument,
     add_domain_argument,
     add_json_argument,
+    add_memory_argument,
     add_sampling_arguments,
     add_weights_argument,
     given_sampling,
     read_json_schema,
+    tell_on_stderr,
 )
 
 EPILOG = """examples:
   mm-rec generate --model checkpoints_cpu --prompt "The "
   mm-rec generate --model checkpoints_cpu/stage1 --domain code --prompt "def add(" --temperature 0
+  mm-rec generate --model checkpoints_cpu --memory ./notes --prompt "In short, "
   echo "Once upon" | mm-rec generate --model checkpoints_cpu --stop "." --seed 7
 """
 
@@ -32,6 +35,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     parser = Parser(prog=prog, description=__doc__, epilog=EPILOG)
     parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument("--prompt", help="text to continue; read from standard input if not given and not a terminal")
+    add_memory_argument(parser)
     add_adapter_argument(parser)
     add_domain_argument(parser, "all once fusion is trained, else the one that reads the prompt in the fewest bits")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: CUDA if it is there")
@@ -57,8 +61,14 @@ def _generate(options: argparse.Namespace) -> int:
         weights=options.weights,
         adapter=options.adapter,
     )
-    domain = loaded.choose_domain(options.domain, prompt)
-    pieces = generate(loaded.model, loaded.tokenizer, prompt, sampling, domain, schema)
+    state = None
+    if options.memory is None:
+        domain = loaded.choose_domain(options.domain, prompt)
+    else:
+        from mm_rec.inference.folder_memory import read_folder
+
+        state, domain, _ = read_folder(options.memory, loaded, options.domain, tell_on_stderr)
+    pieces = generate(loaded.model, loaded.tokenizer, prompt, sampling, domain, schema, state)
     sys.stdout.write(prompt + next(pieces, ""))  # what can't be drawn is refused before anything is written
     for piece in pieces:
         sys.stdout.write(piece)

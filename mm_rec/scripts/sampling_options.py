@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,24 @@ from mm_rec.regular_file import read_regular
 __all__ = [
     "ADAPTER_HELP",
     "FLAGS",
+    "MEMORY_HELP",
     "MODEL_HELP",
     "MOST_CHARACTERS",
     "WEIGHTS_HELP",
     "add_adapter_argument",
     "add_domain_argument",
     "add_json_argument",
+    "add_memory_argument",
     "add_sampling_arguments",
     "add_weights_argument",
     "given_sampling",
     "read_json_schema",
+    "tell_on_stderr",
 ]
 
 ADAPTER_HELP = "folder of a LoRA adapter to add to the model, as PEFT or `mm-rec finetune --lora` writes it"
 MODEL_HELP = "checkpoint, run folder, folder of runs, or OWNER/NAME or OWNER/NAME@REVISION on the hub"
+MEMORY_HELP = "file or folder of documents to read first; what is remembered of it is kept and has a fixed size"
 WEIGHTS_HELP = "full, or int8: fewer bytes, so faster on the CPU, at a small loss of quality"
 
 MOST_CHARACTERS = 50_000_000
@@ -95,6 +100,16 @@ def read_json_schema(path: Path | None) -> dict[str, Any] | None:
 def add_domain_argument(parser: argparse.ArgumentParser, default: str = "what training reached") -> None:
     """Add ``--domain``, for ``Loaded.choose_domain``, whose choice without it is ``default`` in words."""
     parser.add_argument("--domain", help=f"the expert to use, or `all` to fuse them (default: {default})")
+
+
+def tell_on_stderr(line: str) -> None:
+    """Print a line that is no part of what the model writes."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def add_memory_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--memory``, for :func:`mm_rec.inference.folder_memory.read_folder`."""
+    parser.add_argument("--memory", type=Path, metavar="DIR", help=MEMORY_HELP)
 
 
 def add_adapter_argument(parser: argparse.ArgumentParser) -> None:

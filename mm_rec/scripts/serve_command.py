@@ -15,7 +15,7 @@ from mm_rec.config import WEIGHTS
 from mm_rec.errors import UserError
 from mm_rec.options import Option, add_arguments, from_arguments
 from mm_rec.program import Parser, run_program
-from mm_rec.scripts.sampling_options import ADAPTER_HELP, MODEL_HELP, WEIGHTS_HELP
+from mm_rec.scripts.sampling_options import ADAPTER_HELP, MEMORY_HELP, MODEL_HELP, WEIGHTS_HELP, tell_on_stderr
 from mm_rec.serve.connections import FEWEST, Connections, most_connections
 
 if TYPE_CHECKING:
@@ -41,7 +41,11 @@ class ServeSettings:
     model: Annotated[Path | None, Option(f"{MODEL_HELP} (required)")] = None
     name: Annotated[str, Option("of the model, as clients ask for it")] = "mm-rec"
     adapter: Annotated[Path | None, Option(ADAPTER_HELP)] = None
-    domain: Annotated[str | None, Option("the expert to use, or `all` to fuse them; what training reached")] = None
+    memory: Annotated[Path | None, Option(f"{MEMORY_HELP}; every new conversation begins from it")] = None
+    domain: Annotated[
+        str | None,
+        Option("the expert to use, or `all` to fuse them; all once fusion is trained, else the best for each prompt"),
+    ] = None
     host: Annotated[str, Option("address to listen on; others than this machine's need an API key")] = "127.0.0.1"
     port: Annotated[int, Option("to listen on; 0 takes a free one", minimum=0)] = 8000
     api_key: Annotated[str | None, Option(f"that clients have to send; {API_KEY_VARIABLE} keeps it out of `ps`")] = None
@@ -129,27 +133,49 @@ def _build(settings: ServeSettings, path: Path, origins: list[str], connections:
         adapter=settings.adapter,
     )
     model, tokenizer = loaded.model, loaded.tokenizer
-    domain = loaded.choose_domain(settings.domain)
+    beginning = None
+    if settings.memory is None:
+        domain = loaded.choose_domain(settings.domain)
+    else:
+        from mm_rec.inference.folder_memory import read_folder
+
+        beginning, domain, _ = read_folder(settings.memory, loaded, settings.domain, tell_on_stderr)
     identity = fingerprint(model)
+    is_routed = settings.domain is None and settings.memory is None and loaded.is_routed
     sessions = SessionStore(
-        settings.session_dir, model, tokenizer, domain, fingerprint=identity, max_sessions=settings.max_sessions
+        settings.session_dir,
+        model,
+        tokenizer,
+        domain,
+        fingerprint=identity,
+        max_sessions=settings.max_sessions,
+        any_domain=is_routed,
     )
     service = Service(
         name=settings.name,
-        engine=Engine(model, tokenizer, domain, max_streams=settings.max_streams, max_queue=settings.max_queue),
+        engine=Engine(
+            model,
+            tokenizer,
+            domain,
+            choose=loaded.best_expert if is_routed else None,
+            max_streams=settings.max_streams,
+            max_queue=settings.max_queue,
+        ),
         sessions=sessions,
         fingerprint=identity,
         max_prompt_bytes=settings.max_prompt_bytes,
         max_tokens=settings.max_tokens,
         seconds=settings.time_limit,
         learned_to_chat=loaded.learned_to_chat,
+        beginning=beginning,
     )
     limits = Limits(
         # JSON writes some characters with six bytes; the rest is for what stands around the text.
         max_body_bytes=6 * settings.max_prompt_bytes + 65_536,
         max_requests=settings.max_streams + settings.max_queue,
     )
-    sys.stdout.write(f"model {loaded.path}, {model.dtype}, expert {domain or 'all'}\n")
+    expert = "chosen by the prompt" if is_routed else domain or "all"
+    sys.stdout.write(f"model {loaded.path}, {model.dtype}, expert {expert}\n")
     if loaded.untaught_notice is not None:
         sys.stdout.write(f"note: {loaded.untaught_notice}\n")
     app = create_app(service, api_key=settings.api_key, limits=limits, connections=connections, cors_origins=origins)

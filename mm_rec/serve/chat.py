@@ -59,13 +59,14 @@ async def answer_conversation(service: Service, messages: Sequence[Message], for
         if wish.session is not None:
             stack.enter_context(service.sessions.turn(wish.session))
             memory = await asyncio.to_thread(service.sessions.load, wish.session)
+        before = service.beginning if memory is None else memory.state
         job = Job(
-            await asyncio.to_thread(_encode, service.tokenizer, messages, memory is not None),
+            await asyncio.to_thread(_encode, service.tokenizer, messages, before is not None),
             wish.sampling,
             time.monotonic() + service.seconds,
             ends=end_tokens(service.tokenizer),
             n=wish.n,
-            state=None if memory is None else memory.state,
+            state=before,
             closing=() if wish.session is None else (service.tokenizer.end_id,),
             top_logprobs=wish.top,
             constraint=wish.constraint,

@@ -3,7 +3,8 @@
 The state of a choice is a row of fixed size, so the batch is the rows of its slots one under the other: a choice
 joins by adding its row and leaves by taking it out, between any two tokens. Every slot has a list of tokens to read.
 Long ones (prompts) are read in chunks between the steps; in a step each slot of the batch reads one token, and a slot
-that has none left draws the next. What a choice gets depends on the others by rounding alone.
+that has none left draws the next. What a choice gets depends on the others by rounding alone. Where experts are not
+fused, the prompt decides which of them answers, and each has a batch of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from mm_rec.serve.jobs import (
     TokenScore,
     UnfollowableError,
 )
-from mm_rec.serve.slots import Slot, concatenate, new_slot, score_tokens, select_rows
+from mm_rec.serve.slots import Batch, Slot, concatenate, new_slot, score_tokens, select_rows
 from mm_rec.state import ModelState, flatten_state
 from mm_rec.text.tokenizer import Tokenizer
 
@@ -58,6 +59,8 @@ class Engine:
         model: on any device.
         tokenizer: that of the model.
         domain: the expert to use; None fuses all.
+        choose: gives by its tokens the expert that answers a prompt before which nothing was read; None for ``domain``.
+            Prompts whose own tokens are scored are read by ``domain`` in any case, so that scores can be compared.
         max_streams: slots at most, each for one choice.
         max_queue: jobs that may wait for slots.
     """
@@ -68,12 +71,14 @@ class Engine:
         tokenizer: Tokenizer,
         domain: str | None,
         *,
+        choose: Callable[[Sequence[int]], str] | None = None,
         max_streams: int = 64,
         max_queue: int = 256,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.domain = domain
+        self.choose = choose
         self.max_streams = max_streams
         self.max_queue = max_queue
         self._changed = threading.Condition()  # guards the next two
@@ -81,14 +86,18 @@ class Engine:
         self._stopping = False
         self._reading: deque[tuple[Slot, ModelState]] = deque()
         self._ready: list[tuple[Slot, ModelState]] = []
-        self._batch: list[Slot] = []
-        self._state: ModelState | None = None
+        self._batches: dict[str | None, Batch] = {}
         self._thread: threading.Thread | None = None
+
+    @property
+    def _drawing(self) -> list[Slot]:
+        """The slots of all batches."""
+        return [slot for batch in list(self._batches.values()) for slot in batch.slots]
 
     @property
     def running(self) -> int:
         """Slots that are taken."""
-        return len(self._batch) + sum(slot.handle.job.n for slot, _ in [*self._reading, *self._ready])
+        return len(self._drawing) + sum(slot.handle.job.n for slot, _ in [*self._reading, *self._ready])
 
     @property
     def waiting(self) -> int:
@@ -153,7 +162,7 @@ class Engine:
     def _wait(self) -> bool:
         """Waits for work; returns False if the engine is to stop."""
         with self._changed:
-            while not (self._stopping or self._waiting or self._reading or self._batch):
+            while not (self._stopping or self._waiting or self._reading or self._drawing):
                 self._changed.wait()
             return not self._stopping
 
@@ -164,17 +173,19 @@ class Engine:
         if self._reading:
             self._read_chunk()
         self._join()
-        if self._batch:
-            self._step()
+        for batch in list(self._batches.values()):
+            if batch.slots:
+                self._step(batch)
 
     def _leave(self, now: float) -> None:
         """Frees the slots of cancelled jobs and ends overdue ones."""
-        for slot in self._batch:
+        for slot in self._drawing:
             if slot.handle.cancelled:
                 slot.gone = True
             elif now > slot.handle.job.deadline and slot.finish_reason is None:
                 slot.finish()
-        self._compact()
+        for batch in self._batches.values():
+            batch.compact()
         with self._changed:
             overdue = [handle for handle in self._waiting if now > handle.job.deadline and not handle.cancelled]
             self._waiting = deque(
@@ -196,8 +207,22 @@ class Engine:
                 if not self._waiting or self.running + self._waiting[0].job.n > self.max_streams:
                     return
                 handle = self._waiting.popleft()
-            state = handle.job.state or self.model.initial_state(1, self.domain)
+            try:
+                state = handle.job.state or self._new_state(handle.job)
+            except Exception:
+                handle.listener(EngineError("the engine failed; the server's log says why"))
+                raise
             self._read_on(self._new_slot(handle, 0), state)
+
+    def _new_state(self, job: Job) -> ModelState:
+        """The empty state of the expert that is to answer a job."""
+        routed = self.choose is not None and not job.prompt_logprobs
+        return self.model.initial_state(1, self.choose(job.prompt) if self.choose and routed else self.domain)
+
+    def _domain_of(self, state: ModelState) -> str | None:
+        """The expert that a state belongs to; None for that of all, fused."""
+        names = list(state.experts)
+        return names[0] if len(names) < len(self.model.config.experts) else self.domain
 
     def _new_slot(self, handle: JobHandle, choice: int) -> Slot:
         return new_slot(handle, choice, self.tokenizer, self.model.config.vocab_size)
@@ -205,7 +230,7 @@ class Engine:
     def _read_on(self, slot: Slot, state: ModelState) -> None:
         """Queues a slot for the next chunk or, with one token left or a few while others run, for the batch."""
         scored = slot.handle.job.prompt_logprobs
-        if len(slot.pending) > 1 + (STEPPED_TOKENS if self._batch and not scored else 0):
+        if len(slot.pending) > 1 + (STEPPED_TOKENS if self._drawing and not scored else 0):
             self._reading.append((slot, state))
             return
         if scored:
@@ -213,67 +238,68 @@ class Engine:
         self._ready.append((slot, state))
 
     def _join(self) -> None:
-        """Lets the slots that are ready join the batch, one for every choice of their jobs."""
-        if not self._ready:
-            return
-        states = [] if self._state is None else [self._state]
+        """Lets the slots that are ready join the batch of their expert, one for every choice of their jobs."""
+        joining: dict[str | None, tuple[list[Slot], list[ModelState]]] = {}
         for slot, state in self._ready:
             slots = [slot, *(self._new_slot(slot.handle, choice) for choice in range(1, slot.handle.job.n))]
             for one in slots:
                 one.pending = slot.pending.copy()
-            self._batch += slots
+            of_expert, states = joining.setdefault(self._domain_of(state), ([], []))
+            of_expert += slots
             states += [state] * len(slots)
-        self._state = concatenate(states)
         self._ready.clear()
+        for domain, (slots, states) in joining.items():
+            self._batches.setdefault(domain, Batch(domain)).join(slots, states)
 
     def _read_chunk(self) -> None:
-        """Reads some of the prompts, all but their last token, in chunks of one length and without logits."""
-        scored = self._reading[0][0].handle.job.prompt_logprobs
-        room = SHARED_CHUNK if self._batch or scored else ALONE_CHUNK
+        """Reads some prompts of one expert, all but their last token, in chunks of one length and without logits."""
+        scored, domain = self._reading[0][0].handle.job.prompt_logprobs, self._domain_of(self._reading[0][1])
+        room = SHARED_CHUNK if self._drawing or scored else ALONE_CHUNK
         chosen: list[tuple[Slot, ModelState]] = []
         longest = time_ = min(len(self._reading[0][0].pending) - 1, room)
         for slot, state in self._reading:  # the first one, and those that don't make its chunk much shorter
             shorter = min(time_, len(slot.pending) - 1)
             fits = shorter * (len(chosen) + 1) <= room and 2 * shorter >= longest
-            if fits and slot.handle.job.prompt_logprobs == scored:
+            alike = slot.handle.job.prompt_logprobs == scored and self._domain_of(state) == domain
+            if fits and alike:
                 chosen.append((slot, state))
                 time_ = shorter
         slots = [slot for slot, _ in chosen]
         tokens = torch.tensor([slot.pending[:time_] for slot in slots], device=self.model.embedding.weight.device)
         before = concatenate([state for _, state in chosen])
         if scored:
-            logits, after = self.model(tokens, before, self.domain)
+            logits, after = self.model(tokens, before, domain)
             for slot, choice_logits in zip(slots, logits, strict=True):
                 slot.prompt_scores += self._score(
                     choice_logits, slot.pending[1 : time_ + 1], slot.handle.job.top_logprobs
                 )
         else:
             no_loss = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
-            _, after = self.model(tokens, before, self.domain, targets=tokens, weight=no_loss)
+            _, after = self.model(tokens, before, domain, targets=tokens, weight=no_loss)
         self._reading = deque((slot, state) for slot, state in self._reading if slot not in slots)
         for index, slot in enumerate(slots):
             del slot.pending[:time_]
             self._read_on(slot, select_rows(after, [index]))
 
-    def _step(self) -> None:
-        """Reads one token in every slot of the batch, and draws where none is left to read."""
-        assert self._state is not None
-        tokens = torch.tensor([slot.pending.pop(0) for slot in self._batch], device=self.model.embedding.weight.device)
-        logits, self._state = decode.step(self.model, tokens, self._state, self.domain, donate=True)
+    def _step(self, batch: Batch) -> None:
+        """Reads one token in every slot of a batch, and draws where none is left to read."""
+        assert batch.state is not None
+        tokens = torch.tensor([slot.pending.pop(0) for slot in batch.slots], device=self.model.embedding.weight.device)
+        logits, batch.state = decode.step(self.model, tokens, batch.state, batch.domain, donate=True)
         drawing = []
-        for index, slot in enumerate(self._batch):
+        for index, slot in enumerate(batch.slots):
             if slot.pending:
                 continue
             if slot.finish_reason is not None:
-                slot.end(select_rows(self._state, [index]))
+                slot.end(select_rows(batch.state, [index]))
             elif slot.text.finish_reason is not None:  # there was nothing to draw
                 slot.finish()
             else:
                 drawing.append(index)
         if drawing:
-            scores = logits if len(drawing) == len(self._batch) else logits[drawing]
-            self._draw([self._batch[index] for index in drawing], scores.to("cpu", torch.float32))
-        self._compact()
+            scores = logits if len(drawing) == len(batch.slots) else logits[drawing]
+            self._draw([batch.slots[index] for index in drawing], scores.to("cpu", torch.float32))
+        batch.compact()
 
     def _draw(self, slots: Sequence[Slot], logits: Tensor) -> None:
         """Draws the next token of each slot from its logits (B, V) and sends the text that it makes certain."""
@@ -309,19 +335,10 @@ class Engine:
     def _score(self, logits: Tensor, tokens: Sequence[int], top: int | None) -> list[TokenScore]:
         return score_tokens(logits, tokens, top, self.tokenizer.vocab_size)
 
-    def _compact(self) -> None:
-        """Takes the slots that are gone out of the batch."""
-        keep = [index for index, slot in enumerate(self._batch) if not slot.gone]
-        if len(keep) == len(self._batch):
-            return
-        assert self._state is not None
-        self._state = select_rows(self._state, keep) if keep else None
-        self._batch = [self._batch[index] for index in keep]
-
     def _fail_rows(self, slots: Sequence[Slot]) -> None:
         """Ends the jobs of slots whose logits are no numbers, as after a forged state; the others go on."""
         failed = {id(slot.handle): slot.handle for slot in slots}
-        for slot in self._batch:
+        for slot in self._drawing:
             slot.gone = slot.gone or id(slot.handle) in failed
         for handle in failed.values():
             handle.listener(NotANumberError("the model gives no numbers after this"))
@@ -329,9 +346,9 @@ class Engine:
     def _fail_running(self, error: EngineError) -> None:
         handles = {
             id(slot.handle): slot.handle
-            for slot in [*self._batch, *(slot for slot, _ in [*self._reading, *self._ready])]
+            for slot in [*self._drawing, *(slot for slot, _ in [*self._reading, *self._ready])]
         }
-        self._batch, self._state = [], None
+        self._batches = {}
         self._reading.clear()
         self._ready.clear()
         for handle in handles.values():

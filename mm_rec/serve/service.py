@@ -16,6 +16,7 @@ from mm_rec.inference.sampling import Sampling, SamplingOptions
 from mm_rec.serve.engine import Engine
 from mm_rec.serve.errors import ApiError
 from mm_rec.serve.sessions import SessionStore
+from mm_rec.state import ModelState
 from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = ["AS_OPENAI", "Service"]
@@ -37,6 +38,7 @@ class Service:
         max_tokens: tokens of one choice at most.
         seconds: time limit of one request.
         learned_to_chat: whether the model was taught to answer in conversations; None if that is not known.
+        beginning: the state of one row that new conversations begin from; None for an empty one.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Service:
     max_tokens: int = 2048
     seconds: float = 600.0
     learned_to_chat: bool | None = None
+    beginning: ModelState | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -59,6 +59,7 @@ class SessionStore:
         model, tokenizer, domain: what a session must have been made with.
         fingerprint: the model's, from ``session_file.fingerprint``.
         max_sessions: files to keep at most.
+        any_domain: go on with sessions of every expert, each by its own.
 
     Raises:
         UserError: if another server has the folder.
@@ -74,6 +75,7 @@ class SessionStore:
         *,
         fingerprint: str,
         max_sessions: int = 1000,
+        any_domain: bool = False,
     ) -> None:
         with files.reporting_errors(folder):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -82,6 +84,7 @@ class SessionStore:
         files.remove_leftovers(self._folder)
         self._model = model
         self._domain = domain
+        self._any_domain = any_domain
         self._most_bytes = session_file.most_bytes(model)
         self._max_sessions = max_sessions
         self._identity = {
@@ -137,10 +140,13 @@ class SessionStore:
             return None
         try:
             tensors, settings = session_file.read(path, self._most_bytes)
-            other = [key for key, value in self._identity.items() if settings.get(key, value) != value]
+            domain = settings.get("domain", self._domain)
+            possible = [*self._model.config.experts, None] if self._any_domain else [self._domain]
+            wanted = self._identity | {"domain": domain if domain in possible else self._domain}
+            other = [key for key, value in wanted.items() if settings.get(key, value) != value]
             if other:
                 raise _unusable(f"session {name} was made with another {other[0]}")
-            conversation = session_file.restore(path, tensors, self._model, self._domain)
+            conversation = session_file.restore(path, tensors, self._model, domain)
         except session_file.UnreadableError as error:
             _log.error("session %s: %s", name, error)
             raise ApiError.busy("the session could not be read; the server's log says why") from error
@@ -167,6 +173,9 @@ class SessionStore:
         tensors = flatten_state(memory.state)
         tensors |= {"generator": torch.Generator().get_state(), "turns": torch.tensor(memory.turns)}
         settings = {"system": "", "sampling": dataclasses.asdict(Sampling())}
+        experts = list(memory.state.experts)
+        if len(experts) < len(self._model.config.experts):
+            settings["domain"] = experts[0]
         try:
             session_file.write(self._folder / f"{name}{_SUFFIX}", tensors, self._identity | settings)
         except files.StorageError as error:

@@ -13,7 +13,7 @@ from mm_rec.serve.jobs import JobHandle, Output, TokenScore
 from mm_rec.state import ModelState, flatten_state, map_state
 from mm_rec.text.tokenizer import Tokenizer
 
-__all__ = ["Slot", "concatenate", "new_slot", "score_tokens", "select_rows"]
+__all__ = ["Batch", "Slot", "concatenate", "new_slot", "score_tokens", "select_rows"]
 
 
 @dataclass(eq=False)
@@ -83,6 +83,35 @@ def score_tokens(logits: Tensor, tokens: Sequence[int], top: int | None, vocab_s
     values, ids = scores[:, :vocab_size].topk(min(top or 0, vocab_size))
     tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
     return [TokenScore(*one) for one in zip(tokens, own, tops, strict=True)]
+
+
+@dataclass
+class Batch:
+    """The slots that one expert, or all fused, draw together, and their state.
+
+    Attributes:
+        domain: the expert; None fuses all.
+        slots: in the order of the rows.
+        state: a row for each slot; None without slots.
+    """
+
+    domain: str | None
+    slots: list[Slot] = field(default_factory=list)
+    state: ModelState | None = None
+
+    def join(self, slots: Sequence[Slot], states: Sequence[ModelState]) -> None:
+        """Adds slots with their states, a row or more each."""
+        self.slots += slots
+        self.state = concatenate([*([] if self.state is None else [self.state]), *states])
+
+    def compact(self) -> None:
+        """Takes the slots that are gone out of the batch."""
+        keep = [index for index, slot in enumerate(self.slots) if not slot.gone]
+        if len(keep) == len(self.slots):
+            return
+        assert self.state is not None
+        self.state = select_rows(self.state, keep) if keep else None
+        self.slots = [self.slots[index] for index in keep]
 
 
 def concatenate(states: Sequence[ModelState]) -> ModelState:

@@ -18,25 +18,36 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from mm_rec import system
 from mm_rec.errors import UserError
-from mm_rec.regular_file import append_regular
+from mm_rec.regular_file import append_regular, read_regular
 from mm_rec.storage import checkpoint, files
 from mm_rec.storage.checkpoint import Event
 from mm_rec.storage.lock import Lock
 from mm_rec.storage.run_config import CHECKPOINTS, COMPLETED, RECORDS, read_config, what_is_wrong, write_config
 
-__all__ = ["EVENTS", "LOCK", "METRICS", "TIMING", "Run", "RunFolder"]
+__all__ = ["EVENTS", "LOCK", "METRICS", "TIMING", "Run", "RunFolder", "read_metrics"]
 
 METRICS, LOSS_LOG = RECORDS
 TIMING, EVENTS, LOCK = "timing.jsonl", "events.log", "run.lock"
 LENGTHS = "lengths"
 """Key of the configuration: how many steps a run with a time budget was given, and when."""
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the records of ``metrics.jsonl``. A line of which a part was lost is passed over; the run said so then."""
+    for line in read_regular(path).decode(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            yield record
 
 
 class Run(Protocol):

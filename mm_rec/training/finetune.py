@@ -30,8 +30,9 @@ def conversations_of(task: str, data: Path | None, data_dir: Path) -> Path:
     if not path.exists():
         source = {"instruct": "alpaca", "chat": "ultrachat"}[task]
         raise UserError(
-            f"there are no conversations for {task} in {path}; name a file or folder of your own, "
-            f"or download some with `mm-rec data --source {source} --output_dir {data_dir}`"
+            f"there are no conversations for {task} in {path}; name a file or folder of your own, make questions from "
+            f"documents with `mm-rec finetune --pairs_from DIR`, or get some with `mm-rec data --source {source} "
+            f"--output_dir {data_dir}`, offline with --source builtin"
         )
     return path
 

@@ -1,7 +1,8 @@
 """The recipe of a small model that answers questions: pre-training, then instruct, then chat, in one budget.
 
 All text is one domain, so that the model has one expert: half the memory and the time of two, and nothing to fuse. Some
-of the questions with answers stand in the text of pre-training, too.
+of the questions with answers stand in the text of pre-training, too. Shares and rates are those that answered best of
+what `benchmarks/answers.py` measured (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -49,18 +50,19 @@ class Recipe:
 
     Attributes:
         preset: size of the model.
-        code_samples: modules of the standard library to pre-train on.
+        text_samples, code_samples: documents and modules of what is installed to pre-train on.
         plain_pairs: questions with answers that stand in the text of pre-training.
         stages: the stages, in their order.
         batch_size, seq_len: rows of a micro-batch and tokens of a row.
     """
 
     preset: str = "small"
+    text_samples: int = 2500
     code_samples: int = 400
     plain_pairs: int = 10_000
     stages: tuple[StageShare, ...] = (
-        StageShare("stage1", 0.5, 2e-3),
-        StageShare("instruct", 0.4, 1e-3),
+        StageShare("stage1", 0.3, 2e-3),
+        StageShare("instruct", 0.6, 2e-3),
         StageShare("chat", 0.1, 5e-4),
     )
     batch_size: int = 2
@@ -96,7 +98,9 @@ def recipe_data(recipe: Recipe, settings: TrainSettings, console: Console) -> Pr
     """
     tell = functools.partial(say, console)
     folder = settings.data_dir
-    download(folder, Request({"code": recipe.code_samples}, sources=("builtin",)), tell=tell)
+    download(
+        folder, Request({"text": recipe.text_samples, "code": recipe.code_samples}, sources=("builtin",)), tell=tell
+    )
     _write_plain_pairs(folder, recipe.plain_pairs)
     return prepare(
         folder,

@@ -35,6 +35,10 @@ from mm_rec.training.trainer import Trainer
 
 __all__ = ["RunEstimate", "announce", "estimate_run"]
 
+GOOD_PASSES, USEFUL_PASSES = 4, 16
+"""Up to how many passes data that are read again are about as good as new ones, and after how many they bring next to
+nothing (Muennighoff et al. 2023, arXiv:2305.16264)."""
+
 PROBE_PARAMETERS = 4_000_000
 """Parameters of the small update whose time stands for the whole one."""
 
@@ -108,7 +112,8 @@ def announce(console: Console, trainer: Trainer, data: Prepared, estimate: RunEs
         f"  data    {', '.join(f'{name} {count:,} tokens' for name, count in tokens.items())}"
         + (f", rows that train recall {recall:,} tokens ({recall / total:.1%})" if recall else ""),
         f"  steps   {plan.steps} of {plan.accumulation} x {plan.batch_size} x {plan.seq_len} tokens "
-        f"({passes:.1f} passes over the data), {steps} to go, {_describe_optimizer(plan)}",
+        f"({passes:,.1f} passes over the data), {steps} to go, {_describe_optimizer(plan)}",
+        *_describe_passes(passes, plan),
         f"  time    {_describe_time(trainer, steps * seconds)} ({seconds:.2f} s a step, "
         f"{plan.tokens_per_step / seconds:,.0f} tokens/s)",
         f"  memory  about {format_bytes(estimate.memory)} of {format_bytes(estimate.available)} free",
@@ -117,6 +122,18 @@ def announce(console: Console, trainer: Trainer, data: Prepared, estimate: RunEs
         f"  run     {trainer.run.path}",
     ):
         say(console, line)
+
+
+def _describe_passes(passes: float, plan: Plan) -> list[str]:
+    """What to expect of data that are read so many times, if that is worth a line."""
+    if passes <= GOOD_PASSES:
+        return []
+    later = "the rest only teach it by heart" if passes > USEFUL_PASSES else "each later one teaches less"
+    ends = "training ends where validation rises" if plan.stops_early else "training goes on where validation rises"
+    return [
+        f"          little data: {GOOD_PASSES} passes teach about as much as new text, {later}; {ends}, the best "
+        "checkpoint is kept, and more text or a smaller --preset helps"
+    ]
 
 
 def _describe_time(trainer: Trainer, seconds: float) -> str:

@@ -205,7 +205,7 @@ class Trainer:
                 if self.progress.step > 0 and processes.is_rank_zero():
                     title = f"{plan.stage.name}: {self.run.path}"
                     with self._pausing("draw"):
-                        draw_losses(self.run.path / METRICS, self.run.path / "loss.png", title)
+                        draw_losses(self.run.path / METRICS, self.run.path / "loss.png", title, self.bytes_per_token)
             if last or (evaluate_now and self._stops_early(line)):
                 return
             processes.check_signals(self.guard)
@@ -409,6 +409,11 @@ class Trainer:
         if self.board is not None:
             self.board.add(self.progress.step, {f"valid/{name}": score for name, score in scores.items()})
         line.message(f"validation at step {self.progress.step}, bits per byte: {', '.join(shown)}")
+        if self.progress.step == 0:
+            line.message(
+                "  (so many bits the model needs, on average, to tell each byte of texts that it is not trained on: "
+                "fewer are better, and one that knows nothing needs 8)"
+            )
 
     def _score(self, name: str, domain: str | None) -> float:
         return evaluate(self.model, self.valid[name], domain, between=self._between).bits_per_byte

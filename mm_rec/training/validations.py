@@ -5,11 +5,10 @@ All of it follows from the records of the run, so a run that was stopped decides
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from mm_rec.regular_file import read_regular
+from mm_rec.storage.run_folder import read_metrics
 
 __all__ = ["Validations"]
 
@@ -43,8 +42,7 @@ class Validations:
     def read(cls, metrics: Path) -> Validations:
         """Returns those that the records of a run in ``metrics.jsonl`` hold."""
         found = cls()
-        for line in read_regular(metrics).decode().splitlines():
-            record = json.loads(line)
+        for record in read_metrics(metrics):
             if "valid" in record:
                 found.add(record["step"], record["valid"])
         return found

@@ -32,7 +32,7 @@ def library() -> Iterator[CpuLibrary]:
 
 
 @pytest.mark.native
-@pytest.mark.skipif(sys.platform == "win32", reason="PyTorch's OpenMP there does not have GCC's functions")
+@pytest.mark.skipif(sys.platform == "win32", reason="the threads there are our own")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("make", [training_step, single_tokens])
 def test_both_kinds_of_threads_give_the_same_bits(

@@ -1,11 +1,11 @@
 """The command: the guides' flags, the way to other sources, and what happens without a hub."""
 
 import gzip
-import hashlib
 import json
 import re
 
 import pytest
+from made_up_entries import made_up_entries
 
 from mm_rec.data import download_data
 from mm_rec.data.conversations import parse_conversation
@@ -16,7 +16,6 @@ from mm_rec.data.download_data import Request, download, main
 from mm_rec.data.files import BadRows, read_texts
 from mm_rec.data.manifest import read_manifest
 from mm_rec.data.prepare import prepare
-from mm_rec.data.questions.entries import Entry, Fact
 from mm_rec.data.synthetic import synthetic_code, synthetic_text
 from mm_rec.errors import UserError
 from mm_rec.program import run_program
@@ -228,13 +227,7 @@ def test_both_domains_from_the_guides_command_to_tokens(tmp_path, connect):
 
 
 def test_the_builtin_source_has_questions_for_both_tasks_and_some_to_test_with(tmp_path, no_hub, monkeypatch):
-    def entries():
-        for at in range(900):
-            name = hashlib.sha256(str(at).encode()).hexdigest()[:12]
-            facts = (Fact("does", f"does {name}"), Fact("returns", f"gives {name}"))
-            yield Entry(name, name[::-1], f"{name} does {name} and gives {name}", facts)
-
-    monkeypatch.setattr(local, "builtin_entries", entries)
+    monkeypatch.setattr(local, "builtin_entries", lambda: made_up_entries(900))
     told = []
     request = Request({"text": 1, "code": 1, "instruct": 300}, ("builtin",))
     files = download(tmp_path, request, tell=told.append)

@@ -12,6 +12,7 @@ from mm_rec.data.first_pass import survey_domain
 from mm_rec.data.prepare import describe, prepare
 from mm_rec.data.synthetic import synthetic_code, synthetic_text, write_synthetic
 from mm_rec.errors import UserError
+from mm_rec.formats import VERSIONS
 
 
 @pytest.fixture
@@ -125,6 +126,26 @@ def test_of_a_single_document_the_end_is_held_out(tmp_path):
     assert train + valid == book
     assert train.endswith("\n")
     assert 0.05 * len(book) < len(valid) <= 0.1 * len(book)
+    assert "no document is small enough to be held out whole" in describe(prepared.report)[1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whole_documents_are_held_out_where_some_are_small_enough(tmp_path, seed):
+    texts = ["\n".join(synthetic_text(2 + number, seed=100 * seed + number)) for number in range(12)]
+    write(tmp_path / "text" / "a.jsonl", texts)
+    prepared = prepare(tmp_path, 320, filters=False)
+    assert set(decoded(prepared, "valid", "text")) < set(texts)
+    assert sorted(decoded(prepared, "valid", "text") + decoded(prepared, "train", "text")) == sorted(texts)
+    assert len(describe(prepared.report)) == 1
+
+
+def test_what_the_version_before_prepared_is_used_again(data_dir, monkeypatch):
+    monkeypatch.setitem(VERSIONS, "documents", 4)
+    before = prepare(data_dir, 320).path
+    monkeypatch.setitem(VERSIONS, "documents", 5)
+    assert prepare(data_dir, 320).path == before
+    shutil.rmtree(before)
+    assert prepare(data_dir, 320).path != before
 
 
 def test_what_is_held_out_is_capped_and_chosen_by_content(tmp_path, monkeypatch):

@@ -42,9 +42,9 @@ def resumed_at_every_step(folder: Path) -> Iterator[Trial]:
         straight = folder / f"straight{parts}"
         if (stage, parts) not in whole:
             log = run(stage, parts, straight, 1)
-            passes = re.search(r"\(([\d.]+) passes over the data\)", log)
+            passes = re.search(r"\(([\d.,]+) passes over the data\)", log)
             assert passes is not None
-            assert float(passes[1]) > 1, "the data has to end before the run does"
+            assert float(passes[1].replace(",", "")) > 1, "the data has to end before the run does"
             whole[stage, parts] = end_of(straight / stage)
         resumed = folder / f"resumed{seed}"
         shutil.copytree(straight / stage, resumed / stage, ignore=shutil.ignore_patterns("checkpoints", "samples"))

@@ -146,11 +146,22 @@ def test_a_session_is_loaded_as_it_was_written(written: Path, continued: Path) -
         )
 
 
-def test_prepared_data_is_used_again_and_comes_out_the_same_anew(written: Path, continued: Path) -> None:
-    for found in (continued / "data" / "prepared", continued / "new" / "data" / "prepared"):
-        assert_same_folder(found, written / "data" / "prepared")
-    for found in (continued / "stopped" / "prepared", continued / "new" / "prepared"):
-        assert_same_folder(found, written / "stopped" / "prepared")
+def test_prepared_data_is_used_again(written: Path, continued: Path) -> None:
+    for path in ("data/prepared", "stopped/prepared"):
+        assert_same_folder(continued / path, written / path)
+
+
+def test_what_is_prepared_anew_differs_in_what_is_held_out_alone(written: Path, continued: Path) -> None:
+    for found, expected in (("new/data/prepared", "data/prepared"), ("new/prepared", "stopped/prepared")):
+        reports = [json.loads(path.read_text()) for path in sorted((written / expected).glob("*/report.json"))]
+        anew = [json.loads(path.read_text()) for path in sorted((continued / found).glob("*/report.json"))]
+        domains = [
+            {name: entry for report in one for name, entry in report["domains"].items()} for one in (anew, reports)
+        ]
+        assert domains[0].keys() == domains[1].keys()
+        for name, entry in domains[1].items():
+            before = {key: value for key, value in entry.items() if key not in ("train", "valid")}
+            assert {key: domains[0][name][key] for key in before} == before
 
 
 def test_batches_are_the_same(written: Path, continued: Path) -> None:

@@ -284,7 +284,9 @@ def test_a_token_store_of_another_version_is_made_anew(
     with pytest.raises(formats.UserError, match=f"delete {prepared}, the next run makes it anew"):
         prepare(tmp_path / "data", about["model"]["vocab_size"])
     shutil.rmtree(prepared)
-    assert prepare(tmp_path / "data", about["model"]["vocab_size"]).path == prepared
+    anew = prepare(tmp_path / "data", about["model"]["vocab_size"]).path
+    assert anew.parent == prepared.parent
+    assert (anew / "text-train" / "index.json").exists()
 
 
 def test_prepared_data_after_a_change_is_made_anew_beside_it(

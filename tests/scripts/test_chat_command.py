@@ -13,7 +13,11 @@ import torch
 
 from mm_rec.cli import main
 from mm_rec.config import ModelConfig
+from mm_rec.inference import session_file
 from mm_rec.inference.chat_session import ChatSession
+from mm_rec.inference.folder_memory import read_folder
+from mm_rec.inference.generate import generate
+from mm_rec.inference.loading import load_model
 from mm_rec.inference.sampling import Sampling
 from mm_rec.inference.session_file import own
 from mm_rec.model import MMRecModel
@@ -163,7 +167,8 @@ def test_ctrl_c_breaks_off_an_answer_but_not_the_conversation(
         yield ">"
 
     monkeypatch.setattr("builtins.input", line)
-    Conversation(SimpleNamespace(reply=reply, turns=0), None, None, contextlib.ExitStack(), interactive=True).run()
+    session = SimpleNamespace(reply=reply, turns=0)
+    Conversation(session, lambda _: session, None, None, contextlib.ExitStack(), interactive=True).run()
     captured = capsys.readouterr()
     assert captured.out.splitlines()[1:] == ["model: <first", "model: <second>"]
     assert "there is no command /shout" in captured.err
@@ -219,3 +224,63 @@ def test_a_chat_whose_lock_file_was_removed_does_not_overwrite(talk, tmp_path: P
         assert f"{file} is not owned by this process any more" in err
         assert f"is in use by process {os.getpid()} on" in err
     assert file.read_bytes() == before
+
+
+def test_a_conversation_begins_from_a_folder(talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "one.txt").write_text("My name is Memory. " * 20)
+    session = tmp_path / "talk.safetensors"
+    first, told = talk("Hello\n/reset\nHello\n", "--memory", notes, "--session", session)
+    assert re.search(
+        rf"^{re.escape(str(notes))} is read: \d+ tokens, remembered in .* by all experts; it took", told, re.M
+    )
+    answer, forgotten, again = first.splitlines()
+    assert forgotten == "forgotten"
+    assert answer == again  # what is forgotten is what was said, not the folder
+    position = session_file.read(session)[0]["position"]
+    assert int(position) > int(re.search(r"(\d+) tokens", told)[1]) > 50
+    _, told = talk("Hello\n", "--memory", notes)
+    assert "was read before" in told
+    with pytest.raises(SystemExit):
+        talk("Hello\n", "--session", session, "--resume", "--memory", notes)
+
+
+def test_a_text_goes_on_from_a_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "notes.txt").write_text("My name is Memory. " * 20)
+    prompt = ["--prompt", "Hello", "--max_new_tokens", "8", "--device", "cpu", "--precision", "fp32"]
+    memory = ["--memory", str(tmp_path / "notes.txt")]
+    assert main(["generate", "--model", str(model), *memory, *prompt]) == 0
+    captured = capsys.readouterr()
+    assert "notes.txt is read: " in captured.err
+    loaded = load_model(model, device="cpu", precision="fp32")
+    state = read_folder(tmp_path / "notes.txt", loaded).state
+    sampling = Sampling(max_new_tokens=8)
+    expected = "".join(generate(loaded.model, loaded.tokenizer, "Hello", sampling, None, None, state))
+    assert captured.out == f"Hello{expected}\n"
+
+
+def test_the_expert_that_reads_the_first_message_best_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "step_000001"
+    weights = MMRecModel(CONFIG, seed=1).state_dict()  # whose fusion is not trained
+    tokenizer = train_tokenizer(["Hello, what is your name? My name is Memory."] * 3, 320)
+    checkpoint.save(path, config=CONFIG, weights=weights, optimizer={}, carried={}, trainer={}, tokenizer=tokenizer)
+    loaded = load_model(path, device="cpu")
+    chosen = {
+        loaded.choose_domain(None, message): message for message in ("Hello", "name?", "is", "what", "y", "M", "a")
+    }
+    assert chosen.keys() == {"text", "code"}
+    for expert, message in chosen.items():
+        session = tmp_path / f"{expert}.safetensors"
+        for flags in (["--session", str(session)], ["--domain", expert]):
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{message}\nname\n".encode())))
+            assert main(["chat", "--model", str(path), "--max_new_tokens", "8", "--device", "cpu", *flags]) == 0
+        said = capsys.readouterr().out
+        assert said[: len(said) // 2] == said[len(said) // 2 :]
+        assert ChatSession.load(session, loaded.model, loaded.tokenizer).domain == expert

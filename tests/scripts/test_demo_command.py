@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from made_up_entries import made_up_entries
 
 from mm_rec.cli import main
 from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.data.download import local
-from mm_rec.data.questions.entries import Entry, Fact
 from mm_rec.training import trainer
-
-
-def entries() -> Iterator[Entry]:
-    """Entries of made-up words, enough for a hundred questions that are held out."""
-    chance = random.Random(0)
-
-    def word() -> str:
-        return "".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=chance.randint(4, 10)))
-
-    for _ in range(3000):
-        name, first, second = word(), f"{word()} {word()} {word()}", word()
-        facts = (Fact("does", first), Fact("parameters", second))
-        yield Entry(name, f"{word()}.{name}", f"{name}({second}): {first}", facts)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +26,7 @@ def small_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     monkeypatch.setattr(trainer, "draw_losses", lambda *_: None)
     monkeypatch.setattr(local, "builtin_text", lambda: (f"A text of {at} words and more of them." for at in range(99)))
     monkeypatch.setattr(local, "builtin_code", lambda: (f"def f{at}():\n    return {at}\n" for at in range(99)))
-    monkeypatch.setattr(local, "builtin_entries", entries)
+    monkeypatch.setattr(local, "builtin_entries", lambda: made_up_entries(3000))
     monkeypatch.setenv("MM_REC_MAX_STEPS", "2")
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()

@@ -24,7 +24,7 @@ from mm_rec.scripts.doctor_command import (
     main,
 )
 from mm_rec.storage.resume import open_run, rewind
-from mm_rec.storage.run_config import write_config
+from mm_rec.storage.run_config import read_config, write_config
 from mm_rec.text.tokenizer import train_tokenizer
 
 
@@ -69,6 +69,17 @@ def test_a_damaged_checkpoint(run: Path) -> None:
     assert "goes on from step 1" in texts(findings, "ok")
     (run / "checkpoints" / "step_000001" / "trainer.json").unlink()
     assert "no valid checkpoint left; start beside it with --fresh" in texts(check_run(run), "broken")
+
+
+def test_the_best_checkpoint(run: Path) -> None:
+    assert "best by validation" not in texts(check_run(run), "ok")
+    config = read_config(run)
+    assert config is not None
+    write_config(run, {**config, "best": {"step": 1, "bits_per_byte": 2.0}})
+    assert "export and eval load step 1, the best by validation" in texts(check_run(run), "ok")
+    (run / "checkpoints" / "step_000001" / "model.safetensors").write_bytes(b"")
+    broken = texts(check_run(run), "broken")
+    assert "step_000001, the best by validation, is not whole; step_000002 is loaded in its place" in broken
 
 
 def test_other_versions(run: Path) -> None:

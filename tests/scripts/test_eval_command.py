@@ -19,7 +19,7 @@ from mm_rec.evaluation.recall import KINDS, Haystack, Needles, find_needles
 from mm_rec.evaluation.report import Measurements, write_report
 from mm_rec.inference.loading import load_model
 from mm_rec.model import MMRecModel
-from mm_rec.scripts import eval_command
+from mm_rec.scripts import eval_clock
 from mm_rec.storage import checkpoint
 from mm_rec.storage.run_config import read_config, write_config
 from mm_rec.text.tokenizer import train_tokenizer
@@ -194,10 +194,10 @@ def test_what_training_saw_may_be_gone_or_unknown(
 def test_needles_take_a_minute_unless_distances_are_named(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(eval_command.DISTANCES, "cpu", [16, 32])
+    monkeypatch.setitem(eval_clock.DISTANCES, "cpu", [16, 32])
     assert run(model, tmp_path) == 0
     assert "needle, pass key, over 32 tokens" in capsys.readouterr().out
-    monkeypatch.setattr(eval_command, "NEEDLE_SECONDS", 0.0)
+    monkeypatch.setattr(eval_clock, "NEEDLE_SECONDS", 0.0)
     assert run(model, tmp_path) == 0
     told = capsys.readouterr().out
     assert "needle, " not in told
@@ -207,7 +207,7 @@ def test_needles_take_a_minute_unless_distances_are_named(
 def test_a_long_measurement_tells_how_much_is_left(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(eval_command, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(eval_clock, "PROGRESS_SECONDS", 0.0)
     assert run(model, tmp_path, "--distances", "200") == 0
     told = capsys.readouterr().out
     shares = [int(share) for share in re.findall(r"^  (\d+)%, about .* to go$", told, re.M)]

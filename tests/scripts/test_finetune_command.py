@@ -199,7 +199,7 @@ def test_what_an_adapter_cannot_do_is_named(folder: Path, capsys: pytest.Capture
 def test_questions_are_made_from_documents(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     documents = folder / "documents"
     documents.mkdir()
-    for word in ("shelf", "board", "chair", "table", "lamp", "door", "wall", "roof", "floor", "stair"):
+    for word in ("shelf", "board", "chair", "table", "lamp", "door", "wall", "roof", "floor", "stair", "post", "gate"):
         text = f"# Of the {word}\n\nThe {word} is a thing of wood that stands in every house.\n"
         (documents / f"{word}.md").write_text(text)
     flags = ["--preset", "tiny", "--seq_len", "16", "--max_steps", "3"]

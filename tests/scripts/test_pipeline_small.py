@@ -37,7 +37,9 @@ def test_the_script_runs_to_the_report_and_goes_on(tmp_path: Path) -> None:
     again = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
     assert all(f"{stage} is finished" in again for stage in STAGES)
     results = json.loads((tmp_path / "runs" / "evaluation" / "results.json").read_text())
-    assert results["bits_per_byte"].keys() == {"books", "code"}
+    # The files to evaluate on are those of training, of which a part was held out.
+    assert results["bits_per_byte"].keys() == {"books", "books, unseen part", "code", "code, unseen part"}
+    assert all("were seen in training" in results["origin"][name] for name in ("books", "code"))
     assert results["model"]["checkpoint"].endswith("chat/checkpoints/step_000001")
 
 

@@ -6,7 +6,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -51,11 +51,21 @@ def make_service(model: MMRecModel, tokenizer: Tokenizer, tmp_path: Path) -> Ite
     stores = []
 
     def make(
-        *, max_streams: int = 8, max_queue: int = 16, max_sessions: int = 50, folder: str = "sessions", **limits: float
+        *,
+        max_streams: int = 8,
+        max_queue: int = 16,
+        max_sessions: int = 50,
+        folder: str = "sessions",
+        choose: Callable[[Sequence[int]], str] | None = None,
+        **limits: float,
     ) -> Service:
-        engine = Engine(model, tokenizer, None, max_streams=max_streams, max_queue=max_queue)
+        domain = None if choose is None else "text"
+        engine = Engine(model, tokenizer, domain, choose=choose, max_streams=max_streams, max_queue=max_queue)
         identity = fingerprint(model)
-        store = SessionStore(tmp_path / folder, model, tokenizer, None, fingerprint=identity, max_sessions=max_sessions)
+        store = SessionStore(
+            *(tmp_path / folder, model, tokenizer, domain),
+            fingerprint=identity, max_sessions=max_sessions, any_domain=choose is not None,
+        )  # fmt: skip
         stores.append(store)
         return Service(name="tiny", engine=engine, sessions=store, fingerprint=identity, **limits)  # type: ignore[arg-type]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import openai
 import pytest
+import uvicorn
 
 from mm_rec.errors import UserError
 from mm_rec.model import MMRecModel
@@ -39,7 +40,7 @@ def test_it_serves_until_it_is_told_to_stop(saved: Path, tmp_path: Path) -> None
         try:
             assert server.stdout is not None
             described, place = server.stdout.readline(), server.stdout.readline()
-            assert re.fullmatch(rf"model {saved}, torch.float32, expert \w+\n", described)
+            assert re.fullmatch(rf"model {saved}, torch.float32, expert chosen by the prompt\n", described)
             address = re.fullmatch(r"serving at (http://127\.0\.0\.1:\d+/) \(Ctrl-C stops\)\n", place)
             assert address is not None
             with openai.OpenAI(base_url=f"{address[1]}v1", api_key="secret") as client:
@@ -89,6 +90,20 @@ def test_what_is_wrong_is_said(
     port = [] if "--port" in arguments else ["--port", "0"]
     with pytest.raises(UserError, match=re.escape(message)):
         main([argument.format(saved=saved) for argument in arguments] + port)
+
+
+def test_it_reads_a_folder_first(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)
+    (tmp_path / "notes.txt").write_text("The lamp stands on the table. " * 9)
+    flags = ["--model", str(saved), "--port", "0", "--session_dir", str(tmp_path / "talks"), "--threads", "1"]
+    assert main([*flags, "--memory", str(tmp_path / "notes.txt")]) == 0
+    captured = capsys.readouterr()
+    read = re.search(r"notes\.txt is read: \d+ tokens, remembered in .* by the expert (\w+); it took", captured.err)
+    assert read is not None
+    assert f"expert {read[1]}\n" in captured.out
 
 
 def test_a_taken_port_is_said(saved: Path) -> None:

@@ -2,14 +2,14 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 
 from mm_rec.inference import decode
 from mm_rec.inference.chat_session import ChatSession
-from mm_rec.inference.generate import generate
+from mm_rec.inference.generate import generate, read_prompt
 from mm_rec.inference.sampling import Sampling
 from mm_rec.model import MMRecModel
 from mm_rec.serve.engine import ALONE_CHUNK, SHARED_CHUNK, Engine
@@ -125,6 +125,40 @@ def test_a_lone_stream_is_what_generate_gives(runner: Runner, model: MMRecModel,
     [reader] = runner.run(runner.job(prompt, sampling, penalise_prompt=True, ends=ends))
     assert reader.text() == "".join(generate(model, runner.tokenizer, prompt, sampling, None))
     assert sum(output.drawn for output in reader.outputs) <= sampling.max_new_tokens
+
+
+def test_the_prompt_decides_which_expert_answers(model: MMRecModel, tokenizer: Tokenizer) -> None:
+    def choose(ids: Sequence[int]) -> str:
+        return "code" if len(ids) % 2 else "text"
+
+    engine = Engine(model, tokenizer, "text", choose=choose, max_streams=6)
+    engine.start()
+    try:
+        runner = Runner(engine)
+        prompts = [
+            f"{word} is ışık " * count for word, count in (("it", 1), ("that", 3), ("what", 30), ("x", 2), ("f", 5))
+        ]
+        sampling = Sampling(max_new_tokens=25, temperature=1.2, seed=3)
+        jobs = [
+            runner.job(prompt, sampling, penalise_prompt=True, n=1 + index % 2) for index, prompt in enumerate(prompts)
+        ]
+        assert {choose(job.prompt) for job in jobs} == {"text", "code"}
+        for job, prompt, reader in zip(jobs, prompts, runner.run(*jobs), strict=True):
+            ends = frozenset({tokenizer.eos_id, tokenizer.end_id})
+            [alone] = runner.run(runner.job(prompt, sampling, penalise_prompt=True, ends=ends))
+            assert alone.text() == "".join(generate(model, tokenizer, prompt, sampling, choose(job.prompt)))
+            [again] = runner.run(job)
+            assert [again.text(choice) for choice in range(job.n)] == [reader.text(choice) for choice in range(job.n)]
+        # What is scored is read by one expert, whatever it is, and a state by the one that it is of.
+        odd = next(job for job in jobs if choose(job.prompt) == "code")
+        scored = [runner.job(list(odd.prompt), GREEDY, prompt_logprobs=True, top_logprobs=0)]
+        [reader] = runner.run(*scored)
+        assert reader.text() == "".join(generate(model, tokenizer, prompts[jobs.index(odd)], GREEDY, "text"))
+        _, state = read_prompt(model, [tokenizer.bos_id], "code")
+        [reader] = runner.run(runner.job(list(jobs[0].prompt[1:]), GREEDY, state=state))
+        assert reader.text() == "".join(generate(model, tokenizer, prompts[0], GREEDY, "code"))
+    finally:
+        engine.stop()
 
 
 def test_streams_do_not_depend_on_each_other(runner: Runner) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from mm_rec.errors import UserError
 from mm_rec.inference import decode, session_file
 from mm_rec.inference.chat_session import ChatSession
+from mm_rec.inference.sampling import Sampling
 from mm_rec.inference.session_file import fingerprint
 from mm_rec.model import MMRecModel
 from mm_rec.serve.errors import ApiError
@@ -55,6 +57,42 @@ def test_a_restarted_server_goes_on_bitwise(make_service: MakeService, connect: 
     one, two = (load_file(tmp_path / name / "talk.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_conversations_begin_from_what_was_read_before(make_service: MakeService, connect: Connect) -> None:
+    first = make_service(folder="one")
+    with connect(first) as client:
+        say(client, "hello")
+        memory = first.sessions.load("talk")
+        assert memory is not None
+        expected = content(say(client, "and then?"))
+        assert content(say(client, "and then?", session=None)) != expected
+    with connect(make_service(folder="two", beginning=memory.state)) as client:
+        for session in (None, "new", None):  # it stays as it is
+            assert content(say(client, "and then?", session=session)) == expected
+        assert client.get("/v1/sessions/new").json()["tokens"] > memory.tokens
+
+
+def test_a_session_goes_on_with_the_expert_that_began_it(
+    make_service: MakeService, connect: Connect, model: MMRecModel, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    experts = iter(["code", "text"])
+    service = make_service(choose=lambda ids: next(experts))
+    with connect(service) as client:
+        for name, expert in (("one", "code"), ("two", "text")):
+            session = ChatSession.start(
+                model, tokenizer, sampling=Sampling(max_new_tokens=6, temperature=0), domain=expert
+            )
+            for text in ("hello", "and then?"):
+                reply = say(client, text, session=name, temperature=0, top_p=1.0)
+                assert reply.json()["choices"][0]["message"]["content"] == session.answer(text)
+            assert session_file.read(tmp_path / "sessions" / f"{name}.safetensors")[1]["domain"] == expert
+    service.sessions.close()
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "sessions" / "one.safetensors", tmp_path / "alone")
+    with connect(make_service(folder="alone")) as client:
+        reply = say(client, "hello", session="one")
+        assert (reply.status_code, "made with another domain" in reply.text) == (409, True)
 
 
 def test_a_session_remembers_what_sending_all_would_say(client: TestClient, tokenizer: Tokenizer) -> None:

@@ -40,6 +40,21 @@ def test_all_stages_run_and_are_found_finished(data: Prepared, tmp_path: Path) -
     assert "stage2 is finished" in output.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("passes", "expected"), [(2, ""), (6, "each later one teaches less"), (20, "the rest only teach it by heart")]
+)
+def test_little_data_is_told_before_the_first_step(data: Prepared, tmp_path: Path, passes: int, expected: str) -> None:
+    rows = round(passes * sum(store.n_tokens for store in data.train.values()) / (2 * 64))
+    output = io.StringIO()
+    train(data, settings(tmp_path, max_steps=2, batch_size=rows, seq_len=64, valid_bytes=50), output)
+    told = " ".join(output.getvalue().split())
+    assert f"({passes}.0 passes over the data)" in told
+    assert ("little data: " in told) == bool(expected)
+    assert told.count("fewer are better, and one that knows nothing needs 8") == 1
+    assert expected in told
+    assert ("training ends where validation rises" in told) == bool(expected)
+
+
 def test_stages_carry_on_the_weights(data: Prepared, tmp_path: Path) -> None:
     first = checkpoint.load(train(data, settings(tmp_path, max_steps=2)))
     train(data, settings(tmp_path, stage="stage2", max_steps=1))

@@ -13,7 +13,10 @@ from mm_rec.inference.loading import find_checkpoint
 from mm_rec.machine.signals import Interrupted
 from mm_rec.storage import checkpoint
 from mm_rec.storage.run_config import read_config
+from mm_rec.storage.run_folder import read_metrics
+from mm_rec.training import trainer
 from mm_rec.training.initial_weights import starting_checkpoint
+from mm_rec.training.plots import draw_losses
 from mm_rec.training.settings import TrainSettings
 from mm_rec.training.trainer import Trainer
 from mm_rec.training.validations import Validations
@@ -118,6 +121,18 @@ def test_a_run_that_was_stopped_decides_alike(
     assert content(runs[1], 10) == content(runs[0], 10)
     assert [steps_of(run) for run in runs] == [[4, 10], [4, 10]]
     assert all(config_of(runs[1])[key] == config_of(runs[0])[key] for key in ("best", "stopped_early", "completed"))
+
+
+def test_a_run_goes_on_without_a_part_of_its_records(
+    data: Prepared, tmp_path: Path, scores: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "draw_losses", draw_losses)  # which reads them, too
+    train(data, wanted(tmp_path))
+    metrics = tmp_path / "stage1" / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-150])
+    assert train(data, wanted(tmp_path, max_steps=12)).name == "step_000004"
+    assert "has lost its end" in (tmp_path / "stage1" / "events.log").read_text()
+    assert [record["step"] for record in read_metrics(metrics)][-2:] == [12, 12]
 
 
 def test_validations_are_read_from_records(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ __all__ = ["builtin_code", "builtin_entries", "builtin_text", "prose"]
 _MAX_TEXT = 12_000_000  # bytes of all documents: more than a CPU reads in days of training
 _MAX_CODE = 20_000_000
 _MAX_PACKAGE = 2_500_000  # bytes of prose from one package, so that none sets the tone
-_MAX_ENTRIES = 1500  # of one package, for questions
+_MAX_ENTRIES, _MAX_PACKAGE_ENTRIES = 25_000, 600  # for questions: of all there is, and of one package
 _MAX_FILE = 500_000  # bytes; larger modules hold tables
 _MIN_DOCUMENT = 300  # characters of prose in a module or file
 
@@ -72,6 +72,10 @@ def builtin_entries(roots: Iterable[Path] | None = None) -> Iterator[Entry]:
     Args:
         roots: the folders to read in place of all these.
     """
+    yield from islice(_all_entries(roots), _MAX_ENTRIES)
+
+
+def _all_entries(roots: Iterable[Path] | None) -> Iterator[Entry]:
     if roots is None:
         reference: dict[str, str] = import_module("pydoc_data.topics").topics
         for text in reference.values():
@@ -80,7 +84,7 @@ def builtin_entries(roots: Iterable[Path] | None = None) -> Iterator[Entry]:
     stdlib = Path(sysconfig.get_path("stdlib"))
     for root in roots:
         entries = _entries(root, root if root == stdlib else root.parent)
-        yield from entries if root == stdlib else islice(entries, _MAX_ENTRIES)
+        yield from entries if root == stdlib else islice(entries, _MAX_PACKAGE_ENTRIES)
 
 
 def _entries(root: Path, home: Path) -> Iterator[Entry]:

@@ -79,10 +79,11 @@ def write_questions(path: Path, task: str, folder: Path, options: ReadOptions, s
 
 
 def preview(questions: Questions, tell: Callable[[str], None]) -> None:
-    """Tells how many questions there are and the first of each kind."""
+    """Tells how many questions there are and shows some of them, of as many kinds as there are."""
     tell(questions.describe())
     firsts = {pair.kind: pair for pair in reversed(questions.train)}
-    for pair in list(firsts.values())[:_PREVIEWED]:
+    shown = list(dict.fromkeys([*firsts.values(), *questions.train]))
+    for pair in shown[:_PREVIEWED]:
         tell(f"\n  question: {pair.question.replace(chr(10), chr(10) + '    ')}\n  answer: {pair.answer}")
 
 

@@ -14,6 +14,8 @@ _UNDERLINE = re.compile(r"([=\-~^\"'*+#`.:_])\1{2,}")
 _LIST_SIGN = r"(?:[-*+•]|\d+[.)])\s+"
 _LIST = re.compile(_LIST_SIGN)
 _ASKED = re.compile(r"(?:Q|Question|S|Soru)\s*[:.]\s*(.+\?)\s+(?:A|Answer|C|Cevap|Yanıt)\s*[:.]\s*(.+)", re.S)
+_LINK = re.compile(r"\[([^\]\[]+)\]\([^()\s]+\)")
+_EMPHASIS = re.compile(r"\*\*")
 _QUOTES = "`*\"'“”‘’_"
 _TERM = r"(?:[`*\"“]{0,2})([^\W\d_][\w .+/'’-]{1,48}?)(?:[`*\"”]{0,2})"
 _LISTED = re.compile(rf"(?:{_LIST_SIGN})?(?:\*\*|``?|_)?{_TERM}(?:\*\*|``?|_)?\s*(?::|--|–|—|: -)\s+(.+)", re.S)
@@ -21,51 +23,10 @@ _DEFINES = re.compile(
     rf"(?:(?:An?|The)\s+)?{_TERM}\s+(?:is|are|means|refers to|denotes)\s+(?:an?|the|any|one|used|what)\b"
 )
 _DEFINES_TURKISH = re.compile(rf"{_TERM}(?:,|:| ise)\s.*(?:d[ıiuü]r|t[ıiuü]r|denir|ad[ıi]d[ıi]r)(?:lar|ler)?\.$")
-_NO_TERMS = """it this that these those there he she they we you i one what which who here such other note example
-    default first second last next following result value same bu şu o bunlar şunlar onlar burada"""
-_PRONOUNS = frozenset(_NO_TERMS.split())
-_TURKISH = re.compile(rf"{_TERM}(?:,|:| ise)\s.*(?:d[ıiuü]r|t[ıiuü]r|denir|ad[ıi]d[ıi]r)(?:lar|ler)?\.$")
-_PRONOUNS = frozenset(
-    [
-        "it",
-        "this",
-        "that",
-        "these",
-        "those",
-        "there",
-        "he",
-        "she",
-        "they",
-        "we",
-        "you",
-        "i",
-        "one",
-        "what",
-        "which",
-        "who",
-        "here",
-        "such",
-        "other",
-        "note",
-        "example",
-        "default",
-        "first",
-        "second",
-        "last",
-        "next",
-        "following",
-        "result",
-        "value",
-        "same",
-        "bu",
-        "şu",
-        "o",
-        "bunlar",
-        "şunlar",
-        "onlar",
-        "burada",
-    ]
-)
+_FIRST_WORDS = """it this that these those there he she they we you i one what which who here such other note example
+    question answer new changed deprecated default first second last next following result value same bu şu o bunlar
+    şunlar onlar burada"""  # of what looks like a term and is none
+_NO_TERMS = frozenset(_FIRST_WORDS.split())
 _TURKISH = re.compile(r"[ğışĞİŞ]")
 _MOST_TERM_WORDS = 4
 
@@ -121,7 +82,11 @@ def _sections(text: str) -> Iterator[_Section]:
 
 
 def _paragraph(block: list[str]) -> str:
-    """The lines of a paragraph as one; a term over its indented definition, as in a glossary, gets a colon."""
+    """The lines of a paragraph as one, without emphasis and the addresses of links.
+
+    A term over its indented definition, as in a glossary, gets a colon.
+    """
+    block = [_EMPHASIS.sub("", _LINK.sub(r"\1", line)) for line in block]
     first, *others = block
     indents = [len(line) - len(line.lstrip()) for line in block]
     is_glossary = bool(others) and min(indents[1:]) > indents[0] and not _LIST.match(first.strip())
@@ -186,7 +151,7 @@ def _passage(text: str, answer: str) -> str:
 
 def _is_term(term: str) -> bool:
     words = term.split()
-    return 0 < len(words) <= _MOST_TERM_WORDS and len(term) > 2 and words[0].casefold() not in _PRONOUNS
+    return 0 < len(words) <= _MOST_TERM_WORDS and len(term) > 2 and words[0].casefold() not in _NO_TERMS
 
 
 def _is_answer(text: str) -> bool:

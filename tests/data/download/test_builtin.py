@@ -69,5 +69,7 @@ def test_questions_are_made_of_modules_and_documents_but_not_of_tests(tmp_path, 
     )  # fmt: skip
     entries = list(builtin_entries([root]))
     assert {entry.full_name for entry in entries} == {"What is a pack?", "pack", "pack.m.add", "pack.sub.add"}
-    monkeypatch.setattr(builtin, "_MAX_ENTRIES", 2)
-    assert list(builtin_entries([root])) == entries[:2]
+    monkeypatch.setattr(builtin, "_MAX_PACKAGE_ENTRIES", 2)
+    assert list(builtin_entries([root, root])) == 2 * entries[:2]
+    monkeypatch.setattr(builtin, "_MAX_ENTRIES", 3)
+    assert list(builtin_entries([root, root])) == (2 * entries[:2])[:3]

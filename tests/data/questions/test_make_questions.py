@@ -4,6 +4,7 @@ import random
 from difflib import SequenceMatcher
 
 import pytest
+from made_up_entries import made_up_entries
 
 from mm_rec.data.conversations import parse_conversation
 from mm_rec.data.documents.reading import ReadOptions
@@ -58,7 +59,7 @@ You can keep a book for four weeks. After that you pay a fee.
 A fence is a thing that is not read here at all.
 ```
 
-**Loan**: the time for which a book is given away.
+**Loan**: the [time](https://example.org/time) for which a book is given away.
 
 Q: Who may borrow books? A: Everybody who lives in the town may borrow them.
 
@@ -131,22 +132,8 @@ def test_what_a_turkish_text_tells():
                for one in asked)  # fmt: skip
 
 
-def many_entries(count: int = 600) -> list[Entry]:
-    """Entries of made-up words, so that no two are alike but for the wording of their questions."""
-    chance = random.Random(0)
-
-    def word() -> str:
-        return "".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=chance.randint(4, 10)))
-
-    entries = []
-    for _ in range(count):
-        name, answer = word(), " ".join(word() for _ in range(6))
-        entries.append(Entry(name, f"{word()}.{name}", f"{name}: {answer}", (Fact("does", answer),)))
-    return entries
-
-
 def test_whole_entries_are_held_out_and_none_is_nearly_asked_in_training():
-    questions = make_questions(many_entries())
+    questions = make_questions(made_up_entries(900))
     trained, held_out = ({pair.entry for pair in pairs} for pairs in (questions.train, questions.held_out))
     assert len(trained) > 500
     assert len(held_out) > 5
@@ -159,11 +146,11 @@ def test_whole_entries_are_held_out_and_none_is_nearly_asked_in_training():
 
 
 def test_the_same_entries_give_the_same_questions_whatever_else_there_is():
-    entries = many_entries()
+    entries = list(made_up_entries(900))
     first = make_questions(entries)
     assert make_questions(entries) == first
     assert make_questions(entries, seed=1).train != first.train
-    more = {pair.entry for pair in make_questions(many_entries(900), seed=5).train}
+    more = {pair.entry for pair in make_questions(made_up_entries(1200), seed=5).train}
     assert not more & {pair.entry for pair in first.held_out}
 
 
