@@ -12,6 +12,7 @@ import yaml
 
 import mm_rec
 from mm_rec.data.origins import Origin
+from mm_rec.data.prepare import PART
 from mm_rec.evaluation.recall import state_bytes
 from mm_rec.evaluation.run_history import TrainedStage, read_history
 from mm_rec.inference.loading import Loaded
@@ -136,6 +137,12 @@ def _quality(history: Sequence[TrainedStage], results: Mapping[str, Any] | None,
         parts.append(_table(["stage", "domain", "bits per byte"], rows))
     else:
         parts.append("No validation is on record.")
+    parted = [name for one in history[-1:] if one.data for name, entry in one.data.report.items() if _is_part(entry)]
+    if parted:
+        parts.append(
+            f"Of {', '.join(parted)}, what is held out is the end of a document whose beginning was trained on, so "
+            "the number says less about other texts."
+        )
     needles = (results or {}).get("needles") or []
     if needles:
         parts.append(
@@ -158,6 +165,10 @@ def _quality(history: Sequence[TrainedStage], results: Mapping[str, Any] | None,
     else:
         parts.append("Recall over long distances was not measured; `mm-rec eval` does.")
     return parts
+
+
+def _is_part(entry: Mapping[str, Any]) -> bool:
+    return bool(entry["valid"].get(PART))
 
 
 def _usage(loaded: Loaded, name: str) -> list[str]:

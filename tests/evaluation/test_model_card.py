@@ -13,7 +13,9 @@ from mm_rec.cli import main
 from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.data.manifest import record_file
 from mm_rec.data.pack import file_sha256
+from mm_rec.data.prepare import PART
 from mm_rec.data.synthetic import write_synthetic
+from mm_rec.evaluation import model_card
 from mm_rec.evaluation.run_history import read_history
 from mm_rec.inference.loading import load_model
 from mm_rec.storage import checkpoint
@@ -139,6 +141,18 @@ def test_the_card_may_be_edited(trained: Path, tmp_path: Path) -> None:
     (output / "generation_config.json").write_text("{}")
     with pytest.raises(checkpoint.CheckpointError, match=r"generation_config\.json"):
         load_model(output, device="cpu")
+
+
+def test_a_validation_on_a_document_that_was_trained_on_is_told(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage1 = trained / "runs" / "stage1"
+    assert "the end of a document" not in card_of(stage1, tmp_path / "whole")[1]
+    [stage] = read_history(load_model(stage1, device="cpu").path)
+    assert stage.data is not None
+    stage.data.report["text"]["valid"][PART] = True
+    monkeypatch.setattr(model_card, "read_history", lambda path: [stage])
+    assert "Of text, what is held out is the end of a document" in card_of(stage1, tmp_path / "part")[1]
 
 
 def test_data_that_are_gone_are_said_to_be_gone(trained: Path, tmp_path: Path) -> None:
