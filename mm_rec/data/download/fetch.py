@@ -28,6 +28,7 @@ from mm_rec.data.pack import file_sha256
 from mm_rec.errors import UserError
 from mm_rec.regular_file import read_regular
 from mm_rec.storage.files import remove_leftovers, reporting_errors, write_atomic
+from mm_rec.storage.hub.client import first_line
 from mm_rec.text.message import without_nulls
 
 __all__ = ["fetch"]
@@ -146,7 +147,7 @@ class _Download:
                 absent = not self.reached and isinstance(explained, UnreachableError) and explained.status is None
                 if delay is None or attempt == _ATTEMPTS or absent:
                     raise explained from error
-                self.tell(f"{self.source.name}: {_first_line(error)}; trying again in {delay:.0f} s")
+                self.tell(f"{self.source.name}: {first_line(error)}; trying again in {delay:.0f} s")
                 time.sleep(delay)
 
     def finish(self) -> dict[str, Any]:
@@ -255,7 +256,3 @@ def _plain(value: Any) -> Any:
     if columns and all(isinstance(column, list) for column in columns.values()):
         return [dict(zip(columns, parts, strict=True)) for parts in zip(*columns.values(), strict=True)]
     return value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
