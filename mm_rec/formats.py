@@ -16,16 +16,7 @@ import mm_rec
 from mm_rec.errors import UserError
 from mm_rec.translation import Translatable
 
-__all__ = [
-    "FIRST_VERSION",
-    "KEY",
-    "STILL_WORKS",
-    "VERSIONS",
-    "FormatError",
-    "check_version",
-    "is_current",
-    "take_version",
-]
+__all__ = ["FIRST_VERSION", "KEY", "VERSIONS", "FormatError", "check_version", "is_current", "take_version"]
 
 VERSIONS = {
     # model.safetensors, config.json and the tokenizer, of checkpoints and exported folders; written in config.json
@@ -57,7 +48,7 @@ KEY = "format"
 FIRST_VERSION = 1
 """Of a model or training state that states no version, as before there were such numbers."""
 
-STILL_WORKS = {
+_STILL_WORKS = {
     "model": Translatable("the version of MM-Rec that wrote it still runs, trains and exports it"),
     "training": Translatable(
         "its weights can still be used: --init_from starts a new run from them, and "
@@ -66,8 +57,6 @@ STILL_WORKS = {
     "session": Translatable("the version of MM-Rec that wrote it still continues it, and a new session can be started"),
     "token store": Translatable("delete it, the next run makes it anew"),
 }
-"""What still works with a file of another version, for the formats that :func:`check_version` is called with."""
-
 _LONGEST_SHOWN = 20
 
 
@@ -102,7 +91,7 @@ def check_version(kind: str, found: object, path: Path | str) -> None:
         shown=shown,
         version=mm_rec.__version__,
         known=VERSIONS[kind],
-        still_works=STILL_WORKS[kind],
+        still_works=_STILL_WORKS[kind],
     )
 
 

@@ -6,12 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mm_rec import ops
 from mm_rec.config import PRESETS, ModelConfig
 from mm_rec.inference import decode
-from mm_rec.machine.device import apply_precision
 from mm_rec.model import MMRecModel, _TiedEmbedding, document_positions
-from mm_rec.state import flatten_state
 
 CONFIG = ModelConfig(vocab_size=64, d_model=32, n_heads=2, n_layers=3, d_ff=48, window=16, kept_pairs=6)
 
@@ -114,19 +111,6 @@ def test_step_continues_a_sequence() -> None:
     logits, state = decode.step(model, batch[:, -1], state, "code")
     torch.testing.assert_close(logits, expected[:, -1], rtol=1e-5, atol=1e-5)
     assert state.position.tolist() == [50, 50, 50]
-
-
-@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=pytest.mark.native)])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_state_keeps_its_types(backend: str, precision: str) -> None:
-    """Else a session that one back end saved would be none of the model's."""
-    model = MMRecModel(CONFIG, seed=1)
-    apply_precision(model, precision)
-    before = flatten_state(model.initial_state(2))
-    with ops.use_backend(backend), torch.no_grad():
-        _, state = model(tokens(2, CONFIG.window + 8))
-    after = flatten_state(state)
-    assert {name: x.dtype for name, x in after.items()} == {name: x.dtype for name, x in before.items()}
 
 
 def test_wrong_domain_or_state_is_refused() -> None:

@@ -46,15 +46,16 @@ def test_state_that_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=pytest.mark.native)])
-def test_state_keeps_its_types(backend: str) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_state_keeps_its_types(backend: str, precision: str) -> None:
     """A session is saved with these types and loaded with those of the empty state."""
     model = MMRecModel(CONFIG, use_native=backend == "native")
-    apply_precision(model, "bf16")
+    apply_precision(model, precision)
     with torch.no_grad():
         _, state = model(tokens(1, 60))
     before = {name: tensor.dtype for name, tensor in flatten_state(model.initial_state(1)).items()}
     assert {name: tensor.dtype for name, tensor in flatten_state(state).items()} == before
-    assert torch.bfloat16 in before.values()
+    assert (torch.bfloat16 in before.values()) == (precision == "bf16")
 
 
 def test_one_expert_alone_is_a_state_too() -> None:

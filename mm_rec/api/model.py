@@ -59,8 +59,8 @@ def load(
     """Loads a trained model.
 
     Args:
-        path: a checkpoint, a run folder (its best checkpoint by validation) or a folder of runs (that of the last
-            stage).
+        path: a checkpoint, a run folder (its best one) or a folder of runs (that of the last stage). Where there
+            is no such folder, a model on the hub: "owner/name", or "owner/name@revision" (branch, tag or commit).
         device: "cpu", "cuda", "cuda:N", or "auto": CUDA if it is there.
         precision: type of the matrices, "bf16", "fp32", or "auto": bf16 where it is fast.
         weights: "full", or "int8": fewer bytes, so faster on the CPU, at a small loss of quality.

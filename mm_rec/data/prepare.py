@@ -22,6 +22,7 @@ from mm_rec.data.domain_files import choose_root, find_domains, find_named
 from mm_rec.data.filters import count_reasons
 from mm_rec.data.first_pass import Survey, survey_domain
 from mm_rec.data.manifest import check_files, hash_files, require_unchanged
+from mm_rec.data.origins import origins_of, write_origins
 from mm_rec.data.pack import Document, write_store
 from mm_rec.data.preparation_estimate import estimate_preparation
 from mm_rec.data.prepared import Prepared, make_once, tell_bad_rows, write_report
@@ -31,7 +32,7 @@ from mm_rec.storage.files import atomic_folder, format_bytes, some_names
 from mm_rec.text.tokenizer import Tokenizer, train_tokenizer
 from mm_rec.translation import Translatable
 
-__all__ = ["describe", "prepare"]
+__all__ = ["PART", "describe", "prepare"]
 
 _TOKENIZER_BYTES = 12_000_000  # of each domain; training a vocabulary of 32,000 on it takes some ten seconds
 _USED_AGAIN = {5: 4}
@@ -40,7 +41,7 @@ the first one is large."""
 _LARGE_BYTES = 2_000_000_000  # take some seconds to hash
 _SMALLEST_VOCABULARY = 512
 _BYTES_AN_ENTRY = 1280  # of text for each entry of the vocabulary: rarer tokens cost time and learn little
-_PART = "part_of_a_document"
+PART = "part_of_a_document"
 """Key of a report's entry, there if what is held out is the end of a document that is trained on."""
 _ENCODE_CHARACTERS = 2_000_000  # at a time
 
@@ -132,6 +133,7 @@ def prepare(
                     raise
                 tell_bad_rows(documents.bad_rows, tell)
             with atomic_folder(path, sum(survey.n_bytes for survey in surveys.values())) as folder:
+                write_origins(folder, {name: origins_of(one.home, hashes[name]) for name, one in found.items()})
                 write_account(folder, {name: _account(survey, found[name].home) for name, survey in surveys.items()})
                 _make(folder, surveys, vocab_size, tokenizer, tell)
                 for name, one in found.items():
@@ -173,7 +175,7 @@ def describe(report: dict[str, Any]) -> list[Translatable]:
                 each=train["bytes"] / train["tokens"],
             )
         )
-        if valid.get(_PART):
+        if valid.get(PART):
             lines.append(
                 Translatable(
                     "{name}: no document is small enough to be held out whole, so validation reads the end of one "
@@ -217,7 +219,7 @@ def _make(
                 "bytes": int(store.n_bytes.sum()),
             }
         if survey.cut is not None:
-            entry["valid"][_PART] = True
+            entry["valid"][PART] = True
     write_report(folder, tokenizer, entries)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from mm_rec.data.conversations import encode_document, find_conversations, read_
 from mm_rec.data.files import BadRows
 from mm_rec.data.held_out import VALID_BYTES, VALID_SHARE, take_within
 from mm_rec.data.manifest import check_files, require_unchanged
+from mm_rec.data.origins import Origin, origins_of, write_origins
 from mm_rec.data.pack import write_store
 from mm_rec.data.prepared import Prepared, make_once, tell_bad_rows, write_report
 from mm_rec.errors import UserError
@@ -67,7 +68,8 @@ def prepare_conversations(
     def make(folder: Path) -> None:
         tell(Translatable("{name}: reading {files}", name=name, files=some_names([file.name for file in files])))
         check = functools.partial(require_unchanged, home, files, hashes)
-        _make(folder, name, files, tokenizer, max_samples, skip_bad, tell, check)
+        origins = origins_of(home, hashes)
+        _make(folder, name, files, tokenizer, max_samples, skip_bad, tell, check, origins)
 
     prepared = make_once(cache, settings, make, tell)
     tell(_describe(name, prepared.report["domains"][name]))
@@ -83,6 +85,7 @@ def _make(
     skip_bad: int,
     tell: Callable[[str], None],
     check: Callable[[], None],
+    origins: Sequence[Origin],
 ) -> None:
     """Read the files once to choose what is held out and once for each store; ``check`` that they stayed the same."""
     bad = BadRows(skip_bad)
@@ -119,6 +122,7 @@ def _make(
             }
             del store  # Windows renames no folder in which a file is open
         write_report(temporary, tokenizer, {name: entry})
+        write_origins(temporary, {name: origins})
         check()
 
 

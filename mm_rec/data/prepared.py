@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mm_rec.data.origins import ORIGINS, Origin
 from mm_rec.data.pack import STORE_FILES, TokenStore
 from mm_rec.errors import UserError
 from mm_rec.storage.files import MANIFEST, DamageError, Entry, read_manifest, remove_leftovers, reporting_errors
@@ -20,11 +21,13 @@ from mm_rec.translation import Translatable
 
 __all__ = [
     "Prepared",
+    "PreparedFacts",
     "StoreFolder",
     "make_folder",
     "make_once",
     "open_folder",
     "open_prepared",
+    "read_facts",
     "tell_bad_rows",
     "write_report",
 ]
@@ -197,6 +200,37 @@ def _naming_the_remedy(path: Path) -> Iterator[None]:
             else Translatable("{path} is not a folder of prepared data ({error})", path=path, error=error)
         )
         raise UserError("{why}; delete {path}, the next run makes it anew", why=why, path=path) from error
+
+
+class PreparedFacts(NamedTuple):
+    """What prepared data say of themselves, without a look at their tokens.
+
+    Attributes:
+        report: what ``report.json`` says, by domain.
+        origins: where downloaded files come from, by domain; see :mod:`mm_rec.data.origins`.
+        documents_sha256: as of :class:`Prepared`.
+    """
+
+    report: dict[str, Any]
+    origins: dict[str, list[Origin]]
+    documents_sha256: str
+
+
+def read_facts(path: Path) -> PreparedFacts:
+    """Returns what the prepared data in the folder ``path`` say of themselves.
+
+    Raises:
+        UserError: naming the file that is missing or not what was written.
+    """
+    with _naming_the_remedy(path):
+        entries = read_manifest(path)
+        report = json.loads(read_file(path / "report.json", entries["report.json"]))
+        origins = json.loads(read_file(path / ORIGINS, entries[ORIGINS])) if ORIGINS in entries else {}
+        stores = [
+            [name, *(str(entries[f"{name}-{split}/{_INDEX}"]["sha256"]) for split in ("train", "valid"))]
+            for name in sorted(report["domains"])
+        ]
+    return PreparedFacts(report["domains"], origins, hashlib.sha256(json.dumps(stores).encode()).hexdigest())
 
 
 def write_report(folder: Path, tokenizer: Tokenizer, entries: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from mm_rec.evaluation.bits_per_byte import position_bounds
 from mm_rec.evaluation.recall import Needles
+from mm_rec.evaluation.results_file import RESULTS
 from mm_rec.storage.files import write_atomic
 
 __all__ = ["Measurements", "write_report"]
@@ -70,7 +71,7 @@ def write_report(folder: Path, measured: Measurements) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     numbers = json.dumps(measured.as_json(), indent=2, ensure_ascii=False) + "\n"
-    write_atomic(folder / "results.json", numbers.encode("utf-8", "replace"))
+    write_atomic(folder / RESULTS, numbers.encode("utf-8", "replace"))
     page = folder / "report.html"
     write_atomic(page, _page(measured).encode("utf-8", "replace"))
     return page

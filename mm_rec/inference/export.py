@@ -15,6 +15,7 @@ from mm_rec.translation import Translatable
 __all__ = ["Compare", "compare_own", "export"]
 
 WEIGHTS = "model.safetensors"
+CARD = "README.md"
 SMALL_FILES_BYTES = 16_000_000
 
 Compare = Callable[[Path, Loaded], list[str]]
@@ -22,7 +23,12 @@ Compare = Callable[[Path, Loaded], list[str]]
 
 
 def export(
-    source: Path, output: Path, compare: Compare, domain: str | None = None, adapter: Path | None = None
+    source: Path,
+    output: Path,
+    compare: Compare,
+    domain: str | None = None,
+    adapter: Path | None = None,
+    card: Callable[[Loaded], str] | None = None,
 ) -> list[str]:
     """Write the model that ``source`` names to the folder ``output``, load it and compare.
 
@@ -35,6 +41,8 @@ def export(
         compare: :func:`compare_own`, or :func:`mm_rec.hf.compare.compare`, which loads it with `transformers`.
         domain: the expert that is to answer by default, ``all`` for all fused; None keeps what training reached.
         adapter: folder of a LoRA adapter to merge.
+        card: returns the text of ``README.md``, which may be edited later, so the manifest leaves it out; None writes
+            none.
 
     Returns:
         What was compared, in lines for people.
@@ -44,12 +52,15 @@ def export(
             loaded is not what was written.
     """
     loaded = load_model(source, device="cpu", precision="fp32", adapter=adapter)
+    text = None if card is None else card(loaded)
     weights = loaded.model.state_dict()
     taught = loaded.stage if loaded.learned_to_chat else None
     n_bytes = sum(tensor.nbytes for tensor in weights.values())
-    with files.atomic_folder(output, n_bytes + SMALL_FILES_BYTES) as folder:
+    with files.atomic_folder(output, n_bytes + SMALL_FILES_BYTES, unlisted=(CARD,)) as folder:
         hf_folder.write_model_files(folder, loaded.model.config, loaded.tokenizer, loaded.choose_domain(domain), taught)
         checkpoint.write_tensors(folder / WEIGHTS, hf_folder.module_names(weights))
+        if text is not None:
+            (folder / CARD).write_text(text, encoding="utf-8", newline="\n")
         return compare(folder, loaded)
 
 

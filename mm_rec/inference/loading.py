@@ -21,6 +21,7 @@ from mm_rec.storage import checkpoint
 from mm_rec.storage.adapter import ADAPTER_FOLDER, merged, read_adapter
 from mm_rec.storage.best import best_or_newest, resolve
 from mm_rec.storage.files import format_bytes
+from mm_rec.storage.hub.models import find_model
 from mm_rec.storage.resume import require_checkpoints
 from mm_rec.storage.run_config import CHECKPOINTS, COMPLETED, list_runs, require_configs
 from mm_rec.text.tokenizer import Tokenizer
@@ -43,6 +44,7 @@ class Loaded(NamedTuple):
         path: the checkpoint.
         weights: of :data:`mm_rec.config.WEIGHTS`, as they were loaded.
         stage: the stage that trained it last; None if that is not known.
+        sha256: that of :class:`mm_rec.storage.checkpoint.Checkpoint`, before an adapter is added.
     """
 
     model: MMRecModel
@@ -51,6 +53,7 @@ class Loaded(NamedTuple):
     path: Path
     weights: str
     stage: str | None = None
+    sha256: str = ""
 
     @property
     def learned_to_chat(self) -> bool | None:
@@ -118,6 +121,8 @@ class Loaded(NamedTuple):
 def find_checkpoint(path: Path) -> Path:
     """Returns the checkpoint at ``path``: a checkpoint, a run folder (its best by validation) or a folder of runs.
 
+    A path that does not exist can be the name of a model on the hub: :func:`mm_rec.storage.hub.models.find_model`.
+
     In a folder of runs it is that of the newest run of the last stage that has completed one. Where there was no
     validation, or the best one is damaged, the newest valid one takes its place. A run
     that was stopped before its first step is taken only if there is no other. Each damaged checkpoint, and each such
@@ -126,8 +131,12 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         UserError: if there is none, or a later run has lost its checkpoints or its configuration.
     """
+    path = find_model(path)
     if not path.is_dir():
-        raise UserError("there is no folder {path}; name a checkpoint, a run folder or a folder of runs", path=path)
+        raise UserError(
+            "there is no folder {path}; name a checkpoint, a run folder, a folder of runs, or OWNER/NAME on the hub",
+            path=path,
+        )
     untrained: list[Path] = []
     for stage in reversed(STAGES):
         for entry in reversed(list_runs(path, stage)):
@@ -185,7 +194,7 @@ def load_model(
     """Loads the model at ``path``; see :func:`find_checkpoint`.
 
     Args:
-        path: checkpoint, run folder or folder of runs.
+        path: checkpoint, run folder or folder of runs, or ``owner/name`` on the hub.
         device: as for :func:`mm_rec.machine.device.select_device`.
         precision: type of the matrices, as for :func:`mm_rec.machine.device.select_precision`.
         weights: ``full``, or ``int8`` to round the matrices; see :func:`mm_rec.inference.quantize.quantize_int8`.
@@ -225,7 +234,7 @@ def load_model(
     model.to(place).eval()
     if weights == "full":
         pack_matrices(model)
-    return Loaded(model, tokenizer, found.domain, found.path, weights, _last_stage(found.path, adapter))
+    return Loaded(model, tokenizer, found.domain, found.path, weights, _last_stage(found.path, adapter), found.sha256)
 
 
 def _last_stage(path: Path, adapter: Path | None) -> str | None:

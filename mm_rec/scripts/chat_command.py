@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mm_rec.errors import UserError
 from mm_rec.program import Parser, run_program
 from mm_rec.scripts.sampling_options import (
+    MODEL_HELP,
     MOST_CHARACTERS,
     add_adapter_argument,
     add_domain_argument,
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     """Parse arguments, load the model, talk until the input ends."""
     parser = Parser(prog=prog, description=__doc__)
     parser.epilog = Translatable(EPILOG, commands=Translatable(COMMANDS))
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint, run folder or folder of runs")
+    parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument("--session", type=Path, metavar="FILE", help="keep the memory here, saved after every answer")
     parser.add_argument("--resume", action="store_true", help="go on with the conversation in --session")
     parser.add_argument("--system", metavar="TEXT", help="system prompt of a new conversation")

@@ -22,7 +22,7 @@ from mm_rec.scripts.eval_clock import (
     tokens_of_needles,
     tokens_to_read,
 )
-from mm_rec.scripts.sampling_options import add_domain_argument, add_weights_argument
+from mm_rec.scripts.sampling_options import MODEL_HELP, add_domain_argument, add_weights_argument
 from mm_rec.translation import Translatable, translate
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ TRIALS = {"cpu": 16, "cuda": 200}
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     """Parse arguments, measure, write the report."""
     parser = Parser(prog=prog, description=__doc__, epilog=EPILOG)
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint, run folder or folder of runs")
+    parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument("--output", type=Path, default=Path("evaluation"), metavar="FOLDER", help="for the report")
     parser.add_argument(
         "--documents",
@@ -269,6 +269,7 @@ def _facts(loaded: Loaded, domain: str | None) -> dict[str, str]:
     import torch
 
     from mm_rec.evaluation.recall import state_bytes
+    from mm_rec.evaluation.results_file import WEIGHTS_SHA256
 
     config, weight = loaded.model.config, loaded.model.embedding.weight
     precision = "bf16" if weight.dtype == torch.bfloat16 else "fp32"
@@ -277,6 +278,7 @@ def _facts(loaded: Loaded, domain: str | None) -> dict[str, str]:
     whole, one = state_bytes(loaded.model), state_bytes(loaded.model, config.experts[0])
     return {
         "checkpoint": str(loaded.path),
+        WEIGHTS_SHA256: loaded.sha256,
         "parameters": f"{count / 1e6:.1f} million",
         "shape": f"{experts} of {config.n_layers} blocks, {config.d_model} wide",
         "vocabulary": f"{loaded.tokenizer.vocab_size:,} tokens",

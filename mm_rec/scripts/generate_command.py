@@ -9,6 +9,7 @@ from pathlib import Path
 from mm_rec.errors import UserError
 from mm_rec.program import Parser, run_program
 from mm_rec.scripts.sampling_options import (
+    MODEL_HELP,
     MOST_CHARACTERS,
     add_adapter_argument,
     add_domain_argument,
@@ -33,7 +34,7 @@ EPILOG = """examples:
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     """Parse arguments, load the model, print the text as it comes."""
     parser = Parser(prog=prog, description=__doc__, epilog=EPILOG)
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint, run folder or folder of runs")
+    parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument("--prompt", help="text to continue; read from standard input if not given and not a terminal")
     add_memory_argument(parser)
     add_adapter_argument(parser)

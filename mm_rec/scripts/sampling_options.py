@@ -18,6 +18,7 @@ __all__ = [
     "ADAPTER_HELP",
     "FLAGS",
     "MEMORY_HELP",
+    "MODEL_HELP",
     "MOST_CHARACTERS",
     "WEIGHTS_HELP",
     "add_adapter_argument",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 ADAPTER_HELP = "folder of a LoRA adapter to add to the model, as PEFT or `mm-rec finetune --lora` writes it"
+MODEL_HELP = "checkpoint, run folder, folder of runs, or OWNER/NAME or OWNER/NAME@REVISION on the hub"
 MEMORY_HELP = "file or folder of documents to read first; what is remembered of it is kept and has a fixed size"
 WEIGHTS_HELP = "full, or int8: fewer bytes, so faster on the CPU, at a small loss of quality"
 

@@ -15,7 +15,7 @@ from mm_rec.config import WEIGHTS
 from mm_rec.errors import UserError
 from mm_rec.options import Option, add_arguments, from_arguments
 from mm_rec.program import Parser, run_program
-from mm_rec.scripts.sampling_options import ADAPTER_HELP, MEMORY_HELP, WEIGHTS_HELP, tell_on_stderr
+from mm_rec.scripts.sampling_options import ADAPTER_HELP, MEMORY_HELP, MODEL_HELP, WEIGHTS_HELP, tell_on_stderr
 from mm_rec.serve.connections import FEWEST, Connections, most_connections
 from mm_rec.translation import Translatable, translate
 
@@ -39,7 +39,7 @@ conversation; only new messages are sent.
 class ServeSettings:
     """What the server takes."""
 
-    model: Annotated[Path | None, Option("checkpoint, run folder or folder of runs (required)")] = None
+    model: Annotated[Path | None, Option(Translatable("{help} (required)", help=Translatable(MODEL_HELP)))] = None
     name: Annotated[str, Option("of the model, as clients ask for it")] = "mm-rec"
     adapter: Annotated[Path | None, Option(ADAPTER_HELP)] = None
     memory: Annotated[

@@ -52,6 +52,7 @@ __all__ = [
     "newest_valid",
     "prune",
     "read_config",
+    "require_own_model",
     "resolve",
     "save",
     "set_aside",
@@ -213,17 +214,35 @@ def _load_saved_by_transformers(path: Path, weights_only: bool) -> Checkpoint:
             reason=error.strerror,
             folder=str(path),
         ) from error
-    values = _parse_json(path / "config.json", "model", configuration)
-    if values.get("model_type") != "mm_rec":
-        raise CheckpointError(
-            "{path} holds a model of type {kind}, not one of MM-Rec", path=path, kind=values.get("model_type")
-        )
+    values = _parse_own_config(path, configuration)
     if not weights_only:
         raise _no_training_state(path, Translatable("transformers saved it"))
     config = _model_config(path, values)
     weights, sha256 = hf_folder.read_saved_weights(path)
     domain = _default_domain(path, values, config, weights)
     return Checkpoint(path, sha256, config, weights, {}, {}, {}, tokenizer, domain)
+
+
+def _parse_own_config(path: Path, content: bytes) -> dict[str, Any]:
+    """Returns what is in the ``config.json`` of a model of this package, in a folder without a manifest."""
+    values = _parse_json(path / "config.json", "model", content)
+    if values.get("model_type") != "mm_rec":
+        raise CheckpointError(
+            "{path} holds a model of type {kind!s:.80}, not one of MM-Rec", path=path, kind=values.get("model_type")
+        )
+    return values
+
+
+def require_own_model(path: Path) -> None:
+    """Compare the ``config.json`` in ``path`` with what this version reads, before its weights are fetched.
+
+    Raises:
+        CheckpointError: if it is damaged, or the model of another kind.
+        FormatError: if it is of another version of its format.
+    """
+    file = path / "config.json"
+    _check_size(file, file.stat().st_size)
+    _model_config(path, _parse_own_config(path, read_regular(file)))
 
 
 def read_config(path: Path) -> ModelConfig:

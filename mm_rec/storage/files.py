@@ -103,7 +103,9 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, n_bytes: int = 0, *, manifest: bool = True) -> Iterator[Path]:
+def atomic_folder(
+    path: Path, n_bytes: int = 0, *, manifest: bool = True, unlisted: Collection[str] = ()
+) -> Iterator[Path]:
     """Make the folder ``path`` out of what is written into the temporary folder that this context yields.
 
     When the context ends, all files are flushed to the disk, the manifest is written and the folder gets its
@@ -113,6 +115,7 @@ def atomic_folder(path: Path, n_bytes: int = 0, *, manifest: bool = True) -> Ite
         path: must not exist.
         n_bytes: an estimate of what will be written, for the check before the first byte and the message.
         manifest: write one; not for a folder that will change later.
+        unlisted: names of files that may be changed later, and that the manifest leaves out.
 
     Raises:
         StorageError: if ``path`` exists or the disk is full, broken or not writable.
@@ -124,7 +127,7 @@ def atomic_folder(path: Path, n_bytes: int = 0, *, manifest: bool = True) -> Ite
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         with _temporary_sibling(path, Path.mkdir) as temporary:
             yield temporary
-            _seal(temporary, manifest)
+            _seal(temporary, manifest, unlisted)
             system.rename(temporary, path)
             system.sync(path.parent)
 
@@ -325,10 +328,10 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _seal(folder: Path, manifest: bool) -> None:
+def _seal(folder: Path, manifest: bool, unlisted: Collection[str]) -> None:
     """Flush all that is in ``folder`` to the disk and, if asked for, write its manifest."""
     paths = sorted(folder.rglob("*"))
-    files = [path for path in paths if path.is_file()] if manifest else []
+    files = [path for path in paths if path.is_file() and path.name not in unlisted] if manifest else []
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         fingerprints = pool.map(_fingerprint, files)  # while the disk writes
         for path in paths:

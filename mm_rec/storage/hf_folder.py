@@ -27,10 +27,15 @@ from mm_rec.text.tokenizer import Tokenizer
 
 __all__ = [
     "AUTO_MAP",
+    "CONFIG",
+    "INDEX",
     "MODELING_CODE",
     "MODELING_FILE",
+    "TOKENIZER",
+    "WEIGHTS",
     "checkpoint_names",
     "default_domain",
+    "is_complete",
     "is_layer",
     "is_saved_by_transformers",
     "module_names",
@@ -38,7 +43,9 @@ __all__ = [
     "write_model_files",
 ]
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
+INDEX = "model.safetensors.index.json"
+"""Names the file of each weight where they are in several."""
 EMBEDDING, HEAD = "embedding.weight", "lm_head.weight"
 
 MODELING_FILE = "modeling_mm_rec.py"
@@ -133,6 +140,32 @@ def is_saved_by_transformers(folder: Path) -> bool:
     return has_weights and (folder / CONFIG).is_file() and not (folder / MANIFEST).exists()
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether a folder that was fetched from a hub has all files that :func:`read_saved_weights` and others need."""
+    try:
+        names = [CONFIG, TOKENIZER, *_weight_files(folder)]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+    return all((folder / name).is_file() for name in names)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The names of the files that hold the weights, which lie in ``folder`` itself.
+
+    Raises:
+        OSError: if the index cannot be read.
+        ValueError: if it names a file elsewhere; this and KeyError, AttributeError, TypeError if it is no index.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        return [WEIGHTS]
+    names = sorted(set(json.loads(read_regular(index))["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise ValueError(f"{INDEX} names a file outside of the folder, {name!r:.80}")
+    return names
+
+
 def read_saved_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
     """Returns the weights in a folder of :func:`is_saved_by_transformers`, and the SHA-256 of the bytes read.
 
@@ -142,11 +175,9 @@ def read_saved_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
         UserError: if a file is missing or no safetensors file, or the output head is not the embedding.
     """
     try:
-        index = folder / INDEX
-        files = [WEIGHTS] if not index.exists() else sorted(set(json.loads(read_regular(index))["weight_map"].values()))
-        contents = [read_regular(folder / file) for file in files]
+        contents = [read_regular(folder / file) for file in _weight_files(folder)]
         saved = {name: tensor for content in contents for name, tensor in load(content).items()}
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         raise UserError(
             "the weights in {folder} cannot be read: {error}; save the model again", folder=folder, error=error
         ) from error

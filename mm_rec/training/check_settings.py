@@ -8,6 +8,7 @@ from mm_rec import ops, processes
 from mm_rec.errors import UserError
 from mm_rec.machine.device import check_threads, select_device
 from mm_rec.stages import STAGES
+from mm_rec.storage.hub.models import find_model
 from mm_rec.training.initial_weights import require_run_before
 from mm_rec.training.plan import make_plan
 from mm_rec.training.settings import TrainSettings
@@ -31,7 +32,9 @@ def check_settings(settings: TrainSettings, stages: Sequence[str]) -> None:
     first = settings.for_stage(stages[0])
     named = first.resume_from or first.init_from
     if named is not None:
-        if not named.exists():
+        if named is first.init_from and processes.is_rank_zero():  # no other process reads it
+            named = find_model(named)
+        if processes.is_rank_zero() and not named.exists():
             raise UserError("there is no {named}; name a run folder or a checkpoint", named=named)
     elif STAGES[first.stage].follows is not None:
         require_run_before(first.checkpoint_dir, first.stage)

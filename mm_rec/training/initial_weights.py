@@ -15,6 +15,7 @@ from mm_rec.errors import UserError
 from mm_rec.stages import STAGES
 from mm_rec.storage import checkpoint
 from mm_rec.storage.best import best_or_newest, resolve, stopped_early
+from mm_rec.storage.hub.models import find_model
 from mm_rec.storage.run_config import differences, list_runs, require_configs
 from mm_rec.training.plan import Plan
 from mm_rec.training.runtime import choose_runtime
@@ -90,7 +91,7 @@ def starting_checkpoint(settings: TrainSettings) -> Path | None:
         UserError: if there is no such checkpoint, or the stage before is not finished.
     """
     if settings.init_from is not None:
-        return resolve(settings.init_from, _refuse)
+        return resolve(find_model(settings.init_from), _refuse)
     before = _stage_before(settings.checkpoint_dir, settings.stage)
     return _final_checkpoint(settings.checkpoint_dir, before, settings.stage) if before else None
 

@@ -156,7 +156,9 @@ class TrainSettings:
     fresh: Annotated[bool, Option("start a new run beside an earlier one of the same settings")] = False
     resume_from: Annotated[Path | None, Option("run folder or checkpoint to continue")] = None
     allow_changes: Annotated[bool, Option("accept a --resume_from of other data, settings or machine")] = False
-    init_from: Annotated[Path | None, Option("run folder or checkpoint whose weights to start from")] = None
+    init_from: Annotated[
+        Path | None, Option("run folder, checkpoint or OWNER/NAME on the hub whose weights to start from")
+    ] = None
     tensorboard: Annotated[bool, Option("also write TensorBoard event files into the run folder")] = False
     stages: Annotated[Mapping[str, Mapping[str, Any]], Option("settings of single stages", section=True)] = field(
         default_factory=dict

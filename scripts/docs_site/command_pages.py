@@ -62,7 +62,7 @@ def make_page() -> str:
         rows: dict[str, list[list[str]]] = {}
         for group, action in options_of(parser):
             rows.setdefault(group, []).append(_row(action))
-        tables = [f"\n**{group}**\n\n{table(['option', 'default', 'meaning'], rows[group])}" for group in rows]
+        tables = [f"\n**{group}**\n\n{table(['option', 'meaning', 'default'], rows[group])}" for group in rows]
         pages.append(
             f"\n## mm-rec {name}\n\n{_sentence(command.summary)}\n\n{_text(parser.description)}\n"
             f"{''.join(tables)}\n{_as_code(parser.epilog)}"
@@ -78,7 +78,7 @@ def _row(action: argparse.Action) -> list[str]:
     takes = "" if action.nargs == 0 else f" {_value(action)}"
     if action.required:
         meaning += " (required)"
-    return [code(", ".join(names) + takes if action.option_strings else names[0]), code(default), _plain(meaning)]
+    return [code(", ".join(names) + takes if action.option_strings else names[0]), _plain(meaning), code(default)]
 
 
 def _value(action: argparse.Action) -> str:

@@ -49,7 +49,7 @@ DEVELOPMENT = {
     "MM_REC_FUZZ_CASES": "How many random calls the tests of the C++ kernels make.",
     "MM_REC_REQUIRE_NATIVE": "Tests that need the native kernels fail where they would be skipped without them.",
     "MM_REC_SCHEMA_CASES": "How many random requests the tests of the server make for each path.",
-    "MM_REC_TEST_SYSTEM": "`bare` runs the tests on a system that plays Windows.",
+    "MM_REC_TEST_SYSTEM": "`bare` runs the tests on a simulated Windows.",
 }
 """Variables of MM-Rec for building and testing it."""
 
@@ -128,8 +128,8 @@ def make_page() -> str:
     parts = [INTRODUCTION]
     titles = {"For use": USE, "For building and testing": DEVELOPMENT, "Of other programs": OTHERS}
     for title, variables in titles.items():
-        rows = [[code(name), _lines(readers[name]), text] for name, text in variables.items()]
-        parts.append(f"\n## {title}\n\n{table(['variable', 'read in', 'what it does'], rows)}")
+        rows = [[code(name), text, _lines(readers[name])] for name, text in variables.items()]
+        parts.append(f"\n## {title}\n\n{table(['variable', 'what it does', 'read in'], rows)}")
     return "\n".join(parts)
 
 

@@ -46,9 +46,9 @@ def make_page() -> str:
     """Returns the page in Markdown."""
     what = descriptions()
     rows = [
-        [kind, str(version), what[kind], formats.STILL_WORKS.get(kind, "")]
+        [kind, what[kind], str(version), formats._STILL_WORKS.get(kind, "")]
         for kind, version in formats.VERSIONS.items()
     ]
-    head = ["format", "number", "what it is", "what still works with files of another number"]
+    head = ["format", "what it is", "number", "what still works with files of another number"]
     where = f"\nThe number stands under the key {code(formats.KEY)}.\n"
     return INTRODUCTION + "\n" + table(head, rows) + where

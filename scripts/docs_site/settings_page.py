@@ -54,12 +54,12 @@ def make_page() -> str:
         new = {name: field for name, field in fields.items() if not (is_training and name in known)}
         also = "" if cls is TrainSettings or not is_training else " It takes most of those of `mm-rec train` as well."
         rows = [
-            [code(name), code(_type(hint)), code(_default(cls, name)), _limits(option), _meaning(option, is_training)]
+            [code(name), _meaning(option, is_training), _type(hint), code(_default(cls, name)), _limits(option)]
             for name, (hint, option) in new.items()
         ]
         pages.append(
             f"\n## {command}\n\nThe settings of `{command}`.{also}\n\n"
-            + table(["name", "type", "default", "limits", "meaning"], rows)
+            + table(["name", "meaning", "type", "default", "limits"], rows)
         )
         known |= fields.keys() if is_training else set()
     return "\n".join(pages)

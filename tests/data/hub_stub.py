@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
@@ -96,11 +97,20 @@ class Hub:
         return None
 
 
+H = TypeVar("H", bound=Hub)
+
+
 @contextmanager
 def serve(repositories: dict[str, Repository], port: int = 0) -> Iterator[Hub]:
-    """A hub at ``hub.url`` for as long as the context lasts."""
-    hub = Hub(repositories)
-    server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": hub}))
+    """A hub of data sets at ``hub.url`` for as long as the context lasts."""
+    with serving(Hub(repositories), _Handler, port) as hub:
+        yield hub
+
+
+@contextmanager
+def serving(hub: H, handler: type[BaseHTTPRequestHandler], port: int = 0) -> Iterator[H]:
+    """``hub`` at ``hub.url``, its requests answered by ``handler``, for as long as the context lasts."""
+    server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -139,6 +149,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fault is not None and self.fault.status is not None:
             self._send(self.fault.status, b"fault", {"Content-Type": "text/plain", **self.fault.headers})
             return
+        self._route(path)
+
+    def _route(self, path: str) -> None:
         api = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path)
         resolve = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path)
         found = api or resolve

@@ -15,6 +15,8 @@ from mm_rec.cli import COMMANDS
 from mm_rec.ops import backend
 from mm_rec.ops.reference import __all__ as DEFINITIONS
 
+pytestmark = pytest.mark.usefixtures("sources")
+
 
 def test_every_variable_that_is_read_has_a_sentence() -> None:
     described = {**environment.USE, **environment.DEVELOPMENT, **environment.OTHERS}
@@ -59,7 +61,7 @@ def test_every_format_has_its_number_and_says_what_it_is() -> None:
     assert file_formats.descriptions().keys() == formats.VERSIONS.keys()
     page = file_formats.make_page()
     for kind, version in formats.VERSIONS.items():
-        assert f"| {kind} | {version} | " in page
+        assert f"| {kind} | {file_formats.descriptions()[kind]} | {version} | " in page
         assert len(file_formats.descriptions()[kind]) > 20
 
 

@@ -38,8 +38,8 @@ def test_the_folder_is_the_same_model_without_training(
     assert main(["export", "--model", str(model), "--output", str(output), "--domain", "code"]) == 0
     assert capsys.readouterr().out.count("the same in transformers") == 2
     assert sorted(path.name for path in output.iterdir()) == [
-        "chat_template.jinja", "config.json", "generation_config.json", "manifest.json", "model.safetensors",
-        "modeling_mm_rec.py", "tokenizer.json", "tokenizer_config.json",
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "manifest.json",
+        "model.safetensors", "modeling_mm_rec.py", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     theirs = AutoModelForCausalLM.from_pretrained(output)
     ids = torch.arange(30)[None]

@@ -29,6 +29,7 @@ from mm_rec.data.pack import file_sha256
 from mm_rec.errors import UserError
 from mm_rec.regular_file import read_regular
 from mm_rec.storage.files import remove_leftovers, reporting_errors, write_atomic
+from mm_rec.storage.hub.client import first_line
 from mm_rec.text.message import without_nulls
 from mm_rec.translation import Translatable
 
@@ -159,7 +160,7 @@ class _Download:
                     Translatable(
                         "{name}: {error}; trying again in {delay:.0f} s",
                         name=self.source.name,
-                        error=_first_line(error),
+                        error=first_line(error),
                         delay=delay,
                     )
                 )
@@ -298,7 +299,3 @@ def _plain(value: Any) -> Any:
     if columns and all(isinstance(column, list) for column in columns.values()):
         return [dict(zip(columns, parts, strict=True)) for parts in zip(*columns.values(), strict=True)]
     return value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

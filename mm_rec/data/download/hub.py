@@ -10,23 +10,29 @@ from __future__ import annotations
 import logging
 import lzma
 import random
-import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mm_rec.data.download.sources import BUILTIN, Source
 from mm_rec.errors import UserError
 from mm_rec.storage.files import reporting_errors
+from mm_rec.storage.hub.client import (
+    DEADLINE_SECONDS,
+    causes,
+    first_line,
+    hub_address,
+    is_connection_error,
+    reach_problem,
+    status_of,
+    within,
+)
 from mm_rec.translation import Translatable
 
-__all__ = ["Rows", "UnreachableError", "explain", "find_revision", "hub_address", "quiet", "retry_delay"]
+__all__ = ["Rows", "UnreachableError", "explain", "find_revision", "quiet", "retry_delay"]
 
-T = TypeVar("T")
-
-_DEADLINE_SECONDS = 8.0  # for the first answer of the hub
 _MAX_DELAY_SECONDS = 60.0
 _BLOCK_BYTES = 1 << 20  # read ahead of what is asked for, for each row group
 _MAX_SPLIT_FILES = 32  # splitting a Parquet file into row groups takes a request or two
@@ -94,13 +100,6 @@ class Rows:
         return state
 
 
-def hub_address() -> str:
-    """The hub that is asked, which HF_ENDPOINT may set."""
-    from huggingface_hub import constants
-
-    return str(constants.ENDPOINT)
-
-
 def find_revision(source: Source) -> str:
     """The commit that ``source.revision`` stands for now; at the same time a check of the way to the hub.
 
@@ -112,8 +111,8 @@ def find_revision(source: Source) -> str:
 
     if source.gated and get_token() is None:
         raise _gated(source)
-    return _within(
-        _DEADLINE_SECONDS,
+    return within(
+        DEADLINE_SECONDS,
         lambda: str(HfApi().dataset_info(source.hub_id, revision=source.revision, timeout=5).sha),
     )
 
@@ -124,12 +123,11 @@ def explain(source: Source, error: Exception) -> UserError | None:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, UserError):
             return cause
         # `datasets` passes on some of the client's errors as one of its own, with nothing left but the message.
@@ -144,8 +142,8 @@ def explain(source: Source, error: Exception) -> UserError | None:
                 hub_id=source.hub_id,
                 revision=source.revision,
             )
-    for cause in _causes(error):
-        status = _status(cause)
+    for cause in causes(error):
+        status = status_of(cause)
         if status in (401, 403):
             return UserError(
                 "the hub at {hub} refuses {hub_id} (status {status}); check HF_TOKEN",
@@ -153,20 +151,15 @@ def explain(source: Source, error: Exception) -> UserError | None:
                 hub_id=source.hub_id,
                 status=status,
             )
-        if status is not None or _is_connection_error(cause):
-            offline = isinstance(cause, OfflineModeIsEnabled)
-            answered = Translatable("status {status}", status=status)
-            reason = answered if status else Translatable("HF_HUB_OFFLINE is set") if offline else _first_line(cause)
-            return UnreachableError(
-                Translatable("the hub at {hub} cannot be reached ({reason})", hub=hub_address(), reason=reason), status
-            )
-    if any(_is_damage(cause) for cause in _causes(error)):
+        if problem := reach_problem(cause):
+            return UnreachableError(problem, status)
+    if any(_is_damage(cause) for cause in causes(error)):
         return UserError(
             "what the hub at {hub} sends of {hub_id} cannot be read ({error}); try the "
             "same command again, which keeps what was read so far, or take another --source",
             hub=hub_address(),
             hub_id=source.hub_id,
-            error=_first_line(error),
+            error=first_line(error),
         )
     return None
 
@@ -177,15 +170,15 @@ def retry_delay(error: Exception, attempt: int) -> float | None:
     What the hub asks for with Retry-After, else twice as long each time, with jitter, so that many clients don't
     come back at once.
     """
-    for cause in _causes(error):
-        status = _status(cause)
+    for cause in causes(error):
+        status = status_of(cause)
         if status is not None and status not in _PASSING_STATUS:
             return None
         if status is not None:
             wished = cause.response.headers.get("Retry-After", "")  # type: ignore[attr-defined]
             if wished.isascii() and wished.isdigit():
                 return min(float(wished), 10 * _MAX_DELAY_SECONDS)
-        if status is not None or _is_connection_error(cause) or _is_damage(cause):
+        if status is not None or is_connection_error(cause) or _is_damage(cause):
             return min(_MAX_DELAY_SECONDS, 2.0**attempt) * random.uniform(0.5, 1.0)
     return None
 
@@ -225,52 +218,7 @@ def _gated(source: Source) -> UserError:
     )
 
 
-def _within(seconds: float, ask: Callable[[], T]) -> T:
-    """The result of ``ask``, or TimeoutError: looking up a name may hang far longer than any time-out of a client."""
-    answer: list[T] = []
-    failure: list[Exception] = []
-
-    def run() -> None:
-        try:
-            answer.append(ask())
-        except Exception as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failure:
-        raise failure[0]
-    if not answer:
-        raise TimeoutError(f"no answer within {seconds:.0f} seconds")
-    return answer[0]
-
-
-def _causes(error: BaseException | None) -> Iterator[Exception]:
-    """The error and those that led to it."""
-    seen: set[int] = set()
-    while isinstance(error, Exception) and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _status(error: Exception) -> int | None:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
-
-
-def _is_connection_error(error: Exception) -> bool:
-    # The client's HTTP library changes from version to version, the names of its modules less so.
-    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith(("httpx", "httpcore"))
-
-
 def _is_damage(error: Exception) -> bool:
     # What pyarrow, gzip, JSON and Unicode raise; an OSError of the system, such as a full disk, has a number.
     known = isinstance(error, ValueError | EOFError | zlib.error | lzma.LZMAError)
     return known or (isinstance(error, OSError) and error.errno is None)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
