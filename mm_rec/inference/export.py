@@ -54,10 +54,9 @@ def export(
     loaded = load_model(source, device="cpu", precision="fp32", adapter=adapter)
     text = None if card is None else card(loaded)
     weights = loaded.model.state_dict()
-    taught = loaded.stage if loaded.learned_to_chat else None
     n_bytes = sum(tensor.nbytes for tensor in weights.values())
     with files.atomic_folder(output, n_bytes + SMALL_FILES_BYTES, unlisted=(CARD,)) as folder:
-        hf_folder.write_model_files(folder, loaded.model.config, loaded.tokenizer, loaded.choose_domain(domain), taught)
+        hf_folder.write_model_files(folder, loaded.model.config, loaded.tokenizer, loaded.choose_domain(domain))
         checkpoint.write_tensors(folder / WEIGHTS, hf_folder.module_names(weights))
         if text is not None:
             (folder / CARD).write_text(text, encoding="utf-8", newline="\n")

@@ -301,17 +301,15 @@ def started_from(path: Path) -> str | None:
 
 
 def stage_of(path: Path) -> str | None:
-    """Returns the stage that trained a checkpoint last, or the one that ``config.json`` of another folder states.
-
-    None if neither is known: exported folders state the stages that teach conversations alone.
+    """Returns the stage that trained a checkpoint of a run last; None for another folder, which does not say.
 
     Raises:
         CheckpointError: if the file is damaged.
     """
-    file = path / (TRAINER if is_of_a_run(path) else "config.json")
-    with _reading(file):
-        values = json.loads(read_regular(file))
-        stage = (values.get("run", {}) if file.name == TRAINER else values).get("stage")
+    if not is_of_a_run(path):
+        return None
+    with _reading(path / TRAINER):
+        stage = json.loads(read_regular(path / TRAINER)).get("run", {}).get("stage")
     return stage if isinstance(stage, str) else None
 
 

@@ -72,9 +72,7 @@ AUTO_MAP = {
 }
 
 
-def write_model_files(
-    folder: Path, config: ModelConfig, tokenizer: Tokenizer, domain: str | None, taught: str | None = None
-) -> None:
+def write_model_files(folder: Path, config: ModelConfig, tokenizer: Tokenizer, domain: str | None) -> None:
     """Writes ``config.json``, ``generation_config.json``, the modeling file and the tokenizer's files.
 
     Args:
@@ -82,7 +80,6 @@ def write_model_files(
         config: shape of the model.
         tokenizer: the model's tokenizer.
         domain: the default domain, an expert; None fuses all.
-        taught: the stage that taught the model to answer in conversations; None states nothing about that.
     """
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     model = {
@@ -94,7 +91,6 @@ def write_model_files(
         "domain": domain,
         **ids,
         **config.to_dict(),
-        **({} if taught is None else {"stage": taught}),
     }
     # A text ends at EOS, an answer in a conversation at its end token; other control tokens are never drawn.
     ends = [tokenizer.eos_id, tokenizer.end_id]
