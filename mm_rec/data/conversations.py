@@ -110,7 +110,7 @@ def _row(fields: dict[str, Any]) -> list[Message]:
     turns, question, answer = (first_filled(fields, names) for names in (_TURNS, _QUESTIONS, _ANSWERS))
     pair = question is not None and answer is not None
     if turns is not None and not (pair and is_empty(fields[turns])):
-        before = _system(fields) if turns == "conversations" else []
+        before = _system(fields)
         return [*before, *_messages(fields[turns])]
     if question is None or answer is None:
         raise ValueError(Translatable("the object is no conversation: it has neither {formats}", formats=_FORMATS))

@@ -91,6 +91,47 @@ def adapter_files(changes: Mapping[str, LowRank]) -> tuple[dict[str, Any], dict[
     return config, tensors
 
 
+_FREE = frozenset(
+    [
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "trainable_token_indices",
+        "use_rslora",
+    ]
+)
+"""Fields of PEFT's LoRA configuration that may hold anything: they change nothing here, are read below, or show among
+the tensors."""
+
+_INITIALIZATIONS = (None, True, False, "gaussian")
+"""Those that leave the weights of the base model as they are; others change them when PEFT loads the adapter."""
+
+
+def _is_plain(name: str, value: object) -> bool:
+    """Whether a field lets an adapter be s B A alone; one that is not known does so if its value says nothing."""
+    if name == "init_lora_weights":
+        return value in _INITIALIZATIONS
+    return name in _FREE or value in (None, False, [], {})
+
+
 def read_adapter(folder: Path) -> dict[str, LowRank]:
     """Returns the changes in a folder that PEFT or a run of this package wrote, by parameter name.
 
@@ -123,8 +164,9 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
     downs = {
         name.removesuffix(".lora_A.weight"): one for name, one in tensors.items() if name.endswith(".lora_A.weight")
     }
-    others = sorted(tensors.keys() - {f"{m}.lora_{side}.weight" for m in downs for side in "AB"})
-    if math.isnan(settings.alpha) or config.get("use_dora") or config.get("fan_in_fan_out") or others or not downs:
+    more = [name for name, value in config.items() if not _is_plain(name, value)]
+    others = more + sorted(tensors.keys() - {f"{m}.lora_{side}.weight" for m in downs for side in "AB"})
+    if math.isnan(settings.alpha) or others or not downs:
         found = others[0] if others else Translatable("another kind of adapter")
         raise UserError(
             "{folder} holds more than plain LoRA of matrices ({found}); merge it in Python with "

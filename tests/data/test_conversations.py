@@ -45,6 +45,7 @@ def tokenizer() -> Tokenizer:
         ),
         ({"id": 1, "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi!"}]}, HELLO),
         ({"system": "Be kind.", "conversations": ROW["messages"]}, SYSTEM),
+        ({"system": "Be kind.", "messages": ROW["messages"]}, SYSTEM),
         ({"instruction": "Hello", "input": "", "output": "Hi!"}, HELLO),
         ({"instruction": "Hello", "output": "Hi!", "system": "Be kind.", "history": []}, SYSTEM),
         (

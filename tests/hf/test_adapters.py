@@ -205,7 +205,11 @@ def test_peft_takes_an_adapter_of_finetune(exported: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("settings", "tensor", "problem"),
     [
-        ({"use_dora": True}, None, "more than plain LoRA"),
+        ({"use_dora": True}, None, "more than plain LoRA.*use_dora"),
+        ({"init_lora_weights": "pissa"}, None, "more than plain LoRA.*init_lora_weights"),
+        ({"init_lora_weights": "olora"}, None, "more than plain LoRA.*init_lora_weights"),
+        ({"alora_invocation_tokens": [5]}, None, "more than plain LoRA.*alora_invocation_tokens"),
+        ({"of_a_later_peft": {"a": 1}}, None, "more than plain LoRA.*of_a_later_peft"),
         ({"peft_type": "IA3"}, None, "more than plain LoRA"),
         ({"lora_alpha": None}, None, "cannot be read"),
         ({"lora_alpha": 10**400}, None, "cannot be read"),
