@@ -148,9 +148,7 @@ def test_a_server_answers_and_keeps_its_sessions(shell: Shell, run: Path) -> Non
     serve = ["serve", "--model", "runs", "--port", "0", "--session_dir", "talks"]
     process = shell.start(*serve)
     assert process.stdout is not None
-    process.stdout.readline()
-    address = re.search(rb"http://\S+/", process.stdout.readline())
-    assert address is not None
+    address = next(filter(None, (re.search(rb"http://\S+/", line) for line in process.stdout)))
     url = address[0].decode()
 
     def ask(session: str) -> tuple[int, str]:
