@@ -85,8 +85,7 @@ def server_process(folder: Path, *flags: str) -> Iterator[tuple[int, subprocess.
         )  # fmt: skip
     try:
         assert server.stdout is not None
-        server.stdout.readline()
-        place = re.search(r":(\d+)/", server.stdout.readline())
+        place = next(filter(None, (re.search(r":(\d+)/", line) for line in server.stdout)), None)
         assert place is not None, log.read_text()
         yield int(place[1]), server, log
     finally:
