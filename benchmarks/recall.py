@@ -43,7 +43,6 @@ from mm_rec.inference.loading import Loaded, load_model
 from mm_rec.machine.device import select_device
 from mm_rec.state import BlockState, ModelState
 from mm_rec.storage.files import write_atomic
-from mm_rec.text.tokenizer import Tokenizer
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "recall.png"
 SHORTEST_ROW, LONGEST_ROW = 256, 16_384  # tokens of rows of the kind that trains recall
@@ -134,14 +133,9 @@ def read_documents(path: Path, loaded: Loaded) -> bits_per_byte.Documents:
     return bits_per_byte.Documents([ids for _, ids in kept], sum(len(text.encode()) for text, _ in kept))
 
 
-def token_sizes(tokenizer: Tokenizer) -> np.ndarray:
-    """(V,) the bytes that each token stands for."""
-    return np.array([len(one) for one in tokenizer.token_bytes])
-
-
 def loss_by_position(loaded: Loaded, documents: bits_per_byte.Documents, domain: str) -> dict[str, Any]:
     """Bits per byte by position, with the memory carried and with its long-term part emptied after each piece."""
-    sizes = bits_per_byte.bytes_by_position(documents, token_sizes(loaded.tokenizer))
+    sizes = bits_per_byte.bytes_by_position(documents, loaded.tokenizer.token_sizes)
     bounds = bits_per_byte.position_bounds(len(sizes))
     row: dict[str, Any] = {
         "domain": domain,
@@ -177,7 +171,7 @@ def answers_inside_rows(loaded: Loaded, documents: bits_per_byte.Documents, doma
     The distance is that to the place where the answer stood last before.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
-    lengths, bytes_a_token = token_sizes(tokenizer), documents.n_bytes / sum(map(len, documents.tokens))
+    lengths, bytes_a_token = tokenizer.token_sizes, documents.n_bytes / sum(map(len, documents.tokens))
     edges = [0, *(2**power for power in range(6, 15))]
     counts = np.zeros((len(edges), 3))  # answers, right ones, nats
     for index in range(rows):

@@ -148,7 +148,11 @@ def open_prepared(path: Path) -> Prepared:
 
 
 def _sha256_of(train: Mapping[str, TokenStore], valid: Mapping[str, TokenStore]) -> str:
-    hashes = [[name, train[name].sha256, valid[name].sha256] for name in sorted(train)]
+    return _sha256_of_stores([[name, train[name].sha256, valid[name].sha256] for name in sorted(train)])
+
+
+def _sha256_of_stores(hashes: list[list[str]]) -> str:
+    """The hash of stores: each has its name and the hashes of its indexes for training and validation."""
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
@@ -230,7 +234,7 @@ def read_facts(path: Path) -> PreparedFacts:
             [name, *(str(entries[f"{name}-{split}/{_INDEX}"]["sha256"]) for split in ("train", "valid"))]
             for name in sorted(report["domains"])
         ]
-    return PreparedFacts(report["domains"], origins, hashlib.sha256(json.dumps(stores).encode()).hexdigest())
+    return PreparedFacts(report["domains"], origins, _sha256_of_stores(stores))
 
 
 def write_report(folder: Path, tokenizer: Tokenizer, entries: dict[str, Any]) -> None:

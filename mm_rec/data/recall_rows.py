@@ -100,7 +100,7 @@ def recall_documents(
     bytes_per_token = max(int(store.n_bytes.sum()), 1) / store.n_tokens
     most = min(max(tokens * LONGEST_SHARE, SHORTEST), longest)
     fewest = min(SHORTEST, most / 4)
-    lengths = np.array([len(one) for one in tokenizer.token_bytes])
+    lengths = tokenizer.token_sizes
     for index in itertools.count():
         rng = random.Random(f"{seed}/{domain}/{index}")
         size = fewest * (most / fewest) ** rng.random()

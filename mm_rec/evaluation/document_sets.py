@@ -6,9 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
-from mm_rec.data.documents.account import count_kinds, table
+from mm_rec.data.documents.account import table_of
 from mm_rec.data.documents.folder import find_documents
 from mm_rec.data.documents.parsing import Parser
 from mm_rec.data.documents.reading import Documents as Reader
@@ -61,8 +59,7 @@ def held_out(
     if data.tokenizer.sha256 != tokenizer.sha256:
         raise UserError("the data in {path} have another tokenizer than the model", path=place.path)
     most = found[1]["settings"]["valid_bytes"] if max_bytes is None else max_bytes
-    sizes = np.array([len(one) for one in tokenizer.token_bytes])
-    chosen = {name: select_documents(store, sizes, most) for name, store in data.valid.items()}
+    chosen = {name: select_documents(store, tokenizer.token_sizes, most) for name, store in data.valid.items()}
     return {name: documents for name, documents in chosen.items() if documents.tokens}, data
 
 
@@ -83,9 +80,9 @@ def read_documents(
             store = write_store(Path(folder) / "documents", documents, vocab_size=tokenizer.vocab_size)
         except ValueError as error:
             raise UserError("there are no documents in {path}", path=path) from error
-        chosen = select_documents(store, np.array([len(one) for one in tokenizer.token_bytes]), max_bytes)
+        chosen = select_documents(store, tokenizer.token_sizes, max_bytes)
         del store  # whose folder can't be removed on Windows while it is open
-    for line in table(str(path), count_kinds(reader), [*found.left_out, *reader.left_out.values()], []):
+    for line in table_of(str(path), found, reader):
         tell(line)
     if reader.bad_rows:
         tell(

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mm_rec.data.documents.account import count_kinds, table
+from mm_rec.data.documents.account import table_of
 from mm_rec.data.documents.folder import Found, find_documents
 from mm_rec.data.documents.parsing import Parser
 from mm_rec.data.documents.reading import Documents, ReadOptions
@@ -81,7 +81,7 @@ def read_folder(
     if not found.paths:
         raise UserError("there are no documents in {path} that can be read", path=path)
     home = path if path.is_dir() else path.parent
-    chosen = loaded.choose_domain(domain, _beginning(found) if domain is None else "")
+    chosen = loaded.choose_domain(domain, _beginning(found) if domain is None and loaded.is_routed else "")
     settings = {
         "tokenizer": loaded.tokenizer.sha256,
         "precision": str(loaded.model.dtype).removeprefix("torch."),
@@ -122,7 +122,7 @@ def _texts(found: Found, tell: Callable[[str], None] | None = None, title: str =
             if document.text.strip():
                 yield document.text
         if tell is not None:
-            for line in table(title, count_kinds(reader), [*found.left_out, *reader.left_out.values()], []):
+            for line in table_of(title, found, reader):
                 tell(line)
 
 

@@ -83,9 +83,9 @@ class Loaded(NamedTuple):
             UserError: if there is no such expert.
         """
         experts = self.model.config.experts
-        if requested is None and self.is_routed and prompt:
-            return self.best_expert([self.tokenizer.bos_id, *self.tokenizer.encode(prompt)])
         if requested is None:
+            if self.is_routed and prompt:
+                return self.best_expert([self.tokenizer.bos_id, *self.tokenizer.encode(prompt)])
             return self.domain
         if requested not in (*experts, "all"):
             raise UserError(
@@ -164,13 +164,12 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def _adapted(base: checkpoint.Checkpoint, adapter: Path) -> Mapping[str, Tensor]:
-    """Returns the weights of ``base`` with the adapter added that :func:`load_model` is given.
+def _adapted(base: checkpoint.Checkpoint, adapter: Path, folder: Path) -> Mapping[str, Tensor]:
+    """Returns the weights of ``base`` with the adapter in ``folder`` added, which a user names ``adapter``.
 
     Raises:
         UserError: if it is no adapter of this model, or was trained in a run that started from another checkpoint.
     """
-    folder = resolve(adapter, _warn) if (adapter / CHECKPOINTS).is_dir() else adapter
     changes = read_adapter(folder)
     started_from = checkpoint.started_from(_checkpoint_of_adapter(folder))
     if started_from not in (None, base.sha256) and checkpoint.is_of_a_run(base.path):
@@ -211,7 +210,11 @@ def load_model(
     place = select_device(device)
     found = checkpoint.load(find_checkpoint(path), weights_only=True)
     checkpoint.check_shape(found)
-    values = found.weights if adapter is None else _adapted(found, adapter)
+    if adapter is None:
+        values, last = found.weights, found.path
+    else:
+        folder = resolve(adapter, _warn) if (adapter / CHECKPOINTS).is_dir() else adapter
+        values, last = _adapted(found, adapter, folder), _checkpoint_of_adapter(folder)
     try:
         with torch.device("meta"):
             model = MMRecModel(found.config)
@@ -234,15 +237,7 @@ def load_model(
     model.to(place).eval()
     if weights == "full":
         pack_matrices(model)
-    return Loaded(model, tokenizer, found.domain, found.path, weights, _last_stage(found.path, adapter), found.sha256)
-
-
-def _last_stage(path: Path, adapter: Path | None) -> str | None:
-    """The stage that trained the checkpoint at ``path`` last, or the adapter that is added to it."""
-    if adapter is None:
-        return checkpoint.stage_of(path)
-    folder = checkpoint.resolve(adapter) if (adapter / CHECKPOINTS).is_dir() else _checkpoint_of_adapter(adapter)
-    return checkpoint.stage_of(folder) if checkpoint.is_of_a_run(folder) else None
+    return Loaded(model, tokenizer, found.domain, found.path, weights, checkpoint.stage_of(last), found.sha256)
 
 
 def _checkpoint_of_adapter(folder: Path) -> Path:

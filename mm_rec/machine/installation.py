@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 import urllib.error
 import urllib.request
 from importlib.metadata import PackageNotFoundError, distribution
 
 from mm_rec.cpp.build import BuildError, cpu_compiler, cuda_compiler
 from mm_rec.errors import PACKAGE, requirements_of
+from mm_rec.storage.hub.client import within
 
 __all__ = ["compilers", "hub_address", "missing_of_extras", "reach"]
 
@@ -57,20 +57,18 @@ def reach(address: str, seconds: float = 3.0) -> str | None:
 
     Waits no longer than ``seconds``, also for a name server, whose own limit cannot be set.
     """
-    problem: list[str | None] = [f"no answer in {seconds:g} seconds"]
 
-    def ask() -> None:
+    def ask() -> str | None:
         try:
             request = urllib.request.Request(address, method="HEAD")
             urllib.request.urlopen(request, timeout=seconds).close()
-        except urllib.error.HTTPError:
-            problem[0] = None  # an answer, too
+        except urllib.error.HTTPError:  # an answer, too
+            return None
         except (OSError, ValueError) as error:
-            problem[0] = str(getattr(error, "reason", error))
-        else:
-            problem[0] = None
+            return str(getattr(error, "reason", error))
+        return None
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return problem[0]
+    try:
+        return within(seconds, ask)
+    except TimeoutError:
+        return f"no answer in {seconds:g} seconds"

@@ -225,14 +225,11 @@ def _read(
     loaded: Loaded, documents: Mapping[str, Documents], measured: Measurements, progress: Callable[[int], None]
 ) -> None:
     """Bits per byte of every set, by each expert and by all fused if that is trained, whole and by position."""
-    import numpy as np
-
     from mm_rec.evaluation.bits_per_byte import bytes_by_position, evaluate
 
     experts = loaded.model.config.experts
-    token_bytes = np.array([len(one) for one in loaded.tokenizer.token_bytes])
     for name, one in documents.items():
-        sizes = bytes_by_position(one, token_bytes)
+        sizes = bytes_by_position(one, loaded.tokenizer.token_sizes)
         measured.bits_per_byte[name], measured.by_position[name] = {}, {}
         for reader in readers(loaded):
             runs = 1 if reader else len(experts)

@@ -216,8 +216,8 @@ class Engine:
 
     def _new_state(self, job: Job) -> ModelState:
         """The empty state of the expert that is to answer a job."""
-        routed = self.choose is not None and not job.prompt_logprobs
-        return self.model.initial_state(1, self.choose(job.prompt) if self.choose and routed else self.domain)
+        chosen = self.domain if self.choose is None or job.prompt_logprobs else self.choose(job.prompt)
+        return self.model.initial_state(1, chosen)
 
     def _domain_of(self, state: ModelState) -> str | None:
         """The expert that a state belongs to; None for that of all, fused."""

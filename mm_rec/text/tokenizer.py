@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
@@ -20,6 +20,10 @@ from mm_rec.errors import UserError
 from mm_rec.regular_file import read_regular
 from mm_rec.text.chat_template import CHAT_TEMPLATE
 from mm_rec.translation import Translatable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["CONTROL_TOKENS", "MIN_VOCAB_SIZE", "Tokenizer", "train_tokenizer"]
 
@@ -124,6 +128,13 @@ class Tokenizer:
         found |= {i: token.content.encode() for i, token in self._backend.get_added_tokens_decoder().items()}
         found |= dict.fromkeys(self.control_ids.values(), b"")
         return tuple(found.get(i, b"") for i in range(self.vocab_size))
+
+    @cached_property
+    def token_sizes(self) -> NDArray[np.int64]:
+        """(V,) the number of bytes that each id stands for."""
+        import numpy as np
+
+        return np.array([len(one) for one in self.token_bytes], dtype=np.int64)
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` into ``folder``.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -65,8 +64,8 @@ def build_trainer(
         # As below: what is drawn is drawn by rank 0 alone.
         drawn = optimizer.state_tensors() if processes.is_rank_zero() else None
         optimizer.load_state_tensors(processes.broadcast_tensors(drawn) or {})
-    token_bytes = np.array([len(one) for one in data.tokenizer.token_bytes])
-    valid = {name: select_documents(store, token_bytes, plan.valid_bytes) for name, store in data.valid.items()}
+    token_sizes = data.tokenizer.token_sizes
+    valid = {name: select_documents(store, token_sizes, plan.valid_bytes) for name, store in data.valid.items()}
     sizes = {"batch_size": plan.batch_size, "seq_len": plan.seq_len, "seed": plan.seed}
     writes_board = settings.tensorboard and processes.is_rank_zero()
     return Trainer(

@@ -8,6 +8,7 @@ if it never had been.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 import time
@@ -494,8 +495,13 @@ class Trainer:
 
         return same_logits(self.model)
 
+    @functools.cached_property
+    def _prompts(self) -> dict[str, str]:
+        """What a sample of each domain begins with, which is looked for in the held-out documents once."""
+        return {name: self._prompt(name) for name in self.bytes_per_token}
+
     def _prompt(self, name: str) -> str:
-        """What a sample of a domain begins with: words in the language of its data."""
+        """Words in the language of a domain's data."""
         if name == "code" or name not in self.valid:
             return PROMPTS.get(name, "")
         text = "\n".join(self.tokenizer.decode(tokens.tolist()) for tokens in self.valid[name].tokens)
@@ -510,7 +516,7 @@ class Trainer:
         for name in self.bytes_per_token:
             if name == MIXED:
                 continue
-            prompt, domain = self._prompt(name), None if self.plan.stage.mixed else name
+            prompt, domain = self._prompts[name], None if self.plan.stage.mixed else name
             pieces = [prompt]
             for piece in generate(self.model, self.tokenizer, prompt, sampling, domain):
                 self._between()

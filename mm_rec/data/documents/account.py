@@ -8,14 +8,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mm_rec.data.documents.folder import LeftOut
+from mm_rec.data.documents.folder import Found, LeftOut
 from mm_rec.data.documents.kinds import KINDS
 from mm_rec.data.documents.reading import Documents
 from mm_rec.errors import install_command
 from mm_rec.regular_file import read_regular
 from mm_rec.translation import Translatable, translate, translate_record
 
-__all__ = ["Account", "count_kinds", "names_of", "read_account", "relative", "table", "tell_account", "write_account"]
+__all__ = [
+    "Account",
+    "count_kinds",
+    "names_of",
+    "read_account",
+    "relative",
+    "table",
+    "table_of",
+    "tell_account",
+    "write_account",
+]
 
 _NEEDS_EXTRA = "needs the extra "
 _MOST_REASONS = 4
@@ -48,6 +58,11 @@ def count_kinds(documents: Documents) -> dict[str, dict[str, int]]:
     return {
         kind: {"read": count, "documents": documents.counts[kind]} for kind, count in documents.n_read.items() if count
     }
+
+
+def table_of(title: str, found: Found, documents: Documents) -> list[str]:
+    """Returns the :func:`table` of files that were found and then read, of which no filter left anything out."""
+    return table(title, count_kinds(documents), [*found.left_out, *documents.left_out.values()], [])
 
 
 def table(title: str, kinds: Kinds, files: Sequence[LeftOut], documents: Sequence[LeftOut]) -> list[str]:

@@ -101,10 +101,8 @@ def _section(heading: str, paragraph: str, language: str) -> Entry | None:
     first = sentences(paragraph)[0]
     if not 4 <= len(heading) <= 80 or not _is_answer(first):
         return None
-    passage = _passage(f"{heading}\n{paragraph}", first)
-    if heading.endswith("?"):
-        return Entry(heading, heading, passage, (Fact("asked", first),), language)
-    return Entry(heading, heading, passage, (Fact("section", first),), language)
+    kind = "asked" if heading.endswith("?") else "section"
+    return Entry(heading, heading, _passage(f"{heading}\n{paragraph}", first), (Fact(kind, first),), language)
 
 
 def _asked(paragraph: str, language: str) -> Entry | None:

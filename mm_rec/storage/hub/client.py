@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
+from mm_rec.errors import UserError
 from mm_rec.translation import Translatable
 
 __all__ = [
     "DEADLINE_SECONDS",
     "causes",
+    "explaining",
     "first_line",
     "hub_address",
     "is_connection_error",
@@ -90,6 +93,20 @@ def reach_problem(error: Exception) -> Translatable | None:
         offline = isinstance(error, OfflineModeIsEnabled)
         reason = Translatable("HF_HUB_OFFLINE is set" if offline else first_line(error))
     return Translatable("the hub at {hub} cannot be reached ({reason})", hub=hub_address(), reason=reason)
+
+
+@contextmanager
+def explaining(explain: Callable[[Exception], UserError | None]) -> Iterator[None]:
+    """Raises in place of an error of the hub's client what ``explain`` makes of it; other errors, None, pass."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        explained = explain(error)
+        if explained is None:
+            raise
+        raise explained from error
 
 
 def first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ a program would run is among them. What is fetched is read by the same code as a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from mm_rec.storage.files import format_bytes, reporting_errors, require_space
 from mm_rec.storage.hub.client import (
     DEADLINE_SECONDS,
     causes,
+    explaining,
     first_line,
     hub_address,
     reach_problem,
@@ -88,36 +90,26 @@ def _fetch(name: HubName, tell: Tell) -> Path:
     """Returns the folder of the model ``name`` in the cache, fetched as far as it is not there."""
     from huggingface_hub import constants
 
-    try:
-        info = within(DEADLINE_SECONDS, lambda: _ask(name))
-    except Exception as error:
-        problem = next(filter(None, map(reach_problem, causes(error))), None)
-        if problem is None or (status_of(error) or 500) < 500:
-            explained = _explained(name, error)
-            if explained is None:
+    with explaining(functools.partial(_explained, name)):
+        try:
+            info = within(DEADLINE_SECONDS, lambda: _ask(name))
+        except Exception as error:
+            problem = next(filter(None, map(reach_problem, causes(error))), None)
+            if problem is None or (status_of(error) or 500) < 500:
                 raise
-            raise explained from error
-        folder = _fetched_before(name)
-        if folder is None:
-            raise UserError(
-                "there is no folder {name}, {problem}, and {name} was not fetched completely before; try the same "
-                "command again with a network, set HF_ENDPOINT to a mirror, or name a folder",
-                name=name,
-                problem=problem,
-            ) from error
-        if not constants.HF_HUB_OFFLINE:
-            tell(Translatable("{problem}; taking {name} as it was fetched before", problem=problem, name=name))
-        return folder
-    try:
+            folder = _fetched_before(name)
+            if folder is None:
+                raise UserError(
+                    "there is no folder {name}, {problem}, and {name} was not fetched completely before; try the same "
+                    "command again with a network, set HF_ENDPOINT to a mirror, or name a folder",
+                    name=name,
+                    problem=problem,
+                ) from error
+            if not constants.HF_HUB_OFFLINE:
+                tell(Translatable("{problem}; taking {name} as it was fetched before", problem=problem, name=name))
+            return folder
         with reporting_errors(Path(constants.HF_HUB_CACHE)):
             return _download(name, info, tell)
-    except UserError:
-        raise
-    except Exception as error:
-        explained = _explained(name, error)
-        if explained is None:
-            raise
-        raise explained from error
 
 
 def _ask(name: HubName) -> Any:

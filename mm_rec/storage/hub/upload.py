@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from mm_rec.errors import MissingPackageError, UserError
-from mm_rec.storage.hub.client import causes, first_line, hub_address, reach_problem, status_of, within
+from mm_rec.storage.hub.client import causes, explaining, first_line, hub_address, reach_problem, status_of, within
 from mm_rec.storage.hub.names import require_repository
 from mm_rec.translation import Translatable
 
@@ -51,7 +52,7 @@ def upload_folder(folder: Path, repository: str, *, public: bool) -> str:
 
     api = HfApi()
     kept = Translatable("the exported folder {folder} is kept", folder=folder)
-    try:
+    with explaining(functools.partial(_explained, repository, folder, kept)):
         within(_CREATE_SECONDS, lambda: api.create_repo(repository, private=not public, exist_ok=True))
         is_private = bool(api.model_info(repository).private)
         if not is_private and not public:
@@ -65,13 +66,6 @@ def upload_folder(folder: Path, repository: str, *, public: bool) -> str:
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Upload a model of MM-Rec", delete_patterns=_STALE
         )
-    except UserError:
-        raise
-    except Exception as error:
-        problem = _explained(repository, folder, kept, error)
-        if problem is None:
-            raise
-        raise problem from error
     return Translatable(
         "uploaded to {hub}/{repository}, which is private"
         if is_private
