@@ -72,7 +72,7 @@ def test_a_trained_model_is_measured_and_drawn(model, tmp_path, monkeypatch, cap
             bits / size
             for bits, size in zip(
                 score.bits_by_position,
-                bits_per_byte.bytes_by_position(chosen, recall.token_sizes(loaded.tokenizer)),
+                bits_per_byte.bytes_by_position(chosen, loaded.tokenizer.token_sizes),
                 strict=True,
             )
             if size
